@@ -1,0 +1,2 @@
+//! Bench binary.
+fn main() {}

@@ -1,0 +1,1 @@
+//! AWS adapters: registry, agent link, mailboxes, workflow. The only crate that names an AWS SDK.

@@ -1,0 +1,1 @@
+//! Lambda: decides who may open an agent connection.

@@ -1,0 +1,1 @@
+//! Lambda: opens an agent connection and registers its tunnels.

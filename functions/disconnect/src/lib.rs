@@ -1,0 +1,1 @@
+//! Lambda: cleans up after an agent connection.

@@ -1,0 +1,1 @@
+//! Lambda: takes a public request, runs the workflow, streams the answer.

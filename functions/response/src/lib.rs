@@ -1,0 +1,1 @@
+//! Lambda: returns an agent's task token with its reply to the waiting mailbox.

@@ -1,0 +1,1 @@
+//! The whole edge on one machine, without AWS.

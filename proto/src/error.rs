@@ -1,0 +1,146 @@
+//! The one table of what can go wrong with a public request: the code on the wire, the HTTP status
+//! the public client sees and the outcome the workflow ends with.
+
+use std::fmt;
+
+use http::StatusCode;
+use serde::{Deserialize, Serialize};
+
+macro_rules! error_codes {
+    ($( $(#[$doc:meta])* $variant:ident, $wire:literal, $status:ident, $outcome:literal, $sentence:literal; )+) => {
+        /// Why a public request was not answered by the upstream.
+        ///
+        /// The wire name is what `x-tunnel-error` says and what an agent's `failed` message carries;
+        /// it never changes its meaning.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub enum ErrorCode {
+            $( $(#[$doc])* #[serde(rename = $wire)] $variant, )+
+        }
+
+        impl ErrorCode {
+            /// Every code, in the order of the table.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            /// The stable name in `x-tunnel-error` and on the link.
+            #[must_use]
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $wire),+ }
+            }
+
+            /// The status that the public client sees.
+            #[must_use]
+            pub const fn status(self) -> StatusCode {
+                match self { $(Self::$variant => StatusCode::$status),+ }
+            }
+
+            /// The `outcome` with which the workflow ends, where it is the workflow that finds out.
+            #[must_use]
+            pub const fn outcome(self) -> &'static str {
+                match self { $(Self::$variant => $outcome),+ }
+            }
+
+            /// One fixed sentence for the public client. It names nothing of the inside.
+            #[must_use]
+            pub const fn sentence(self) -> &'static str {
+                match self { $(Self::$variant => $sentence),+ }
+            }
+
+            /// The code for a workflow's `outcome`.
+            #[must_use]
+            pub fn from_outcome(outcome: &str) -> Option<Self> {
+                match outcome { $($outcome => Some(Self::$variant),)+ _ => None }
+            }
+
+            /// The code with this wire name.
+            #[must_use]
+            pub fn from_wire(name: &str) -> Option<Self> {
+                match name { $($wire => Some(Self::$variant),)+ _ => None }
+            }
+        }
+    };
+}
+
+error_codes! {
+    /// The request cannot be forwarded as it is: no tunnel named, or a target that no hop may repeat.
+    BadRequest, "bad_request", BAD_REQUEST, "BadRequest",
+        "This request cannot be forwarded as it is.";
+    /// The request came past the configured front.
+    FrontRefused, "front_refused", FORBIDDEN, "FrontRefused",
+        "This address is not open to direct requests.";
+    /// No owner has this name.
+    NoSuchTunnel, "no_such_tunnel", NOT_FOUND, "NoSuchTunnel",
+        "There is no tunnel with this name.";
+    /// The request body is over the ceiling.
+    RequestTooLarge, "request_too_large", PAYLOAD_TOO_LARGE, "RequestTooLarge",
+        "The request body is over the limit of 4715520 bytes (4.5 MiB).";
+    /// The request head is over the ceiling.
+    HeadTooLarge, "head_too_large", REQUEST_HEADER_FIELDS_TOO_LARGE, "HeadTooLarge",
+        "The request's header fields are over the limit of 61440 bytes.";
+    /// The tunnel serves as many requests as it may.
+    TooManyRequests, "too_many_requests", TOO_MANY_REQUESTS, "TooManyRequests",
+        "This tunnel is serving as many requests as it may. Try again in a moment.";
+    /// The edge itself failed; nothing was wrong with request, agent or upstream.
+    EdgeFailed, "edge_failed", INTERNAL_SERVER_ERROR, "EdgeFailed",
+        "The tunnel's edge failed to handle this request.";
+    /// WebSocket and other upgrades are not carried.
+    UpgradeUnsupported, "upgrade_unsupported", NOT_IMPLEMENTED, "UpgradeUnsupported",
+        "This tunnel does not carry protocol upgrades such as WebSocket.";
+    /// The upstream refused the connection or could not be reached.
+    UpstreamUnreachable, "upstream_unreachable", BAD_GATEWAY, "UpstreamUnreachable",
+        "The agent is connected, but nothing answers at the upstream it forwards to.";
+    /// The upstream closed or reset the connection before a whole head.
+    UpstreamReset, "upstream_reset", BAD_GATEWAY, "UpstreamReset",
+        "The upstream closed the connection before it had answered.";
+    /// What the upstream sent is not HTTP, or over a limit.
+    UpstreamInvalid, "upstream_invalid", BAD_GATEWAY, "UpstreamInvalid",
+        "The upstream's answer is not valid HTTP.";
+    /// The upstream's certificate was not accepted.
+    UpstreamTls, "upstream_tls", BAD_GATEWAY, "UpstreamTls",
+        "The agent could not agree on TLS with the upstream.";
+    /// The agent's connection died while the request was in flight.
+    AgentLost, "agent_lost", BAD_GATEWAY, "AgentLost",
+        "The agent's connection was lost before it had answered.";
+    /// The agent sent something that the protocol does not allow.
+    AgentInvalid, "agent_invalid", BAD_GATEWAY, "AgentInvalid",
+        "The agent's answer was not valid.";
+    /// The tunnel is known, but no agent serves it now.
+    TunnelOffline, "tunnel_offline", SERVICE_UNAVAILABLE, "TunnelOffline",
+        "This tunnel is known, but no agent is connected for it.";
+    /// The edge is short of capacity (throttled, no mailbox); the request was not dispatched.
+    EdgeBusy, "edge_busy", SERVICE_UNAVAILABLE, "EdgeBusy",
+        "The tunnel's edge is busy. Try again in a moment.";
+    /// The upstream did not answer in time, or nobody knows what became of the request in time.
+    UpstreamTimedOut, "upstream_timed_out", GATEWAY_TIMEOUT, "UpstreamTimedOut",
+        "The upstream did not answer in time.";
+}
+
+/// The `outcome` of a run that ends with a reply from the agent.
+pub const OUTCOME_REPLIED: &str = "Replied";
+
+impl fmt::Display for ErrorCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back_to_their_code() {
+        for &code in ErrorCode::ALL {
+            assert_eq!(ErrorCode::from_wire(code.as_str()), Some(code));
+            assert_eq!(ErrorCode::from_outcome(code.outcome()), Some(code));
+            assert!(code.status().is_client_error() || code.status().is_server_error());
+        }
+    }
+
+    #[test]
+    fn the_sentences_name_the_real_limits() {
+        let limit = crate::limits::REQUEST_BODY_BYTES.to_string();
+        assert!(ErrorCode::RequestTooLarge.sentence().contains(&limit), "{limit}");
+        let limit = crate::limits::HEAD_BYTES.to_string();
+        assert!(ErrorCode::HeadTooLarge.sentence().contains(&limit), "{limit}");
+    }
+}

@@ -1,0 +1,22 @@
+//! The tunnel's protocol: what an agent and the edge say to each other, and every rule about it.
+//!
+//! This crate is pure. It opens no socket, asks for no time, reads no environment and draws no
+//! random number: callers pass all of that in. What both sides must agree on lives here and
+//! nowhere else: the [`message`] formats, the signed [`token`], the numbering and reassembly of
+//! body [`chunk`]s with their credit, the [`error`] table, the [`limits`] with their sources, which
+//! HTTP [`header`]s travel, the reconnect [`backoff`] and the agent's [`session`] over time.
+//!
+//! It does not know HTTP clients, AWS, configuration files or logs.
+
+pub mod backoff;
+pub mod body;
+pub mod chunk;
+pub mod error;
+pub mod forwarded;
+pub mod header;
+pub mod id;
+pub mod limits;
+pub mod message;
+pub mod session;
+pub mod target;
+pub mod token;

@@ -1,0 +1,178 @@
+//! Every number that both sides must agree on, with its source. Nothing else defines a limit.
+
+use std::time::Duration;
+
+/// The most bytes in one WebSocket frame.
+///
+/// API Gateway closes a connection that sends a longer frame with 1009
+/// (API Gateway Developer Guide, "WebSocket quotas": frame size 32 KB).
+pub const FRAME_BYTES: usize = 32 * 1024;
+
+/// The most bytes in one WebSocket message, and in one POST to `@connections`.
+///
+/// API Gateway closes a connection that sends a longer message with 1009 and answers a longer
+/// POST with 413 (API Gateway Developer Guide, "WebSocket quotas": message payload 128 KB).
+pub const MESSAGE_BYTES: usize = 128 * 1024;
+
+/// What is kept free in a message for everything that is not body: tag, token, numbers.
+pub const ENVELOPE_BYTES: usize = 1024;
+
+/// The most raw bytes of body in one chunk.
+///
+/// Base64 turns 3 bytes into 4, so this is what fits [`MESSAGE_BYTES`] beside the envelope.
+pub const CHUNK_BYTES: usize = (MESSAGE_BYTES - ENVELOPE_BYTES) / 4 * 3;
+
+/// The most bytes of a response head (status line aside: names, values and four bytes for each
+/// field), so that it always fits one message beside its envelope, whatever its escaping costs.
+pub const HEAD_BYTES: usize = 60 * 1024;
+
+/// The most header fields in one request or response.
+pub const HEADER_FIELDS: usize = 1000;
+
+/// The most bytes of a Step Functions input, output or state
+/// (Step Functions Developer Guide, "Service quotas": 262,144 bytes, hard).
+pub const STATE_BYTES: usize = 256 * 1024;
+
+/// The most bytes of an event that Lambda takes synchronously, request body in base64 included
+/// (Lambda Developer Guide, "Lambda quotas": 6 MB).
+pub const EVENT_BYTES: usize = 6 * 1024 * 1024;
+
+/// The most raw bytes of a public request's body.
+///
+/// Lambda's event holds it in base64 beside the head ([`EVENT_BYTES`]); 4.5 MB is what is left when
+/// 4 KB are kept for the head of an ordinary request. A request just below it with a larger
+/// head is refused by the front itself.
+pub const REQUEST_BODY_BYTES: usize = (EVENT_BYTES - 4 * 1024) / 4 * 3;
+
+/// A connection on which nothing is sent for this long is closed by API Gateway
+/// (API Gateway Developer Guide, "WebSocket quotas": idle connection timeout 10 minutes).
+pub const CONNECTION_IDLE: Duration = Duration::from_secs(10 * 60);
+
+/// A connection is closed by API Gateway when it is this old, whatever it is doing
+/// (API Gateway Developer Guide, "WebSocket quotas": connection duration 2 hours).
+pub const CONNECTION_LIFETIME: Duration = Duration::from_secs(2 * 60 * 60);
+
+/// The longest a response may take: the longest run of a Lambda function
+/// (Lambda Developer Guide, "Lambda quotas": function timeout 900 seconds).
+pub const RESPONSE_DURATION: Duration = Duration::from_secs(15 * 60);
+
+/// How long before [`CONNECTION_LIFETIME`] an agent opens the next connection: the longest
+/// response that may still be running on the old one, so that none is cut off.
+pub const REPLACE_AHEAD: Duration = RESPONSE_DURATION;
+
+/// The longest an Express run may take
+/// (Step Functions Developer Guide, "Service quotas": 5 minutes, hard).
+pub const RUN_DURATION: Duration = Duration::from_secs(5 * 60);
+
+/// How long a public client waits for the head of a response unless configured otherwise.
+pub const REPLY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The longest that [`REPLY_TIMEOUT`] may be configured to: the run's states before and after the
+/// wait need the rest of [`RUN_DURATION`].
+pub const REPLY_TIMEOUT_MAX: Duration = Duration::from_secs(290 - 20);
+
+/// The longest a long poll of a mailbox may wait
+/// (SQS Developer Guide, "ReceiveMessage": WaitTimeSeconds 0 to 20).
+pub const MAILBOX_WAIT: Duration = Duration::from_secs(20);
+
+/// The most bytes of one mailbox message with its attributes
+/// (SQS Developer Guide, "Message quotas": 1 MiB).
+pub const MAILBOX_MESSAGE_BYTES: usize = 1024 * 1024;
+
+/// How long a received mailbox message stays hidden; a receive whose answer was lost delays the
+/// message by this much.
+pub const MAILBOX_VISIBILITY: Duration = Duration::from_secs(30);
+
+/// How long an unread mailbox message is kept (SQS: 60 s at least). A reply nobody has taken by
+/// then has nobody waiting for it.
+pub const MAILBOX_RETENTION: Duration = Duration::from_secs(120);
+
+/// How long a lease of a mailbox lasts: longer than the longest request, so that a mailbox never
+/// changes hands while a request may still be answered through it.
+pub const MAILBOX_LEASE: Duration = Duration::from_secs(40 * 60);
+
+/// A new mailbox cannot be used for this long
+/// (SQS API Reference, "CreateQueue": wait at least one second).
+pub const MAILBOX_WARM_UP: Duration = Duration::from_secs(1);
+
+/// How many chunks of one response the agent may have sent without credit for them.
+///
+/// With [`CHUNK_BYTES`] this bounds what waits for one slow public client to about 3 MB, and lets
+/// 30 MB/s through a path with 100 ms between a chunk and its credit.
+pub const CHUNK_WINDOW: u32 = 32;
+
+/// After how many written chunks `ingress` returns credit: a quarter of [`CHUNK_WINDOW`].
+pub const CREDIT_EVERY: u32 = CHUNK_WINDOW / 4;
+
+/// How many body messages of one upload `ingress` posts at the same time.
+pub const UPLOAD_PARALLEL: usize = 4;
+
+/// How often an agent sends a heartbeat unless `welcome` says otherwise.
+///
+/// With [`HEARTBEAT_ANSWER`] a half-open link is noticed within 35 seconds, and
+/// [`CONNECTION_IDLE`] is never reached.
+pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(25);
+
+/// How long the answer to a heartbeat, or to `hello`, may take.
+pub const HEARTBEAT_ANSWER: Duration = Duration::from_secs(10);
+
+/// How long one write to the WebSocket may take before the link counts as dead.
+pub const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long opening a connection may take, from DNS to the end of the handshake.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The most tunnels that one connection serves.
+pub const TUNNELS_PER_CONNECTION: usize = 100;
+
+/// The most bytes of a task token on the wire.
+pub const TOKEN_BYTES: usize = 512;
+
+/// How many public requests one tunnel serves at the same time unless configured otherwise.
+pub const MAX_CONCURRENT: u32 = 64;
+
+/// How long the first message of a response waits for body that is about to follow the head, so
+/// that a small response is one message and not two.
+pub const HEAD_LINGER: Duration = Duration::from_millis(1);
+
+/// The shortest time between two partly filled chunks of one response: what an upstream flushes
+/// faster than this is sent together.
+pub const CHUNK_LINGER: Duration = Duration::from_millis(2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_in_base64_fits_a_message() {
+        assert!(CHUNK_BYTES.div_ceil(3) * 4 + ENVELOPE_BYTES <= MESSAGE_BYTES);
+    }
+
+    #[test]
+    fn a_request_body_in_base64_fits_an_event() {
+        assert!(REQUEST_BODY_BYTES.div_ceil(3) * 4 + 4 * 1024 <= EVENT_BYTES);
+    }
+
+    #[test]
+    fn heartbeats_keep_the_connection_from_idling_and_notice_death_in_time() {
+        assert!(HEARTBEAT_INTERVAL + HEARTBEAT_ANSWER < CONNECTION_IDLE);
+        assert!(HEARTBEAT_INTERVAL + HEARTBEAT_ANSWER <= Duration::from_secs(40));
+    }
+
+    #[test]
+    fn a_response_begun_before_the_replacement_ends_before_the_connection_does() {
+        assert!(REPLACE_AHEAD >= RESPONSE_DURATION);
+        assert!(REPLACE_AHEAD < CONNECTION_LIFETIME);
+    }
+
+    #[test]
+    fn a_lease_outlives_two_of_the_longest_requests() {
+        assert!(MAILBOX_LEASE > RESPONSE_DURATION * 2);
+    }
+
+    #[test]
+    fn a_run_can_wait_for_its_reply() {
+        assert!(REPLY_TIMEOUT <= REPLY_TIMEOUT_MAX);
+        assert!(REPLY_TIMEOUT_MAX + MAILBOX_WAIT < RUN_DURATION);
+    }
+}
