@@ -8,4 +8,4 @@ pub mod counters;
 //pub mod dynamodb;
 pub mod latency;
 //pub mod sqs;
-//pub mod states;
+pub mod states;

@@ -1,0 +1,2 @@
+//! states.
+pub mod jsonata;
