@@ -136,6 +136,12 @@ impl Expression {
         Ok(Self { source: source.into(), form })
     }
 
+    /// The expression as it was written.
+    #[must_use]
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
     /// The value in `scope`; nothing where JSONata says "undefined".
     ///
     /// # Errors
