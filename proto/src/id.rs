@@ -115,7 +115,12 @@ impl RequestId {
     }
 }
 
-fn check_alphabet(text: &str, max: usize, what: &'static str, allowed: fn(u8) -> bool) -> Result<(), IdError> {
+fn check_alphabet(
+    text: &str,
+    max: usize,
+    what: &'static str,
+    allowed: fn(u8) -> bool,
+) -> Result<(), IdError> {
     if !text.is_empty() && text.len() <= max && text.bytes().all(allowed) {
         Ok(())
     } else {
@@ -125,8 +130,28 @@ fn check_alphabet(text: &str, max: usize, what: &'static str, allowed: fn(u8) ->
 
 /// Names that would be mistaken for something of the tunnel's own or of the domain's operator.
 const RESERVED: &[&str] = &[
-    "admin", "api", "app", "autoconfig", "autodiscover", "dashboard", "ftp", "imap", "localhost", "mail", "mta-sts",
-    "ns", "ns1", "ns2", "pop", "root", "smtp", "status", "tunnel", "wpad", "ws", "www",
+    "admin",
+    "api",
+    "app",
+    "autoconfig",
+    "autodiscover",
+    "dashboard",
+    "ftp",
+    "imap",
+    "localhost",
+    "mail",
+    "mta-sts",
+    "ns",
+    "ns1",
+    "ns2",
+    "pop",
+    "root",
+    "smtp",
+    "status",
+    "tunnel",
+    "wpad",
+    "ws",
+    "www",
 ];
 
 fn check_tunnel_name(text: &str) -> Result<(), IdError> {
@@ -237,7 +262,21 @@ mod tests {
         for good in ["a", "web", "pr-12", "0", &"a".repeat(63)] {
             assert!(good.parse::<TunnelName>().is_ok(), "{good}");
         }
-        for bad in ["", "-a", "a-", "A", "a.b", "a_b", "ä", "a b", "*", &"a".repeat(64), "xn--bcher-kva", "www", "api"] {
+        for bad in [
+            "",
+            "-a",
+            "a-",
+            "A",
+            "a.b",
+            "a_b",
+            "ä",
+            "a b",
+            "*",
+            &"a".repeat(64),
+            "xn--bcher-kva",
+            "www",
+            "api",
+        ] {
             assert!(bad.parse::<TunnelName>().is_err(), "{bad}");
         }
     }

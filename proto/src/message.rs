@@ -1,1 +1,546 @@
-//! message.
+//! The messages on an agent's connection: JSON text, told apart by `type`.
+//!
+//! [`AgentMessage`] travels from agent to edge, [`EdgeMessage`] from edge to agent. A receiver ignores
+//! fields it does not know; a `type` it does not know is [`DecodeError::UnknownType`], to be logged
+//! and dropped. New fields are optional and mean "feature absent" when missing.
+//!
+//! ```text
+//! agent                                edge
+//! hello {seq, tunnels}            ->
+//!                                 <-   welcome {seq, connection_id, tunnels}
+//!                                 <-   request {request_id, token, method, target, headers, body | announced}
+//! continue {token}                ->                                   (only if the body was announced)
+//!                                 <-   request_chunk {request_id, seq, body}…
+//! reply {token, status, headers, body, end}   ->
+//! chunk {token, seq, body, end}…  ->
+//!                                 <-   credit {request_id, through}…
+//! failed {token, seq, code}       ->                 (instead of a reply, or to break one off)
+//!                                 <-   cancel {request_id}
+//! heartbeat {seq}                 ->
+//!                                 <-   heartbeat {seq}
+//!                                 <-   drain
+//! ```
+//!
+//! `hello` says which tunnels this connection serves *from now on*: it is sent again to add or remove
+//! some, and with none before the connection is closed.
+
+use std::borrow::Cow;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    body::{Body, Codecs},
+    error::ErrorCode,
+    header::Headers,
+    id::{AgentId, ConnectionId, RequestId, TunnelName},
+    target::Target,
+};
+
+/// The version of this protocol. It changes only when an older peer would misunderstand a newer one;
+/// new optional fields do not change it.
+pub const VERSION: u32 = 1;
+
+/// Why a text is not a message.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// Not JSON, or not the fields that its type needs.
+    #[error("message is malformed: {0}")]
+    Malformed(#[from] serde_json::Error),
+    /// A message of a later version.
+    #[error("message type {0:?} is unknown")]
+    UnknownType(String),
+    /// A value outside what its field may hold.
+    #[error("message is invalid: {0}")]
+    Invalid(&'static str),
+}
+
+/// The tag of a message, and the token if it carries one: as much as `response` needs to route it.
+#[derive(Debug, Deserialize)]
+pub struct Envelope<'a> {
+    /// The message's type.
+    #[serde(rename = "type", borrow)]
+    pub kind: Cow<'a, str>,
+    /// The task token that the message returns.
+    #[serde(default, borrow)]
+    pub token: Option<Cow<'a, str>>,
+}
+
+impl<'a> Envelope<'a> {
+    /// Reads the tag of a message and skips the rest.
+    ///
+    /// # Errors
+    ///
+    /// [`DecodeError::Malformed`] when it is not a JSON object with a type.
+    pub fn peek(text: &'a str) -> Result<Self, DecodeError> {
+        Ok(serde_json::from_str(text)?)
+    }
+
+    /// Whether this is one of the messages that answer a request.
+    #[must_use]
+    pub fn answers_a_request(&self) -> bool {
+        matches!(&*self.kind, "reply" | "chunk" | "continue" | "failed")
+    }
+}
+
+macro_rules! messages {
+    ($(#[$doc:meta])* $name:ident { $( $(#[$vdoc:meta])* $variant:ident($type:ty) = $tag:literal, )+ }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Serialize)]
+        #[serde(tag = "type")]
+        pub enum $name<'a> {
+            $( $(#[$vdoc])* #[serde(rename = $tag)] $variant($type), )+
+        }
+
+        impl<'a> $name<'a> {
+            /// Reads a message and checks every bound that does not depend on what went before.
+            ///
+            /// # Errors
+            ///
+            /// [`DecodeError`]; the peer is not to be trusted with anything it says in that message.
+            pub fn decode(text: &'a str) -> Result<Self, DecodeError> {
+                // The tag is read first so that each message is parsed straight into its type:
+                // a tagged enum would buffer a 128 KB body on the way.
+                let message = match &*Envelope::peek(text)?.kind {
+                    $( $tag => Self::$variant(serde_json::from_str(text)?), )+
+                    other => return Err(DecodeError::UnknownType(other.chars().take(32).collect())),
+                };
+                message.check()?;
+                Ok(message)
+            }
+
+            /// The message as it travels.
+            #[must_use]
+            pub fn encode(&self) -> String {
+                serde_json::to_string(self).expect("messages have string keys and no failing serializer")
+            }
+        }
+    };
+}
+
+messages! {
+    /// From agent to edge.
+    AgentMessage {
+        /// Says which tunnels this connection serves from now on.
+        Hello(Hello) = "hello",
+        /// Asks for a sign of life.
+        Heartbeat(Heartbeat) = "heartbeat",
+        /// The head of a response, and as much of its body as was there.
+        Reply(Reply<'a>) = "reply",
+        /// A later piece of a response's body.
+        Chunk(Chunk<'a>) = "chunk",
+        /// Asks for the announced body of a request.
+        Continue(Continue<'a>) = "continue",
+        /// There will be no response, or no more of it.
+        Failed(Failed<'a>) = "failed",
+    }
+}
+
+messages! {
+    /// From edge to agent.
+    EdgeMessage {
+        /// Answers `hello`.
+        Welcome(Welcome) = "welcome",
+        /// Answers `heartbeat`.
+        Heartbeat(Heartbeat) = "heartbeat",
+        /// A public request.
+        Request(Request<'a>) = "request",
+        /// A piece of an announced request body.
+        RequestChunk(RequestChunk<'a>) = "request_chunk",
+        /// The public client has taken chunks; more may be sent.
+        Credit(Credit) = "credit",
+        /// Nobody waits for this response any more. The agent aborts the upstream call and, unless it
+        /// has already sent the last piece, says `failed` with `cancelled`.
+        Cancel(Cancel) = "cancel",
+        /// The edge wants this connection replaced by a new one.
+        Drain(Drain) = "drain",
+    }
+}
+
+/// See [`AgentMessage::Hello`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Comes back in `welcome`.
+    pub seq: u32,
+    /// The sender's [`VERSION`].
+    pub version: u32,
+    /// The agent process.
+    pub agent: AgentId,
+    /// The program and its version, for people: `agentd/0.1.0`.
+    #[serde(default)]
+    pub software: String,
+    /// Every tunnel this connection serves from now on; none to take it out of service. Names stay
+    /// text here: the edge answers for each one that it refuses.
+    pub tunnels: Vec<String>,
+    /// What the agent can decode.
+    #[serde(default)]
+    pub codecs: Codecs,
+}
+
+/// See [`EdgeMessage::Welcome`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// Of the `hello` this answers.
+    pub seq: u32,
+    /// The edge's [`VERSION`].
+    pub version: u32,
+    /// How the edge calls this connection.
+    pub connection_id: ConnectionId,
+    /// The tunnels that are open on this connection now.
+    pub tunnels: Vec<OpenTunnel>,
+    /// The tunnels that are not, and why.
+    #[serde(default)]
+    pub refused: Vec<RefusedTunnel>,
+    /// How often the edge wants a heartbeat, in milliseconds.
+    pub heartbeat_ms: u64,
+    /// How old a connection may become, in milliseconds.
+    pub lifetime_ms: u64,
+    /// What the edge can decode.
+    #[serde(default)]
+    pub codecs: Codecs,
+}
+
+/// A tunnel that is open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenTunnel {
+    /// Its name.
+    pub name: TunnelName,
+    /// Where the public reaches it.
+    pub url: String,
+}
+
+/// A tunnel that the edge does not open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedTunnel {
+    /// The name as the agent gave it.
+    pub name: String,
+    /// Why.
+    pub reason: Refusal,
+}
+
+/// Why a tunnel is not opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Refusal {
+    /// Not a DNS label.
+    InvalidName,
+    /// A reserved name.
+    ReservedName,
+    /// The token does not cover it.
+    NotAllowed,
+    /// It belongs to another owner.
+    NameTaken,
+    /// Over [`crate::limits::TUNNELS_PER_CONNECTION`].
+    TooMany,
+    /// The edge could not register it now; worth another try.
+    TryAgain,
+    /// A reason that this version does not know.
+    #[serde(other)]
+    Other,
+}
+
+/// A sign of life, in both directions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// The answer carries the question's number.
+    pub seq: u32,
+}
+
+/// See [`EdgeMessage::Request`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request<'a> {
+    /// Names the request in `request_chunk`, `credit`, `cancel` and in logs.
+    pub request_id: RequestId,
+    /// To be returned with every answer; opaque.
+    #[serde(borrow)]
+    pub token: Cow<'a, str>,
+    /// The tunnel it came in by.
+    pub tunnel: TunnelName,
+    /// The method, any token.
+    #[serde(borrow)]
+    pub method: Cow<'a, str>,
+    /// The request-target for the upstream.
+    pub target: Target,
+    /// The header fields, hop-by-hop ones removed, forwarding ones added.
+    pub headers: Headers,
+    /// The whole body; empty when `announced` is there.
+    #[serde(default, skip_serializing_if = "Option::is_none", borrow)]
+    pub body: Option<Body<'a>>,
+    /// The length in bytes of a body that does not fit this message and follows after `continue`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub announced: Option<u64>,
+    /// How long the edge waits for the head of the response, in milliseconds from now.
+    pub timeout_ms: u64,
+}
+
+/// See [`EdgeMessage::RequestChunk`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RequestChunk<'a> {
+    /// The request.
+    pub request_id: RequestId,
+    /// Counts from 1.
+    pub seq: u32,
+    /// The bytes.
+    #[serde(borrow)]
+    pub body: Body<'a>,
+    /// Whether this is the last piece.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub end: bool,
+}
+
+/// See [`AgentMessage::Reply`]. Its number among the pieces of the response is 0.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reply<'a> {
+    /// As it came with the request.
+    #[serde(borrow)]
+    pub token: Cow<'a, str>,
+    /// A final status, 200 to 599.
+    pub status: u16,
+    /// The header fields, hop-by-hop ones removed.
+    pub headers: Headers,
+    /// The beginning of the body, if any was there.
+    #[serde(default, skip_serializing_if = "Option::is_none", borrow)]
+    pub body: Option<Body<'a>>,
+    /// Whether that was all of the body.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub end: bool,
+}
+
+/// See [`AgentMessage::Chunk`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chunk<'a> {
+    /// As it came with the request.
+    #[serde(borrow)]
+    pub token: Cow<'a, str>,
+    /// Counts from 1.
+    pub seq: u32,
+    /// The bytes; absent in a last piece that only ends the body.
+    #[serde(default, skip_serializing_if = "Option::is_none", borrow)]
+    pub body: Option<Body<'a>>,
+    /// Whether this is the last piece.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub end: bool,
+}
+
+/// See [`AgentMessage::Continue`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Continue<'a> {
+    /// As it came with the request.
+    #[serde(borrow)]
+    pub token: Cow<'a, str>,
+    /// What the agent can decode in `request_chunk`.
+    #[serde(default)]
+    pub codecs: Codecs,
+}
+
+/// See [`AgentMessage::Failed`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failed<'a> {
+    /// As it came with the request.
+    #[serde(borrow)]
+    pub token: Cow<'a, str>,
+    /// 0 in place of a reply; otherwise the number after the last chunk that was sent.
+    pub seq: u32,
+    /// Why.
+    pub code: ErrorCode,
+}
+
+/// See [`EdgeMessage::Credit`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credit {
+    /// The request.
+    pub request_id: RequestId,
+    /// Every chunk up to and including this one has been written to the public client.
+    pub through: u32,
+}
+
+/// See [`EdgeMessage::Cancel`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cancel {
+    /// The request.
+    pub request_id: RequestId,
+}
+
+/// See [`EdgeMessage::Drain`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drain {}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+const fn is_false(flag: &bool) -> bool {
+    !*flag
+}
+
+impl AgentMessage<'_> {
+    fn check(&self) -> Result<(), DecodeError> {
+        match self {
+            Self::Reply(reply) => {
+                if !(200..=599).contains(&reply.status) {
+                    return Err(DecodeError::Invalid("status is not a final one"));
+                }
+                if !reply.headers.is_within_limits() {
+                    return Err(DecodeError::Invalid("head is over its limit"));
+                }
+                Ok(())
+            }
+            Self::Chunk(chunk) if chunk.seq == 0 => Err(DecodeError::Invalid("chunk 0 is the head")),
+            Self::Hello(hello) if hello.software.len() > 128 => {
+                Err(DecodeError::Invalid("software is too long"))
+            }
+            Self::Hello(_) | Self::Heartbeat(_) | Self::Chunk(_) | Self::Continue(_) | Self::Failed(_) => {
+                Ok(())
+            }
+        }
+    }
+
+    /// The token that the message returns.
+    #[must_use]
+    pub fn token(&self) -> Option<&str> {
+        match self {
+            Self::Hello(_) | Self::Heartbeat(_) => None,
+            Self::Reply(message) => Some(&message.token),
+            Self::Chunk(message) => Some(&message.token),
+            Self::Continue(message) => Some(&message.token),
+            Self::Failed(message) => Some(&message.token),
+        }
+    }
+}
+
+impl EdgeMessage<'_> {
+    fn check(&self) -> Result<(), DecodeError> {
+        match self {
+            Self::Request(request) => {
+                if http::Method::from_bytes(request.method.as_bytes()).is_err() {
+                    return Err(DecodeError::Invalid("method is not a token"));
+                }
+                if request.body.is_some() && request.announced.is_some() {
+                    return Err(DecodeError::Invalid("body is both here and announced"));
+                }
+                Ok(())
+            }
+            Self::RequestChunk(chunk) if chunk.seq == 0 => {
+                Err(DecodeError::Invalid("request chunks count from 1"))
+            }
+            Self::Welcome(welcome) if welcome.heartbeat_ms == 0 || welcome.lifetime_ms == 0 => {
+                Err(DecodeError::Invalid("an interval is zero"))
+            }
+            Self::Welcome(_)
+            | Self::Heartbeat(_)
+            | Self::RequestChunk(_)
+            | Self::Credit(_)
+            | Self::Cancel(_)
+            | Self::Drain(_) => Ok(()),
+        }
+    }
+}
+
+/// What may stand in a request's mailbox beside the messages of the agent it was dispatched to.
+pub mod notice {
+    /// The message attribute that names the request a mailbox message is for.
+    pub const REQUEST_ID: &str = "request_id";
+
+    /// The message attribute that names an agent connection that has ended. It is sent to every
+    /// leased mailbox, and whoever waits for that connection stops waiting.
+    pub const LOST_CONNECTION: &str = "lost_connection";
+
+    /// The body of a message by which a front says that the public client has gone.
+    pub const CLIENT_GONE: &str = r#"{"type":"client_gone"}"#;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits;
+
+    const TOKEN: &str = "tok";
+
+    fn reply_text(status: &str, headers: &str) -> String {
+        format!(r#"{{"type":"reply","token":"{TOKEN}","status":{status},"headers":{headers},"end":true}}"#)
+    }
+
+    #[test]
+    fn messages_survive_the_wire() {
+        let request = EdgeMessage::Request(Request {
+            request_id: RequestId::from_random([1; 16]),
+            token: TOKEN.into(),
+            tunnel: "web".parse().unwrap(),
+            method: "M-SEARCH".into(),
+            target: Target::parse("//a?").unwrap(),
+            headers: Headers::new(),
+            body: Some(Body::encode(b"hi")),
+            announced: None,
+            timeout_ms: 1,
+        });
+        let text = request.encode();
+        assert_eq!(EdgeMessage::decode(&text).unwrap(), request);
+        let chunk = AgentMessage::Chunk(Chunk { token: TOKEN.into(), seq: 1, body: None, end: true });
+        assert_eq!(chunk.encode(), r#"{"type":"chunk","token":"tok","seq":1,"end":true}"#);
+        assert_eq!(AgentMessage::decode(&chunk.encode()).unwrap(), chunk);
+    }
+
+    #[test]
+    fn unknown_fields_are_ignored_and_unknown_types_named() {
+        let text = r#"{"new":{"a":[1]},"type":"heartbeat","seq":3}"#;
+        assert_eq!(AgentMessage::decode(text).unwrap(), AgentMessage::Heartbeat(Heartbeat { seq: 3 }));
+        assert!(
+            matches!(AgentMessage::decode(r#"{"type":"later"}"#), Err(DecodeError::UnknownType(name)) if name == "later")
+        );
+        for bad in
+            ["", "[]", "{}", "null", r#"{"type":1}"#, r#"{"type":"heartbeat"}"#, "{\"type\":\"chunk\"}"]
+        {
+            assert!(matches!(AgentMessage::decode(bad), Err(DecodeError::Malformed(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_final_statuses_are_replies() {
+        for good in ["200", "404", "599"] {
+            assert!(AgentMessage::decode(&reply_text(good, "[]")).is_ok(), "{good}");
+        }
+        for bad in ["0", "100", "101", "199", "600", "999", "-1", "65536", "\"200\"", "2e2"] {
+            assert!(AgentMessage::decode(&reply_text(bad, "[]")).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_head_is_bounded() {
+        let field = |len: usize| format!(r#"[["a","{}"]]"#, "x".repeat(len));
+        let most = limits::HEAD_BYTES - 5;
+        assert!(AgentMessage::decode(&reply_text("200", &field(most))).is_ok());
+        assert!(AgentMessage::decode(&reply_text("200", &field(most + 1))).is_err());
+    }
+
+    #[test]
+    fn the_largest_head_fits_a_message_whatever_its_bytes() {
+        let mut headers = Headers::new();
+        // Every byte over 0x7f takes two bytes in UTF-8, every quote two in JSON.
+        headers.push(
+            "a".parse().unwrap(),
+            http::HeaderValue::from_bytes(&vec![0xff; limits::HEAD_BYTES - 5]).unwrap(),
+        );
+        let reply = AgentMessage::Reply(Reply {
+            token: "t".repeat(limits::TOKEN_BYTES).into(),
+            status: 200,
+            headers,
+            body: None,
+            end: true,
+        });
+        assert!(reply.encode().len() <= limits::MESSAGE_BYTES);
+    }
+
+    #[test]
+    fn the_envelope_shows_type_and_token_only() {
+        let text = reply_text("200", "[]");
+        let envelope = Envelope::peek(&text).unwrap();
+        assert!(envelope.answers_a_request());
+        assert_eq!(envelope.token.as_deref(), Some(TOKEN));
+        assert!(!Envelope::peek(r#"{"type":"hello"}"#).unwrap().answers_a_request());
+    }
+
+    #[test]
+    fn unknown_refusals_and_codecs_do_not_break_an_agent() {
+        let text = r#"{"type":"welcome","seq":1,"version":1,"connection_id":"a=","tunnels":[],
+            "refused":[{"name":"x","reason":"later"}],"heartbeat_ms":1,"lifetime_ms":1,"codecs":["zstd","x"]}"#;
+        let EdgeMessage::Welcome(welcome) = EdgeMessage::decode(text).unwrap() else { panic!("a welcome") };
+        assert_eq!(welcome.refused[0].reason, Refusal::Other);
+        assert_eq!(welcome.codecs, Codecs::all());
+    }
+}

@@ -1,1 +1,394 @@
-//! session.
+//! The control side of one agent connection over time, without IO: `hello` and `welcome`,
+//! heartbeats, the read deadline, the planned replacement and the way out of service.
+//!
+//! Enters: that the connection is open, control messages, the passing of time. Leaves: messages to
+//! send ([`Session::poll_transmit`]), when to be woken ([`Session::poll_timeout`]) and what the owner of
+//! the connection must know ([`Session::poll_event`]). Requests are not its business; the owner tells it
+//! that something arrived, because any message proves the link alive.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    body::Codecs,
+    id::{AgentId, TunnelName},
+    limits,
+    message::{AgentMessage, Heartbeat, Hello, VERSION, Welcome},
+};
+
+/// Who the agent is.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The agent process.
+    pub agent: AgentId,
+    /// The program and its version.
+    pub software: String,
+    /// Where in the last part of the connection's life the replacement falls, uniform in `[0, 1)`,
+    /// so that many agents that connected together do not come back together.
+    pub jitter: f64,
+}
+
+/// Why a connection is of no more use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Dead {
+    /// `hello` was not answered.
+    #[error("the edge did not answer hello in time")]
+    NoWelcome,
+    /// A heartbeat was not answered: the link is half open.
+    #[error("the edge did not answer a heartbeat in time")]
+    NoHeartbeat,
+}
+
+/// What the owner of the connection must know.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// The edge answered `hello`: these tunnels are open now. After [`Session::retire`] there are
+    /// none, and no new request will be dispatched here.
+    Welcomed(Welcome),
+    /// A new connection should take over; said once.
+    Replace,
+    /// The connection is dead and must be dropped; said once, and nothing follows.
+    Dead(Dead),
+}
+
+/// One connection's control state. Created when the connection is open.
+#[derive(Debug)]
+pub struct Session {
+    config: Config,
+    opened_at: Instant,
+    seq: u32,
+    hello_deadline: Option<Instant>,
+    heartbeat_interval: Duration,
+    heartbeat_at: Option<Instant>,
+    answer_deadline: Option<Instant>,
+    replace_at: Option<Instant>,
+    replace_planned: bool,
+    dead: bool,
+    transmit: VecDeque<AgentMessage<'static>>,
+    events: VecDeque<Event>,
+}
+
+impl Session {
+    /// The connection is open at `now` and shall serve `tunnels`: `hello` is the first message to send.
+    #[must_use]
+    pub fn new(config: Config, tunnels: &[TunnelName], now: Instant) -> Self {
+        let mut session = Self {
+            config,
+            opened_at: now,
+            seq: 0,
+            hello_deadline: None,
+            heartbeat_interval: limits::HEARTBEAT_INTERVAL,
+            heartbeat_at: None,
+            answer_deadline: None,
+            replace_at: None,
+            replace_planned: false,
+            dead: false,
+            transmit: VecDeque::new(),
+            events: VecDeque::new(),
+        };
+        session.serve(tunnels, now);
+        session
+    }
+
+    /// From now on this connection shall serve exactly `tunnels`.
+    pub fn serve(&mut self, tunnels: &[TunnelName], now: Instant) {
+        self.seq += 1;
+        self.hello_deadline = Some(now + limits::HEARTBEAT_ANSWER);
+        self.transmit.push_back(AgentMessage::Hello(Hello {
+            seq: self.seq,
+            version: VERSION,
+            agent: self.config.agent.clone(),
+            software: self.config.software.clone(),
+            tunnels: tunnels.iter().map(ToString::to_string).collect(),
+            codecs: Codecs::all(),
+        }));
+    }
+
+    /// Takes the connection out of service: it serves no tunnel any more, but stays alive for what is
+    /// in flight. [`Event::Replace`] will not be said again.
+    pub fn retire(&mut self, now: Instant) {
+        self.replace_at = None;
+        self.replace_planned = true;
+        self.serve(&[], now);
+    }
+
+    /// Any message arrived: the link is alive.
+    pub fn handle_alive(&mut self, now: Instant) {
+        self.answer_deadline = None;
+        if self.heartbeat_at.is_some() {
+            self.heartbeat_at = Some(now + self.heartbeat_interval);
+        }
+    }
+
+    /// The edge answered `hello`. An answer to an earlier `hello` than the last is dropped.
+    pub fn handle_welcome(&mut self, welcome: Welcome, now: Instant) {
+        self.handle_alive(now);
+        if welcome.seq != self.seq || self.hello_deadline.take().is_none() {
+            return;
+        }
+        self.heartbeat_interval = Duration::from_millis(welcome.heartbeat_ms)
+            .min(limits::CONNECTION_IDLE - limits::HEARTBEAT_ANSWER);
+        self.heartbeat_at = Some(now + self.heartbeat_interval);
+        if !self.replace_planned {
+            self.replace_planned = true;
+            self.replace_at = Some(self.opened_at + replace_after(welcome.lifetime_ms, self.config.jitter));
+        }
+        self.events.push_back(Event::Welcomed(welcome));
+    }
+
+    /// The edge asked for the connection to be replaced.
+    pub fn handle_drain(&mut self, now: Instant) {
+        self.handle_alive(now);
+        if self.replace_at.is_some() {
+            self.replace_at = Some(now);
+        }
+    }
+
+    /// Time has passed.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        if self.dead {
+            return;
+        }
+        let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        let dead = if due(self.hello_deadline) {
+            Some(Dead::NoWelcome)
+        } else if due(self.answer_deadline) {
+            Some(Dead::NoHeartbeat)
+        } else {
+            None
+        };
+        if let Some(dead) = dead {
+            self.dead = true;
+            self.transmit.clear();
+            self.events.push_back(Event::Dead(dead));
+            return;
+        }
+        if due(self.replace_at) {
+            self.replace_at = None;
+            self.events.push_back(Event::Replace);
+        }
+        if due(self.heartbeat_at) {
+            self.heartbeat_at = Some(now + self.heartbeat_interval);
+            self.answer_deadline.get_or_insert(now + limits::HEARTBEAT_ANSWER);
+            self.seq_heartbeat();
+        }
+    }
+
+    fn seq_heartbeat(&mut self) {
+        self.transmit.push_back(AgentMessage::Heartbeat(Heartbeat { seq: self.seq }));
+    }
+
+    /// The next message to send, if any.
+    pub fn poll_transmit(&mut self) -> Option<AgentMessage<'static>> {
+        self.transmit.pop_front()
+    }
+
+    /// The next thing to know, if any.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.events.pop_front()
+    }
+
+    /// When [`Session::handle_timeout`] wants to be called; `None` once the connection is dead.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        if self.dead {
+            return None;
+        }
+        [self.hello_deadline, self.answer_deadline, self.heartbeat_at, self.replace_at]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+}
+
+/// How long a connection that may live for `lifetime_ms` is used before it is replaced: an eighth of its
+/// life (15 minutes of two hours, the longest response) is left for what is in flight, and the sixteenth
+/// before that spreads the replacements.
+fn replace_after(lifetime_ms: u64, jitter: f64) -> Duration {
+    let sixteenth = Duration::from_millis(lifetime_ms) / 16;
+    sixteenth * 13 + sixteenth.mul_f64(jitter.clamp(0.0, 1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[expect(clippy::disallowed_methods, reason = "tests need some instant to count from")]
+    fn epoch() -> Instant {
+        Instant::now()
+    }
+
+    fn config() -> Config {
+        Config { agent: "a".parse().unwrap(), software: "test".into(), jitter: 0.5 }
+    }
+
+    fn tunnels() -> Vec<TunnelName> {
+        vec!["web".parse().unwrap()]
+    }
+
+    fn welcome(seq: u32) -> Welcome {
+        Welcome {
+            seq,
+            version: VERSION,
+            connection_id: "c=".parse().unwrap(),
+            tunnels: Vec::new(),
+            refused: Vec::new(),
+            heartbeat_ms: 25_000,
+            lifetime_ms: 7_200_000,
+            codecs: Codecs::default(),
+        }
+    }
+
+    /// A session, the time it lives in and an edge that answers until it is told to be silent.
+    struct Pair {
+        session: Session,
+        now: Instant,
+        silent: bool,
+        sent: Vec<AgentMessage<'static>>,
+        events: Vec<Event>,
+    }
+
+    impl Pair {
+        fn new() -> Self {
+            let now = epoch();
+            let mut pair = Self {
+                session: Session::new(config(), &tunnels(), now),
+                now,
+                silent: false,
+                sent: Vec::new(),
+                events: Vec::new(),
+            };
+            pair.settle();
+            pair
+        }
+
+        fn settle(&mut self) {
+            while let Some(message) = self.session.poll_transmit() {
+                if !self.silent {
+                    match &message {
+                        AgentMessage::Hello(hello) => {
+                            self.session.handle_welcome(welcome(hello.seq), self.now)
+                        }
+                        _ => self.session.handle_alive(self.now),
+                    }
+                }
+                self.sent.push(message);
+            }
+            self.events.extend(std::iter::from_fn(|| self.session.poll_event()));
+        }
+
+        /// Lets `duration` pass, stopping wherever the session wants to be woken.
+        fn drive(&mut self, duration: Duration) {
+            let end = self.now + duration;
+            while let Some(at) = self.session.poll_timeout().filter(|&at| at <= end) {
+                self.now = self.now.max(at);
+                self.session.handle_timeout(self.now);
+                self.settle();
+            }
+            self.now = end;
+        }
+
+        fn heartbeats(&self) -> usize {
+            self.sent.iter().filter(|message| matches!(message, AgentMessage::Heartbeat(_))).count()
+        }
+    }
+
+    #[test]
+    fn says_hello_then_heartbeats_then_asks_once_for_a_replacement() {
+        let mut pair = Pair::new();
+        assert!(matches!(&pair.sent[0], AgentMessage::Hello(hello) if hello.tunnels == ["web"]));
+        assert!(matches!(pair.events[..], [Event::Welcomed(_)]));
+        pair.drive(Duration::from_secs(100));
+        assert_eq!(pair.heartbeats(), 4);
+        pair.drive(Duration::from_secs(7_000));
+        assert_eq!(pair.events.iter().filter(|event| **event == Event::Replace).count(), 1);
+    }
+
+    #[test]
+    fn the_replacement_leaves_time_for_the_longest_response() {
+        for jitter in [0.0, 0.5, 0.999] {
+            let after = replace_after(7_200_000, jitter);
+            assert!(after + limits::REPLACE_AHEAD <= limits::CONNECTION_LIFETIME, "{after:?}");
+            assert!(after >= limits::CONNECTION_LIFETIME / 4 * 3);
+        }
+    }
+
+    #[test]
+    fn a_silent_edge_is_noticed_within_40_seconds() {
+        let mut pair = Pair::new();
+        pair.silent = true;
+        pair.drive(Duration::from_secs(40));
+        assert_eq!(pair.events.last(), Some(&Event::Dead(Dead::NoHeartbeat)));
+        assert_eq!(pair.session.poll_timeout(), None);
+        pair.drive(Duration::from_secs(1_000));
+        assert_eq!(pair.events.iter().filter(|event| matches!(event, Event::Dead(_))).count(), 1);
+    }
+
+    #[test]
+    fn an_unanswered_hello_is_noticed() {
+        let now = epoch();
+        let mut session = Session::new(config(), &tunnels(), now);
+        assert_eq!(session.poll_timeout(), Some(now + limits::HEARTBEAT_ANSWER));
+        session.handle_timeout(now + limits::HEARTBEAT_ANSWER);
+        assert_eq!(session.poll_event(), Some(Event::Dead(Dead::NoWelcome)));
+    }
+
+    #[test]
+    fn retiring_serves_nothing_and_asks_for_no_replacement() {
+        let mut pair = Pair::new();
+        pair.session.retire(pair.now);
+        pair.settle();
+        assert!(matches!(pair.sent.last(), Some(AgentMessage::Hello(hello)) if hello.tunnels.is_empty()));
+        pair.drive(Duration::from_secs(7_200));
+        assert!(!pair.events.contains(&Event::Replace));
+    }
+
+    #[test]
+    fn drain_asks_for_a_replacement_at_once_and_once() {
+        let mut pair = Pair::new();
+        pair.session.handle_drain(pair.now);
+        pair.session.handle_drain(pair.now);
+        pair.drive(Duration::from_secs(7_200));
+        assert_eq!(pair.events.iter().filter(|event| **event == Event::Replace).count(), 1);
+    }
+
+    #[test]
+    fn a_late_welcome_for_an_earlier_hello_is_dropped() {
+        let now = epoch();
+        let mut session = Session::new(config(), &tunnels(), now);
+        session.serve(&[], now);
+        session.handle_welcome(welcome(1), now);
+        assert_eq!(session.poll_event(), None);
+        session.handle_welcome(welcome(2), now);
+        assert!(matches!(session.poll_event(), Some(Event::Welcomed(_))));
+    }
+
+    proptest! {
+        /// Whatever happens in whatever order, nothing is sent or said after death.
+        #[test]
+        fn nothing_follows_death(steps in proptest::collection::vec((0u8..6, 0u64..60_000), 1..60)) {
+            let mut now = epoch();
+            let mut session = Session::new(config(), &tunnels(), now);
+            let mut dead = false;
+            for (step, ms) in steps {
+                now += Duration::from_millis(ms);
+                match step {
+                    0 => session.handle_alive(now),
+                    1 => session.handle_welcome(welcome(session.seq), now),
+                    2 => session.handle_drain(now),
+                    _ => session.handle_timeout(now),
+                }
+                while let Some(event) = session.poll_event() {
+                    prop_assert!(!dead || !matches!(event, Event::Dead(_)), "{event:?} after death");
+                    dead |= matches!(event, Event::Dead(_));
+                }
+                let sent = std::iter::from_fn(|| session.poll_transmit()).count();
+                prop_assert!(!(dead && sent > 0));
+            }
+        }
+    }
+}
