@@ -90,6 +90,8 @@ impl Config {
         let or = |name, default: &str| text(name).map(|value| value.unwrap_or_else(|| default.into()));
         let revoked = match text(ENV_REVOKED)? {
             None => Revoked::default(),
+            // An array would be read as the fields in their order.
+            Some(json) if !json.trim_start().starts_with('{') => return Err(ConfigError::Revoked),
             Some(json) => serde_json::from_str(&json).map_err(|_| ConfigError::Revoked)?,
         };
         let rules = Rules {
@@ -113,7 +115,9 @@ impl Config {
                 let root = lookup(ENV_TASK_ROOT).unwrap_or_default();
                 fixed(ENV_JWKS_FILE, &read(&Path::new(&root).join(path)).map_err(ConfigError::File)?)?
             }
-            (None, None, Some(url)) => KeySource::Remote(Remote::new(&url, secret).map_err(ConfigError::Url)?),
+            (None, None, Some(url)) => {
+                KeySource::Remote(Remote::new(&url, secret).map_err(ConfigError::Url)?)
+            }
             (None, None, None) if secret.is_empty() => return Err(ConfigError::NoKey),
             (None, None, None) => KeySource::Fixed(secret),
             _ => return Err(ConfigError::SeveralSets),
@@ -136,12 +140,12 @@ mod tests {
 
     use super::*;
 
-    const JWKS: &str =
-        r#"{"keys":[{"kty":"OKP","crv":"Ed25519","kid":"a","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}"#;
+    const JWKS: &str = r#"{"keys":[{"kty":"OKP","crv":"Ed25519","kid":"a","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}"#;
     const SECRET: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
 
     fn config(variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
-        let lookup = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
+        let lookup =
+            |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
         Config::from_lookup(lookup)
     }
 
@@ -150,7 +154,9 @@ mod tests {
         assert!(matches!(config(&[]), Err(ConfigError::NoKey)));
         assert!(matches!(config(&[(ENV_TOKEN_ISSUER, "x")]), Err(ConfigError::NoKey)));
         for name in [ENV_JWKS, ENV_JWKS_FILE, ENV_JWKS_URL, ENV_HS256_SECRET, ENV_TOKEN_ISSUER, ENV_REVOKED] {
-            assert!(matches!(config(&[(ENV_JWKS, JWKS), (name, " ")][1..]), Err(ConfigError::Empty(n)) if n == name));
+            assert!(
+                matches!(config(&[(ENV_JWKS, JWKS), (name, " ")][1..]), Err(ConfigError::Empty(n)) if n == name)
+            );
         }
     }
 
@@ -165,7 +171,9 @@ mod tests {
     fn sets_and_a_secret_go_together_and_two_sets_do_not() {
         let keys = config(&[(ENV_JWKS, JWKS), (ENV_HS256_SECRET, SECRET)]).unwrap().keys;
         assert!(matches!(keys, KeySource::Fixed(keys) if keys.len() == 2));
-        assert!(matches!(config(&[(ENV_HS256_SECRET, SECRET)]).unwrap().keys, KeySource::Fixed(keys) if keys.len() == 1));
+        assert!(
+            matches!(config(&[(ENV_HS256_SECRET, SECRET)]).unwrap().keys, KeySource::Fixed(keys) if keys.len() == 1)
+        );
         let both = config(&[(ENV_JWKS, JWKS), (ENV_JWKS_URL, "https://id.example.com/jwks")]);
         assert!(matches!(both, Err(ConfigError::SeveralSets)));
     }
@@ -185,20 +193,28 @@ mod tests {
 
     #[test]
     fn errors_hold_no_value() {
-        for (name, value) in [(ENV_JWKS, "{secret}"), (ENV_HS256_SECRET, "secret!"), (ENV_JWKS_URL, "http://secret/")] {
+        for (name, value) in
+            [(ENV_JWKS, "{secret}"), (ENV_HS256_SECRET, "secret!"), (ENV_JWKS_URL, "http://secret/")]
+        {
             let error = config(&[(name, value)]).unwrap_err();
-            let text = format!("{error} {error:?} {}", error.source().map(ToString::to_string).unwrap_or_default());
-            assert!(!text.contains("secret!") && !text.contains("//secret") && !text.contains("{secret}"), "{text}");
+            let text =
+                format!("{error} {error:?} {}", error.source().map(ToString::to_string).unwrap_or_default());
+            assert!(
+                !text.contains("secret!") && !text.contains("//secret") && !text.contains("{secret}"),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn the_list_of_revoked_is_exact() {
-        let list = |json: &str| config(&[(ENV_JWKS, JWKS), (ENV_REVOKED, json)]).map(|config| config.rules.revoked);
+        let list =
+            |json: &str| config(&[(ENV_JWKS, JWKS), (ENV_REVOKED, json)]).map(|config| config.rules.revoked);
         let revoked = list(r#"{"token_ids":["t1"],"owners":["acme"]}"#).unwrap();
         assert!(revoked.token_ids.contains("t1") && revoked.owners.contains(&"acme".parse().unwrap()));
         assert!(list(r#"{"owners":["acme"]}"#).is_ok());
-        for bad in ["[]x", "t1", r#"{"owner":["acme"]}"#, r#"{"owners":"acme"}"#, r#"{"owners":[""]}"#] {
+        for bad in ["[]", "{}x", "t1", r#"{"owner":["acme"]}"#, r#"{"owners":"acme"}"#, r#"{"owners":[""]}"#]
+        {
             assert!(matches!(list(bad), Err(ConfigError::Revoked)), "{bad}");
         }
     }

@@ -22,7 +22,7 @@ pub(crate) enum Json {
     /// A string.
     Text(String),
     /// An array.
-    Array(Vec<Json>),
+    Array(Vec<Self>),
     /// An object.
     Object(Object),
 }
@@ -142,7 +142,8 @@ mod tests {
 
     #[test]
     fn integers_are_integers() {
-        let value = |text: &str| Json::object(format!("{{\"n\":{text}}}").as_bytes()).map(|o| o["n"].as_integer());
+        let value =
+            |text: &str| Json::object(format!("{{\"n\":{text}}}").as_bytes()).map(|o| o["n"].as_integer());
         assert_eq!(value("18446744073709551615"), Some(Some(u64::MAX)));
         for other in ["1.0", "1e3", "-1", "-0", "18446744073709551616", "\"1\"", "true", "null"] {
             assert_eq!(value(other), Some(None), "{other}");

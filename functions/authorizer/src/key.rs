@@ -46,7 +46,9 @@ pub enum KeyError {
     #[error("two keys have the same id")]
     Duplicate,
     /// None of the keys can be used here.
-    #[error("the JWK set has no usable key (Ed25519, P-256, or RSA of at least 2048 bits, each with a \"kid\")")]
+    #[error(
+        "the JWK set has no usable key (Ed25519, P-256, or RSA of at least 2048 bits, each with a \"kid\")"
+    )]
     Empty,
     /// The secret is not base64.
     #[error("the secret is not base64")]
@@ -160,7 +162,8 @@ fn usable_key(jwk: &Object) -> Option<(String, Key)> {
     let says = |name: &str, wanted: &str| jwk.get(name).is_none_or(|value| value.as_text() == Some(wanted));
 
     let id = text("kid").filter(|id| !id.is_empty() && id.len() <= KEY_ID_BYTES)?;
-    let verifies = jwk.get("key_ops").is_none_or(|ops| ops.as_texts().is_some_and(|ops| ops.contains(&"verify")));
+    let verifies =
+        jwk.get("key_ops").is_none_or(|ops| ops.as_texts().is_some_and(|ops| ops.contains(&"verify")));
     if !says("use", "sig") || !verifies {
         return None;
     }
@@ -174,7 +177,8 @@ fn usable_key(jwk: &Object) -> Option<(String, Key)> {
         ("RSA", None) => {
             let modulus = bytes("n").filter(|n| RSA_MODULUS_BYTES.contains(&n.len()) && n[0] >= 0x80)?;
             // 3 is the least exponent that signs anything; with 1 every message is its own signature.
-            let exponent = bytes("e").filter(|e| e.len() <= 4 && *e != [1] && e.last().is_some_and(|b| b % 2 == 1))?;
+            let exponent =
+                bytes("e").filter(|e| e.len() <= 4 && *e != [1] && e.last().is_some_and(|b| b % 2 == 1))?;
             ("RS256", Algorithm::RS256, DecodingKey::from_rsa_raw_components(&modulus, &exponent))
         }
         _ => return None,
@@ -209,7 +213,8 @@ mod tests {
             ed(r#","kid":"b","key_ops":["sign"]"#),
             ed(r#","kid":"b","key_ops":"verify""#),
             ed(r#","kid":"b","alg":"HS256""#),
-            r#"{"kty":"OKP","crv":"X25519","kid":"b","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}"#.into(),
+            r#"{"kty":"OKP","crv":"X25519","kid":"b","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}"#
+                .into(),
             r#"{"kty":"OKP","crv":"Ed25519","kid":"b","x":"AAAA"}"#.into(),
             r#"{"kty":"EC","crv":"P-384","kid":"b","x":"AAAA","y":"AAAA"}"#.into(),
             r#"{"kty":"EC","crv":"P-256","kid":"b","x":"AAAA"}"#.into(),
@@ -228,7 +233,10 @@ mod tests {
         let key = ed(r#","kid":"a""#);
         assert_eq!(set(&[key.clone(), key.clone()]).err(), Some(KeyError::Duplicate));
         assert_eq!(set(&[key.clone(), ed(r#","kid":"b","d":"AA""#)]).err(), Some(KeyError::Private));
-        assert_eq!(set(&[key.clone(), r#"{"kty":"oct","kid":"c","k":"AA"}"#.into()]).err(), Some(KeyError::Private));
+        assert_eq!(
+            set(&[key.clone(), r#"{"kty":"oct","kid":"c","k":"AA"}"#.into()]).err(),
+            Some(KeyError::Private)
+        );
         assert_eq!(set(&[ed(r#","kid":"a","kid":"b""#)]).err(), Some(KeyError::Malformed));
         for text in ["", "[]", "{}", r#"{"keys":{}}"#, r#"{"keys":[1]}"#] {
             assert_eq!(KeySet::from_jwks(text.as_bytes()).err(), Some(KeyError::Malformed), "{text}");

@@ -100,7 +100,9 @@ impl Authorizer {
         let config = self.0.as_ref().ok_or(Reason::NotConfigured)?;
         let token = verify::parse(token)?;
         let found = match &config.keys {
-            KeySource::Fixed(keys) => keys.get(token.key_id()).cloned().map_or(Lookup::Unknown, Lookup::Found),
+            KeySource::Fixed(keys) => {
+                keys.get(token.key_id()).cloned().map_or(Lookup::Unknown, Lookup::Found)
+            }
             KeySource::Remote(remote) => remote.find(token.key_id(), now).await,
         };
         match found {
@@ -118,7 +120,8 @@ enum Decision {
 }
 
 fn refuse(arn: Option<&str>, Refusal { reason, key_id, owner }: &Refusal) -> Policy {
-    let (key_id, owner) = (key_id.as_ref().map(tracing::field::display), owner.as_ref().map(tracing::field::display));
+    let (key_id, owner) =
+        (key_id.as_ref().map(tracing::field::display), owner.as_ref().map(tracing::field::display));
     tracing::warn!(%reason, key_id, owner, "agent connection refused");
     Policy::deny(arn)
 }

@@ -191,8 +191,9 @@ pub fn parse(token: &str) -> Result<UnverifiedToken<'_>, Reason> {
     else {
         return Err(Reason::Malformed);
     };
-    let is_base64url =
-        |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
+    let is_base64url = |part: &str| {
+        !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+    };
     if ![header, claims, signature].into_iter().all(is_base64url) {
         return Err(Reason::Malformed);
     }
@@ -200,7 +201,8 @@ pub fn parse(token: &str) -> Result<UnverifiedToken<'_>, Reason> {
     let header = Json::object(&header).ok_or(Reason::Header)?;
     // RFC 7515 §4.1: where to find a key (never followed), extensions that must be understood (none
     // is), and RFC 7516's parameters of an encrypted token (none is read).
-    if ["jku", "jwk", "x5u", "x5c", "crit", "b64", "enc", "zip"].iter().any(|name| header.contains_key(*name)) {
+    if ["jku", "jwk", "x5u", "x5c", "crit", "b64", "enc", "zip"].iter().any(|name| header.contains_key(*name))
+    {
         return Err(Reason::HeaderParameter);
     }
     let is_jwt = |typ: &Json| {
@@ -211,7 +213,8 @@ pub fn parse(token: &str) -> Result<UnverifiedToken<'_>, Reason> {
     }
     let text = |name: &str| header.get(name).and_then(Json::as_text);
     let algorithm = text("alg").ok_or(Reason::Header)?;
-    let key_id = text("kid").filter(|id| !id.is_empty() && id.len() <= KEY_ID_BYTES).ok_or(Reason::UnknownKey)?;
+    let key_id =
+        text("kid").filter(|id| !id.is_empty() && id.len() <= KEY_ID_BYTES).ok_or(Reason::UnknownKey)?;
     Ok(UnverifiedToken { token, key_id: key_id.into(), algorithm: algorithm.into() })
 }
 
@@ -225,7 +228,8 @@ impl UnverifiedToken<'_> {
     /// The refusal of this token for `reason`, before anything of it is proved.
     #[must_use]
     pub fn refused(&self, reason: Reason) -> Refusal {
-        let shown = self.key_id.len() <= SHOWN_KEY_ID_BYTES && self.key_id.bytes().all(|b| b.is_ascii_graphic());
+        let shown =
+            self.key_id.len() <= SHOWN_KEY_ID_BYTES && self.key_id.bytes().all(|b| b.is_ascii_graphic());
         Refusal { reason, key_id: shown.then(|| KeyId(self.key_id.clone())), owner: None }
     }
 
