@@ -2,6 +2,8 @@
 
 use std::{io, path::Path};
 
+use edge::config::Env;
+
 use crate::{
     key::{JWKS_BYTES, KeyError, KeySet},
     remote::{Remote, RemoteError},
@@ -43,9 +45,6 @@ pub enum ConfigError {
     /// More than one JWK set.
     #[error("set only one of {ENV_JWKS}, {ENV_JWKS_FILE} and {ENV_JWKS_URL}")]
     SeveralSets,
-    /// A variable is there and empty.
-    #[error("{0} is empty")]
-    Empty(&'static str),
     /// The keys of a variable are refused.
     #[error("{0} is refused")]
     Key(&'static str, #[source] KeyError),
@@ -77,42 +76,38 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads the configuration through `lookup`; an absent variable is `None`.
+    /// Reads the configuration. A variable that is empty counts as absent, as everywhere in the edge.
     ///
     /// # Errors
     ///
     /// [`ConfigError`], after which nothing may be accepted.
-    pub fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Result<Self, ConfigError> {
-        let text = |name: &'static str| match lookup(name) {
-            Some(value) if value.trim().is_empty() => Err(ConfigError::Empty(name)),
-            value => Ok(value),
-        };
-        let or = |name, default: &str| text(name).map(|value| value.unwrap_or_else(|| default.into()));
-        let revoked = match text(ENV_REVOKED)? {
+    pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
+        let or = |name, default: &str| env.optional(name).unwrap_or_else(|| default.into());
+        let revoked = match env.optional(ENV_REVOKED) {
             None => Revoked::default(),
             // An array would be read as the fields in their order.
             Some(json) if !json.trim_start().starts_with('{') => return Err(ConfigError::Revoked),
             Some(json) => serde_json::from_str(&json).map_err(|_| ConfigError::Revoked)?,
         };
         let rules = Rules {
-            issuer: or(ENV_TOKEN_ISSUER, DEFAULT_TOKEN_ISSUER)?,
-            audience: or(ENV_TOKEN_AUDIENCE, DEFAULT_TOKEN_AUDIENCE)?,
-            owner_claim: or(ENV_OWNER_CLAIM, DEFAULT_OWNER_CLAIM)?,
+            issuer: or(ENV_TOKEN_ISSUER, DEFAULT_TOKEN_ISSUER),
+            audience: or(ENV_TOKEN_AUDIENCE, DEFAULT_TOKEN_AUDIENCE),
+            owner_claim: or(ENV_OWNER_CLAIM, DEFAULT_OWNER_CLAIM),
             revoked,
         };
 
         let mut secret = KeySet::default();
-        if let Some(text) = text(ENV_HS256_SECRET)? {
+        if let Some(text) = env.optional(ENV_HS256_SECRET) {
             secret.add_secret(&text).map_err(|error| ConfigError::Key(ENV_HS256_SECRET, error))?;
         }
         let fixed = |name, jwks: &[u8]| {
             let keys = KeySet::from_jwks(jwks).and_then(|keys| keys.merged(&secret));
             keys.map(KeySource::Fixed).map_err(|error| ConfigError::Key(name, error))
         };
-        let keys = match (text(ENV_JWKS)?, text(ENV_JWKS_FILE)?, text(ENV_JWKS_URL)?) {
+        let keys = match (env.optional(ENV_JWKS), env.optional(ENV_JWKS_FILE), env.optional(ENV_JWKS_URL)) {
             (Some(jwks), None, None) => fixed(ENV_JWKS, jwks.as_bytes())?,
             (None, Some(path), None) => {
-                let root = lookup(ENV_TASK_ROOT).unwrap_or_default();
+                let root = env.optional(ENV_TASK_ROOT).unwrap_or_default();
                 fixed(ENV_JWKS_FILE, &read(&Path::new(&root).join(path)).map_err(ConfigError::File)?)?
             }
             (None, None, Some(url)) => {
@@ -146,17 +141,16 @@ mod tests {
     fn config(variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
         let lookup =
             |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
-        Config::from_lookup(lookup)
+        Config::from_env(&Env::new(&lookup))
     }
 
     #[test]
     fn without_a_key_there_is_no_configuration() {
         assert!(matches!(config(&[]), Err(ConfigError::NoKey)));
         assert!(matches!(config(&[(ENV_TOKEN_ISSUER, "x")]), Err(ConfigError::NoKey)));
-        for name in [ENV_JWKS, ENV_JWKS_FILE, ENV_JWKS_URL, ENV_HS256_SECRET, ENV_TOKEN_ISSUER, ENV_REVOKED] {
-            assert!(
-                matches!(config(&[(ENV_JWKS, JWKS), (name, " ")][1..]), Err(ConfigError::Empty(n)) if n == name)
-            );
+        for name in [ENV_JWKS, ENV_JWKS_FILE, ENV_JWKS_URL, ENV_HS256_SECRET] {
+            assert!(matches!(config(&[(name, "")]), Err(ConfigError::NoKey)));
+            assert!(config(&[(name, " ")]).is_err());
         }
     }
 

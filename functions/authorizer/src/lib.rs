@@ -12,12 +12,10 @@
 //!
 //! It reads no table and calls nothing but, if so configured, the identity provider's JWK set.
 
-use std::{
-    process::ExitCode,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::process::ExitCode;
 
 use aws_lambda_events::apigw::ApiGatewayCustomAuthorizerRequestTypeRequest as Event;
+use edge::config::Env;
 use lambda_runtime::{Diagnostic, LambdaEvent, service_fn};
 use serde_json::value::RawValue;
 
@@ -129,7 +127,8 @@ fn refuse(arn: Option<&str>, Refusal { reason, key_id, owner }: &Refusal) -> Pol
 /// Runs the function under Lambda's Runtime API until its environment ends.
 #[must_use]
 pub fn run() -> ExitCode {
-    let authorizer = Authorizer::new(Config::from_lookup(|name| std::env::var(name).ok()));
+    edge::telemetry::init();
+    let authorizer = Authorizer::new(Config::from_env(&Env::process()));
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -138,7 +137,7 @@ pub fn run() -> ExitCode {
         }
     };
     let serve = lambda_runtime::run(service_fn(async |event: LambdaEvent<Box<RawValue>>| {
-        authorizer.answer(event.payload.get(), now()).await
+        authorizer.answer(event.payload.get(), edge::unix_now()).await
     }));
     match runtime.block_on(serve) {
         Ok(()) => ExitCode::SUCCESS,
@@ -147,9 +146,4 @@ pub fn run() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-fn now() -> u64 {
-    // A clock before 1970 makes every token one from the future.
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
 }

@@ -1,8 +1,10 @@
 //! Every known way to get in without a good token, and the ways to get in with one.
 
+#![expect(clippy::unwrap_used, reason = "a test that panics has failed")]
+
 use authorizer::{
     Authorizer, Error,
-    config::Config,
+    config::{Config, ConfigError},
     key::KeySet,
     verify::{self, Identity, LIFETIME, Reason, Revoked, Rules, SKEW},
 };
@@ -20,6 +22,7 @@ use base64::{
     Engine as _,
     engine::general_purpose::{STANDARD, URL_SAFE, URL_SAFE_NO_PAD},
 };
+use edge::config::Env;
 use serde_json::{Value, json};
 
 const NOW: u64 = 1_800_000_000;
@@ -172,8 +175,12 @@ fn verify_at(token: &str, set: &KeySet, now: u64) -> Result<Identity, Reason> {
     token.verify(key, &rules(), now).map_err(|refusal| refusal.reason)
 }
 
+fn configured(lookup: impl Fn(&str) -> Option<String>) -> Result<Config, ConfigError> {
+    Config::from_env(&Env::new(&lookup))
+}
+
 fn authorizer(jwks: &str) -> Authorizer {
-    Authorizer::new(Config::from_lookup(|name| match name {
+    Authorizer::new(configured(|name| match name {
         "TUNNEL_JWKS" => Some(jwks.to_owned()),
         "TUNNEL_HS256_SECRET" => Some(STANDARD.encode(SECRET)),
         "TUNNEL_REVOKED" => Some(r#"{"token_ids":["stolen"],"owners":["mallory"]}"#.into()),
@@ -1008,7 +1015,7 @@ async fn credentials_that_are_no_single_bearer_token_are_refused() {
 #[tokio::test]
 async fn without_a_credential_the_answer_is_the_error_that_becomes_401() {
     let keys = Keys::new();
-    for authorizer in [authorizer(&keys.jwks()), Authorizer::new(Config::from_lookup(|_| None))] {
+    for authorizer in [authorizer(&keys.jwks()), Authorizer::new(configured(|_| None))] {
         for event in
             [event(&[], &[]), event(&[("Cookie", "token=x")], &[("Token", "x"), ("access_token", "x")])]
         {
@@ -1037,18 +1044,18 @@ async fn without_a_usable_configuration_everything_is_refused() {
     let jwks = keys.jwks();
     let broken = |name: &'static str, value: &'static str| {
         let jwks = jwks.clone();
-        Config::from_lookup(move |asked| match asked {
+        configured(move |asked| match asked {
             _ if asked == name => Some(value.to_owned()),
             "TUNNEL_JWKS" => Some(jwks.clone()),
             _ => None,
         })
     };
     for config in [
-        Config::from_lookup(|_| None),
+        configured(|_| None),
         broken("TUNNEL_JWKS", "{}"),
         broken("TUNNEL_HS256_SECRET", "c2hvcnQ="),
         broken("TUNNEL_JWKS_URL", "https://id.example.com/jwks"),
-        broken("TUNNEL_TOKEN_AUDIENCE", ""),
+        broken("TUNNEL_JWKS_FILE", "jwks.json"),
         broken("TUNNEL_REVOKED", "stolen"),
     ] {
         assert!(config.is_err());
@@ -1060,7 +1067,7 @@ async fn without_a_usable_configuration_everything_is_refused() {
 async fn another_issuer_audience_and_owner_claim_can_be_configured() {
     let keys = Keys::new();
     let jwks = keys.jwks();
-    let authorizer = Authorizer::new(Config::from_lookup(|name| match name {
+    let authorizer = Authorizer::new(configured(|name| match name {
         "TUNNEL_JWKS" => Some(jwks.clone()),
         "TUNNEL_TOKEN_ISSUER" => Some("https://id.example.com/".into()),
         "TUNNEL_TOKEN_AUDIENCE" => Some("edge".into()),
