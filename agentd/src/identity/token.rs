@@ -106,14 +106,16 @@ impl Claims {
             kid: &'a str,
         }
         let header = Header { alg: keys.algorithm(), typ: "JWT", kid: keys.id() };
-        let header = serde_json::to_vec(&header).expect("strings are JSON");
-        let claims = serde_json::to_vec(self).expect("strings and numbers are JSON");
-        let mut token = format!("{}.{}", URL_SAFE_NO_PAD.encode(header), URL_SAFE_NO_PAD.encode(claims));
+        let mut token = format!("{}.{}", encode(&header), encode(self));
         let signature = keys.sign(token.as_bytes()).map_err(|_| IssueError::Crypto)?;
         token.push('.');
         URL_SAFE_NO_PAD.encode_string(signature, &mut token);
         if token.len() > TOKEN_BYTES { Err(IssueError::TooLarge) } else { Ok(token) }
     }
+}
+
+fn encode(part: &impl Serialize) -> String {
+    URL_SAFE_NO_PAD.encode(serde_json::to_vec(part).expect("strings and numbers are JSON"))
 }
 
 /// Says what a token claims, one claim a line, at the Unix time `now`; nothing of it can be used as a
