@@ -221,8 +221,12 @@ mod tests {
 
     const NOW: u64 = 1_800_000_000;
 
+    fn parsed<T: std::str::FromStr<Err = proto::id::IdError>>(text: &str) -> T {
+        text.parse().unwrap()
+    }
+
     fn claims(tunnels: &str, secs: u64) -> Result<Claims, IssueError> {
-        Claims::new(&"acme".parse().unwrap(), &tunnels.parse().unwrap(), NOW, Duration::from_secs(secs))
+        Claims::new(&parsed("acme"), &parsed(tunnels), NOW, Duration::from_secs(secs))
     }
 
     #[test]
