@@ -2,8 +2,6 @@
 //!
 //! The private keys of these files were thrown away; the tokens end with the quarter they are for.
 
-#![expect(clippy::unwrap_used, reason = "a test that panics has failed")]
-
 use authorizer::{
     config::Config,
     key::KeySet,
