@@ -159,7 +159,8 @@ impl Connection {
     pub async fn answer(&mut self, method: &str) -> Answer {
         let mut answer = self.head().await;
         let length = answer.field("content-length").map(|length| length.parse::<usize>().unwrap());
-        let chunked = answer.field("transfer-encoding").is_some_and(|coding| coding.eq_ignore_ascii_case("chunked"));
+        let chunked =
+            answer.field("transfer-encoding").is_some_and(|coding| coding.eq_ignore_ascii_case("chunked"));
         if method == "HEAD" || matches!(answer.status, 204 | 304) {
             answer.complete = true;
         } else if chunked {
@@ -182,10 +183,15 @@ impl Connection {
                 if let Some(at) = self.buffer.windows(4).position(|window| window == b"\r\n\r\n") {
                     break at + 4;
                 }
-                assert!(self.more().await, "the connection ended before a head: {:?}", String::from_utf8_lossy(&self.buffer));
+                assert!(
+                    self.more().await,
+                    "the connection ended before a head: {:?}",
+                    String::from_utf8_lossy(&self.buffer)
+                );
             };
             let head: Vec<u8> = self.buffer.drain(..end).collect();
-            let mut lines = head[..end - 4].split(|&b| b == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+            let mut lines =
+                head[..end - 4].split(|&b| b == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
             let status_line = String::from_utf8_lossy(lines.next().unwrap()).into_owned();
             let status: u16 = status_line.split(' ').nth(1).unwrap().parse().unwrap();
             if status < 200 {
@@ -193,7 +199,10 @@ impl Connection {
             }
             let fields = lines.map(|line| {
                 let colon = line.iter().position(|&b| b == b':').unwrap();
-                (String::from_utf8_lossy(&line[..colon]).into_owned(), line[colon + 1..].trim_ascii().to_owned())
+                (
+                    String::from_utf8_lossy(&line[..colon]).into_owned(),
+                    line[colon + 1..].trim_ascii().to_owned(),
+                )
             });
             return Answer { status, fields: fields.collect(), body: Vec::new(), complete: false };
         }

@@ -3,7 +3,12 @@
 //!
 //! Everything listens on port 0 and ends with the value that started it, also when a test fails.
 
-#![allow(clippy::unwrap_used, clippy::missing_panics_doc, clippy::unwrap_in_result, reason = "this is test code")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::missing_panics_doc,
+    clippy::unwrap_in_result,
+    reason = "this is test code"
+)]
 
 pub mod client;
 pub mod process;
@@ -130,9 +135,12 @@ impl Local {
         let own = self.process.id();
         let mut found = Vec::new();
         for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
             let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
-            let parent = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse::<u32>().ok());
+            let parent =
+                stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse::<u32>().ok());
             if parent == Some(own) {
                 let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
                 let words: Vec<_> = command.split(|&b| b == 0).map(String::from_utf8_lossy).collect();

@@ -59,13 +59,11 @@ impl Process {
     }
 
     /// Waits until it has printed a line like that, and returns the first one.
-    #[must_use]
     pub fn wait_for_line(&self, like: impl Fn(&str) -> bool) -> String {
         self.wait_for_lines(1, like).pop().unwrap()
     }
 
     /// Waits until it has printed `count` lines like that.
-    #[must_use]
     pub fn wait_for_lines(&self, count: usize, like: impl Fn(&str) -> bool) -> Vec<String> {
         let begun = Instant::now();
         let mut output = self.output.lines.lock().unwrap();

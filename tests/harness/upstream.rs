@@ -55,17 +55,22 @@ impl Conn {
             self.more().await?;
         };
         let head: Vec<u8> = self.buffer.drain(..end).collect();
-        let mut lines = head[..end - 4].split(|&b| b == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+        let mut lines =
+            head[..end - 4].split(|&b| b == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
         let line = String::from_utf8_lossy(lines.next().unwrap()).into_owned();
         let fields: Vec<(String, Vec<u8>)> = lines
             .map(|line| {
                 let colon = line.iter().position(|&b| b == b':').unwrap();
-                (String::from_utf8_lossy(&line[..colon]).into_owned(), line[colon + 1..].trim_ascii_start().to_owned())
+                (
+                    String::from_utf8_lossy(&line[..colon]).into_owned(),
+                    line[colon + 1..].trim_ascii_start().to_owned(),
+                )
             })
             .collect();
         let mut recorded = Recorded { line, fields, body: Vec::new() };
         assert!(recorded.all("transfer-encoding").is_empty(), "the agent knows every length");
-        let length: usize = recorded.all("content-length").first().map_or(0, |length| length.parse().unwrap());
+        let length: usize =
+            recorded.all("content-length").first().map_or(0, |length| length.parse().unwrap());
         while self.buffer.len() < length {
             self.more().await?;
         }
@@ -80,7 +85,8 @@ impl Conn {
 
     /// A whole answer with a length.
     pub async fn answer(&mut self, status: &str, fields: &str, body: &[u8]) -> bool {
-        let mut bytes = format!("HTTP/1.1 {status}\r\n{fields}Content-Length: {}\r\n\r\n", body.len()).into_bytes();
+        let mut bytes =
+            format!("HTTP/1.1 {status}\r\n{fields}Content-Length: {}\r\n\r\n", body.len()).into_bytes();
         bytes.extend_from_slice(body);
         self.write(bytes).await
     }
