@@ -1,1 +1,3 @@
 //! The whole edge on one machine, without AWS.
+
+pub mod lambda;
