@@ -1,3 +1,9 @@
 //! The whole edge on one machine, without AWS.
 
+pub mod chaos;
+pub mod clock;
+pub mod connections;
+pub mod counters;
 pub mod lambda;
+pub mod latency;
+pub mod public;
