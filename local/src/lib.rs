@@ -1,5 +1,7 @@
 //! The whole edge on one machine, without AWS.
 
+pub mod agents;
+pub mod calendar;
 pub mod chaos;
 pub mod clock;
 pub mod connections;

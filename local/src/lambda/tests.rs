@@ -24,7 +24,7 @@ enum Order {
     Endless,
 }
 
-type Chunks = stream::BoxStream<'static, Result<Bytes, std::io::Error>>;
+type Chunks = stream::BoxStream<'static, Result<Bytes, io::Error>>;
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 async fn obey(event: LambdaEvent<Order>) -> Result<FunctionResponse<String, Chunks>, Failure> {
