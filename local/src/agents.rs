@@ -6,12 +6,7 @@
 
 mod event;
 
-use std::{
-    convert::Infallible,
-    net::SocketAddr,
-    sync::Arc,
-    time::Duration,
-};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{
@@ -315,18 +310,14 @@ impl Session {
             source_ip: self.context.source_ip.to_string(),
             user_agent: self.context.user_agent.clone(),
         };
-        let (handle, posts) = self.server.api.connections.open(
-            self.context.connection.clone(),
-            identity,
-            POSTS_WAITING,
-        );
+        let (handle, posts) =
+            self.server.api.connections.open(self.context.connection.clone(), identity, POSTS_WAITING);
         let handle = Arc::new(handle);
         let (sink, stream) = socket.split();
         // Room for the answer of each message in flight: none of them waits while it holds its place.
         let (answers, answered) = mpsc::channel(MESSAGES_IN_FLIGHT);
         let stop_writing = CancellationToken::new();
-        let writer =
-            Writer { sink, posts, answers: answered, timeout: self.server.api.write_timeout };
+        let writer = Writer { sink, posts, answers: answered, timeout: self.server.api.write_timeout };
         let mut writing = tokio::spawn(writer.run(stop_writing.clone()));
         let mut reader = Reader { session: &self, handle: handle.clone(), stream, answers };
         let mut early = None;
@@ -447,7 +438,9 @@ fn end_of(error: &tungstenite::Error) -> End {
     match error {
         tungstenite::Error::Capacity(_) => End::Close(1009, "Message too long"),
         tungstenite::Error::Utf8(_) => End::Close(1007, "Invalid UTF-8"),
-        tungstenite::Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake) => End::Cut,
+        tungstenite::Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake) => {
+            End::Cut
+        }
         tungstenite::Error::Protocol(_) => End::Close(1002, "Protocol error"),
         _ => End::Cut,
     }

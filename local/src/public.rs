@@ -459,7 +459,7 @@ fn respond(
         && !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED | StatusCode::RESET_CONTENT);
     let answer = if has_body {
         let ends_with_connection = version < Version::HTTP_11 && length.is_none();
-        Answer::Stream { body, left: length, notes: ends_with_connection.then_some(notes) }
+        Answer::Stream { body, left: length, notes: ends_with_connection.then_some(notes), is_broken: false }
     } else {
         tokio::spawn(finish(body));
         Answer::Bodiless
@@ -492,6 +492,8 @@ enum Answer {
         left: Option<u64>,
         /// Where to have the connection reset, when its end is the end of the body.
         notes: Option<SharedNotes>,
+        /// Whether it has turned out to be broken.
+        is_broken: bool,
     },
 }
 
@@ -508,11 +510,14 @@ impl Body for Answer {
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
-        let (body, left, notes) = match self.get_mut() {
+        let (body, left, notes, is_broken) = match self.get_mut() {
             Self::Whole(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Bodiless => return Poll::Ready(None),
-            Self::Stream { body, left, notes } => (body, left, notes),
+            Self::Stream { body, left, notes, is_broken } => (body, left, notes, is_broken),
         };
+        if *is_broken {
+            return Poll::Ready(Some(Err(BrokenOff)));
+        }
         let piece = match ready!(body.poll_next(context)) {
             Ok(None) if left.is_none_or(|left| left == 0) => return Poll::Ready(None),
             Ok(Some(piece)) => match left {
@@ -527,15 +532,18 @@ impl Body for Answer {
             },
             Ok(None) | Err(lambda::Broken) => None,
         };
-        Poll::Ready(Some(match piece {
-            Some(piece) => Ok(Frame::data(piece)),
+        match piece {
+            Some(piece) => Poll::Ready(Some(Ok(Frame::data(piece)))),
             None => {
                 if let Some(notes) = notes {
                     heads::end_with_reset(notes);
                 }
-                Err(BrokenOff)
+                // One pause before the error: what came before it is flushed in the meantime.
+                *is_broken = true;
+                context.waker().wake_by_ref();
+                Poll::Pending
             }
-        }))
+        }
     }
 
     // Neither an end nor a size is told in advance: then hyper takes `Content-Length` as it is given,

@@ -173,7 +173,8 @@ impl Context {
         let mut json = String::with_capacity(4096);
         json.push('{');
         if let Some(arn) = method_arn {
-            write!(json, "\"type\":\"REQUEST\",\"methodArn\":\"{arn}\",").expect("writing to memory does not fail");
+            write!(json, "\"type\":\"REQUEST\",\"methodArn\":\"{arn}\",")
+                .expect("writing to memory does not fail");
         }
         let query: Vec<(String, String)> = query_parameters(uri.query().unwrap_or_default());
         let parts = Handshake {
@@ -253,8 +254,12 @@ impl Serialize for All {
         let mut map = serializer.serialize_map(None)?;
         for (index, (name, _)) in self.0.iter().enumerate() {
             if !self.0[..index].iter().any(|(earlier, _)| earlier == name) {
-                let values: Vec<&str> =
-                    self.0.iter().filter(|(other, _)| other == name).map(|(_, value)| value.as_str()).collect();
+                let values: Vec<&str> = self
+                    .0
+                    .iter()
+                    .filter(|(other, _)| other == name)
+                    .map(|(_, value)| value.as_str())
+                    .collect();
                 map.serialize_entry(name, &values)?;
             }
         }
@@ -263,7 +268,10 @@ impl Serialize for All {
 }
 
 fn headers_of(headers: &HeaderMap) -> Vec<(String, String)> {
-    headers.iter().map(|(name, value)| (name.as_str().to_owned(), value_to_text(value).into_owned())).collect()
+    headers
+        .iter()
+        .map(|(name, value)| (name.as_str().to_owned(), value_to_text(value).into_owned()))
+        .collect()
 }
 
 /// Names and values of a query, decoded.
@@ -392,7 +400,9 @@ pub(super) fn read_authorization(answer: &[u8]) -> Authorization {
     if answer.len() > AUTHORIZATION_BYTES {
         return Authorization::Invalid;
     }
-    let Ok(answer) = serde_json::from_slice::<AuthorizerAnswer>(answer) else { return Authorization::Invalid };
+    let Ok(answer) = serde_json::from_slice::<AuthorizerAnswer>(answer) else {
+        return Authorization::Invalid;
+    };
     let Some(principal) = answer.principal_id else { return Authorization::Invalid };
     let arn = Context::method_arn();
     let statements = answer.policy_document.map(|policy| policy.statement).unwrap_or_default();
@@ -441,7 +451,8 @@ pub(super) fn read_answer(answer: &[u8]) -> RouteAnswer {
     }
     match serde_json::from_slice::<Answer<'_>>(answer) {
         Ok(Answer { status_code: Some(200..=299), body }) => {
-            let body = body.and_then(|body| serde_json::from_str::<Option<String>>(body.get()).ok().flatten());
+            let body =
+                body.and_then(|body| serde_json::from_str::<Option<String>>(body.get()).ok().flatten());
             RouteAnswer::Done(body.filter(|body| !body.is_empty()))
         }
         Ok(_) | Err(_) => RouteAnswer::Failed,
@@ -517,8 +528,7 @@ mod tests {
         headers.append("x-many", "1".parse().unwrap());
         headers.append("x-many", "2".parse().unwrap());
         let uri: Uri = "/?a=1&a=%32+x&b".parse().unwrap();
-        let context =
-            Context::new("::1".parse().unwrap(), String::new(), "127.0.0.1:8081".to_owned());
+        let context = Context::new("::1".parse().unwrap(), String::new(), "127.0.0.1:8081".to_owned());
         let event = json(&context.connect(&headers, &uri, Some(&Context::method_arn())));
         assert_eq!(event["type"], "REQUEST");
         assert_eq!(event["methodArn"], "arn:aws:execute-api:local-1:000000000000:localagent/local/$connect");

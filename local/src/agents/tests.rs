@@ -123,7 +123,7 @@ impl Fixture {
         self.open(request).await
     }
 
-    async fn open(&self, request: http::Request<()>) -> Result<Client, u16> {
+    async fn open(&self, request: Request<()>) -> Result<Client, u16> {
         match timeout(Duration::from_secs(20), connect_async(request)).await.unwrap() {
             Ok((client, _)) => Ok(client),
             Err(tungstenite::Error::Http(response)) => Err(response.status().as_u16()),

@@ -241,7 +241,11 @@ impl AsyncRead for Watched {
 }
 
 impl AsyncWrite for Watched {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
@@ -292,9 +296,10 @@ mod tests {
             POST /c HTTP/1.1\nTransfer-Encoding: chunked\n\n5;x=y\r\nGET /\r\n3\r\n/no\r\n0\r\nT: v\r\n\r\n\
             POST http://h/d HTTP/1.1\r\ncontent-length : 0\r\nTRANSFER-ENCODING: chunked\r\n\r\n0\r\n\r\n\
             PUT * HTTP/1.1\r\ncontent-length:0\r\n\r\n";
-        let expected: Vec<_> = [("/a", false), ("/b?#", false), ("/c", false), ("http://h/d", true), ("*", false)]
-            .map(|(target, two)| (target.to_owned(), two))
-            .to_vec();
+        let expected: Vec<_> =
+            [("/a", false), ("/b?#", false), ("/c", false), ("http://h/d", true), ("*", false)]
+                .map(|(target, two)| (target.to_owned(), two))
+                .to_vec();
         for step in 1..40 {
             assert_eq!(scan(bytes, step), expected, "{step}");
         }

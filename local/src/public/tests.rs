@@ -71,7 +71,10 @@ async fn ingress(event: LambdaEvent<Value>) -> Result<FunctionResponse<Value, Ch
         }
         _ => once(event.payload.to_string()),
     };
-    Ok(FunctionResponse::StreamingResponse(lambda_runtime::StreamResponse { metadata_prelude: prelude, stream }))
+    Ok(FunctionResponse::StreamingResponse(lambda_runtime::StreamResponse {
+        metadata_prelude: prelude,
+        stream,
+    }))
 }
 
 /// Not a test: the function, when a pool has started this program.
@@ -176,7 +179,8 @@ async fn requests_become_events_and_own_fields_cannot_be_forged() {
     assert_eq!(absolute["headers"]["x-tunnel-host"], "web.localhost:80");
     assert_eq!(absolute["rawPath"], "/a");
     assert_eq!(absolute["rawQueryString"], "#f");
-    let bare = fixture.event_of(b"GET http://web.localhost? HTTP/1.1\r\nHost: o\r\nConnection: close\r\n\r\n").await;
+    let bare =
+        fixture.event_of(b"GET http://web.localhost? HTTP/1.1\r\nHost: o\r\nConnection: close\r\n\r\n").await;
     assert_eq!((&bare["rawPath"], &bare["headers"]["x-tunnel-target"]), (&"/".into(), &"/?".into()));
     fixture.end().await;
 }
@@ -214,13 +218,17 @@ async fn ambiguous_requests_are_refused_by_the_front() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn responses_keep_their_framing() {
     let fixture = Fixture::start().await;
-    let get = |path: &str| format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").into_bytes();
+    let get =
+        |path: &str| format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").into_bytes();
     let (answer, _) = fixture.exchange(&get("/length")).await;
     assert!(answer.contains("content-length: 5\r\n") && answer.ends_with("\r\n\r\n12345"), "{answer}");
     assert!(!answer.contains("transfer-encoding"), "{answer}");
     let (answer, _) = fixture.exchange(&get("/cookies")).await;
     assert!(answer.contains("set-cookie: a=1; Path=/\r\nset-cookie: b=2\r\n"), "{answer}");
-    assert!(answer.contains("transfer-encoding: chunked\r\n") && answer.ends_with("\r\n0\r\n\r\n"), "{answer}");
+    assert!(
+        answer.contains("transfer-encoding: chunked\r\n") && answer.ends_with("\r\n0\r\n\r\n"),
+        "{answer}"
+    );
     for path in ["/204", "/304"] {
         let (answer, _) = fixture.exchange(&get(path)).await;
         assert!(answer.contains("content-length: 1234\r\n") && answer.ends_with("\r\n\r\n"), "{answer}");
