@@ -11,6 +11,7 @@ use std::{
 use serde::Serialize;
 
 type PerAction = BTreeMap<Box<str>, AtomicU64>;
+type PerService = BTreeMap<&'static str, PerAction>;
 
 /// The count of calls, by caller and action.
 ///
@@ -19,7 +20,7 @@ type PerAction = BTreeMap<Box<str>, AtomicU64>;
 #[derive(Debug, Default)]
 pub struct Counters {
     // An action is counted under the read lock; only its first call takes the write lock.
-    by_caller: RwLock<BTreeMap<Box<str>, PerAction>>,
+    by_caller: RwLock<BTreeMap<Box<str>, PerService>>,
 }
 
 /// What was counted so far.
@@ -33,16 +34,17 @@ pub struct CounterSnapshot {
 
 impl Counters {
     /// Counts one call.
-    pub fn record(&self, caller: &str, action: &str) {
+    pub fn record(&self, caller: &str, service: &'static str, action: &str) {
         {
             let by_caller = self.by_caller.read().unwrap_or_else(PoisonError::into_inner);
-            if let Some(count) = by_caller.get(caller).and_then(|actions| actions.get(action)) {
+            let actions = by_caller.get(caller).and_then(|services| services.get(service));
+            if let Some(count) = actions.and_then(|actions| actions.get(action)) {
                 count.fetch_add(1, Ordering::Relaxed);
                 return;
             }
         }
         let mut by_caller = self.by_caller.write().unwrap_or_else(PoisonError::into_inner);
-        let actions = by_caller.entry(caller.into()).or_default();
+        let actions = by_caller.entry(caller.into()).or_default().entry(service).or_default();
         actions.entry(action.into()).or_default().fetch_add(1, Ordering::Relaxed);
     }
 
@@ -51,12 +53,17 @@ impl Counters {
     pub fn snapshot(&self) -> CounterSnapshot {
         let mut snapshot = CounterSnapshot { actions: BTreeMap::new(), callers: BTreeMap::new() };
         let by_caller = self.by_caller.read().unwrap_or_else(PoisonError::into_inner);
-        for (caller, actions) in by_caller.iter() {
+        for (caller, services) in by_caller.iter() {
             let counts = snapshot.callers.entry(caller.to_string()).or_default();
-            for (action, count) in actions {
-                let count = count.load(Ordering::Relaxed);
-                counts.insert(action.to_string(), count);
-                *snapshot.actions.entry(action.to_string()).or_default() += count;
+            for (service, actions) in services {
+                // `apigateway:invoke POST`: where the service has its action already, a method follows.
+                let between = if service.contains(':') || *service == "execute-api" { ' ' } else { ':' };
+                for (action, count) in actions {
+                    let name = format!("{service}{between}{action}");
+                    let count = count.load(Ordering::Relaxed);
+                    *snapshot.actions.entry(name.clone()).or_default() += count;
+                    counts.insert(name, count);
+                }
             }
         }
         snapshot
@@ -75,10 +82,10 @@ mod tests {
     #[test]
     fn counts_by_caller_and_in_total() {
         let counters = Counters::default();
-        counters.record("ingress", "sqs:ReceiveMessage");
-        counters.record("states", "sqs:ReceiveMessage");
-        counters.record("states", "sqs:ReceiveMessage");
-        counters.record("states", "apigateway:invoke POST");
+        counters.record("ingress", "sqs", "ReceiveMessage");
+        counters.record("states", "sqs", "ReceiveMessage");
+        counters.record("states", "sqs", "ReceiveMessage");
+        counters.record("states", "apigateway:invoke", "POST");
         let snapshot = counters.snapshot();
         assert_eq!(snapshot.actions["sqs:ReceiveMessage"], 3);
         assert_eq!(snapshot.callers["states"]["sqs:ReceiveMessage"], 2);
