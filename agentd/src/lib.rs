@@ -1,1 +1,3 @@
 //! The daemon beside the private service.
+
+pub mod identity;
