@@ -12,14 +12,13 @@ mod runtime_api;
 use std::{
     collections::BTreeMap,
     fmt, io,
-    sync::{Arc, OnceLock},
+    sync::{Arc, OnceLock, Weak},
     time::Duration,
 };
 
 use bytes::Bytes;
 use proto::limits;
 use tokio::{
-    net::TcpListener,
     sync::{mpsc, oneshot},
     time,
 };
@@ -45,8 +44,21 @@ const REAP_INTERVAL: Duration = Duration::from_secs(60);
 /// How long killed processes have to be gone when the pools close.
 const CLOSE_TIME: Duration = Duration::from_secs(5);
 
-/// Is told of each new process: its access key, its function and its environment's name.
-pub type RegisterKey = Arc<dyn Fn(&str, &'static str, &str) + Send + Sync>;
+/// Is told of each process.
+#[derive(Clone)]
+pub struct Register {
+    /// A new one: its access key, its function and its environment's name.
+    pub begun: Arc<dyn Fn(&str, &'static str, &str) + Send + Sync>,
+    /// One that has ended: its access key.
+    pub ended: Arc<dyn Fn(&str) + Send + Sync>,
+}
+
+impl Default for Register {
+    /// Tells nobody.
+    fn default() -> Self {
+        Self { begun: Arc::new(|_, _, _| {}), ended: Arc::new(|_| {}) }
+    }
+}
 
 /// Says for each invocation whether its process is to be lost in the middle of it, and how long
 /// after its begin.
@@ -72,8 +84,8 @@ pub struct LambdaConfig {
     pub launcher: Launcher,
     /// Where their AWS clients send requests to.
     pub aws_endpoint: String,
-    /// Is told of each new process.
-    pub register: RegisterKey,
+    /// Is told of each process.
+    pub register: Register,
     /// Injects lost processes.
     pub kill_chance: KillChance,
 }
@@ -225,14 +237,16 @@ impl fmt::Debug for Lambda {
 }
 
 impl Lambda {
-    /// Opens the Runtime API on loopback. No process is started yet.
+    /// Makes an empty pool for each function. No process is started yet.
     ///
     /// # Errors
     ///
-    /// When the listener or the thread cannot be had.
-    pub async fn start(functions: Vec<FunctionConfig>, config: LambdaConfig) -> io::Result<Self> {
-        let listener = runtime_api::listen()?;
-        let address = listener.local_addr()?.to_string();
+    /// When the thread that starts processes cannot be had.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    pub fn start(functions: Vec<FunctionConfig>, config: LambdaConfig) -> io::Result<Self> {
         let spawner =
             Arc::new(process::Spawner::start(config.launcher.clone(), tokio::runtime::Handle::current())?);
         let pools = functions
@@ -243,7 +257,6 @@ impl Lambda {
                 let pool = Pool::new(
                     function,
                     environment,
-                    address.clone(),
                     spawner.clone(),
                     config.register.clone(),
                     config.kill_chance.clone(),
@@ -252,7 +265,7 @@ impl Lambda {
             })
             .collect();
         let lambda = Self { pools: Arc::new(pools) };
-        tokio::spawn(serve(listener, lambda.clone()));
+        tokio::spawn(reap(Arc::downgrade(&lambda.pools)));
         Ok(lambda)
     }
 
@@ -317,30 +330,21 @@ impl Lambda {
             tracing::warn!("killed processes did not end");
         }
     }
-
-    /// The pool that an environment's name begins with.
-    fn pool_of(&self, environment: &str) -> Option<&Arc<Pool>> {
-        self.pools.get(environment.split_once('-')?.0)
-    }
 }
 
 fn lost() -> InvokeError {
     InvokeError::Exited("the process ended before it had answered".to_owned())
 }
 
-async fn serve(listener: TcpListener, lambda: Lambda) {
-    let reaper = async {
-        let mut interval = time::interval(REAP_INTERVAL);
-        loop {
-            interval.tick().await;
-            for pool in lambda.pools.values() {
-                pool.reap_idle();
-            }
+/// Ends processes that have been idle for long, as long as there are pools.
+async fn reap(pools: Weak<BTreeMap<&'static str, Arc<Pool>>>) {
+    let mut interval = time::interval(REAP_INTERVAL);
+    loop {
+        interval.tick().await;
+        let Some(pools) = pools.upgrade() else { return };
+        for pool in pools.values() {
+            pool.reap_idle();
         }
-    };
-    tokio::select! {
-        () = runtime_api::serve(listener, lambda.clone()) => {}
-        () = reaper => {}
     }
 }
 

@@ -98,10 +98,10 @@ impl Fixture {
         let config = LambdaConfig {
             launcher,
             aws_endpoint: String::new(),
-            register: Arc::new(|_, _, _| {}),
+            register: crate::lambda::Register::default(),
             kill_chance: Arc::new(|| None),
         };
-        let lambda = Lambda::start(functions.to_vec(), config).await.unwrap();
+        let lambda = Lambda::start(functions.to_vec(), config).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let domain = listener.local_addr().unwrap().to_string();
         let api = Arc::new(AgentApi {
@@ -186,6 +186,7 @@ async fn only_who_is_let_in_connects() {
     let status = reqwest_like_get(&fixture.api.domain).await;
     assert!(status.starts_with("HTTP/1.1 426"), "{status}");
     client.close(None).await.unwrap();
+    while let Some(Ok(_)) = timeout(Duration::from_secs(10), client.next()).await.unwrap() {}
     let told = fixture.end().await;
     assert!(told.contains("1005 \"Client-side close frame status not set\""), "{told}");
 }

@@ -23,6 +23,7 @@ use tokio::{
 use super::{
     FunctionConfig, InvokeError, StreamingResponse,
     process::{self, Launch, Spawner},
+    runtime_api::{self, RuntimeApi},
 };
 
 /// How long a process may take from its start to its first poll
@@ -35,7 +36,7 @@ const IDLE_TIME: Duration = Duration::from_secs(3 * 60);
 /// How many idle processes are kept whatever their age.
 const KEPT_IDLE: usize = 2;
 
-/// The name of one execution environment: part of its Runtime API's address.
+/// The name of one execution environment.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct EnvironmentId(Arc<str>);
 
@@ -46,12 +47,6 @@ impl EnvironmentId {
 
     pub(super) fn as_str(&self) -> &str {
         &self.0
-    }
-}
-
-impl From<&str> for EnvironmentId {
-    fn from(text: &str) -> Self {
-        Self(text.into())
     }
 }
 
@@ -150,6 +145,8 @@ struct Environment {
     /// Why it is being killed.
     killed: Option<InvokeError>,
     wake: Arc<Notify>,
+    /// The port that it polls; closed with it.
+    _runtime_api: RuntimeApi,
 }
 
 #[derive(Default)]
@@ -185,9 +182,8 @@ pub(super) struct Pool {
     /// How many processes start at the same time: more would only slow each other down.
     parallel_starts: usize,
     environment: BTreeMap<String, String>,
-    runtime_api: String,
     spawner: Arc<Spawner>,
-    register: super::RegisterKey,
+    register: super::Register,
     kill_chance: super::KillChance,
     state: Mutex<State>,
     emptied: Notify,
@@ -198,9 +194,8 @@ impl Pool {
     pub(super) fn new(
         config: FunctionConfig,
         environment: BTreeMap<String, String>,
-        runtime_api: String,
         spawner: Arc<Spawner>,
-        register: super::RegisterKey,
+        register: super::Register,
         kill_chance: super::KillChance,
     ) -> Arc<Self> {
         let parallel_starts = std::thread::available_parallelism().map_or(2, usize::from) * 2;
@@ -208,7 +203,6 @@ impl Pool {
             config,
             parallel_starts,
             environment,
-            runtime_api,
             spawner,
             register,
             kill_chance,
@@ -275,7 +269,7 @@ impl Pool {
     /// Starts processes ahead of need, for the first invocations.
     pub(super) fn warm(&self, count: usize) {
         let mut state = self.lock();
-        while state.environments.len() < count.min(self.config.concurrency) {
+        for _ in state.environments.len()..count.min(self.config.concurrency) {
             self.start_environment(&mut state);
         }
     }
@@ -478,14 +472,23 @@ impl Pool {
     fn start_environment(&self, state: &mut State) {
         let Some(me) = self.me.upgrade() else { return };
         let id = EnvironmentId::random(self.config.name);
+        let runtime_api = match runtime_api::start(&me, id.clone()) {
+            Ok(runtime_api) => runtime_api,
+            Err(error) => {
+                tracing::error!(function = self.config.name, %error, "no port for a process");
+                if let Some(waiting) = state.waiting.pop_front() {
+                    waiting.reply.fail(InvokeError::Init(error.to_string()));
+                }
+                return;
+            }
+        };
         let access_key = format!("LOCAL{}", super::random_hex::<10>().to_ascii_uppercase());
-        (self.register)(&access_key, self.config.name, id.as_str());
+        (self.register.begun)(&access_key, self.config.name, id.as_str());
         let mut environment = self.environment.clone();
         environment.insert("AWS_ACCESS_KEY_ID".into(), access_key.clone());
         environment.insert("AWS_SECRET_ACCESS_KEY".into(), super::random_hex::<20>());
         environment.insert("AWS_LAMBDA_LOG_STREAM_NAME".into(), id.to_string());
-        // With a scheme: runtime clients take a base path only from a whole URL.
-        environment.insert("AWS_LAMBDA_RUNTIME_API".into(), format!("http://{}/{id}", self.runtime_api));
+        environment.insert("AWS_LAMBDA_RUNTIME_API".into(), runtime_api.address.to_string());
         let wake = Arc::new(Notify::new());
         let now = Instant::now();
         state.starting += 1;
@@ -502,6 +505,7 @@ impl Pool {
                 armed: Some(now + INIT_TIMEOUT),
                 killed: None,
                 wake: wake.clone(),
+                _runtime_api: runtime_api,
             },
         );
         self.spawner.launch(Launch {
@@ -535,6 +539,7 @@ impl Pool {
         let state = &mut *state;
         let Some(environment) = state.environments.remove(id) else { return };
         state.idle.retain(|idle| idle != id);
+        (self.register.ended)(&environment.access_key);
         let error = environment.killed.clone();
         match environment.phase {
             Phase::Starting => {

@@ -1,11 +1,12 @@
 //! The Runtime API that functions poll (version 2018-06-01), on loopback.
 //!
-//! A process is known by the first part of the path: `AWS_LAMBDA_RUNTIME_API` names host, port and
-//! environment, and runtime clients keep such a base path.
+//! Each process has a port of its own, which is how it is known: `AWS_LAMBDA_RUNTIME_API` is a host
+//! and a port, and not every runtime client would keep a path after them.
 
 use std::{
     convert::Infallible,
     io,
+    net::SocketAddr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll as TaskPoll},
@@ -22,10 +23,11 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::mpsc,
+    task::AbortHandle,
 };
 
 use super::{
-    ANSWER_BYTES, InvokeError, Lambda, Piece, STREAM_BYTES, STREAM_PIECES, StreamBody, StreamingResponse,
+    ANSWER_BYTES, InvokeError, Piece, STREAM_BYTES, STREAM_PIECES, StreamBody, StreamingResponse,
     pool::{EnvironmentId, Event, Poll, Pool, Refused, Reply},
 };
 
@@ -45,19 +47,34 @@ const RECEIVE_BUFFER_BYTES: usize = 256 * 1024;
 const STREAMING: &str = "streaming";
 const PRELUDE_TYPE: &str = "application/vnd.awslambda.http-integration-response";
 
-/// Binds the Runtime API's listener to a free port.
-pub(super) fn listen() -> io::Result<TcpListener> {
+/// The port of one process. It is closed when this is dropped.
+#[derive(Debug)]
+pub(super) struct RuntimeApi {
+    pub(super) address: SocketAddr,
+    server: AbortHandle,
+}
+
+impl Drop for RuntimeApi {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+/// Opens a port for the process of one environment.
+pub(super) fn start(pool: &Arc<Pool>, environment: EnvironmentId) -> io::Result<RuntimeApi> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     // Accepted sockets inherit it; later would be too late for the window's scale.
     socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
     socket.set_nonblocking(true)?;
-    socket.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
-    socket.listen(1024)?;
-    TcpListener::from_std(socket.into())
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
+    socket.listen(8)?;
+    let listener = TcpListener::from_std(socket.into())?;
+    let address = listener.local_addr()?;
+    let server = tokio::spawn(serve(listener, pool.clone(), environment)).abort_handle();
+    Ok(RuntimeApi { address, server })
 }
 
-/// Serves the Runtime API for ever.
-pub(super) async fn serve(listener: TcpListener, lambda: Lambda) {
+async fn serve(listener: TcpListener, pool: Arc<Pool>, environment: EnvironmentId) {
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -71,11 +88,11 @@ pub(super) async fn serve(listener: TcpListener, lambda: Lambda) {
             tracing::debug!(%error, "connection lost before it began");
             continue;
         }
-        let lambda = lambda.clone();
+        let (pool, environment) = (pool.clone(), environment.clone());
         tokio::spawn(async move {
-            let service = service_fn(move |request| {
-                let lambda = lambda.clone();
-                async move { Ok::<_, Infallible>(handle(&lambda, request).await) }
+            let service = service_fn(|request| {
+                let (pool, environment) = (&pool, &environment);
+                async move { Ok::<_, Infallible>(handle(pool, environment, request).await) }
             });
             let connection = http1::Builder::new()
                 .auto_date_header(false)
@@ -87,37 +104,32 @@ pub(super) async fn serve(listener: TcpListener, lambda: Lambda) {
     }
 }
 
-async fn handle(lambda: &Lambda, request: Request<Incoming>) -> Response<Full<Bytes>> {
+async fn handle(
+    pool: &Arc<Pool>,
+    environment: &EnvironmentId,
+    request: Request<Incoming>,
+) -> Response<Full<Bytes>> {
     let path = request.uri().path().to_owned();
-    let mut parts = path.trim_start_matches('/').splitn(3, '/');
-    let (Some(environment), Some("2018-06-01"), Some(rest)) = (parts.next(), parts.next(), parts.next())
-    else {
-        return refuse(StatusCode::NOT_FOUND, "InvalidPath");
-    };
-    let Some(pool) = lambda.pool_of(environment) else {
-        return refuse(StatusCode::FORBIDDEN, "UnknownEnvironment");
-    };
-    let environment = EnvironmentId::from(environment);
-    let Some(rest) = rest.strip_prefix("runtime/") else {
+    let Some(rest) = path.strip_prefix("/2018-06-01/runtime/") else {
         return refuse(StatusCode::NOT_FOUND, "InvalidPath");
     };
     if let Some(rest) = rest.strip_prefix("invocation/") {
         if rest == "next" {
             return match *request.method() {
-                Method::GET => next(pool, &environment).await,
+                Method::GET => next(pool, environment).await,
                 _ => refuse(StatusCode::METHOD_NOT_ALLOWED, "InvalidMethod"),
             };
         }
         return match (request.method(), rest.split_once('/')) {
-            (&Method::POST, Some((id, "response"))) => answer(pool, &environment, id, request).await,
-            (&Method::POST, Some((id, "error"))) => error(pool, &environment, id, request).await,
+            (&Method::POST, Some((id, "response"))) => answer(pool, environment, id, request).await,
+            (&Method::POST, Some((id, "error"))) => error(pool, environment, id, request).await,
             _ => refuse(StatusCode::NOT_FOUND, "InvalidPath"),
         };
     }
     match (request.method(), rest) {
         (&Method::POST, "init/error") => {
             let report = read_report(request).await;
-            match pool.init_failed(&environment, InvokeError::Init(report.to_string())) {
+            match pool.init_failed(environment, InvokeError::Init(report.to_string())) {
                 Ok(()) => accepted(),
                 Err(refused) => refuse_for(refused),
             }

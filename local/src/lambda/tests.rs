@@ -81,7 +81,7 @@ fn function_process() {
     });
 }
 
-async fn start(concurrency: usize, limit: Duration) -> Lambda {
+fn start(concurrency: usize, limit: Duration) -> Lambda {
     let launcher = Launcher {
         program: std::env::current_exe().unwrap(),
         arguments: ["--exact", "lambda::tests::function_process", "--nocapture", "--quiet"]
@@ -93,10 +93,10 @@ async fn start(concurrency: usize, limit: Duration) -> Lambda {
     let config = LambdaConfig {
         launcher,
         aws_endpoint: "http://127.0.0.1:1".to_owned(),
-        register: Arc::new(|_, _, _| {}),
+        register: Register::default(),
         kill_chance: Arc::new(|| None),
     };
-    Lambda::start(vec![function], config).await.unwrap()
+    Lambda::start(vec![function], config).unwrap()
 }
 
 fn event(order: &Order) -> Bytes {
@@ -114,7 +114,7 @@ fn is_stopped(pid: i32) -> bool {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_and_freezes_between_invocations() {
-    let lambda = start(10, Duration::from_secs(10)).await;
+    let lambda = start(10, Duration::from_secs(10));
     for text in ["a", "b"] {
         let answer = invoke(&lambda, Order::Echo(text.to_owned())).await.unwrap();
         assert_eq!(answer, format!("\"{text}\""));
@@ -139,7 +139,7 @@ async fn answers_and_freezes_between_invocations() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_invocation_at_a_time_and_no_more_than_the_cap() {
-    let lambda = start(3, Duration::from_secs(10)).await;
+    let lambda = start(3, Duration::from_secs(10));
     let sleeping: Vec<_> = (0..3)
         .map(|_| {
             let lambda = lambda.clone();
@@ -164,7 +164,7 @@ async fn one_invocation_at_a_time_and_no_more_than_the_cap() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tells_failures_apart() {
-    let lambda = start(10, Duration::from_millis(500)).await;
+    let lambda = start(10, Duration::from_millis(500));
     assert!(matches!(
         invoke(&lambda, Order::Fail).await,
         Err(InvokeError::Function { message, .. }) if message == "on purpose"
@@ -196,17 +196,17 @@ async fn a_function_that_cannot_start_fails_its_invoker() {
     let config = LambdaConfig {
         launcher: Launcher { program: "/bin/false".into(), arguments: Vec::new() },
         aws_endpoint: String::new(),
-        register: Arc::new(|_, _, _| {}),
+        register: Register::default(),
         kill_chance: Arc::new(|| None),
     };
-    let lambda = Lambda::start(vec![function], config).await.unwrap();
+    let lambda = Lambda::start(vec![function], config).unwrap();
     let answer = timeout(Duration::from_secs(5), lambda.invoke("broken", Bytes::new())).await.unwrap();
     assert!(matches!(answer, Err(InvokeError::Init(_))), "{answer:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_each_piece_at_once() {
-    let lambda = start(10, Duration::from_secs(10)).await;
+    let lambda = start(10, Duration::from_secs(10));
     let order = event(&Order::Stream { pieces: 30, gap_ms: 2 });
     let call = lambda.invoke_streaming("obedient", order).unwrap();
     let access_key = call.access_key();
@@ -230,7 +230,7 @@ async fn streams_each_piece_at_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_whose_process_ends_is_broken_not_complete() {
-    let lambda = start(10, Duration::from_secs(10)).await;
+    let lambda = start(10, Duration::from_secs(10));
     let call = lambda.invoke_streaming("obedient", event(&Order::StreamAndExit)).unwrap();
     let mut body = call.head().await.unwrap().body;
     assert_eq!(body.next().await, Ok(Some(Bytes::from_static(b"half"))));
@@ -242,7 +242,7 @@ async fn a_stream_whose_process_ends_is_broken_not_complete() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_reader_holds_the_function_back_and_one_that_goes_frees_it() {
-    let lambda = start(1, Duration::from_secs(30)).await;
+    let lambda = start(1, Duration::from_secs(30));
     let call = lambda.invoke_streaming("obedient", event(&Order::Endless)).unwrap();
     let mut body = call.head().await.unwrap().body;
     assert!(body.next().await.unwrap().is_some());
@@ -270,9 +270,6 @@ async fn a_slow_reader_holds_the_function_back_and_one_that_goes_frees_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lost_processes_can_be_injected() {
-    let mut lambda = start(4, Duration::from_secs(5)).await;
-    let pools = Arc::get_mut(&mut lambda.pools);
-    assert!(pools.is_none(), "the server holds the pools too");
     let chances = Arc::new(AtomicU32::new(0));
     let counted = chances.clone();
     let function = FunctionConfig {
@@ -287,24 +284,23 @@ async fn lost_processes_can_be_injected() {
             arguments: ["--exact", "lambda::tests::function_process", "--quiet"].map(str::to_owned).to_vec(),
         },
         aws_endpoint: String::new(),
-        register: Arc::new(|_, _, _| {}),
+        register: Register::default(),
         kill_chance: Arc::new(move || {
             (counted.fetch_add(1, Ordering::Relaxed) == 0).then_some(Duration::from_millis(5))
         }),
     };
-    let lambda_with_faults = Lambda::start(vec![function], config).await.unwrap();
+    let lambda_with_faults = Lambda::start(vec![function], config).unwrap();
     let lost = invoke(&lambda_with_faults, Order::Sleep { ms: 2000 }).await;
     assert_eq!(lost, Err(InvokeError::Exited("killed on purpose".to_owned())));
     assert!(invoke(&lambda_with_faults, Order::Echo("ok".to_owned())).await.is_ok());
     lambda_with_faults.close().await;
-    lambda.close().await;
 }
 
 /// Prints what the pool costs; run it by name with `--ignored --nocapture`, optimised.
 #[ignore = "a measurement"]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cost_of_an_invocation() {
-    let lambda = start(4, Duration::from_secs(10)).await;
+    let lambda = start(4, Duration::from_secs(10));
     invoke(&lambda, Order::Echo("warm".to_owned())).await.unwrap();
     for idle_us in [0, 1000] {
         let mut times = Vec::new();

@@ -114,10 +114,10 @@ impl Fixture {
         let config = LambdaConfig {
             launcher,
             aws_endpoint: String::new(),
-            register: Arc::new(|_, _, _| {}),
+            register: lambda::Register::default(),
             kill_chance: Arc::new(|| None),
         };
-        let lambda = Lambda::start(vec![function], config).await.unwrap();
+        let lambda = Lambda::start(vec![function], config).unwrap();
         let gone: Arc<(Mutex<Vec<String>>, Notify)> = Arc::default();
         let reported = gone.clone();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
