@@ -17,7 +17,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Status
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use proto::id::ConnectionId;
+use proto::{id::ConnectionId, message::notice};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
@@ -29,7 +29,7 @@ use crate::{
     connections::{ConnectionInfo, PostOutcome},
     latency::Latency,
     services::{Post, Services, percent_decode},
-    sqs::{Attribute, SqsError, SqsErrorKind},
+    sqs::{Attribute, NewMessage, SqsError, SqsErrorKind},
     states::{AcceptedRun, RunResult, States, interpreter::Outcome},
 };
 
@@ -39,9 +39,6 @@ use policy::{Action, Table};
 
 /// The most bytes of a request's body: the largest is a batch to DynamoDB (16 MB).
 const BODY_BYTES: usize = 16 * 1024 * 1024;
-
-/// The body of the message that tells a waiting run that its public client went away.
-pub const CLIENT_GONE: &str = r#"{"type":"client_gone"}"#;
 
 /// The name of the stage in the paths of `@connections`.
 pub const STAGE: &str = "local";
@@ -228,9 +225,15 @@ impl Aws {
         let runs = self.shared.waiting.of(access_key);
         runs.iter()
             .filter(|run| {
-                let attributes =
-                    BTreeMap::from([("request_id".into(), Attribute::text(&run.request_id))]);
-                let sent = self.shared.services.sqs.send(&run.mailbox, CLIENT_GONE, attributes);
+                let news = NewMessage {
+                    body: notice::CLIENT_GONE.into(),
+                    attributes: BTreeMap::from([(
+                        notice::REQUEST_ID.into(),
+                        Attribute::text(&run.request_id),
+                    )]),
+                    ..NewMessage::default()
+                };
+                let sent = self.shared.services.sqs.send(&run.mailbox, news);
                 if let Err(error) = &sent {
                     tracing::debug!(%error, request_id = run.request_id, "could not tell a run that its client is gone");
                 }

@@ -21,6 +21,9 @@ pub mod jsonata;
 pub mod tasks;
 pub mod trace;
 
+#[cfg(test)]
+mod public_request;
+
 use definition::Definition;
 use interpreter::{Execution, Outcome};
 use tasks::ServiceTasks;

@@ -1,13 +1,13 @@
 //! SQS over HTTP, in its JSON protocol: enters an action's name and body, leaves status and body.
 
-use std::{borrow::Cow, collections::BTreeMap, sync::Arc, time::Duration};
+use std::{borrow::Cow, collections::BTreeMap, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Attribute, AttributeValue, BATCH, Message, QueueAttributes, ReceiveRequest, Received, Sqs, SqsError,
-    SqsErrorKind,
+    Attribute, AttributeValue, BATCH, Message, NewMessage, QueueAttributes, ReceiveRequest, Received, Sqs,
+    SqsError, SqsErrorKind,
 };
 
 type Result<T> = std::result::Result<T, SqsError>;
@@ -56,6 +56,8 @@ struct SendMessage<'a> {
     message_body: Cow<'a, str>,
     #[serde(default)]
     message_attributes: BTreeMap<Box<str>, WireAttribute>,
+    #[serde(default)]
+    delay_seconds: u64,
 }
 
 #[derive(Deserialize)]
@@ -76,6 +78,8 @@ struct SendEntry<'a> {
     message_body: Cow<'a, str>,
     #[serde(default)]
     message_attributes: BTreeMap<Box<str>, WireAttribute>,
+    #[serde(default)]
+    delay_seconds: u64,
 }
 
 #[derive(Deserialize)]
@@ -154,16 +158,6 @@ struct Attributes {
 }
 
 #[derive(Serialize)]
-struct Sent<'a> {
-    #[serde(rename = "MessageId")]
-    message_id: &'a str,
-    #[serde(rename = "MD5OfMessageBody")]
-    body_md5: &'a str,
-    #[serde(rename = "MD5OfMessageAttributes", skip_serializing_if = "Option::is_none")]
-    attributes_md5: Option<&'a str>,
-}
-
-#[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct BatchResult<T> {
     successful: Vec<T>,
@@ -184,11 +178,11 @@ struct SentEntry {
     #[serde(rename = "Id")]
     id: String,
     #[serde(flatten)]
-    sent: OwnedSent,
+    sent: Sent,
 }
 
 #[derive(Serialize)]
-struct OwnedSent {
+struct Sent {
     #[serde(rename = "MessageId")]
     message_id: Box<str>,
     #[serde(rename = "MD5OfMessageBody")]
@@ -257,15 +251,10 @@ impl Sqs {
             }
             "SendMessage" => {
                 let call: SendMessage<'_> = read(body)?;
-                let attributes = attributes(call.message_attributes)?;
-                let message = self.send(&call.queue_url, call.message_body, attributes)?;
-                write(&Sent {
-                    message_id: &message.id,
-                    body_md5: &message.body_md5,
-                    attributes_md5: message.attributes_md5.as_deref(),
-                })
+                let new = new_message(call.message_body, &call.message_attributes, call.delay_seconds)?;
+                write(&sent(&*self.send(&call.queue_url, new)?))
             }
-            "SendMessageBatch" => self.send_batch(&read(body)?),
+            "SendMessageBatch" => self.send_batch(read(body)?),
             "DeleteMessage" => {
                 let call: DeleteMessage<'_> = read(body)?;
                 self.delete(&call.queue_url, &call.receipt_handle)?;
@@ -320,7 +309,7 @@ impl Sqs {
         }
     }
 
-    fn send_batch(&self, call: &SendMessageBatch<'_>) -> Result<Vec<u8>> {
+    fn send_batch(&self, call: SendMessageBatch<'_>) -> Result<Vec<u8>> {
         check_batch(call.entries.iter().map(|entry| &*entry.id))?;
         // The queue's own limit holds for the whole batch.
         let bytes: usize = call.entries.iter().map(|entry| entry.message_body.len()).sum();
@@ -332,12 +321,12 @@ impl Sqs {
         }
         self.queue(&call.queue_url)?;
         let mut result = BatchResult { successful: Vec::new(), failed: Vec::new() };
-        for entry in &call.entries {
-            let id = entry.id.clone().into_owned();
-            let sent = borrowed_attributes(&entry.message_attributes)
-                .and_then(|attributes| self.send(&call.queue_url, &*entry.message_body, attributes));
-            match sent {
-                Ok(message) => result.successful.push(SentEntry { id, sent: owned_sent(&message) }),
+        for entry in call.entries {
+            let id = entry.id.into_owned();
+            let message = new_message(entry.message_body, &entry.message_attributes, entry.delay_seconds)
+                .and_then(|new| self.send(&call.queue_url, new));
+            match message {
+                Ok(message) => result.successful.push(SentEntry { id, sent: sent(&message) }),
                 Err(error) => result.failed.push(failure(id, error)),
             }
         }
@@ -406,11 +395,19 @@ fn write(answer: &impl Serialize) -> Result<Vec<u8>> {
         .map_err(|error| SqsError::new(SqsErrorKind::SerializationException, error.to_string()))
 }
 
-fn attributes(wire: BTreeMap<Box<str>, WireAttribute>) -> Result<BTreeMap<Box<str>, Attribute>> {
-    borrowed_attributes(&wire)
+fn new_message(
+    body: Cow<'_, str>,
+    attributes: &BTreeMap<Box<str>, WireAttribute>,
+    delay_seconds: u64,
+) -> Result<NewMessage> {
+    Ok(NewMessage {
+        body: body.into(),
+        attributes: read_attributes(attributes)?,
+        delay: Duration::from_secs(delay_seconds),
+    })
 }
 
-fn borrowed_attributes(wire: &BTreeMap<Box<str>, WireAttribute>) -> Result<BTreeMap<Box<str>, Attribute>> {
+fn read_attributes(wire: &BTreeMap<Box<str>, WireAttribute>) -> Result<BTreeMap<Box<str>, Attribute>> {
     let invalid = |name: &str| {
         SqsError::new(
             SqsErrorKind::InvalidParameterValue,
@@ -432,8 +429,8 @@ fn borrowed_attributes(wire: &BTreeMap<Box<str>, WireAttribute>) -> Result<BTree
         .collect()
 }
 
-fn owned_sent(message: &Arc<Message>) -> OwnedSent {
-    OwnedSent {
+fn sent(message: &Message) -> Sent {
+    Sent {
         message_id: message.id.clone(),
         body_md5: message.body_md5.clone(),
         attributes_md5: message.attributes_md5.clone(),
@@ -562,4 +559,151 @@ fn queue_attributes(wire: &BTreeMap<String, String>) -> Result<QueueAttributes> 
         }
     }
     Ok(attributes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    async fn call(sqs: &Sqs, action: &str, body: Value) -> std::result::Result<Value, SqsErrorKind> {
+        match sqs.handle(action, body.to_string().as_bytes()).await {
+            Ok(answer) => Ok(serde_json::from_slice(&answer).unwrap()),
+            Err(error) => Err(error.kind),
+        }
+    }
+
+    async fn queue() -> (Sqs, String) {
+        let sqs = Sqs::new("http://127.0.0.1:1", Arc::default());
+        let created = json!({ "QueueName": "m", "Attributes": { "MessageRetentionPeriod": "60" } });
+        let answer = call(&sqs, "CreateQueue", created).await.unwrap();
+        tokio::time::advance(proto::limits::MAILBOX_WARM_UP).await;
+        (sqs, answer["QueueUrl"].as_str().unwrap().to_owned())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_goes_through_with_its_attributes() {
+        let (sqs, url) = queue().await;
+        let sent = call(
+            &sqs,
+            "SendMessage",
+            json!({
+                "QueueUrl": url, "MessageBody": "{\"a\":\"\u{e9}\"}",
+                "MessageAttributes": {
+                    "request_id": { "DataType": "String", "StringValue": "r" },
+                    "bytes": { "DataType": "Binary", "BinaryValue": "AAE=" },
+                },
+            }),
+        )
+        .await
+        .unwrap();
+        let received = call(
+            &sqs,
+            "ReceiveMessage",
+            json!({ "QueueUrl": url, "MessageAttributeNames": ["All"], "MessageSystemAttributeNames": ["All"] }),
+        )
+        .await
+        .unwrap();
+        let message = &received["Messages"][0];
+        assert_eq!(message["Body"], "{\"a\":\"\u{e9}\"}");
+        assert_eq!(message["MessageId"], sent["MessageId"]);
+        assert_eq!(message["MD5OfBody"], sent["MD5OfMessageBody"]);
+        assert_eq!(message["MD5OfMessageAttributes"], sent["MD5OfMessageAttributes"]);
+        assert_eq!(
+            message["MessageAttributes"]["bytes"],
+            json!({ "DataType": "Binary", "BinaryValue": "AAE=" })
+        );
+        assert_eq!(message["Attributes"]["ApproximateReceiveCount"], "1");
+        // Nothing there: no key.
+        assert_eq!(call(&sqs, "ReceiveMessage", json!({ "QueueUrl": url })).await, Ok(json!({})));
+        let receipt = message["ReceiptHandle"].clone();
+        let deleted = call(&sqs, "DeleteMessage", json!({ "QueueUrl": url, "ReceiptHandle": receipt })).await;
+        assert_eq!(deleted, Ok(json!({})));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_batch_has_an_outcome_for_each_entry() {
+        let (sqs, url) = queue().await;
+        let entry = |id: &str, body: &str| json!({ "Id": id, "MessageBody": body });
+        let sent = call(
+            &sqs,
+            "SendMessageBatch",
+            json!({ "QueueUrl": url, "Entries": [entry("0", "a"), entry("1", "\u{1}"), entry("2", "b")] }),
+        )
+        .await
+        .unwrap();
+        assert_eq!(sent["Successful"][1]["Id"], "2");
+        assert_eq!(sent["Failed"][0]["Code"], "InvalidMessageContents");
+        let received =
+            call(&sqs, "ReceiveMessage", json!({ "QueueUrl": url, "MaxNumberOfMessages": 10 })).await;
+        let received = received.unwrap();
+        let entries: Vec<Value> = received["Messages"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .enumerate()
+            .map(|(id, message)| json!({ "Id": id.to_string(), "ReceiptHandle": message["ReceiptHandle"] }))
+            .collect();
+        let deleted = call(&sqs, "DeleteMessageBatch", json!({ "QueueUrl": url, "Entries": entries })).await;
+        assert_eq!(deleted.unwrap(), json!({ "Successful": [{ "Id": "0" }, { "Id": "1" }], "Failed": [] }));
+
+        let many: Vec<Value> = (0..11).map(|id| entry(&id.to_string(), "a")).collect();
+        for (entries, wanted) in [
+            (many, SqsErrorKind::TooManyEntriesInBatchRequest),
+            (vec![], SqsErrorKind::EmptyBatchRequest),
+            (vec![entry("a", "x"), entry("a", "y")], SqsErrorKind::BatchEntryIdsNotDistinct),
+            (vec![entry("a b", "x")], SqsErrorKind::InvalidBatchEntryId),
+            (
+                vec![entry("a", &"x".repeat(600_000)), entry("b", &"x".repeat(600_000))],
+                SqsErrorKind::BatchRequestTooLong,
+            ),
+        ] {
+            let result = call(&sqs, "SendMessageBatch", json!({ "QueueUrl": url, "Entries": entries })).await;
+            assert_eq!(result, Err(wanted));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn queues_can_be_found_and_described() {
+        let (sqs, url) = queue().await;
+        assert_eq!(
+            call(&sqs, "GetQueueUrl", json!({ "QueueName": "m" })).await,
+            Ok(json!({ "QueueUrl": url }))
+        );
+        assert_eq!(
+            call(&sqs, "GetQueueUrl", json!({ "QueueName": "x" })).await,
+            Err(SqsErrorKind::QueueDoesNotExist)
+        );
+        let listed = call(&sqs, "ListQueues", json!({ "QueueNamePrefix": "m" })).await.unwrap();
+        assert_eq!(listed, json!({ "QueueUrls": [url] }));
+        let names = json!(["MessageRetentionPeriod", "ApproximateNumberOfMessages"]);
+        let described =
+            call(&sqs, "GetQueueAttributes", json!({ "QueueUrl": url, "AttributeNames": names })).await;
+        assert_eq!(
+            described.unwrap()["Attributes"],
+            json!({ "ApproximateNumberOfMessages": "0", "MessageRetentionPeriod": "60" })
+        );
+        call(&sqs, "SendMessage", json!({ "QueueUrl": url, "MessageBody": "a" })).await.unwrap();
+        call(&sqs, "PurgeQueue", json!({ "QueueUrl": url })).await.unwrap();
+        assert_eq!(call(&sqs, "ReceiveMessage", json!({ "QueueUrl": url })).await, Ok(json!({})));
+        assert_eq!(
+            call(&sqs, "CreateQueue", json!({ "QueueName": "n", "Attributes": { "FifoQueue": "true" } }))
+                .await,
+            Err(SqsErrorKind::InvalidAttributeName)
+        );
+        assert_eq!(
+            call(
+                &sqs,
+                "CreateQueue",
+                json!({ "QueueName": "n", "Attributes": { "MessageRetentionPeriod": "59" } })
+            )
+            .await,
+            Err(SqsErrorKind::InvalidAttributeValue)
+        );
+        assert_eq!(call(&sqs, "TagQueue", json!({})).await, Err(SqsErrorKind::UnsupportedOperation));
+        assert_eq!(call(&sqs, "SendMessage", json!({})).await, Err(SqsErrorKind::MissingParameter));
+    }
 }

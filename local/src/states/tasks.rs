@@ -14,7 +14,7 @@ use super::{
 use crate::{
     connections::PostOutcome,
     services::{Post, STATES, Services},
-    sqs::{Attribute, AttributeValue, ReceiveRequest, Received, SqsError, wire::is_wanted},
+    sqs::{Attribute, AttributeValue, NewMessage, ReceiveRequest, Received, SqsError, wire::is_wanted},
 };
 
 /// Calls the services of this process.
@@ -116,7 +116,10 @@ impl ServiceTasks {
         let sent = self
             .services
             .sqs
-            .send(text(arguments, "QueueUrl")?, body, attributes)
+            .send(
+                text(arguments, "QueueUrl")?,
+                NewMessage { body: body.into(), attributes, delay: Duration::ZERO },
+            )
             .map_err(|error| sqs_error("SQS", error))?;
         Ok(json!({ "MessageId": &*sent.id, "MD5OfMessageBody": &*sent.body_md5 }))
     }
