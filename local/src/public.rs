@@ -8,13 +8,14 @@ mod event;
 mod heads;
 
 use std::{
+    collections::VecDeque,
     convert::Infallible,
     io,
     net::SocketAddr,
     pin::{Pin, pin},
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     task::{Context, Poll, ready},
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -50,6 +51,9 @@ const DRAIN_BYTES: usize = 32 * 1024 * 1024;
 /// For how long.
 const DRAIN_TIME: Duration = Duration::from_secs(2);
 
+/// How many of the last requests the front remembers.
+const ARRIVALS: usize = 256;
+
 /// The function behind the front.
 const FUNCTION: &str = "ingress";
 
@@ -69,6 +73,48 @@ pub struct Front {
     pub client_gone: ClientGone,
     /// The port that public clients use.
     pub port: u16,
+    /// When requests came in.
+    pub arrivals: Arrivals,
+}
+
+/// When the last requests came in, by the trace id that the front gives each of them.
+///
+/// Real fronts give one too (`x-amzn-trace-id`); it is how the demo page finds its own request.
+#[derive(Debug, Clone, Default)]
+pub struct Arrivals(Arc<Mutex<VecDeque<Arrival>>>);
+
+/// One request that came in.
+#[derive(Debug, Clone)]
+pub struct Arrival {
+    /// The value of `x-amzn-trace-id`.
+    pub trace_id: Box<str>,
+    /// In microseconds since 1970.
+    pub arrived_us: u64,
+    /// Where the access key of the `ingress` process appears, once one serves.
+    pub access_key: Arc<OnceLock<Box<str>>>,
+}
+
+impl Arrivals {
+    fn note(&self, arrival: Arrival) {
+        let mut arrivals = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if arrivals.len() == ARRIVALS {
+            arrivals.pop_front();
+        }
+        arrivals.push_back(arrival);
+    }
+
+    /// The request with this trace id, if it is one of the last.
+    #[must_use]
+    pub fn find(&self, trace_id: &str) -> Option<Arrival> {
+        let arrivals = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        arrivals.iter().rev().find(|arrival| *arrival.trace_id == *trace_id).cloned()
+    }
+}
+
+/// Microseconds since 1970.
+pub(crate) fn epoch_us() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl std::fmt::Debug for Front {
@@ -207,6 +253,7 @@ async fn answer(
     peer: SocketAddr,
     notes: SharedNotes,
 ) -> Response<Answer> {
+    let arrived_us = epoch_us();
     let (mut parts, body) = request.into_parts();
     let head = heads::take_head(&notes);
     let (host, target) = match check(&parts, head) {
@@ -221,6 +268,7 @@ async fn answer(
     for name in OWN_FIELDS {
         parts.headers.remove(name);
     }
+    let trace_id = format!("Root=1-{:08x}-{}", arrived_us / 1_000_000, lambda::random_hex::<12>());
     let event = event::build(&event::Source {
         method: parts.method.as_str(),
         target: &target,
@@ -232,13 +280,16 @@ async fn answer(
         peer: peer.ip(),
         body: &body,
         is_text,
+        trace_id: &trace_id,
     });
     drop(body);
     let call = match front.lambda.invoke_streaming(FUNCTION, event) {
         Ok(call) => call,
         Err(error) => return refusal_of(&error).respond(),
     };
-    let mut waiting = Waiting { access_key: call.access_key(), gone: Some(front.client_gone.clone()) };
+    let access_key = call.access_key();
+    front.arrivals.note(Arrival { trace_id: trace_id.into(), arrived_us, access_key: access_key.clone() });
+    let mut waiting = Waiting { access_key, gone: Some(front.client_gone.clone()) };
     let response = call.head().await;
     waiting.gone = None;
     match response {

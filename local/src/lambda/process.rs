@@ -93,12 +93,7 @@ fn spawn(
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()?;
-    if let Some(output) = child.stdout.take() {
-        tokio::spawn(forward_lines(function, output));
-    }
-    if let Some(output) = child.stderr.take() {
-        tokio::spawn(forward_lines(function, output));
-    }
+    forward_output(function, &mut child);
     let pid = child
         .id()
         .and_then(|id| i32::try_from(id).ok())
@@ -107,13 +102,22 @@ fn spawn(
     Ok((child, pid))
 }
 
-/// Copies a function's output to standard error, each line marked with the function's name.
-async fn forward_lines(function: &'static str, output: impl AsyncRead + Unpin) {
+/// Has what a child writes appear on standard error, each line marked with `name`.
+pub(crate) fn forward_output(name: &'static str, child: &mut Child) {
+    if let Some(output) = child.stdout.take() {
+        tokio::spawn(forward_lines(name, output));
+    }
+    if let Some(output) = child.stderr.take() {
+        tokio::spawn(forward_lines(name, output));
+    }
+}
+
+async fn forward_lines(name: &'static str, output: impl AsyncRead + Unpin) {
     let mut reader = BufReader::new(output);
     let mut line = Vec::with_capacity(256);
     loop {
         line.clear();
-        line.extend_from_slice(function.as_bytes());
+        line.extend_from_slice(name.as_bytes());
         line.extend_from_slice(b": ");
         match (&mut reader).take(LINE_BYTES).read_until(b'\n', &mut line).await {
             Ok(0) | Err(_) => return,

@@ -33,6 +33,7 @@ pub(super) struct Source<'a> {
     pub(super) peer: IpAddr,
     pub(super) body: &'a [u8],
     pub(super) is_text: bool,
+    pub(super) trace_id: &'a str,
 }
 
 #[derive(Serialize)]
@@ -111,6 +112,7 @@ pub(super) fn build(source: &Source<'_>) -> Bytes {
         None => Cow::Borrowed(peer.as_str()),
     };
     fields.push(("host", Cow::Borrowed(&domain)));
+    fields.push(("x-amzn-trace-id", Cow::Borrowed(source.trace_id)));
     fields.push(("x-forwarded-for", forwarded_for));
     fields.push(("x-forwarded-port", Cow::Owned(source.port.to_string())));
     fields.push(("x-forwarded-proto", Cow::Borrowed("http")));
@@ -173,7 +175,7 @@ static X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
 /// Fields that Lambda's front writes itself.
 fn is_set_by_lambda(name: &HeaderName) -> bool {
-    matches!(name.as_str(), "x-forwarded-for" | "x-forwarded-port" | "x-forwarded-proto")
+    matches!(name.as_str(), "x-amzn-trace-id" | "x-forwarded-for" | "x-forwarded-port" | "x-forwarded-proto")
 }
 
 /// The values of one field as one text.
@@ -234,6 +236,7 @@ mod tests {
             peer: "::ffff:127.0.0.1".parse().unwrap(),
             body,
             is_text,
+            trace_id: "Root=1-0-0",
         });
         serde_json::from_slice(&json).unwrap()
     }

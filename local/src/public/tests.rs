@@ -1,6 +1,6 @@
 //! The front with a real `ingress` process: this test program executes itself as the function.
 
-use std::{collections::BTreeMap, sync::Mutex};
+use std::collections::BTreeMap;
 
 use futures_util::{StreamExt, stream};
 use lambda_runtime::{FunctionResponse, LambdaEvent, service_fn};
@@ -130,6 +130,7 @@ impl Fixture {
                 reported.1.notify_one();
             }),
             port: address.port(),
+            arrivals: Arrivals::default(),
         };
         let stop = CancellationToken::new();
         let served = tokio::spawn(serve(listener, Arc::new(front), stop.clone()));
