@@ -11,6 +11,7 @@ pub mod agent_link;
 pub mod aws;
 pub mod config;
 pub mod event;
+pub mod function;
 pub mod mailbox;
 pub mod registry;
 pub mod telemetry;
