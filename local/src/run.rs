@@ -53,7 +53,7 @@ const MACHINE_DEFINITION: &str = include_str!("../../statemachines/public_reques
 const MAILBOX_PREFIX: &str = "tunnel-local-mailbox-";
 
 /// How many mailboxes there are from the beginning, so that the first requests need not make any.
-const MAILBOXES: usize = 8;
+const MAILBOXES: usize = 64;
 
 /// The tunnel that is there from the beginning.
 const DEMO: &str = "demo";
