@@ -1,2 +1,7 @@
-//! The agentd binary.
-fn main() {}
+//! The `agentd` binary.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    agentd::main_with_args(std::env::args_os())
+}

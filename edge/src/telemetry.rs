@@ -8,9 +8,21 @@ use tracing_subscriber::{EnvFilter, fmt};
 /// controls; without them lines are text at the level `info`. A second call changes nothing.
 pub fn init() {
     let level = std::env::var("AWS_LAMBDA_LOG_LEVEL").unwrap_or_default();
-    let filter = EnvFilter::try_new(level.to_lowercase()).ok().filter(|_| !level.is_empty());
+    let level = if level.is_empty() { "info".to_owned() } else { level.to_lowercase() };
+    // Below `info` these print whole events and header fields, and with them tokens.
+    let quiet = [
+        "lambda_runtime",
+        "lambda_runtime_api_client",
+        "hyper",
+        "h2",
+        "reqwest",
+        "aws_config",
+        "aws_smithy_runtime",
+    ];
+    let directives = quiet.iter().fold(level, |all, target| format!("{all},{target}=info"));
+    let filter = EnvFilter::try_new(directives);
     let subscriber = fmt()
-        .with_env_filter(filter.unwrap_or_else(|| EnvFilter::new("info")))
+        .with_env_filter(filter.unwrap_or_else(|_| EnvFilter::new("info")))
         .with_target(false)
         // CloudWatch and whoever reads the pipe stamp the time themselves.
         .without_time()

@@ -586,3 +586,224 @@ fn string_bytes(text: &str) -> usize {
         .sum();
     text.len() + escapes + 2
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use proptest::prelude::*;
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::states::trace::Traces;
+
+    /// Answers each call from a list, or hangs where the list is at its end.
+    struct List(Mutex<Vec<Result<Value, TaskError>>>);
+
+    impl Tasks for List {
+        async fn call(&self, _call: Call<'_>) -> Result<Value, TaskError> {
+            let answer = {
+                let mut answers = self.0.lock().unwrap();
+                if answers.is_empty() { None } else { Some(answers.remove(0)) }
+            };
+            match answer {
+                Some(answer) => answer,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    fn execution() -> Execution {
+        Execution {
+            machine_arn: "arn:machine".into(),
+            machine_name: "m".into(),
+            arn: "arn:run".into(),
+            name: "r".into(),
+            started_ms: 5,
+        }
+    }
+
+    async fn run_states(states: Value, input: Value, answers: Vec<Result<Value, TaskError>>) -> Outcome {
+        let start = states.as_object().unwrap().keys().next().unwrap().clone();
+        let machine =
+            json!({ "QueryLanguage": "JSONata", "StartAt": start, "TimeoutSeconds": 200, "States": states });
+        let definition = Definition::parse(&machine.to_string(), &BTreeMap::new()).unwrap();
+        let traces = Traces::default();
+        let tasks = List(Mutex::new(answers));
+        run(&definition, &execution(), input, &tasks, &traces.begin("r".into())).await
+    }
+
+    fn task(more: Value) -> Value {
+        let mut task = json!({
+            "Type": "Task", "Resource": "arn:aws:states:::aws-sdk:sqs:deleteMessage",
+            "Arguments": { "QueueUrl": "q", "ReceiptHandle": "r" }, "TimeoutSeconds": 5,
+        });
+        task.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        task
+    }
+
+    fn failed(name: &'static str) -> Result<Value, TaskError> {
+        Err(TaskError::new(name, "words"))
+    }
+
+    fn error_of(outcome: Outcome) -> String {
+        match outcome {
+            Outcome::Failed(error) => error.error.into_owned(),
+            Outcome::TimedOut(error) => format!("timed out: {}", error.error),
+            Outcome::Succeeded(output) => panic!("{output}"),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn values_flow_from_state_to_state() {
+        let states = json!({
+            "First": { "Type": "Pass", "Assign": { "a": "{% $states.input.n + 1 %}", "b": "x" },
+                       "Output": { "seen": "{% $states.input.n %}" }, "Next": "Second" },
+            "Second": { "Type": "Pass", "Assign": { "a": "{% $a * 10 %}" },
+                        "Output": ["{% $a %}", "{% $states.input.seen %}", "{% $states.context.Execution.Input.n %}"], "Next": "Third" },
+            "Third": { "Type": "Choice", "Choices": [
+                { "Condition": "{% $a = 0 %}", "Next": "Wrong" },
+                { "Condition": "{% $a = 20 and $b = 'x' %}", "Assign": { "c": "{% $states.context.State.Name %}" }, "Next": "Last" }] },
+            "Wrong": { "Type": "Fail" },
+            "Last": { "Type": "Succeed", "Output": { "in": "{% $states.input %}", "a": "{% $a %}", "c": "{% $c %}",
+                      "id": "{% $states.context.StateMachine.Id & $states.context.Execution.Id %}" } },
+        });
+        // Output sees the variables as they were before the state's own Assign.
+        assert_eq!(
+            run_states(states, json!({ "n": 1 }), vec![]).await,
+            Outcome::Succeeded(json!({ "in": [2, 1, 1], "a": 20, "c": "Third", "id": "arn:machinearn:run" }))
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_state_without_output_passes_on_what_it_has() {
+        let states = json!({
+            "Call": task(json!({ "Next": "Pass" })),
+            "Pass": { "Type": "Pass", "Next": "Wait" },
+            "Wait": { "Type": "Wait", "Seconds": "{% 1 + 1 %}", "End": true },
+        });
+        let start = Instant::now();
+        let outcome = run_states(states, json!({}), vec![Ok(json!({ "x": [1.5, null] }))]).await;
+        assert_eq!(outcome, Outcome::Succeeded(json!({ "x": [1.5, null] })));
+        assert_eq!(start.elapsed(), Duration::from_secs(2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn retries_wait_longer_each_time_and_then_give_up() {
+        let retry = json!([
+            { "ErrorEquals": ["A"], "IntervalSeconds": 1, "BackoffRate": 2, "MaxAttempts": 3, "MaxDelaySeconds": 3 },
+            { "ErrorEquals": ["States.ALL"], "IntervalSeconds": 10, "MaxAttempts": 1 },
+        ]);
+        let states = json!({ "Call": task(json!({ "Retry": retry, "End": true })) });
+        let start = Instant::now();
+        let answers = vec![failed("A"), failed("A"), failed("B"), failed("A"), Ok(json!(1))];
+        let outcome = run_states(states.clone(), json!({}), answers).await;
+        assert_eq!(outcome, Outcome::Succeeded(json!(1)));
+        // 1 + 2 + 10 + 3: each retrier counts for itself.
+        assert_eq!(start.elapsed(), Duration::from_secs(16));
+        let answers = vec![failed("B"), failed("B")];
+        assert_eq!(error_of(run_states(states, json!({}), answers).await), "B");
+        let jitter = json!([{ "ErrorEquals": ["A"], "IntervalSeconds": 8, "JitterStrategy": "FULL" }]);
+        let states = json!({ "Call": task(json!({ "Retry": jitter, "End": true })) });
+        let start = Instant::now();
+        run_states(states, json!({}), vec![failed("A"), Ok(json!(1))]).await;
+        assert!(start.elapsed() <= Duration::from_secs(8));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn catchers_take_the_first_name_that_fits() {
+        let catch = json!([
+            { "ErrorEquals": ["A"], "Assign": { "e": "{% $states.errorOutput.Cause %}" }, "Output": { "by": "A" }, "Next": "End" },
+            { "ErrorEquals": ["States.Timeout"], "Output": { "by": "timeout" }, "Next": "End" },
+            { "ErrorEquals": ["States.TaskFailed"], "Next": "End" },
+        ]);
+        let states = json!({
+            "Start": { "Type": "Pass", "Assign": { "e": "none" }, "Next": "Call" },
+            "Call": task(json!({ "Catch": catch, "Next": "End" })),
+            "End": { "Type": "Succeed", "Output": ["{% $states.input %}", "{% $e %}"] },
+        });
+        let outcome = |answers| run_states(states.clone(), json!({}), answers);
+        assert_eq!(outcome(vec![failed("A")]).await, Outcome::Succeeded(json!([{ "by": "A" }, "words"])));
+        // Nobody answers: the task's own time ends.
+        assert_eq!(outcome(vec![]).await, Outcome::Succeeded(json!([{ "by": "timeout" }, "none"])));
+        assert_eq!(
+            outcome(vec![failed("Other")]).await,
+            Outcome::Succeeded(json!([{ "Error": "Other", "Cause": "words" }, "none"]))
+        );
+        assert_eq!(error_of(outcome(vec![failed(error_name::RUNTIME)]).await), error_name::RUNTIME);
+    }
+
+    #[test]
+    fn some_errors_are_not_caught_by_all() {
+        let all = ["States.ALL".into()];
+        let task_failed = ["States.TaskFailed".into()];
+        for (error, by_all, by_task_failed) in [
+            ("ApiGateway.410", true, true),
+            (error_name::TIMEOUT, true, false),
+            (error_name::QUERY_EVALUATION_ERROR, true, true),
+            (error_name::DATA_LIMIT_EXCEEDED, false, false),
+            (error_name::RUNTIME, false, false),
+        ] {
+            assert_eq!(matches_any(&all, error), by_all, "{error}");
+            assert_eq!(matches_any(&task_failed, error), by_task_failed, "{error}");
+        }
+        assert!(matches_any(&[error_name::DATA_LIMIT_EXCEEDED.into()], error_name::DATA_LIMIT_EXCEEDED));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_run_ends_with_its_time() {
+        let states = json!({ "Wait": { "Type": "Wait", "Seconds": 1000, "End": true } });
+        let start = Instant::now();
+        let outcome = run_states(states, json!({}), vec![]).await;
+        assert_eq!(error_of(outcome), "timed out: States.Timeout");
+        assert_eq!(start.elapsed(), Duration::from_secs(200));
+        let states = json!({ "A": { "Type": "Pass", "Next": "B" }, "B": { "Type": "Pass", "Next": "A" } });
+        assert_eq!(error_of(run_states(states, json!({}), vec![]).await), error_name::RUNTIME);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn large_values_end_a_run() {
+        let large = "x".repeat(limits::STATE_BYTES);
+        let catch_all = json!({ "Catch": [{ "ErrorEquals": ["States.ALL"], "Next": "End" }], "Next": "End" });
+        let states = json!({ "Call": task(catch_all), "End": { "Type": "Succeed" } });
+        let outcome = run_states(states, json!({}), vec![Ok(json!(large))]).await;
+        assert_eq!(error_of(outcome), error_name::DATA_LIMIT_EXCEEDED);
+        let fits = "x".repeat(limits::STATE_BYTES - 2);
+        let states = json!({ "Call": task(json!({ "End": true })) });
+        let outcome = run_states(states, json!({}), vec![Ok(json!(fits.clone()))]).await;
+        assert_eq!(outcome, Outcome::Succeeded(json!(fits)));
+        for part in ["Assign", "Output"] {
+            let states = json!({ "A": { "Type": "Pass", part: { "a": "{% $states.input & $states.input %}" }, "End": true } });
+            let outcome = run_states(states, json!("x".repeat(limits::STATE_BYTES / 2)), vec![]).await;
+            assert_eq!(error_of(outcome), error_name::DATA_LIMIT_EXCEEDED, "{part}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_expression_without_a_value_is_an_error() {
+        for state in [
+            json!({ "Type": "Pass", "Output": "{% $states.input.nothing %}", "End": true }),
+            json!({ "Type": "Pass", "Assign": { "a": "{% $nothing %}" }, "End": true }),
+            json!({ "Type": "Choice", "Choices": [{ "Condition": "{% $states.input.nothing %}", "Next": "A" }] }),
+            json!({ "Type": "Choice", "Choices": [{ "Condition": "{% 'text' %}", "Next": "A" }] }),
+            json!({ "Type": "Wait", "Seconds": "{% 'text' %}", "End": true }),
+            json!({ "Type": "Fail", "Error": "{% 1 %}" }),
+        ] {
+            let outcome = run_states(json!({ "A": state }), json!({}), vec![]).await;
+            assert_eq!(error_of(outcome), error_name::QUERY_EVALUATION_ERROR, "{state}");
+        }
+        let states =
+            json!({ "A": { "Type": "Choice", "Choices": [{ "Condition": "{% false %}", "Next": "A" }] } });
+        assert_eq!(error_of(run_states(states, json!({}), vec![]).await), error_name::NO_CHOICE_MATCHED);
+        let states = json!({ "A": { "Type": "Fail", "Error": "{% 'E' & $states.input %}", "Cause": "c" } });
+        assert_eq!(run_states(states, json!("x"), vec![]).await, Outcome::Failed(TaskError::new("Ex", "c")));
+    }
+
+    proptest! {
+        #[test]
+        fn the_size_of_a_value_is_that_of_its_text(text in any::<String>(), number in any::<f64>(), pieces in prop::collection::vec("[\\x00-\\x7f]{0,70}", 0..5)) {
+            let value = json!({ "text": text, text.clone(): [number, null, true, false, -1, 1], "pieces": pieces, "e": {}, "l": [] });
+            prop_assert_eq!(json_bytes(&value), value.to_string().len());
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! One line for each request: who asked what of which tunnel, and what came of it.
+//!
+//! No header value, query, body or token is ever in it.
+
+use std::{
+    io::Write as _,
+    time::{Duration, Instant, SystemTime},
+};
+
+use proto::{error::ErrorCode, id::RequestId, id::TunnelName, target::Target};
+
+/// Where the lines go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum AccessLog {
+    /// To the log, as fields.
+    Log,
+    /// To standard output, for people.
+    People,
+}
+
+/// How a request ended without a whole response.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// The response was sent.
+    Complete,
+    /// There was none, or no more of it.
+    Failed(ErrorCode),
+}
+
+/// The line of one request. It is written when it is dropped, so that no request goes without.
+pub(crate) struct AccessLine {
+    log: AccessLog,
+    request_id: RequestId,
+    tunnel: TunnelName,
+    method: Box<str>,
+    path: Box<str>,
+    began: Instant,
+    status: Option<u16>,
+    bytes: u64,
+    ending: Option<Ending>,
+}
+
+impl AccessLine {
+    pub(crate) fn begin(
+        log: AccessLog,
+        request_id: RequestId,
+        tunnel: TunnelName,
+        method: &str,
+        target: &Target,
+    ) -> Self {
+        Self {
+            log,
+            request_id,
+            tunnel,
+            method: method.into(),
+            path: target.path().into(),
+            began: Instant::now(),
+            status: None,
+            bytes: 0,
+            ending: None,
+        }
+    }
+
+    pub(crate) const fn head(&mut self, status: u16) {
+        self.status = Some(status);
+    }
+
+    pub(crate) const fn body(&mut self, bytes: usize) {
+        self.bytes += bytes as u64;
+    }
+
+    pub(crate) const fn end(&mut self, ending: Ending) {
+        self.ending = Some(ending);
+    }
+
+    fn status(&self) -> u16 {
+        match (self.status, self.ending) {
+            (Some(status), _) => status,
+            (None, Some(Ending::Failed(code))) => code.status().as_u16(),
+            // What servers log for a client that has gone.
+            (None, _) => 499,
+        }
+    }
+
+    const fn error_code(&self) -> &'static str {
+        match self.ending {
+            Some(Ending::Complete) => "",
+            Some(Ending::Failed(code)) => code.as_str(),
+            None => "cancelled",
+        }
+    }
+}
+
+impl Drop for AccessLine {
+    fn drop(&mut self) {
+        let elapsed = self.began.elapsed();
+        match self.log {
+            AccessLog::Log => tracing::info!(
+                target: "agentd::access",
+                request_id = self.request_id.as_str(),
+                tunnel_id = self.tunnel.as_str(),
+                method = &*self.method,
+                path = &*self.path,
+                status = self.status(),
+                bytes = self.bytes,
+                elapsed_ms = elapsed.as_micros() as f64 / 1000.0,
+                error_code = self.error_code(),
+                "request ended"
+            ),
+            AccessLog::People => {
+                // Nobody may be reading; that is no reason to fail a request.
+                let _ = writeln!(
+                    std::io::stdout().lock(),
+                    "{}  {}  {} {}  {}  {}{}{}",
+                    time_of_day(),
+                    self.status(),
+                    self.method,
+                    self.path,
+                    readable_bytes(self.bytes),
+                    readable_duration(elapsed),
+                    if self.error_code().is_empty() { "" } else { "  " },
+                    self.error_code(),
+                );
+            }
+        }
+    }
+}
+
+/// The time of day in UTC.
+fn time_of_day() -> String {
+    let secs =
+        SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs() % 86_400;
+    format!("{:02}:{:02}:{:02}Z", secs / 3600, secs / 60 % 60, secs % 60)
+}
+
+fn readable_bytes(bytes: u64) -> String {
+    match bytes {
+        0..10_000 => format!("{bytes} B"),
+        10_000..10_000_000 => format!("{} KB", bytes / 1000),
+        _ => format!("{} MB", bytes / 1_000_000),
+    }
+}
+
+fn readable_duration(duration: Duration) -> String {
+    match duration.as_micros() {
+        0..10_000 => format!("{:.1} ms", duration.as_secs_f64() * 1000.0),
+        10_000..10_000_000 => format!("{} ms", duration.as_millis()),
+        _ => format!("{} s", duration.as_secs()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_short_for_people() {
+        assert_eq!(readable_bytes(9_999), "9999 B");
+        assert_eq!(readable_bytes(10_000), "10 KB");
+        assert_eq!(readable_bytes(104_857_600), "104 MB");
+        assert_eq!(readable_duration(Duration::from_micros(1_240)), "1.2 ms");
+        assert_eq!(readable_duration(Duration::from_secs(75)), "75 s");
+    }
+}

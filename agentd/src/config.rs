@@ -1,0 +1,293 @@
+//! The configuration: a TOML file and what it includes, under the environment, under flags.
+//!
+//! Enters: file names and [`Overrides`]. Leaves: a valid [`Config`], or one [`ConfigError`] that says
+//! where and what to write instead.
+
+mod file;
+mod value;
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use http::HeaderValue;
+use proto::{id::TunnelName, limits};
+use rustls::pki_types::ServerName;
+
+pub use self::file::load;
+use crate::{
+    credential::{CREDENTIAL, Token, TokenError, TokenSource},
+    edge_url::EdgeUrl,
+    upstream::{Http2, address::Address},
+};
+
+/// Where the configuration is unless somebody says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/agentd/agentd.toml";
+
+/// How long a stop waits for what is in flight, unless configured otherwise. It stays below the unit's
+/// `TimeoutStopSec`.
+pub const DEFAULT_GRACE_PERIOD: Duration = Duration::from_secs(30);
+
+/// Everything the agent needs to run.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The edge.
+    pub edge: EdgeConfig,
+    /// Where the token is read from, at each dial.
+    pub token_source: TokenSource,
+    /// The token as it was when the configuration was read.
+    pub token: Token,
+    /// The tunnels, in the order in which they were written.
+    pub tunnels: Vec<TunnelConfig>,
+    /// How long a stop waits for what is in flight.
+    pub grace_period: Duration,
+}
+
+/// How to reach the edge.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EdgeConfig {
+    /// Its address.
+    pub url: EdgeUrl,
+    /// Certificates to trust beside the system's.
+    pub ca_file: Option<PathBuf>,
+}
+
+/// One tunnel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TunnelConfig {
+    /// Its public name.
+    pub name: TunnelName,
+    /// What it leads to.
+    pub upstream: Address,
+    /// What `host` says to the upstream.
+    pub host_header: HostHeader,
+    /// How long the upstream may take to begin its answer.
+    pub request_timeout: Duration,
+    /// How many requests are served at a time.
+    pub max_concurrent: u32,
+    /// Certificates to trust beside the system's.
+    pub ca_file: Option<PathBuf>,
+    /// The name to ask for and check in TLS, where it is not the upstream's own.
+    pub server_name: Option<ServerName<'static>>,
+    /// Whether any certificate will do.
+    pub insecure_skip_verify: bool,
+    /// When HTTP/2 is spoken.
+    pub http2: Http2,
+}
+
+impl TunnelConfig {
+    /// A tunnel with every setting at its default.
+    #[must_use]
+    pub const fn new(name: TunnelName, upstream: Address) -> Self {
+        Self {
+            name,
+            upstream,
+            host_header: HostHeader::Upstream,
+            request_timeout: limits::REPLY_TIMEOUT,
+            max_concurrent: limits::MAX_CONCURRENT,
+            ca_file: None,
+            server_name: None,
+            insecure_skip_verify: false,
+            http2: Http2::Auto,
+        }
+    }
+}
+
+/// What `host` says to the upstream.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum HostHeader {
+    /// The upstream's own name: what its server expects when it is called directly.
+    #[default]
+    Upstream,
+    /// The name the public client asked for.
+    Preserve,
+    /// Always this.
+    Value(HeaderValue),
+}
+
+/// What environment and flags say; it goes over what files say.
+#[derive(Debug, Clone, Default)]
+pub struct Overrides {
+    /// The edge's address.
+    pub edge: Option<String>,
+    /// The file with the token.
+    pub token_file: Option<PathBuf>,
+    /// The token itself, from the environment only.
+    pub token: Option<String>,
+    /// The folder of systemd credentials.
+    pub credentials: Option<PathBuf>,
+    /// Certificates to trust for the edge.
+    pub ca_file: Option<PathBuf>,
+    /// How long a stop waits.
+    pub grace_period: Option<Duration>,
+}
+
+/// A place in a file.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Place {
+    /// The file.
+    pub file: PathBuf,
+    /// Counts from 1.
+    pub line: usize,
+    /// Counts characters from 1.
+    pub column: usize,
+}
+
+/// Why there is no valid configuration: one reason, and where.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct ConfigError {
+    /// Where, if it is in a file.
+    #[serde(flatten)]
+    pub place: Option<Place>,
+    /// What is wrong and what would be right.
+    pub message: String,
+}
+
+impl ConfigError {
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Self { place: None, message: message.into() }
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(place) = &self.place {
+            write!(f, "{}:{}:{}: ", place.file.display(), place.line, place.column)?;
+        }
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+impl From<TokenError> for ConfigError {
+    fn from(error: TokenError) -> Self {
+        Self::new(error.to_string())
+    }
+}
+
+impl Overrides {
+    /// The configuration of `agentd http`: no file, one tunnel.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`].
+    pub fn with_tunnel(&self, tunnel: TunnelConfig) -> Result<Config, ConfigError> {
+        self.apply(FileConfig { tunnels: vec![tunnel], ..FileConfig::default() })
+    }
+
+    fn apply(&self, file: FileConfig) -> Result<Config, ConfigError> {
+        let url = match &self.edge {
+            Some(url) => url.parse().map_err(|error| ConfigError::new(format!("{error}")))?,
+            None => file.url.ok_or_else(|| {
+                ConfigError::new(
+                    "no edge is named: give --edge wss://…, AGENTD_EDGE or [edge] url in the file",
+                )
+            })?,
+        };
+        let token_source = self.token_source(file.token_file)?;
+        let token = token_source.read()?;
+        if let Some(first) = file.tunnels.get(limits::TUNNELS_PER_CONNECTION) {
+            return Err(ConfigError::new(format!(
+                "tunnel {} is one too many: an agent serves at most {}",
+                first.name,
+                limits::TUNNELS_PER_CONNECTION
+            )));
+        }
+        Ok(Config {
+            edge: EdgeConfig { url, ca_file: self.ca_file.clone().or(file.ca_file) },
+            token_source,
+            token,
+            tunnels: file.tunnels,
+            grace_period: self.grace_period.or(file.grace_period).unwrap_or(DEFAULT_GRACE_PERIOD),
+        })
+    }
+
+    fn token_source(&self, from_file: Option<PathBuf>) -> Result<TokenSource, ConfigError> {
+        if let Some(path) = &self.token_file {
+            return Ok(TokenSource::File(path.clone()));
+        }
+        if let Some(token) = &self.token {
+            return Ok(TokenSource::from_value(token)?);
+        }
+        if let Some(path) = from_file {
+            return Ok(self.file_or_credential(path));
+        }
+        let credential = self.credentials.as_deref().map(|dir| dir.join(CREDENTIAL));
+        credential.filter(|path| path.exists()).map(TokenSource::Credential).ok_or_else(|| {
+            ConfigError::new(
+                "there is no token: give --token-file FILE, AGENTD_TOKEN_FILE, AGENTD_TOKEN or [edge] token_file",
+            )
+        })
+    }
+
+    /// systemd guards its credentials itself; their permission bits say something else.
+    fn file_or_credential(&self, path: PathBuf) -> TokenSource {
+        if self.credentials.as_deref().is_some_and(|dir| path.starts_with(dir)) {
+            TokenSource::Credential(path)
+        } else {
+            TokenSource::File(path)
+        }
+    }
+}
+
+/// What files say.
+#[derive(Debug, Default)]
+struct FileConfig {
+    url: Option<EdgeUrl>,
+    token_file: Option<PathBuf>,
+    ca_file: Option<PathBuf>,
+    grace_period: Option<Duration>,
+    tunnels: Vec<TunnelConfig>,
+}
+
+/// Reads a duration such as `60s`: a whole number and `ms`, `s`, `m` or `h`.
+///
+/// # Errors
+///
+/// A sentence for the user.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let unit_ms = match unit {
+        "ms" => Some(1),
+        "s" => Some(1_000),
+        "m" => Some(60_000),
+        "h" => Some(3_600_000),
+        _ => None,
+    };
+    let ms = number.parse::<u64>().ok().zip(unit_ms).and_then(|(number, unit)| number.checked_mul(unit));
+    ms.map(Duration::from_millis)
+        .ok_or_else(|| format!("{text:?} is not a duration: write it as 500ms, 60s, 5m or 1h"))
+}
+
+/// Reads a `host_header` setting.
+///
+/// # Errors
+///
+/// A sentence for the user.
+pub fn parse_host_header(text: &str) -> Result<HostHeader, String> {
+    match text {
+        "upstream" => Ok(HostHeader::Upstream),
+        "preserve" => Ok(HostHeader::Preserve),
+        value => {
+            let is_host =
+                value.parse::<http::uri::Authority>().is_ok_and(|host| !host.as_str().contains('@'));
+            HeaderValue::from_str(value)
+                .ok()
+                .filter(|_| is_host)
+                .map(HostHeader::Value)
+                .ok_or_else(|| format!("{value:?} is neither \"upstream\" nor \"preserve\" nor a host name"))
+        }
+    }
+}
+
+/// Where relative paths in a file begin.
+fn beside(file: &Path, path: &str) -> PathBuf {
+    file.parent().unwrap_or_else(|| Path::new(".")).join(path)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,191 @@
+//! The configuration file and the files it includes.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use proto::id::TunnelName;
+use rustls::pki_types::ServerName;
+
+use super::{
+    Config, ConfigError, FileConfig, Overrides, TunnelConfig, beside, parse_duration, parse_host_header,
+    value::{Document, Table},
+};
+use crate::upstream::{
+    Http2,
+    address::{Address, Scheme},
+};
+
+const ROOT_KEYS: &[&str] = &["edge", "grace_period", "include", "tunnel"];
+const INCLUDED_KEYS: &[&str] = &["tunnel"];
+const EDGE_KEYS: &[&str] = &["ca_file", "token_file", "url"];
+const TUNNEL_KEYS: &[&str] = &[
+    "ca_file",
+    "host_header",
+    "http2",
+    "insecure_skip_verify",
+    "max_concurrent",
+    "name",
+    "request_timeout",
+    "server_name",
+    "upstream",
+];
+
+/// Reads a configuration file and what it includes, under `overrides`.
+///
+/// # Errors
+///
+/// [`ConfigError`].
+pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
+    let mut config = FileConfig::default();
+    let mut names = BTreeMap::new();
+    let text = read(path)?;
+    let document = Document { path, text: &text };
+    let root = document.parse()?;
+    let root = Table::new(&document, root.get_ref(), root.span(), "the file", ROOT_KEYS)?;
+    if let Some(edge) = root.table("edge", EDGE_KEYS)? {
+        config.url = edge.text("url", str::parse)?;
+        config.token_file = edge.text("token_file", |text| nonempty_path(path, text))?;
+        config.ca_file = edge.text("ca_file", |text| nonempty_path(path, text))?;
+    }
+    config.grace_period = root.text("grace_period", |text| duration_within(text, "0s", "15m"))?;
+    read_tunnels(&document, &root, &mut config, &mut names)?;
+    for (pattern, span) in root.texts("include")? {
+        let files = expand(&beside(path, pattern)).map_err(|message| document.error(span, message))?;
+        for included in files {
+            let text = read(&included)?;
+            let document = Document { path: &included, text: &text };
+            let root = document.parse()?;
+            let root = Table::new(&document, root.get_ref(), root.span(), "an included file", INCLUDED_KEYS)?;
+            read_tunnels(&document, &root, &mut config, &mut names)?;
+        }
+    }
+    if config.tunnels.is_empty() {
+        return Err(document.error(0..0, "there is no tunnel: add a [[tunnel]] with name and upstream"));
+    }
+    overrides.apply(config)
+}
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    fs::read_to_string(path).map_err(|error| {
+        ConfigError::new(format!("cannot read the configuration {}: {error}", path.display()))
+    })
+}
+
+fn nonempty_path(file: &Path, text: &str) -> Result<PathBuf, &'static str> {
+    if text.is_empty() { Err("a file name is wanted here") } else { Ok(beside(file, text)) }
+}
+
+fn duration_within(text: &str, least: &str, most: &str) -> Result<std::time::Duration, String> {
+    let duration = parse_duration(text)?;
+    if (parse_duration(least)?..=parse_duration(most)?).contains(&duration) {
+        Ok(duration)
+    } else {
+        Err(format!("{text:?} must be from {least} to {most}"))
+    }
+}
+
+fn read_tunnels(
+    document: &Document<'_>,
+    root: &Table<'_>,
+    config: &mut FileConfig,
+    names: &mut BTreeMap<TunnelName, PathBuf>,
+) -> Result<(), ConfigError> {
+    for table in root.tables("tunnel", TUNNEL_KEYS)? {
+        let tunnel = read_tunnel(document, &table)?;
+        if let Some(earlier) = names.insert(tunnel.name.clone(), document.path.into()) {
+            let message = format!("tunnel {:?} is already in {}", tunnel.name, earlier.display());
+            return Err(document.error(table.span_of("name"), message));
+        }
+        config.tunnels.push(tunnel);
+    }
+    Ok(())
+}
+
+fn read_tunnel(document: &Document<'_>, table: &Table<'_>) -> Result<TunnelConfig, ConfigError> {
+    let path = document.path;
+    let name = table.text("name", str::parse)?.ok_or_else(|| table.error("this tunnel has no name"))?;
+    let upstream: Address = table.text_or_integer("upstream", str::parse)?.ok_or_else(|| {
+        table.error(format!("tunnel {name} has no upstream: add upstream = \"127.0.0.1:3000\""))
+    })?;
+    let mut tunnel = TunnelConfig::new(name, upstream);
+    if let Some(host_header) = table.text("host_header", parse_host_header)? {
+        tunnel.host_header = host_header;
+    }
+    if let Some(timeout) = table.text("request_timeout", |text| duration_within(text, "1ms", "15m"))? {
+        tunnel.request_timeout = timeout;
+    }
+    if let Some(max_concurrent) = table.integer("max_concurrent", 1..=10_000)? {
+        tunnel.max_concurrent = max_concurrent;
+    }
+    tunnel.ca_file = table.text("ca_file", |text| nonempty_path(path, text))?;
+    tunnel.server_name = table.text("server_name", |text| {
+        ServerName::try_from(text.to_owned()).map_err(|_| format!("{text:?} is not a DNS name or address"))
+    })?;
+    tunnel.insecure_skip_verify = table.flag("insecure_skip_verify")?.unwrap_or(false);
+    if let Some(http2) = table.text("http2", parse_http2)? {
+        tunnel.http2 = http2;
+    }
+    if tunnel.upstream.scheme() == Scheme::Http {
+        for key in ["ca_file", "server_name", "insecure_skip_verify"] {
+            if table.has(key) {
+                return Err(document.error(
+                    table.span_of(key),
+                    format!("{key:?} is about TLS, but the upstream of {} is not https://", tunnel.name),
+                ));
+            }
+        }
+    }
+    Ok(tunnel)
+}
+
+fn parse_http2(text: &str) -> Result<Http2, String> {
+    match text {
+        "auto" => Ok(Http2::Auto),
+        "always" => Ok(Http2::Always),
+        "never" => Ok(Http2::Never),
+        other => Err(format!("{other:?} is none of \"auto\", \"always\" and \"never\"")),
+    }
+}
+
+/// The files a pattern names, in order: `*` stands for anything in the last part of the path. A pattern
+/// with a star may name none; a plain name must exist.
+fn expand(pattern: &Path) -> Result<Vec<PathBuf>, String> {
+    let shown = pattern.display();
+    let last = pattern.file_name().and_then(|name| name.to_str()).ok_or(format!("{shown} names no file"))?;
+    let folder = pattern.parent().unwrap_or_else(|| Path::new("."));
+    if folder.to_string_lossy().contains('*') {
+        return Err(format!("{shown}: '*' may stand in the file name only"));
+    }
+    let Some((prefix, suffix)) = last.split_once('*') else {
+        return if pattern.is_file() {
+            Ok(vec![pattern.into()])
+        } else {
+            Err(format!("{shown} does not exist"))
+        };
+    };
+    if suffix.contains('*') {
+        return Err(format!("{shown}: one '*' is enough"));
+    }
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(format!("cannot read {}: {error}", folder.display())),
+    };
+    let mut files: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.file_name()))
+        .filter(|name| {
+            name.to_str().is_some_and(|name| {
+                !name.starts_with('.')
+                    && name.len() >= prefix.len() + suffix.len()
+                    && name.starts_with(prefix)
+                    && name.ends_with(suffix)
+            })
+        })
+        .map(|name| folder.join(name))
+        .collect();
+    files.sort();
+    Ok(files)
+}

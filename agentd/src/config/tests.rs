@@ -1,0 +1,180 @@
+use std::{fs, os::unix::fs::PermissionsExt as _};
+
+use super::*;
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        let folder = Self(tempfile::tempdir().unwrap());
+        folder.write("token", "secret");
+        fs::set_permissions(folder.path("token"), fs::Permissions::from_mode(0o600)).unwrap();
+        folder
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    fn load(&self, text: &str) -> Result<Config, ConfigError> {
+        self.write("agentd.toml", text);
+        load(&self.path("agentd.toml"), &Overrides::default())
+    }
+
+    /// The message without the folder's name.
+    fn error(&self, text: &str) -> String {
+        self.load(text).unwrap_err().to_string().replace(&format!("{}/", self.0.path().display()), "")
+    }
+}
+
+const EDGE: &str = "[edge]\nurl = \"ws://127.0.0.1:1\"\ntoken_file = \"token\"\n";
+
+fn tunnel(lines: &str) -> String {
+    format!("{EDGE}[[tunnel]]\nname = \"web\"\nupstream = \"https://app\"\n{lines}\n")
+}
+
+#[test]
+fn reads_every_key() {
+    let folder = Folder::new();
+    let config = folder
+        .load(
+            r#"
+            include = ["conf.d/*.toml"]
+            grace_period = "5s"
+            [edge]
+            url = "wss://edge.example.com/dev"
+            token_file = "token"
+            ca_file = "ca.pem"
+            [[tunnel]]
+            name = "web"
+            upstream = "https://app.internal"
+            host_header = "preserve"
+            request_timeout = "500ms"
+            max_concurrent = 7
+            ca_file = "/etc/ca.pem"
+            server_name = "other.internal"
+            insecure_skip_verify = false
+            http2 = "never"
+            [[tunnel]]
+            name = "api2"
+            upstream = 3000
+            host_header = "app.example.com:8080"
+            "#,
+        )
+        .unwrap();
+    assert_eq!(config.edge.url.to_string(), "wss://edge.example.com/dev");
+    assert_eq!(config.edge.ca_file, Some(folder.path("ca.pem")));
+    assert_eq!(config.grace_period, Duration::from_secs(5));
+    let [web, api] = &config.tunnels[..] else { panic!("two tunnels") };
+    assert_eq!(web.host_header, HostHeader::Preserve);
+    assert_eq!(web.request_timeout, Duration::from_millis(500));
+    assert_eq!(web.max_concurrent, 7);
+    assert_eq!(web.http2, Http2::Never);
+    assert_eq!(web.ca_file.as_deref(), Some(Path::new("/etc/ca.pem")));
+    assert_eq!(api.upstream.to_string(), "http://localhost:3000");
+    assert!(matches!(&api.host_header, HostHeader::Value(value) if value == "app.example.com:8080"));
+    assert!(!format!("{config:?}").contains("secret"));
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_place_and_the_nearest_one() {
+    let folder = Folder::new();
+    assert_eq!(
+        folder.error(&tunnel("max_concurent = 5")),
+        "agentd.toml:7:1: unknown key \"max_concurent\" in [[tunnel]]: did you mean \"max_concurrent\"?"
+    );
+    assert_eq!(
+        folder.error(&format!("tunel = 1\n{EDGE}")),
+        "agentd.toml:1:1: unknown key \"tunel\" in the file: did you mean \"tunnel\"?"
+    );
+    assert_eq!(
+        folder.error("[edge]\n  colour = 1"),
+        "agentd.toml:2:3: unknown key \"colour\" in [edge]: known are ca_file, token_file, url"
+    );
+}
+
+#[test]
+fn a_bad_value_is_named_with_its_place() {
+    let folder = Folder::new();
+    for (line, message) in [
+        ("max_concurrent = 0", "7:18: \"max_concurrent\" must be from 1 to 10000"),
+        (
+            "max_concurrent = \"5\"",
+            "7:18: \"max_concurrent\" must be a whole number without quotes, not a string",
+        ),
+        (
+            "request_timeout = \"1 minute\"",
+            "7:19: \"1 minute\" is not a duration: write it as 500ms, 60s, 5m or 1h",
+        ),
+        ("request_timeout = \"16m\"", "7:19: \"16m\" must be from 1ms to 15m"),
+        ("http2 = \"yes\"", "7:9: \"yes\" is none of \"auto\", \"always\" and \"never\""),
+        ("insecure_skip_verify = 1", "7:24: \"insecure_skip_verify\" must be true or false, not an integer"),
+        ("host_header = \"a b\"", "7:15: \"a b\" is neither \"upstream\" nor \"preserve\" nor a host name"),
+    ] {
+        assert_eq!(folder.error(&tunnel(line)), format!("agentd.toml:{message}"));
+    }
+    assert!(
+        folder.error(&tunnel("x = [")).starts_with("agentd.toml:7:6: "),
+        "{}",
+        folder.error(&tunnel("x = ["))
+    );
+    assert!(folder.error(EDGE).contains("there is no tunnel"));
+    let twice = format!("{}\n[[tunnel]]\nname = \"web\"\nupstream = 1\n", tunnel(""));
+    assert!(
+        folder.error(&twice).starts_with("agentd.toml:10:8: tunnel web is already in"),
+        "{}",
+        folder.error(&twice)
+    );
+    let plain = tunnel("server_name = \"x\"").replace("https://app", "app:80");
+    assert!(folder.error(&plain).contains("is about TLS"), "{}", folder.error(&plain));
+}
+
+#[test]
+fn included_files_add_tunnels_and_nothing_else() {
+    let folder = Folder::new();
+    folder.write("conf.d/b.toml", "[[tunnel]]\nname = \"b2\"\nupstream = 2\n");
+    folder.write("conf.d/a.toml", "[[tunnel]]\nname = \"a1\"\nupstream = 1\n");
+    folder.write("conf.d/.hidden.toml", "nonsense");
+    folder.write("conf.d/readme.md", "nonsense");
+    let text = format!("include = [\"conf.d/*.toml\", \"none.d/*.toml\"]\n{}", tunnel(""));
+    let names: Vec<_> = folder.load(&text).unwrap().tunnels.iter().map(|t| t.name.to_string()).collect();
+    assert_eq!(names, ["web", "a1", "b2"]);
+    folder.write("conf.d/c.toml", "[edge]\nurl = \"ws://other\"\n");
+    assert!(folder.error(&text).starts_with("conf.d/c.toml:1:2: unknown key \"edge\" in an included file"));
+    assert!(
+        folder.error(&format!("include = [\"x.toml\"]\n{}", tunnel(""))).contains("x.toml does not exist")
+    );
+}
+
+#[test]
+fn flags_and_environment_go_over_the_file() {
+    let folder = Folder::new();
+    folder.write("agentd.toml", &tunnel(""));
+    let overrides = Overrides {
+        edge: Some("ws://other:5/x".into()),
+        token: Some("from-the-environment".into()),
+        grace_period: Some(Duration::from_secs(1)),
+        ..Overrides::default()
+    };
+    let config = load(&folder.path("agentd.toml"), &overrides).unwrap();
+    assert_eq!(config.edge.url.to_string(), "ws://other:5/x");
+    assert!(matches!(config.token_source, TokenSource::Value(_)));
+    assert_eq!(config.grace_period, Duration::from_secs(1));
+}
+
+#[test]
+fn a_systemd_credential_is_the_last_resort() {
+    let folder = Folder::new();
+    let text = tunnel("").replace("token_file = \"token\"\n", "");
+    assert!(folder.error(&text).contains("there is no token"));
+    fs::set_permissions(folder.path("token"), fs::Permissions::from_mode(0o440)).unwrap();
+    folder.write("agentd.toml", &text);
+    let overrides = Overrides { credentials: Some(folder.0.path().into()), ..Overrides::default() };
+    assert!(load(&folder.path("agentd.toml"), &overrides).is_ok());
+}

@@ -1,0 +1,179 @@
+//! Reading one TOML document with the place of everything in it.
+
+use std::{
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
+
+use super::{ConfigError, Place};
+
+/// A file's name and text.
+pub(super) struct Document<'a> {
+    pub(super) path: &'a Path,
+    pub(super) text: &'a str,
+}
+
+impl<'a> Document<'a> {
+    pub(super) fn error(&self, span: Range<usize>, message: impl Into<String>) -> ConfigError {
+        let before = self.text.get(..span.start.min(self.text.len())).unwrap_or_default();
+        let line = before.matches('\n').count() + 1;
+        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        ConfigError {
+            place: Some(Place { file: PathBuf::from(self.path), line, column }),
+            message: message.into(),
+        }
+    }
+
+    pub(super) fn parse(&self) -> Result<Spanned<DeTable<'a>>, ConfigError> {
+        DeTable::parse(self.text).map_err(|error| {
+            let message = error.message().lines().collect::<Vec<_>>().join(", ");
+            self.error(error.span().unwrap_or_default(), message)
+        })
+    }
+}
+
+/// A table, all of whose keys are known.
+pub(super) struct Table<'a> {
+    document: &'a Document<'a>,
+    entries: &'a DeTable<'a>,
+    span: Range<usize>,
+}
+
+impl<'a> Table<'a> {
+    /// Takes a table whose keys must be among `known`; `what` names it in messages.
+    pub(super) fn new(
+        document: &'a Document<'a>,
+        entries: &'a DeTable<'a>,
+        span: Range<usize>,
+        what: &str,
+        known: &[&str],
+    ) -> Result<Self, ConfigError> {
+        let unknown = entries
+            .iter()
+            .map(|(key, _)| key)
+            .filter(|key| !known.contains(&&**key.get_ref()))
+            .min_by_key(|key| key.span().start);
+        if let Some(key) = unknown {
+            let name = key.get_ref();
+            let nearest = known
+                .iter()
+                .map(|known| (strsim::damerau_levenshtein(name, known), *known))
+                .filter(|(distance, known)| *distance <= 1 + known.len() / 3)
+                .min();
+            let advice = match nearest {
+                Some((_, known)) => format!("did you mean {known:?}?"),
+                None => format!("known are {}", known.join(", ")),
+            };
+            return Err(document.error(key.span(), format!("unknown key {name:?} in {what}: {advice}")));
+        }
+        Ok(Self { document, entries, span })
+    }
+
+    pub(super) fn error(&self, message: impl Into<String>) -> ConfigError {
+        self.document.error(self.span.clone(), message)
+    }
+
+    fn wrong_type(&self, key: &str, value: &Spanned<DeValue<'_>>, wanted: &str) -> ConfigError {
+        let message = format!("{key:?} must be {wanted}, not {}", article(value.get_ref().type_str()));
+        self.document.error(value.span(), message)
+    }
+
+    /// A text that `parse` accepts.
+    pub(super) fn text<T, E: ToString>(
+        &self,
+        key: &str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Result<Option<T>, ConfigError> {
+        let Some(value) = self.entries.get(key) else { return Ok(None) };
+        let text = value.get_ref().as_str().ok_or_else(|| self.wrong_type(key, value, "a text in quotes"))?;
+        parse(text).map(Some).map_err(|error| self.document.error(value.span(), error.to_string()))
+    }
+
+    /// The same for a number that may stand without quotes.
+    pub(super) fn text_or_integer<T, E: ToString>(
+        &self,
+        key: &str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Result<Option<T>, ConfigError> {
+        let Some(value) = self.entries.get(key) else { return Ok(None) };
+        match value.get_ref().as_integer() {
+            Some(integer) => parse(integer.as_str())
+                .map(Some)
+                .map_err(|error| self.document.error(value.span(), error.to_string())),
+            None => self.text(key, parse),
+        }
+    }
+
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, ConfigError> {
+        let Some(value) = self.entries.get(key) else { return Ok(None) };
+        value.get_ref().as_bool().map(Some).ok_or_else(|| self.wrong_type(key, value, "true or false"))
+    }
+
+    pub(super) fn integer(
+        &self,
+        key: &str,
+        range: std::ops::RangeInclusive<u32>,
+    ) -> Result<Option<u32>, ConfigError> {
+        let Some(value) = self.entries.get(key) else { return Ok(None) };
+        let integer = value
+            .get_ref()
+            .as_integer()
+            .ok_or_else(|| self.wrong_type(key, value, "a whole number without quotes"))?;
+        let number = u32::from_str_radix(integer.as_str(), integer.radix()).ok();
+        number.filter(|number| range.contains(number)).map(Some).ok_or_else(|| {
+            let message = format!("{key:?} must be from {} to {}", range.start(), range.end());
+            self.document.error(value.span(), message)
+        })
+    }
+
+    /// A table in this one.
+    pub(super) fn table(&self, key: &str, known: &[&str]) -> Result<Option<Self>, ConfigError> {
+        let Some(value) = self.entries.get(key) else { return Ok(None) };
+        let entries = value
+            .get_ref()
+            .as_table()
+            .ok_or_else(|| self.wrong_type(key, value, &format!("a table, [{key}]")))?;
+        Self::new(self.document, entries, value.span(), &format!("[{key}]"), known).map(Some)
+    }
+
+    /// Every table of a list of tables.
+    pub(super) fn tables(&self, key: &str, known: &[&str]) -> Result<Vec<Self>, ConfigError> {
+        let Some(value) = self.entries.get(key) else { return Ok(Vec::new()) };
+        let wrong = |value| self.wrong_type(key, value, &format!("a list of tables, [[{key}]]"));
+        let mut tables = Vec::new();
+        for value in value.get_ref().as_array().ok_or_else(|| wrong(value))?.iter() {
+            let entries = value.get_ref().as_table().ok_or_else(|| wrong(value))?;
+            tables.push(Self::new(self.document, entries, value.span(), &format!("[[{key}]]"), known)?);
+        }
+        Ok(tables)
+    }
+
+    /// Every text of a list, with its place.
+    pub(super) fn texts(&self, key: &str) -> Result<Vec<(&'a str, Range<usize>)>, ConfigError> {
+        let Some(value) = self.entries.get(key) else { return Ok(Vec::new()) };
+        let wrong = |value| self.wrong_type(key, value, "a list of texts");
+        let mut texts = Vec::new();
+        for value in value.get_ref().as_array().ok_or_else(|| wrong(value))?.iter() {
+            texts.push((value.get_ref().as_str().ok_or_else(|| wrong(value))?, value.span()));
+        }
+        Ok(texts)
+    }
+
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.entries.contains_key(key)
+    }
+
+    pub(super) fn span_of(&self, key: &str) -> Range<usize> {
+        self.entries.get(key).map_or_else(|| self.span.clone(), Spanned::span)
+    }
+}
+
+fn article(noun: &str) -> String {
+    let vowel = noun.starts_with(['a', 'e', 'i', 'o', 'u']);
+    format!("{} {noun}", if vowel { "an" } else { "a" })
+}

@@ -1,0 +1,442 @@
+//! One connection to the edge from its `hello` to its end: the loop that owns the session, the link
+//! and every exchange on it.
+//!
+//! Enters: what the edge sends, commands of the driver. Leaves: [`Report`]s to the driver. When the loop
+//! ends, every exchange that still runs on it ends with it, and so does its call to the upstream.
+
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures_util::StreamExt as _;
+use http::Method;
+use proto::{
+    body::Codecs,
+    error::ErrorCode,
+    id::{RequestId, TunnelName},
+    limits,
+    message::{AgentMessage, DecodeError, EdgeMessage, Envelope, Failed, Request, RequestChunk, Welcome},
+    session::{Config as SessionConfig, Dead, Event, Session},
+};
+use tokio::{
+    sync::{mpsc, watch},
+    task::{AbortHandle, JoinSet},
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_tungstenite::tungstenite::{Message, protocol::frame::coding::CloseCode};
+
+use crate::{
+    access::AccessLog,
+    exchange::{Exchange, Job, JobBody},
+    link::{Incoming, Link, LinkError, Outbox},
+    tunnel::Tunnels,
+    upload::{self, Upload, UploadError},
+};
+
+/// How long the edge may take to answer a goodbye.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How many finished requests are remembered, so that one that is delivered twice is not served
+/// twice.
+const REMEMBERED_REQUESTS: usize = 1024;
+
+/// The name of one connection within this process.
+pub(crate) type Serial = u64;
+
+/// What all connections of a process share.
+pub(crate) struct Shared {
+    pub(crate) tunnels: Arc<Tunnels>,
+    pub(crate) access: AccessLog,
+    pub(crate) seen: Mutex<Seen>,
+}
+
+/// The requests that arrived last.
+#[derive(Default)]
+pub(crate) struct Seen {
+    order: VecDeque<RequestId>,
+    ids: HashSet<RequestId>,
+}
+
+impl Seen {
+    /// Notes a request; false if it was noted before.
+    fn insert(&mut self, id: &RequestId) -> bool {
+        if !self.ids.insert(id.clone()) {
+            return false;
+        }
+        self.order.push_back(id.clone());
+        if self.order.len() > REMEMBERED_REQUESTS
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.ids.remove(&oldest);
+        }
+        true
+    }
+}
+
+/// What the driver may ask of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Command {
+    /// Say `hello` again: some tunnels were not opened yet.
+    Greet,
+    /// Serve no new request, finish those in flight, then close. `quiet` is how long to wait for
+    /// requests that were dispatched just before.
+    Retire { quiet: Duration },
+}
+
+/// What the driver must know.
+#[derive(Debug)]
+pub(crate) enum Report {
+    /// The edge answered `hello`.
+    Welcomed(Welcome),
+    /// The connection should be replaced.
+    Replace,
+    /// The connection has ended.
+    Ended(End),
+}
+
+/// How a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum End {
+    #[error("retired and closed")]
+    Retired,
+    #[error(transparent)]
+    Dead(#[from] Dead),
+    #[error(transparent)]
+    Link(#[from] LinkError),
+}
+
+struct Running {
+    abort: AbortHandle,
+    credit: watch::Sender<u32>,
+    upload: Option<Upload>,
+}
+
+struct Connection {
+    shared: Arc<Shared>,
+    session: Session,
+    names: Vec<TunnelName>,
+    outbox: Outbox,
+    codecs: Codecs,
+    exchanges: JoinSet<()>,
+    running: HashMap<RequestId, Running>,
+    by_task: HashMap<tokio::task::Id, RequestId>,
+    retirement: Option<Retirement>,
+}
+
+/// The way out of service.
+struct Retirement {
+    quiet: Duration,
+    /// Set when the edge has confirmed that it dispatches nothing here any more.
+    confirmed: bool,
+    /// When requests dispatched just before have had time to arrive.
+    quiet_until: Instant,
+    deadline: Instant,
+}
+
+/// Runs a connection that has just been opened. Returns after its last report.
+pub(crate) async fn run(
+    serial: Serial,
+    link: Link,
+    shared: Arc<Shared>,
+    session: SessionConfig,
+    mut commands: mpsc::Receiver<Command>,
+    reports: mpsc::Sender<(Serial, Report)>,
+) {
+    let Link { mut incoming, outbox, mut writer } = link;
+    let names = shared.tunnels.names();
+    let mut connection = Connection {
+        session: Session::new(session, &names, Instant::now().into_std()),
+        shared,
+        names,
+        outbox,
+        codecs: Codecs::default(),
+        exchanges: JoinSet::new(),
+        running: HashMap::new(),
+        by_task: HashMap::new(),
+        retirement: None,
+    };
+    let end = loop {
+        while let Some(message) = connection.session.poll_transmit() {
+            // A full queue means that nothing is written; the write deadline will say so.
+            let _ = connection.outbox.send_control(message.encode());
+        }
+        let mut dead = None;
+        while let Some(event) = connection.session.poll_event() {
+            match event {
+                Event::Welcomed(welcome) => {
+                    connection.welcomed(&welcome);
+                    let _ = reports.send((serial, Report::Welcomed(welcome))).await;
+                }
+                Event::Replace => {
+                    let _ = reports.send((serial, Report::Replace)).await;
+                }
+                Event::Dead(reason) => dead = Some(reason),
+            }
+        }
+        if let Some(reason) = dead {
+            break End::Dead(reason);
+        }
+        if connection.is_drained() {
+            connection.outbox.close(CloseCode::Normal, "retired");
+            say_goodbye(&mut incoming, &mut writer).await;
+            break End::Retired;
+        }
+        let wake = connection.wake_at();
+        tokio::select! {
+            message = incoming.next() => match message {
+                Some(Ok(message)) => if let Err(error) = connection.handle(message) {
+                    break error.into();
+                },
+                Some(Err(error)) => break LinkError::from(error).into(),
+                None => break LinkError::Eof.into(),
+            },
+            Some(done) = connection.exchanges.join_next_with_id() => connection.ended(done),
+            command = commands.recv() => match command {
+                Some(Command::Greet) => {
+                    let names = std::mem::take(&mut connection.names);
+                    connection.session.serve(&names, Instant::now().into_std());
+                    connection.names = names;
+                }
+                Some(Command::Retire { quiet }) => connection.retire(quiet),
+                // The driver has gone, and nobody is left to serve for.
+                None => break End::Retired,
+            },
+            written = &mut writer => break match written {
+                Ok(Err(error)) => error.into(),
+                Ok(Ok(())) | Err(_) => LinkError::Eof.into(),
+            },
+            () = wait_until(wake) => connection.session.handle_timeout(Instant::now().into_std()),
+        }
+    };
+    if let End::Link(LinkError::Binary | LinkError::Closed { .. }) = &end {
+        // The next connection does not wait for the manners of this one.
+        connection.outbox.close(CloseCode::Unsupported, "text only");
+        tokio::spawn(async move {
+            say_goodbye(&mut incoming, &mut writer).await;
+            writer.abort();
+        });
+    } else {
+        writer.abort();
+    }
+    drop(connection);
+    let _ = reports.send((serial, Report::Ended(end))).await;
+}
+
+async fn wait_until(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until the goodbye is written and answered, but not for long.
+async fn say_goodbye(incoming: &mut Incoming, writer: &mut tokio::task::JoinHandle<Result<(), LinkError>>) {
+    let _ = timeout(CLOSE_TIMEOUT, async {
+        let _ = writer.await;
+        while let Some(Ok(_)) = incoming.next().await {}
+    })
+    .await;
+}
+
+impl Connection {
+    fn wake_at(&self) -> Option<Instant> {
+        let session = self.session.poll_timeout().map(Instant::from_std);
+        let retirement = self.retirement.as_ref().map(|retirement| {
+            if retirement.confirmed && self.running.is_empty() {
+                retirement.quiet_until.min(retirement.deadline)
+            } else {
+                retirement.deadline
+            }
+        });
+        session.into_iter().chain(retirement).min()
+    }
+
+    /// Whether the connection has nothing left to do.
+    fn is_drained(&self) -> bool {
+        let now = Instant::now();
+        self.retirement.as_ref().is_some_and(|retirement| {
+            now >= retirement.deadline
+                || (retirement.confirmed && self.running.is_empty() && now >= retirement.quiet_until)
+        })
+    }
+
+    fn retire(&mut self, quiet: Duration) {
+        let now = Instant::now();
+        if let Some(retirement) = &mut self.retirement {
+            // The second time only shortens the wait.
+            retirement.quiet = quiet.min(retirement.quiet);
+            retirement.quiet_until = retirement.quiet_until.min(now + quiet);
+            return;
+        }
+        self.retirement = Some(Retirement {
+            quiet,
+            confirmed: false,
+            quiet_until: now + quiet,
+            deadline: now + limits::RESPONSE_DURATION,
+        });
+        self.session.retire(now.into_std());
+    }
+
+    fn welcomed(&mut self, welcome: &Welcome) {
+        self.codecs = welcome.codecs.clone();
+        if let Some(retirement) = &mut self.retirement {
+            retirement.confirmed = true;
+            retirement.quiet_until = Instant::now() + retirement.quiet;
+        }
+    }
+
+    fn ended(&mut self, done: Result<(tokio::task::Id, ()), tokio::task::JoinError>) {
+        let id = match done {
+            Ok((id, ())) => id,
+            Err(error) => {
+                if error.is_panic() {
+                    tracing::error!("an exchange ended by a defect in this program");
+                }
+                error.id()
+            }
+        };
+        if let Some(request_id) = self.by_task.remove(&id) {
+            self.running.remove(&request_id);
+        }
+    }
+
+    fn handle(&mut self, message: Message) -> Result<(), LinkError> {
+        let now = Instant::now().into_std();
+        match message {
+            Message::Text(text) => self.handle_text(&text),
+            Message::Ping(_) | Message::Pong(_) => self.session.handle_alive(now),
+            Message::Binary(_) => return Err(LinkError::Binary),
+            Message::Close(frame) => return Err(LinkError::from_close(frame.as_ref())),
+            Message::Frame(_) => {}
+        }
+        Ok(())
+    }
+
+    fn handle_text(&mut self, text: &str) {
+        let now = Instant::now().into_std();
+        match EdgeMessage::decode(text) {
+            Ok(EdgeMessage::Welcome(welcome)) => return self.session.handle_welcome(welcome, now),
+            Ok(EdgeMessage::Drain(_)) => return self.session.handle_drain(now),
+            Ok(EdgeMessage::Heartbeat(_)) => {}
+            Ok(EdgeMessage::Request(request)) => self.start(request),
+            Ok(EdgeMessage::RequestChunk(chunk)) => self.upload(chunk),
+            Ok(EdgeMessage::Credit(credit)) => {
+                if let Some(running) = self.running.get(&credit.request_id) {
+                    running.credit.send_modify(|through| *through = (*through).max(credit.through));
+                }
+            }
+            Ok(EdgeMessage::Cancel(cancel)) => {
+                if let Some(running) = self.running.remove(&cancel.request_id) {
+                    running.abort.abort();
+                }
+            }
+            Err(error) => self.refuse(text, &error),
+        }
+        self.session.handle_alive(now);
+    }
+
+    /// A message that cannot be read. A request among them is answered, so that nobody waits for it.
+    fn refuse(&mut self, text: &str, error: &DecodeError) {
+        tracing::warn!(%error, "a message of the edge was dropped");
+        let Ok(Envelope { kind, token: Some(token) }) = Envelope::peek(text) else { return };
+        if kind == "request" {
+            let failed =
+                AgentMessage::Failed(Failed { token: (&*token).into(), seq: 0, code: ErrorCode::BadRequest });
+            let _ = self.outbox.send_control(failed.encode());
+        }
+    }
+
+    fn start(&mut self, request: Request<'_>) {
+        if let Some(retirement) = &mut self.retirement {
+            retirement.quiet_until = Instant::now() + retirement.quiet;
+        }
+        let is_new =
+            self.shared.seen.lock().unwrap_or_else(PoisonError::into_inner).insert(&request.request_id);
+        if !is_new {
+            tracing::debug!(request_id = %request.request_id, "a request came twice");
+            return;
+        }
+        let answer_with = |code| {
+            let failed = AgentMessage::Failed(Failed { token: (&*request.token).into(), seq: 0, code });
+            let _ = self.outbox.send_control(failed.encode());
+        };
+        let (body, upload) = match (request.body, request.announced) {
+            (_, Some(announced)) if announced > limits::REQUEST_BODY_BYTES as u64 => {
+                return answer_with(ErrorCode::RequestTooLarge);
+            }
+            (_, Some(announced)) => {
+                let (upload, body, progress) = upload::new(announced);
+                (JobBody::Announced(body, progress), Some(upload))
+            }
+            (None, None) => (JobBody::Whole(bytes::Bytes::new()), None),
+            (Some(body), None) => match body.decode() {
+                Ok(bytes) => (JobBody::Whole(bytes.into()), None),
+                Err(error) => {
+                    tracing::warn!(request_id = %request.request_id, %error, "a request's body is broken");
+                    return answer_with(ErrorCode::BadRequest);
+                }
+            },
+        };
+        let Ok(method) = Method::from_bytes(request.method.as_bytes()) else {
+            return answer_with(ErrorCode::BadRequest);
+        };
+        let (credit, credit_seen) = watch::channel(0);
+        let request_id = request.request_id;
+        let exchange = Exchange {
+            job: Job {
+                request_id: request_id.clone(),
+                token: (&*request.token).into(),
+                tunnel: request.tunnel,
+                method,
+                target: request.target,
+                headers: request.headers,
+                body,
+                timeout: Duration::from_millis(request.timeout_ms),
+            },
+            tunnels: Arc::clone(&self.shared.tunnels),
+            outbox: self.outbox.clone(),
+            codecs: self.codecs.clone(),
+            credit: credit_seen,
+            access: self.shared.access,
+        };
+        let abort = self.exchanges.spawn(exchange.run());
+        self.by_task.insert(abort.id(), request_id.clone());
+        self.running.insert(request_id, Running { abort, credit, upload });
+    }
+
+    fn upload(&mut self, chunk: RequestChunk<'_>) {
+        // A piece for a request that has ended is late, not wrong.
+        let Some(Running { upload: Some(upload), .. }) = self.running.get(&chunk.request_id) else { return };
+        match chunk.body.decode() {
+            Ok(bytes) => upload.push(chunk.seq, bytes, chunk.end),
+            Err(error) => {
+                tracing::warn!(request_id = %chunk.request_id, %error, "a piece of a request's body is broken");
+                upload.fail(UploadError::Range);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_remembered_for_a_while() {
+        let id = |n: usize| {
+            let mut bytes = [0; 16];
+            bytes[..8].copy_from_slice(&n.to_be_bytes());
+            RequestId::from_random(bytes)
+        };
+        let mut seen = Seen::default();
+        assert!(seen.insert(&id(0)));
+        assert!(!seen.insert(&id(0)));
+        for n in 1..=REMEMBERED_REQUESTS {
+            assert!(seen.insert(&id(n)));
+        }
+        assert!(seen.insert(&id(0)), "forgotten by now");
+        assert_eq!(seen.order.len(), seen.ids.len());
+    }
+}

@@ -1,0 +1,454 @@
+//! One public request from its arrival to the last piece of its response.
+//!
+//! Enters: a [`Job`], credit, the pieces of an announced body. Leaves: `continue`, then one `reply` and
+//! `chunk`s, or `failed`. Dropping the future of [`Exchange::run`] ends the call to the upstream at once.
+
+use std::{cmp::min, sync::Arc, time::Duration};
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, header, uri::PathAndQuery};
+use proto::{
+    body::{self, Body, Codec, Codecs, is_compressible},
+    chunk::SendWindow,
+    error::ErrorCode,
+    header::Headers,
+    id::{RequestId, TunnelName},
+    limits,
+    message::{AgentMessage, Chunk, Continue, Failed, Reply},
+    target::Target,
+};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
+
+use crate::{
+    access::{AccessLine, AccessLog, Ending},
+    link::{LinkGone, Outbox},
+    tunnel::{HostRule, Tunnel, Tunnels},
+    upload::{UploadBody, UploadProgress},
+    upstream::{RequestBody, ResponseBody, UpstreamError},
+};
+
+const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+
+/// A message that is expected to be longer waits for its place before it is encoded.
+const BULK_BODY_BYTES: usize = 12 * 1024;
+
+/// A public request as the edge sent it.
+pub(crate) struct Job {
+    pub(crate) request_id: RequestId,
+    pub(crate) token: Box<str>,
+    pub(crate) tunnel: TunnelName,
+    pub(crate) method: Method,
+    pub(crate) target: Target,
+    pub(crate) headers: Headers,
+    pub(crate) body: JobBody,
+    pub(crate) timeout: Duration,
+}
+
+/// The body of a public request.
+pub(crate) enum JobBody {
+    /// All of it.
+    Whole(Bytes),
+    /// It follows after `continue`.
+    Announced(UploadBody, UploadProgress),
+}
+
+/// Everything one request needs.
+pub(crate) struct Exchange {
+    pub(crate) job: Job,
+    pub(crate) tunnels: Arc<Tunnels>,
+    pub(crate) outbox: Outbox,
+    /// What the edge can decode.
+    pub(crate) codecs: Codecs,
+    /// The last chunk that the public client has taken.
+    pub(crate) credit: watch::Receiver<u32>,
+    pub(crate) access: AccessLog,
+}
+
+/// Why an exchange stops before its end.
+enum Stop {
+    /// The edge is told so: number of the missing piece, and why.
+    Fail { seq: u32, code: ErrorCode },
+    /// There is nobody left to tell.
+    Gone,
+}
+
+impl From<LinkGone> for Stop {
+    fn from(LinkGone: LinkGone) -> Self {
+        Self::Gone
+    }
+}
+
+const fn fail(code: ErrorCode) -> Stop {
+    Stop::Fail { seq: 0, code }
+}
+
+impl Exchange {
+    /// Answers the request.
+    pub(crate) async fn run(self) {
+        let mut line = AccessLine::begin(
+            self.access,
+            self.job.request_id.clone(),
+            self.job.tunnel.clone(),
+            self.job.method.as_str(),
+            &self.job.target,
+        );
+        let Self { job, tunnels, outbox, codecs, credit, access: _ } = self;
+        let token = job.token.clone();
+        let sender = Sender { token: &token, outbox: &outbox };
+        match answer(job, &tunnels, &sender, &codecs, credit, &mut line).await {
+            Ok(()) => line.end(Ending::Complete),
+            Err(Stop::Gone) => {}
+            Err(Stop::Fail { seq, code }) => {
+                line.end(Ending::Failed(code));
+                let failed = AgentMessage::Failed(Failed { token: (&*token).into(), seq, code });
+                // If the link has gone, the edge knows.
+                let _ = sender.send(&failed, 0).await;
+            }
+        }
+    }
+}
+
+/// Sends the messages of one request.
+struct Sender<'a> {
+    token: &'a str,
+    outbox: &'a Outbox,
+}
+
+impl Sender<'_> {
+    /// Sends a message that is about as long as `body_bytes` and a bit.
+    async fn send(&self, message: &AgentMessage<'_>, body_bytes: usize) -> Result<(), LinkGone> {
+        self.outbox.send(encode(message, body_bytes), None).await
+    }
+}
+
+fn encode(message: &AgentMessage<'_>, body_bytes: usize) -> Vec<u8> {
+    let mut text = Vec::with_capacity(body_bytes + limits::ENVELOPE_BYTES);
+    serde_json::to_writer(&mut text, message)
+        .expect("messages have string keys, no failing serializer, and memory takes every write");
+    text
+}
+
+async fn answer(
+    mut job: Job,
+    tunnels: &Tunnels,
+    sender: &Sender<'_>,
+    codecs: &Codecs,
+    credit: watch::Receiver<u32>,
+    line: &mut AccessLine,
+) -> Result<(), Stop> {
+    let began = Instant::now();
+    let tunnel = tunnels.get(&job.tunnel).ok_or(fail(ErrorCode::NoSuchTunnel))?;
+    let _slot = tunnel.slots.try_acquire().map_err(|_| fail(ErrorCode::TooManyRequests))?;
+    let headers = upstream_headers(&job, tunnel).map_err(fail)?;
+
+    let head_due = began + min(tunnel.request_timeout, job.timeout);
+    let (response, progress) = timeout_at(head_due, async {
+        let (body, progress) = match std::mem::replace(&mut job.body, JobBody::Whole(Bytes::new())) {
+            JobBody::Whole(bytes) if bytes.is_empty() => (RequestBody::Empty, None),
+            JobBody::Whole(bytes) => (RequestBody::Whole(bytes), None),
+            JobBody::Announced(mut body, progress) => {
+                let budget =
+                    tunnels.reserve_upload(body.announced()).await.ok_or(fail(ErrorCode::RequestTooLarge))?;
+                body.accept(budget);
+                let ask =
+                    AgentMessage::Continue(Continue { token: sender.token.into(), codecs: Codecs::all() });
+                sender.send(&ask, 0).await?;
+                (RequestBody::Upload(body), Some(progress))
+            }
+        };
+        let mut request = Request::new(body);
+        *request.method_mut() = job.method.clone();
+        *request.uri_mut() = origin_form(&job.target).ok_or(fail(ErrorCode::BadRequest))?;
+        *request.headers_mut() = headers;
+        match tunnel.upstream.send(request).await {
+            Ok(response) => Ok((response, progress)),
+            Err(error) => {
+                log_failure(&job, &error);
+                // The body's own failure explains the broken request better than its echo does.
+                let upload = progress.and_then(|progress| progress.failure());
+                Err(fail(upload.map_or(error.code(), |upload| UpstreamError::Upload(upload).code())))
+            }
+        }
+    })
+    .await
+    .unwrap_or(Err(fail(ErrorCode::UpstreamTimedOut)))?;
+
+    let (status, headers, body) = check_head(response).map_err(|error| {
+        log_failure(&job, &error);
+        fail(error.code())
+    })?;
+    line.head(status);
+    let codec = (codecs.has(Codec::Zstd) && wants_codec(&headers)).then_some(Codec::Zstd);
+    let mut response = Outflow {
+        sender,
+        body,
+        pending: BytesMut::new(),
+        ended: false,
+        codec,
+        seq: 0,
+        window: SendWindow::new(limits::CHUNK_WINDOW),
+        credit,
+    };
+    let done = timeout_at(began + limits::RESPONSE_DURATION, async {
+        response.send_head(status, headers, line).await?;
+        while !response.is_sent() {
+            response.send_chunk(line).await?;
+        }
+        Ok(())
+    })
+    .await
+    .unwrap_or(Err(Broken::TimedOut));
+    match done {
+        Ok(()) => {
+            if progress.is_none_or(|progress| progress.is_complete()) {
+                response.body.finish();
+            }
+            Ok(())
+        }
+        Err(Broken::Gone) => Err(Stop::Gone),
+        Err(Broken::TimedOut) => Err(Stop::Fail { seq: response.seq, code: ErrorCode::UpstreamTimedOut }),
+        Err(Broken::Upstream(error)) => {
+            log_failure(&job, &error);
+            Err(Stop::Fail { seq: response.seq, code: error.code() })
+        }
+    }
+}
+
+fn log_failure(job: &Job, error: &UpstreamError) {
+    let cause = std::error::Error::source(error).map(ToString::to_string);
+    tracing::debug!(
+        request_id = %job.request_id,
+        tunnel_id = %job.tunnel,
+        error_code = %error.code(),
+        cause = cause.as_deref(),
+        "the upstream failed: {error}"
+    );
+}
+
+/// The URI whose path and query are exactly the target's bytes, and that has nothing else: there is
+/// no authority in it that could lead elsewhere.
+fn origin_form(target: &Target) -> Option<Uri> {
+    let mut parts = http::uri::Parts::default();
+    parts.path_and_query = Some(PathAndQuery::try_from(target.as_str()).ok()?);
+    let uri = Uri::from_parts(parts).ok()?;
+    let same = uri.path_and_query().is_some_and(|sent| sent.as_str() == target.as_str());
+    (same && uri.authority().is_none()).then_some(uri)
+}
+
+/// The header fields for the upstream: in the order they came, `host` by the tunnel's rule and first,
+/// the length exact, nothing that belongs to one connection.
+fn upstream_headers(job: &Job, tunnel: &Tunnel) -> Result<HeaderMap, ErrorCode> {
+    // An offer of HTTP/2 may be ignored (RFC 9110 §7.8); anything else is waited for.
+    let upgrades =
+        job.headers.get_all(header::UPGRADE).any(|value| !value.as_bytes().eq_ignore_ascii_case(b"h2c"));
+    if upgrades || job.method == Method::CONNECT {
+        return Err(ErrorCode::UpgradeUnsupported);
+    }
+    let host = match &tunnel.host {
+        HostRule::Fixed(value) => value.clone(),
+        HostRule::Public => job
+            .headers
+            .get(X_FORWARDED_HOST)
+            .or_else(|| job.headers.get(header::HOST))
+            .cloned()
+            .ok_or(ErrorCode::BadRequest)?,
+    };
+    let length = match &job.body {
+        JobBody::Whole(bytes) => bytes.len() as u64,
+        JobBody::Announced(body, _) => body.announced(),
+    };
+    let expects_body = matches!(job.method, Method::POST | Method::PUT | Method::PATCH);
+    let mut length = (length > 0 || expects_body || job.headers.get(header::CONTENT_LENGTH).is_some())
+        .then(|| HeaderValue::from(length));
+
+    let mut kept = job.headers.clone();
+    kept.strip_hop_by_hop();
+    let mut headers = HeaderMap::with_capacity(kept.len() + 2);
+    headers.insert(header::HOST, host);
+    for (name, value) in kept {
+        if name == header::CONTENT_LENGTH {
+            // At its place, once.
+            if let Some(length) = length.take() {
+                headers.insert(name, length);
+            }
+        } else if name != header::HOST && name != header::EXPECT {
+            headers.append(name, value);
+        }
+    }
+    if let Some(length) = length {
+        headers.insert(header::CONTENT_LENGTH, length);
+    }
+    Ok(headers)
+}
+
+/// Checks the head of a response and takes off what belongs to the upstream's connection.
+fn check_head(response: Response<ResponseBody>) -> Result<(u16, Headers, ResponseBody), UpstreamError> {
+    let (head, body) = response.into_parts();
+    let status = head.status.as_u16();
+    if !(200..=599).contains(&status) {
+        return Err(UpstreamError::invalid("its status is not a final one"));
+    }
+    let mut headers = Headers::from(&head.headers);
+    let is_chunked = {
+        let mut codings = head.headers.get_all(header::TRANSFER_ENCODING).iter();
+        match (codings.next(), codings.next()) {
+            (None, _) => false,
+            (Some(coding), None) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => true,
+            _ => return Err(UpstreamError::invalid("its transfer coding is not supported")),
+        }
+    };
+    if is_chunked {
+        // RFC 9112 §6.3: the transfer coding overrides a length.
+        headers.remove(header::CONTENT_LENGTH);
+    }
+    headers.strip_hop_by_hop();
+    if !headers.is_within_limits() {
+        return Err(UpstreamError::invalid("its head is over the limit"));
+    }
+    Ok((status, headers, body))
+}
+
+fn wants_codec(headers: &Headers) -> bool {
+    let text = |name: HeaderName| headers.get(name).map(|value| value.to_str().unwrap_or("unreadable"));
+    is_compressible(text(header::CONTENT_TYPE), text(header::CONTENT_ENCODING))
+}
+
+/// How many raw bytes of body fit the message that carries `headers`, whatever they need escaped.
+fn room_beside(headers: &Headers) -> usize {
+    // `["name","value"],` and two bytes for each byte of a value.
+    let encoded: usize = headers.iter().map(|(name, value)| name.as_str().len() + 2 * value.len() + 8).sum();
+    (limits::MESSAGE_BYTES - limits::ENVELOPE_BYTES).saturating_sub(encoded) / 4 * 3
+}
+
+/// What breaks a response off.
+enum Broken {
+    Upstream(UpstreamError),
+    TimedOut,
+    Gone,
+}
+
+impl From<LinkGone> for Broken {
+    fn from(LinkGone: LinkGone) -> Self {
+        Self::Gone
+    }
+}
+
+/// A response on its way out.
+struct Outflow<'a> {
+    sender: &'a Sender<'a>,
+    body: ResponseBody,
+    /// Read from the upstream and not yet sent.
+    pending: BytesMut,
+    /// Nothing follows `pending`.
+    ended: bool,
+    codec: Option<Codec>,
+    /// The number of the next piece.
+    seq: u32,
+    window: SendWindow,
+    credit: watch::Receiver<u32>,
+}
+
+impl Outflow<'_> {
+    /// Whether the last piece has been sent.
+    fn is_sent(&self) -> bool {
+        self.ended && self.pending.is_empty() && self.seq > 0
+    }
+
+    /// Reads until there are `most` bytes, the body has ended, or `due` has passed and nothing more is
+    /// there.
+    async fn fill(&mut self, most: usize, due: Instant) -> Result<(), Broken> {
+        self.ended |= self.body.is_end();
+        while !self.ended && self.pending.len() < most {
+            let Ok(next) = timeout_at(due, self.body.next()).await else { break };
+            self.take(next)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, next: Option<Result<Bytes, UpstreamError>>) -> Result<(), Broken> {
+        match next {
+            Some(Ok(bytes)) => self.pending.extend_from_slice(&bytes),
+            Some(Err(error)) => return Err(Broken::Upstream(error)),
+            None => self.ended = true,
+        }
+        self.ended |= self.body.is_end();
+        Ok(())
+    }
+
+    /// Sends the head and what of the body is there with it.
+    async fn send_head(
+        &mut self,
+        status: u16,
+        headers: Headers,
+        line: &mut AccessLine,
+    ) -> Result<(), Broken> {
+        let room = room_beside(&headers);
+        self.fill(room, Instant::now() + limits::HEAD_LINGER).await?;
+        let bulk = match self.pending.len() {
+            0..BULK_BODY_BYTES => None,
+            _ => Some(self.sender.outbox.reserve_bulk().await?),
+        };
+        let front = &self.pending[..min(room, self.pending.len())];
+        let (body, taken) = match front {
+            [] => (None, 0),
+            front => {
+                let (body, taken) = Body::encode_front(front, self.codec);
+                (Some(body), taken)
+            }
+        };
+        let end = self.ended && taken == self.pending.len();
+        let reply =
+            AgentMessage::Reply(Reply { token: self.sender.token.into(), status, headers, body, end });
+        let text = encode(&reply, 4 * limits::ENVELOPE_BYTES + taken / 3 * 4);
+        drop(reply);
+        self.sender.outbox.send(text, bulk).await?;
+        self.sent(taken, line);
+        Ok(())
+    }
+
+    /// Sends the next piece: at once what an upstream flushes now and then, full ones while it streams.
+    async fn send_chunk(&mut self, line: &mut AccessLine) -> Result<(), Broken> {
+        let lingers_until = Instant::now() + limits::CHUNK_LINGER;
+        while !self.window.may_send(self.seq) {
+            self.credit.changed().await.map_err(|_| Broken::Gone)?;
+            let through = *self.credit.borrow_and_update();
+            self.window.credit(through);
+        }
+        if self.pending.is_empty() && !self.ended {
+            let next = self.body.next().await;
+            self.take(next)?;
+        }
+        let most = match self.codec {
+            Some(Codec::Zstd) => body::COMPRESSED_CHUNK_BYTES,
+            None => limits::CHUNK_BYTES,
+        };
+        self.fill(most, lingers_until).await?;
+        let bulk = match self.pending.len() {
+            0..BULK_BODY_BYTES => None,
+            _ => Some(self.sender.outbox.reserve_bulk().await?),
+        };
+        let (body, taken) = match &self.pending[..] {
+            [] => (None, 0),
+            pending => {
+                let (body, taken) = Body::encode_front(pending, self.codec);
+                (Some(body), taken)
+            }
+        };
+        let end = self.ended && taken == self.pending.len();
+        let chunk = AgentMessage::Chunk(Chunk { token: self.sender.token.into(), seq: self.seq, body, end });
+        let text = encode(&chunk, taken / 3 * 4);
+        drop(chunk);
+        self.sender.outbox.send(text, bulk).await?;
+        self.sent(taken, line);
+        Ok(())
+    }
+
+    fn sent(&mut self, taken: usize, line: &mut AccessLine) {
+        self.pending.advance(taken);
+        self.seq += 1;
+        line.body(taken);
+    }
+}

@@ -1,0 +1,51 @@
+//! What systemd is told, where it started this process. Elsewhere nothing happens.
+
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+
+/// Speaks to the service manager.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Notifier {
+    watchdog: Option<Duration>,
+}
+
+impl Notifier {
+    /// Reads what the service manager asked for.
+    pub(crate) fn from_env() -> Self {
+        // Twice as often as asked, so that one late turn of the loop is no emergency.
+        Self { watchdog: sd_notify::watchdog_enabled().map(|interval| interval / 2) }
+    }
+
+    /// How often [`Self::alive`] must be said, if at all.
+    pub(crate) const fn watchdog(&self) -> Option<Duration> {
+        self.watchdog
+    }
+
+    /// The configuration is valid and the agent is at work, connected or not.
+    pub(crate) fn ready(self) {
+        self.send(&[NotifyState::Ready]);
+    }
+
+    /// The state of the link, for people.
+    pub(crate) fn status(self, text: &str) {
+        self.send(&[NotifyState::Status(text)]);
+    }
+
+    /// The loop that owns the link still turns.
+    pub(crate) fn alive(self) {
+        self.send(&[NotifyState::Watchdog]);
+    }
+
+    /// The agent drains and will be gone within `grace_period`.
+    pub(crate) fn stopping(self, grace_period: Duration) {
+        let usec = u32::try_from((grace_period + Duration::from_secs(5)).as_micros()).unwrap_or(u32::MAX);
+        self.send(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(usec)]);
+    }
+
+    fn send(self, state: &[NotifyState<'_>]) {
+        if let Err(error) = sd_notify::notify(state) {
+            tracing::debug!(%error, "the service manager was not reached");
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! The body of a request that arrives in pieces after `continue`.
+//!
+//! Enters: `request_chunk`s in any order, twice or not. Leaves: the body in order, as the upstream
+//! takes it. What is held is bounded by the announced length, which the budget was asked for.
+
+use std::{
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker},
+};
+
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+use proto::chunk::{Accepted, Reassembler};
+use tokio::sync::OwnedSemaphorePermit;
+
+/// Why an announced body came to nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum UploadError {
+    /// More or fewer bytes than were announced.
+    #[error("the body is not as long as it was announced")]
+    Length,
+    /// Pieces so far ahead that they cannot belong to this body.
+    #[error("a piece of the body is out of range")]
+    Range,
+    /// The sender has gone.
+    #[error("the rest of the body will not come")]
+    Gone,
+}
+
+/// No sender needs smaller pieces than this, so it bounds how many of them can be waiting.
+const SMALLEST_PIECE_BYTES: u64 = 1024;
+
+#[derive(Debug)]
+struct State {
+    pieces: Reassembler<(Bytes, bool)>,
+    announced: u64,
+    received: u64,
+    passed_on: u64,
+    accepting: bool,
+    outcome: Option<Result<(), UploadError>>,
+    waker: Option<Waker>,
+}
+
+impl State {
+    fn fail(&mut self, error: UploadError) {
+        if self.outcome.is_none() {
+            self.outcome = Some(Err(error));
+        }
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The side that takes pieces as they arrive. Dropping it breaks off a body that is not whole.
+#[derive(Debug)]
+pub(crate) struct Upload(Arc<Mutex<State>>);
+
+/// The side that the upstream's connection reads.
+#[derive(Debug)]
+pub(crate) struct UploadBody {
+    state: Arc<Mutex<State>>,
+    // Given back when the upstream's connection lets go of the body.
+    budget: Option<OwnedSemaphorePermit>,
+}
+
+/// Tells whether the upstream has been given the whole body.
+#[derive(Debug, Clone)]
+pub(crate) struct UploadProgress(Arc<Mutex<State>>);
+
+/// Makes the two sides of a body of `announced` bytes. Nothing is taken before [`UploadBody::accept`].
+pub(crate) fn new(announced: u64) -> (Upload, UploadBody, UploadProgress) {
+    let window = u32::try_from(announced / SMALLEST_PIECE_BYTES + 8).unwrap_or(u32::MAX);
+    let state = Arc::new(Mutex::new(State {
+        pieces: Reassembler::new(1, window),
+        announced,
+        received: 0,
+        passed_on: 0,
+        accepting: false,
+        outcome: (announced == 0).then_some(Ok(())),
+        waker: None,
+    }));
+    let body = UploadBody { state: Arc::clone(&state), budget: None };
+    (Upload(Arc::clone(&state)), body, UploadProgress(state))
+}
+
+impl Upload {
+    /// Takes a piece.
+    pub(crate) fn push(&self, seq: u32, bytes: Vec<u8>, end: bool) {
+        let mut state = lock(&self.0);
+        if state.outcome.is_some() {
+            return;
+        }
+        if !state.accepting {
+            return state.fail(UploadError::Range);
+        }
+        let len = bytes.len() as u64;
+        match state.pieces.push(seq, (bytes.into(), end)) {
+            Err(_) => return state.fail(UploadError::Range),
+            Ok(Accepted::Duplicate) => return,
+            Ok(Accepted::New) => state.received += len,
+        }
+        if state.received > state.announced {
+            return state.fail(UploadError::Length);
+        }
+        if let Some(waker) = state.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// Breaks the body off.
+    pub(crate) fn fail(&self, error: UploadError) {
+        lock(&self.0).fail(error);
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0);
+        if state.received < state.announced {
+            state.fail(UploadError::Gone);
+        }
+    }
+}
+
+impl UploadBody {
+    /// Takes pieces from now on; `budget` is what they may weigh together.
+    pub(crate) fn accept(&mut self, budget: OwnedSemaphorePermit) {
+        self.budget = Some(budget);
+        lock(&self.state).accepting = true;
+    }
+
+    /// How many bytes were announced.
+    pub(crate) fn announced(&self) -> u64 {
+        lock(&self.state).announced
+    }
+}
+
+impl UploadProgress {
+    /// Whether the upstream's connection has taken the whole body.
+    pub(crate) fn is_complete(&self) -> bool {
+        lock(&self.0).outcome == Some(Ok(()))
+    }
+
+    /// What broke the body off, if anything did.
+    pub(crate) fn failure(&self) -> Option<UploadError> {
+        lock(&self.0).outcome.and_then(Result::err)
+    }
+}
+
+impl Drop for UploadBody {
+    /// Nobody takes the rest: what is held is let go, and what still comes is dropped.
+    fn drop(&mut self) {
+        let mut state = lock(&self.state);
+        state.outcome.get_or_insert(Err(UploadError::Gone));
+        state.pieces = Reassembler::new(1, 0);
+    }
+}
+
+impl http_body::Body for UploadBody {
+    type Data = Bytes;
+    type Error = UploadError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, UploadError>>> {
+        let mut state = lock(&self.state);
+        loop {
+            match state.outcome {
+                Some(Ok(())) => return Poll::Ready(None),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => {}
+            }
+            let Some((_, (bytes, end))) = state.pieces.pop() else {
+                state.waker = Some(cx.waker().clone());
+                return Poll::Pending;
+            };
+            state.passed_on += bytes.len() as u64;
+            match (state.passed_on == state.announced, end) {
+                (true, _) => state.outcome = Some(Ok(())),
+                (false, true) => state.fail(UploadError::Length),
+                (false, false) => {}
+            }
+            if !bytes.is_empty() {
+                return Poll::Ready(Some(Ok(Frame::data(bytes))));
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        lock(&self.state).outcome == Some(Ok(()))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let state = lock(&self.state);
+        SizeHint::with_exact(state.announced - state.passed_on)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    async fn open(announced: u64) -> (Upload, UploadBody, UploadProgress) {
+        let (upload, mut body, progress) = new(announced);
+        body.accept(Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap());
+        (upload, body, progress)
+    }
+
+    #[tokio::test]
+    async fn pieces_in_any_order_make_the_announced_body() {
+        let (upload, body, progress) = open(6).await;
+        upload.push(2, b"cd".to_vec(), false);
+        upload.push(3, b"ef".to_vec(), true);
+        upload.push(2, b"xx".to_vec(), false);
+        upload.push(1, b"ab".to_vec(), false);
+        assert_eq!(body.collect().await.unwrap().to_bytes(), "abcdef");
+        assert!(progress.is_complete());
+    }
+
+    #[tokio::test]
+    async fn a_body_of_another_length_is_never_whole() {
+        let (upload, body, _) = open(4).await;
+        upload.push(1, b"abcde".to_vec(), true);
+        assert_eq!(body.collect().await.unwrap_err(), UploadError::Length);
+
+        let (upload, body, progress) = open(4).await;
+        upload.push(1, b"abc".to_vec(), true);
+        assert_eq!(body.collect().await.unwrap_err(), UploadError::Length);
+        assert!(!progress.is_complete());
+
+        let (upload, body, _) = open(4).await;
+        upload.push(99, b"a".to_vec(), true);
+        assert_eq!(body.collect().await.unwrap_err(), UploadError::Range);
+
+        let (upload, body, _) = open(4).await;
+        upload.push(1, b"abc".to_vec(), false);
+        drop(upload);
+        assert_eq!(body.collect().await.unwrap_err(), UploadError::Gone);
+
+        let (upload, body, _) = new(4);
+        upload.push(1, b"abcd".to_vec(), true);
+        assert_eq!(body.collect().await.unwrap_err(), UploadError::Range, "nobody asked for it yet");
+    }
+}

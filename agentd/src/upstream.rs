@@ -1,0 +1,383 @@
+//! The HTTP client for one configured upstream.
+//!
+//! Enters: a request whose target goes out byte for byte. Leaves: the upstream's answer as it was
+//! sent, or why there is none. It follows no redirect, decodes nothing, obeys no proxy variable
+//! and dials the configured address only, whatever the request says.
+
+pub mod address;
+mod pool;
+mod socket;
+pub mod tls;
+
+use std::{
+    error::Error as StdError,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response, Version, header, uri::PathAndQuery};
+use http_body::{Body, Frame, SizeHint};
+use hyper::{
+    body::Incoming,
+    client::conn::{http1, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use proto::{error::ErrorCode, limits};
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+use self::{
+    address::Address,
+    pool::{Checkout, Pool, Sender},
+    socket::Socket,
+};
+use crate::upload::{UploadBody, UploadError};
+
+/// How long opening a connection to an upstream may take. A head may be due sooner.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How much of a response is read ahead of whoever takes it, for each connection. It also bounds
+/// the head, with room for what [`limits::HEAD_BYTES`] does not count.
+const READ_BUFFER_BYTES: usize = 128 * 1024;
+
+/// How much of an HTTP/2 response may be under way.
+const STREAM_WINDOW_BYTES: u32 = 512 * 1024;
+
+/// When HTTP/2 is spoken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Http2 {
+    /// Over TLS, if the upstream offers it.
+    #[default]
+    Auto,
+    /// Always: over TLS it must be offered, without TLS it is assumed ("prior knowledge").
+    Always,
+    /// Never.
+    Never,
+}
+
+/// Why an upstream gave no whole response.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UpstreamError {
+    /// It could not be connected to.
+    #[error("the upstream cannot be reached: {0}")]
+    Unreachable(#[source] io::Error),
+    /// TLS could not be agreed on.
+    #[error("the upstream's TLS was not accepted: {0}")]
+    Tls(#[source] io::Error),
+    /// It closed or reset the connection.
+    #[error("the upstream broke the connection off")]
+    Reset(#[source] Option<Box<dyn StdError + Send + Sync>>),
+    /// What it sent is not HTTP, over a limit, or not what was asked for.
+    #[error("the upstream's answer is not valid: {reason}")]
+    Invalid {
+        /// What is wrong with it.
+        reason: &'static str,
+        /// The parser's view, where there is one.
+        #[source]
+        source: Option<hyper::Error>,
+    },
+    /// The request's own body broke off.
+    #[error("the request's body was not delivered")]
+    Upload(#[source] UploadError),
+}
+
+impl UpstreamError {
+    pub(crate) const fn invalid(reason: &'static str) -> Self {
+        Self::Invalid { reason, source: None }
+    }
+
+    /// What the public client is told.
+    #[must_use]
+    pub(crate) const fn code(&self) -> ErrorCode {
+        match self {
+            Self::Unreachable(_) => ErrorCode::UpstreamUnreachable,
+            Self::Tls(_) => ErrorCode::UpstreamTls,
+            Self::Reset(_) => ErrorCode::UpstreamReset,
+            Self::Invalid { .. } => ErrorCode::UpstreamInvalid,
+            Self::Upload(UploadError::Gone) => ErrorCode::EdgeFailed,
+            Self::Upload(UploadError::Length | UploadError::Range) => ErrorCode::BadRequest,
+        }
+    }
+}
+
+impl From<hyper::Error> for UpstreamError {
+    fn from(error: hyper::Error) -> Self {
+        let mut cause = StdError::source(&error);
+        while let Some(inner) = cause {
+            if let Some(&upload) = inner.downcast_ref::<UploadError>() {
+                return Self::Upload(upload);
+            }
+            cause = inner.source();
+        }
+        if error.is_parse_too_large() {
+            Self::Invalid { reason: "its head is too large", source: Some(error) }
+        } else if error.is_parse() {
+            Self::Invalid { reason: "it is not HTTP", source: Some(error) }
+        } else {
+            Self::Reset(Some(error.into()))
+        }
+    }
+}
+
+/// The body of a request to an upstream.
+#[derive(Debug)]
+pub(crate) enum RequestBody {
+    /// Nothing.
+    Empty,
+    /// Everything at once.
+    Whole(Bytes),
+    /// Piece by piece.
+    Upload(UploadBody),
+}
+
+impl Body for RequestBody {
+    type Data = Bytes;
+    type Error = UploadError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, UploadError>>> {
+        let this = self.get_mut();
+        match this {
+            Self::Empty => Poll::Ready(None),
+            Self::Whole(bytes) => {
+                let bytes = std::mem::take(bytes);
+                *this = Self::Empty;
+                Poll::Ready(Some(Ok(Frame::data(bytes))))
+            }
+            Self::Upload(body) => Pin::new(body).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Empty => true,
+            Self::Whole(bytes) => bytes.is_empty(),
+            Self::Upload(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Empty => SizeHint::with_exact(0),
+            Self::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Self::Upload(body) => body.size_hint(),
+        }
+    }
+}
+
+/// How TLS is spoken to one upstream.
+#[derive(Clone)]
+pub struct Tls {
+    /// Settings with the roots of trust and the protocols offered.
+    pub config: Arc<rustls::ClientConfig>,
+    /// The name asked for and checked.
+    pub server_name: rustls::pki_types::ServerName<'static>,
+}
+
+/// One upstream and its idle connections.
+pub(crate) struct Upstream {
+    address: Address,
+    authority: HeaderValue,
+    tls: Option<Tls>,
+    http2: Http2,
+    pool: Arc<Pool>,
+}
+
+impl Upstream {
+    /// An upstream at `address`; `tls` is there exactly if its scheme is https.
+    pub(crate) fn new(address: Address, tls: Option<Tls>, http2: Http2) -> Self {
+        debug_assert_eq!(tls.is_some(), address.scheme() == address::Scheme::Https);
+        let authority = HeaderValue::try_from(address.authority())
+            .expect("an authority of letters, digits and punctuation is a field value");
+        Self { address, authority, tls, http2, pool: Arc::new(Pool::default()) }
+    }
+
+    /// The upstream's own `host[:port]`.
+    pub(crate) const fn authority(&self) -> &HeaderValue {
+        &self.authority
+    }
+
+    /// Sends a request and waits for the head of the final response.
+    ///
+    /// The request has an origin-form URI and a `host` field. It is sent once; only where it is
+    /// certain that nothing of it was written on a pooled connection, or where it is safe and has no
+    /// body, it is sent again on another connection.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes the connection it uses.
+    pub(crate) async fn send(
+        &self,
+        mut request: Request<RequestBody>,
+    ) -> Result<Response<ResponseBody>, UpstreamError> {
+        let repeatable = request.method().is_safe() && request.body().is_end_stream();
+        loop {
+            let (mut connection, pooled) = match self.pool.take() {
+                Some(connection) => (connection, true),
+                None => (self.open().await?, false),
+            };
+            let again = (pooled && repeatable).then(|| clone_without_body(&request));
+            let error = match connection.sender() {
+                Sender::Http1(sender) => match sender.try_send_request(request).await {
+                    Ok(response) => return Ok(response.map(|body| ResponseBody::new(body, connection))),
+                    Err(error) => error,
+                },
+                Sender::Http2(sender) => {
+                    let request = self.for_http2(request);
+                    match sender.try_send_request(request).await {
+                        Ok(response) => return Ok(response.map(|body| ResponseBody::new(body, connection))),
+                        Err(error) => error,
+                    }
+                }
+            };
+            let mut error = error;
+            let unsent = error.take_message();
+            let error = error.into_error();
+            request = match (unsent, again) {
+                (Some(unsent), _) if pooled => unsent,
+                (_, Some(again)) if !error.is_parse() => again,
+                _ => return Err(error.into()),
+            };
+        }
+    }
+
+    /// Puts scheme and authority where HTTP/2 wants them: the authority is what `host` says.
+    fn for_http2(&self, request: Request<RequestBody>) -> Request<RequestBody> {
+        let (mut head, body) = request.into_parts();
+        let host = head.headers.remove(header::HOST);
+        let mut uri = http::uri::Parts::default();
+        uri.scheme = Some(match self.address.scheme() {
+            address::Scheme::Http => http::uri::Scheme::HTTP,
+            address::Scheme::Https => http::uri::Scheme::HTTPS,
+        });
+        uri.authority = host
+            .and_then(|host| host.as_bytes().try_into().ok())
+            .or_else(|| self.authority.as_bytes().try_into().ok());
+        uri.path_and_query =
+            Some(head.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/")));
+        if let Ok(uri) = http::Uri::from_parts(uri) {
+            head.uri = uri;
+        }
+        head.version = Version::HTTP_2;
+        Request::from_parts(head, body)
+    }
+
+    async fn open(&self) -> Result<Checkout, UpstreamError> {
+        let late = |_| io::Error::from(io::ErrorKind::TimedOut);
+        let socket = timeout(DIAL_TIMEOUT, Socket::connect(&self.address))
+            .await
+            .unwrap_or_else(|elapsed| Err(late(elapsed)))
+            .map_err(UpstreamError::Unreachable)?;
+        let Some(tls) = &self.tls else {
+            return match self.http2 {
+                Http2::Always => self.start_http2(socket.clone(), socket).await,
+                Http2::Auto | Http2::Never => self.start_http1(socket.clone(), socket).await,
+            };
+        };
+        let connector = TlsConnector::from(Arc::clone(&tls.config));
+        let stream = timeout(DIAL_TIMEOUT, connector.connect(tls.server_name.clone(), socket.clone()))
+            .await
+            .unwrap_or_else(|elapsed| Err(late(elapsed)))
+            .map_err(UpstreamError::Tls)?;
+        let offers_http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+        match (self.http2, offers_http2) {
+            (_, true) => self.start_http2(stream, socket).await,
+            (Http2::Always, false) => Err(UpstreamError::Tls(io::Error::other("it does not offer HTTP/2"))),
+            (Http2::Auto | Http2::Never, false) => self.start_http1(stream, socket).await,
+        }
+    }
+
+    async fn start_http1<S>(&self, stream: S, socket: Socket) -> Result<Checkout, UpstreamError>
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    {
+        let (sender, connection) = http1::Builder::new()
+            .max_buf_size(READ_BUFFER_BYTES)
+            .max_headers(limits::HEADER_FIELDS)
+            .handshake(TokioIo::new(stream))
+            .await?;
+        let task = tokio::spawn(async move {
+            // Its errors reach whoever waits for the response.
+            let _ = connection.await;
+        });
+        Ok(self.pool.check_out_http1(sender, task.abort_handle(), socket))
+    }
+
+    async fn start_http2<S>(&self, stream: S, socket: Socket) -> Result<Checkout, UpstreamError>
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    {
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(4 * STREAM_WINDOW_BYTES)
+            .max_header_list_size(READ_BUFFER_BYTES as u32)
+            .handshake(TokioIo::new(stream))
+            .await?;
+        tokio::spawn(async move {
+            let _ = connection.await;
+        });
+        drop(socket);
+        Ok(self.pool.check_out_http2(sender))
+    }
+}
+
+/// A copy of a request that has no body.
+fn clone_without_body(request: &Request<RequestBody>) -> Request<RequestBody> {
+    let mut copy = Request::new(RequestBody::Empty);
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.headers_mut() = request.headers().clone();
+    copy
+}
+
+/// The body of a response. Dropped before its end it closes the connection it comes from.
+pub(crate) struct ResponseBody {
+    incoming: Incoming,
+    connection: Option<Checkout>,
+}
+
+impl ResponseBody {
+    const fn new(incoming: Incoming, connection: Checkout) -> Self {
+        Self { incoming, connection: Some(connection) }
+    }
+
+    /// Whether everything has been read.
+    pub(crate) fn is_end(&self) -> bool {
+        self.incoming.is_end_stream()
+    }
+
+    /// The next bytes as the upstream sent them, `None` at the proper end. Trailers are dropped.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    pub(crate) async fn next(&mut self) -> Option<Result<Bytes, UpstreamError>> {
+        use http_body_util::BodyExt as _;
+        loop {
+            match self.incoming.frame().await? {
+                Err(error) => return Some(Err(UpstreamError::Reset(Some(error.into())))),
+                Ok(frame) => {
+                    if let Ok(bytes) = frame.into_data()
+                        && !bytes.is_empty()
+                    {
+                        return Some(Ok(bytes));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Gives the connection back for the next request. Only after the whole body was read and
+    /// the whole request was sent.
+    pub(crate) fn finish(mut self) {
+        if let Some(connection) = self.connection.take() {
+            connection.give_back();
+        }
+    }
+}
