@@ -12,7 +12,8 @@ use tokio::{io::AsyncWriteExt as _, time::timeout};
 
 use crate::stage::{Manners, Sent, connected, connected_with, get, noise, patiently, request};
 
-const CHUNKED: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+const CHUNKED: &[u8] =
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
 
 #[tokio::test]
 async fn a_large_body_arrives_whole_in_frames_and_messages_of_legal_size() {
@@ -41,13 +42,16 @@ async fn a_large_body_arrives_whole_in_frames_and_messages_of_legal_size() {
 #[tokio::test]
 async fn text_bodies_of_every_kind_arrive_whole() {
     let (_edge, mut line, upstream, _agent) = connected().await;
-    for text in ["plain ", "\"quoted\" \\ ", "tab\tnewline\n", "\u{1}\u{2}\u{7f}", "ünï©ode \u{ffff}\u{10ffff}"] {
+    for text in
+        ["plain ", "\"quoted\" \\ ", "tab\tnewline\n", "\u{1}\u{2}\u{7f}", "ünï©ode \u{ffff}\u{10ffff}"]
+    {
         let body = text.repeat(300_000 / text.len());
         let sent = get("/");
         line.request(&sent).await;
         let mut peer = upstream.accept().await;
         peer.head().await;
-        peer.write(format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len())).await;
+        peer.write(format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len()))
+            .await;
         let write = async { peer.write(&body).await };
         let (whole, ()) = tokio::join!(line.whole(&sent), write);
         assert!(whole.body == body.as_bytes(), "{text:?}");
@@ -159,7 +163,8 @@ async fn text_is_compressed_where_the_edge_can_decode_it() {
         let (_edge, mut line, upstream, _agent) = connected_with(manners, &[]).await;
         let sent = get("/");
         line.request(&sent).await;
-        let head = format!("HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: {}\r\n\r\n", text.len());
+        let head =
+            format!("HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: {}\r\n\r\n", text.len());
         let mut peer = upstream.accept().await;
         peer.head().await;
         let all = [head.as_bytes(), text.as_bytes()].concat();
@@ -276,7 +281,10 @@ async fn a_download_does_not_hold_up_a_small_request() {
     patiently("the small answer", async {
         loop {
             let answer = line.answer().await;
-            if asked.as_ref().is_some_and(|(small, _): &(proto::message::Request<'_>, u32)| small.token == answer.token()) {
+            if asked
+                .as_ref()
+                .is_some_and(|(small, _): &(proto::message::Request<'_>, u32)| small.token == answer.token())
+            {
                 assert!(answer.is_end());
                 break;
             }

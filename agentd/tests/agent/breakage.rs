@@ -3,9 +3,7 @@
 use proto::{error::ErrorCode, limits};
 use tokio::net::TcpListener;
 
-use crate::stage::{
-    Agent, Edge, Peer, Sent, connected, get, noise, request, reset, with_body,
-};
+use crate::stage::{Agent, Edge, Peer, Sent, connected, get, noise, request, reset, with_body};
 
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
@@ -72,7 +70,11 @@ async fn an_upstream_that_is_not_there_is_unreachable() {
 }
 
 /// What is sent of a response that breaks off: pieces until the failure, none of them an end.
-async fn broken_off(head: &str, body: &[u8], end: impl FnOnce(Peer<tokio::net::TcpStream>)) -> (Vec<u8>, u32) {
+async fn broken_off(
+    head: &str,
+    body: &[u8],
+    end: impl FnOnce(Peer<tokio::net::TcpStream>),
+) -> (Vec<u8>, u32) {
     let (_edge, mut line, upstream, _agent) = connected().await;
     let sent = get("/");
     line.request(&sent).await;
@@ -112,7 +114,8 @@ async fn broken_off(head: &str, body: &[u8], end: impl FnOnce(Peer<tokio::net::T
 async fn a_short_body_is_never_complete() {
     let (body, _) = broken_off("HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n", b"12345", drop).await;
     assert_eq!(body, b"12345");
-    let (body, _) = broken_off("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"5\r\n12345\r\n", drop).await;
+    let (body, _) =
+        broken_off("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"5\r\n12345\r\n", drop).await;
     assert_eq!(body, b"12345");
     let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
     let (body, _) = broken_off(head, b"5\r\n12345\r\nnonsense\r\n", std::mem::forget).await;

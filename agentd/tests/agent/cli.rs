@@ -70,6 +70,7 @@ async fn an_exposed_token_is_refused_with_the_command() {
     );
     let refused = output(&["http", "3000", "--edge", &edge.url]).await;
     assert_eq!(refused.status.code(), Some(78));
-    let refused = output(&["http", "3000", "--edge", &edge.url, "--token-file", &shown, "--name", "www"]).await;
+    let refused =
+        output(&["http", "3000", "--edge", &edge.url, "--token-file", &shown, "--name", "www"]).await;
     assert_eq!(refused.status.code(), Some(78));
 }

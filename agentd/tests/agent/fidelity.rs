@@ -148,7 +148,9 @@ async fn responses_without_a_body_keep_their_fields() {
     line.request(&get("/")).await;
     let (mut peer, _) = upstream.answer(OK).await;
     line.answer().await;
-    for (method, status) in [("HEAD", "200 OK"), ("GET", "304 Not Modified"), ("GET", "204 No Content"), ("HEAD", "404 No")] {
+    for (method, status) in
+        [("HEAD", "200 OK"), ("GET", "304 Not Modified"), ("GET", "204 No Content"), ("HEAD", "404 No")]
+    {
         let sent = request(method, "/");
         line.request(&sent).await;
         peer.head().await;

@@ -12,7 +12,7 @@ use tokio_tungstenite::tungstenite::{
 
 use crate::stage::{Agent, Edge, Manners, Sent, Upstream, connected, connected_with, get, patiently};
 
-const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+const OK: &[u8] = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok";
 
 #[tokio::test]
 async fn hello_says_who_and_what() {
@@ -241,6 +241,7 @@ async fn the_service_manager_is_told() {
     command.args(["run", "--config"]).arg(config).env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "200000");
     let mut agent = Agent::spawn(command);
     let mut seen = String::new();
+    let socket = std::sync::Arc::new(socket);
     let mut until = async |what: &str| {
         patiently(what, async {
             while !seen.contains(what) {
@@ -261,6 +262,8 @@ async fn the_service_manager_is_told() {
     until("WATCHDOG=1").await;
     agent.signal(Signal::TERM);
     until("STOPPING=1").await;
+    // A service manager never stops reading.
+    tokio::spawn(async move { while socket.recv(&mut [0; 1024]).await.is_ok() {} });
     assert_eq!(line.closed().await, Some(1000));
     assert_eq!(agent.exit().await.code(), Some(0));
 }
@@ -270,7 +273,9 @@ async fn logs_hold_no_secret() {
     let (_edge, mut line, upstream, mut agent) = connected().await;
     let sent = crate::stage::with_header(get("/path?query-secret"), "cookie", b"field-secret");
     line.request(&crate::stage::with_body(sent, b"body-secret")).await;
-    let _peer = upstream.answer(b"HTTP/1.1 200 OK\r\nset-cookie: reply-secret\r\ncontent-length: 11\r\n\r\nbody-secret").await;
+    let _peer = upstream
+        .answer(b"HTTP/1.1 200 OK\r\nset-cookie: reply-secret\r\ncontent-length: 11\r\n\r\nbody-secret")
+        .await;
     assert!(matches!(line.answer().await, Sent::Reply { end: true, .. }));
     agent.line().await;
     assert!(agent.line().await.contains("  200  GET /path  11 B  "));

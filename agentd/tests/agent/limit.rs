@@ -12,7 +12,8 @@ const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
 #[tokio::test]
 async fn one_too_many_is_told_so_at_once_and_a_free_place_is_used() {
-    let (_edge, mut line, upstream, _agent) = connected_with(Manners::default(), &["--max-concurrent", "1"]).await;
+    let (_edge, mut line, upstream, _agent) =
+        connected_with(Manners::default(), &["--max-concurrent", "1"]).await;
     let first = get("/1");
     line.request(&first).await;
     let mut peer = upstream.accept().await;
@@ -83,10 +84,7 @@ async fn what_cannot_be_read_is_dropped_and_a_broken_request_answered() {
     let broken = r#"{"type":"request","token":"t","request_id":"00000000000000000000000000000001","tunnel":"web",
         "method":"GET","target":"http://evil/","headers":[],"timeout_ms":1}"#;
     line.ws.send(Message::text(broken)).await.unwrap();
-    assert_eq!(
-        line.answer().await,
-        Sent::Failed { token: "t".into(), seq: 0, code: ErrorCode::BadRequest }
-    );
+    assert_eq!(line.answer().await, Sent::Failed { token: "t".into(), seq: 0, code: ErrorCode::BadRequest });
     line.request(&get("/")).await;
     let _peer = upstream.answer(OK).await;
     assert!(line.answer().await.is_end());

@@ -20,8 +20,8 @@ use proto::{
     id::RequestId,
     limits,
     message::{
-        AgentMessage, Cancel, Credit, Drain, EdgeMessage, Heartbeat, Hello, OpenTunnel, Refusal, RefusedTunnel,
-        Request, RequestChunk, VERSION, Welcome,
+        AgentMessage, Cancel, Credit, Drain, EdgeMessage, Heartbeat, Hello, OpenTunnel, Refusal,
+        RefusedTunnel, Request, RequestChunk, VERSION, Welcome,
     },
     target::Target,
 };
@@ -89,7 +89,9 @@ impl Edge {
             .max_frame_size(Some(limits::FRAME_BYTES))
             .max_message_size(Some(limits::MESSAGE_BYTES));
         #[expect(clippy::result_large_err, reason = "the signature is the library's")]
-        let check = |handshake: &Handshake, response: HandshakeResponse| -> Result<HandshakeResponse, ErrorResponse> {
+        let check = |handshake: &Handshake,
+                     response: HandshakeResponse|
+         -> Result<HandshakeResponse, ErrorResponse> {
             assert_eq!(handshake.headers()["authorization"], format!("Bearer {TOKEN}"));
             assert_eq!(handshake.uri().path(), "/dev");
             assert_eq!(handshake.uri().query(), None);
@@ -251,7 +253,11 @@ impl Line {
         loop {
             match patiently("a message of the agent", self.ws.next()).await {
                 Some(Ok(Message::Text(text))) => return Ok(text.to_string()),
-                Some(Ok(Message::Close(frame))) => return Err(frame.map(|frame| frame.code.into())),
+                Some(Ok(Message::Close(frame))) => {
+                    // Reading on sends the answer to the goodbye.
+                    let _ = patiently("the end of a connection", self.ws.next()).await;
+                    return Err(frame.map(|frame| frame.code.into()));
+                }
                 Some(Ok(Message::Binary(_))) => panic!("the agent sent a binary message"),
                 Some(Ok(_)) => {}
                 Some(Err(tungstenite::Error::Capacity(error))) => panic!("the agent sent too much: {error}"),
@@ -462,7 +468,16 @@ impl Agent {
         let mut command = agentd();
         command
             .env("AGENTD_TOKEN", TOKEN)
-            .args(["http", &upstream.to_string(), "--name", "web", "--edge", &edge.url, "--log-level", "debug"])
+            .args([
+                "http",
+                &upstream.to_string(),
+                "--name",
+                "web",
+                "--edge",
+                &edge.url,
+                "--log-level",
+                "debug",
+            ])
             .args(more);
         Self::spawn(command)
     }

@@ -22,7 +22,8 @@ fn fixture(name: &str) -> PathBuf {
 /// TLS for `localhost`, signed by the fixture's own authority.
 fn acceptor(alpn: &[&[u8]]) -> TlsAcceptor {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let chain = CertificateDer::pem_file_iter(fixture("localhost.pem")).unwrap().map(Result::unwrap).collect();
+    let chain =
+        CertificateDer::pem_file_iter(fixture("localhost.pem")).unwrap().map(Result::unwrap).collect();
     let key = PrivateKeyDer::from_pem_file(fixture("localhost.key")).unwrap();
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -54,7 +55,8 @@ async fn a_unix_socket_is_an_upstream() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("app.sock");
     let listener = UnixListener::bind(&path).unwrap();
-    let (mut line, ..) = agent_with(&format!("upstream = \"unix:{}\"", path.display())).await;
+    let (mut line, _agent, _folder, _edge) =
+        agent_with(&format!("upstream = \"unix:{}\"", path.display())).await;
     let sent = get("/x");
     line.request(&sent).await;
     let mut peer = Peer::new(patiently("a call", listener.accept()).await.unwrap().0);
@@ -86,9 +88,14 @@ async fn tls_is_checked_against_the_configured_roots() {
         (format!("upstream = \"https://localhost:{port}\""), false),
         (format!("upstream = \"https://localhost:{port}\"\ninsecure_skip_verify = true"), true),
         (format!("upstream = \"https://127.0.0.1:{port}\"\nca_file = \"{ca}\""), false),
-        (format!("upstream = \"https://127.0.0.1:{port}\"\nca_file = \"{ca}\"\nserver_name = \"localhost\""), true),
+        (
+            format!(
+                "upstream = \"https://127.0.0.1:{port}\"\nca_file = \"{ca}\"\nserver_name = \"localhost\""
+            ),
+            true,
+        ),
     ] {
-        let (mut line, ..) = agent_with(&settings).await;
+        let (mut line, _agent, _folder, _edge) = agent_with(&settings).await;
         let sent = get("/x");
         line.request(&sent).await;
         if works {
@@ -131,7 +138,8 @@ async fn http2_is_spoken_where_it_is_offered_and_without_tls_where_it_is_asked_f
                 }
             }
         });
-        let (mut line, ..) = agent_with(&format!("upstream = \"{scheme}://localhost:{port}\"\n{setting}")).await;
+        let (mut line, _agent, _folder, _edge) =
+            agent_with(&format!("upstream = \"{scheme}://localhost:{port}\"\n{setting}")).await;
         for _ in 0..3 {
             let sent = with_body(request("POST", "/a//b?%2F"), b"body");
             line.request(&sent).await;
