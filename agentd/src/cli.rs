@@ -7,9 +7,9 @@ use tracing_subscriber::filter::Targets;
 
 use crate::{
     config::{self, Config, ConfigError, Overrides, TunnelConfig, parse_duration, parse_host_header},
+    credential::{ENV_CREDENTIALS, ENV_TOKEN},
     driver::{self, Audience, Outcome},
-    identity::{ENV_CREDENTIALS, ENV_TOKEN},
-    name, telemetry,
+    identity, name, telemetry,
     telemetry::LogFormat,
     upstream::address::Address,
 };
@@ -63,6 +63,8 @@ enum Command {
         #[arg(long, value_name = "FILE", env = "AGENTD_CONFIG", default_value = config::DEFAULT_PATH)]
         config: PathBuf,
     },
+    #[command(flatten)]
+    Identity(identity::Command),
     /// Looks after the configuration.
     Config {
         #[command(subcommand)]
@@ -140,6 +142,7 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
                 Err(error) => bad_config(&error),
             }
         }
+        Command::Identity(command) => identity::run(command),
         Command::Config { command: ConfigCommand::Check { config, json } } => {
             check(&config::load(&config, &overrides), json)
         }

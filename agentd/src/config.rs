@@ -18,8 +18,8 @@ use rustls::pki_types::ServerName;
 
 pub use self::file::load;
 use crate::{
+    credential::{CREDENTIAL, Token, TokenError, TokenSource},
     edge_url::EdgeUrl,
-    identity::{CREDENTIAL, Token, TokenError, TokenSource},
     upstream::{Http2, address::Address},
 };
 

@@ -28,7 +28,7 @@ use crate::{
     access::AccessLog,
     config::Config,
     connection::{self, Command, End, Report, Seen, Serial, Shared},
-    identity::Token,
+    credential::Token,
     link::{DialError, Dialer, Link, Retry},
     systemd::Notifier,
     tunnel::Tunnels,

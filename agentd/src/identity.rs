@@ -1,177 +1,270 @@
-//! The agent's token: where it comes from, and that nobody else can read it.
+//! Who an agent is: signing keys and the tokens made with them.
+//!
+//! Enters: the subcommands `agentd keys` and `agentd token`. Leaves: a private key and a JWK set in
+//! files, a token on standard output. The edge's authorizer verifies with the JWK set what is issued
+//! here; neither the key nor a token is ever printed where it was not asked for.
 
 use std::{
-    fmt, fs, io,
-    os::unix::fs::PermissionsExt as _,
+    io::{self, Read as _, Write as _},
     path::{Path, PathBuf},
-    sync::Arc,
+    process::ExitCode,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// The variable that may hold the token itself.
-pub const ENV_TOKEN: &str = "AGENTD_TOKEN";
+use anyhow::Context as _;
+use clap::{Args, Subcommand};
+use proto::id::{Owner, TunnelPattern, TunnelPatterns};
 
-/// The variable in which systemd names the folder of a unit's credentials.
-pub const ENV_CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
+mod keys;
+mod token;
 
-/// The name of the systemd credential that holds the token.
-pub const CREDENTIAL: &str = "token";
+pub use keys::{Algorithm, JWKS_FILE, KEY_FILE, KeyError, Keys};
+pub use token::{Claims, DEFAULT_AUDIENCE, DEFAULT_ISSUER, IssueError, LIFETIME};
 
-/// No token is longer than this.
-const MOST_BYTES: u64 = 8 * 1024;
-
-/// A token. It is shown nowhere.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Token(Arc<str>);
-
-impl Token {
-    /// The value of `authorization`.
-    #[must_use]
-    pub(crate) fn authorization(&self) -> Option<http::HeaderValue> {
-        let mut value = http::HeaderValue::from_str(&format!("Bearer {}", self.0)).ok()?;
-        value.set_sensitive(true);
-        Some(value)
-    }
+/// The subcommands about identity.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Signing keys of the tokens that agents show
+    #[command(subcommand)]
+    Keys(KeysCommand),
+    /// Tokens that agents show
+    #[command(subcommand)]
+    Token(TokenCommand),
 }
 
-impl fmt::Debug for Token {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Token(…)")
-    }
+/// `agentd keys`
+#[derive(Debug, Subcommand)]
+pub enum KeysCommand {
+    /// Make a signing key: a private one that stays here and a JWK set for the edge
+    New(NewKey),
 }
 
-/// Where the token comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum TokenSource {
-    /// A file that only its owner may read.
-    File(PathBuf),
-    /// A systemd credential, which systemd guards.
-    Credential(PathBuf),
-    /// A value from the environment.
-    Value(Token),
+/// `agentd keys new`
+#[derive(Debug, Args)]
+pub struct NewKey {
+    /// What the key signs with
+    #[arg(long, value_enum, default_value_t)]
+    alg: Algorithm,
+    /// Where `signing-key.pem` and `jwks.json` go; neither may exist
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    out: PathBuf,
 }
 
-/// Why there is no token.
-#[derive(Debug, thiserror::Error)]
-pub enum TokenError {
-    /// The file cannot be read.
-    #[error("cannot read the token file {path}: {source}")]
-    Read {
-        /// The file.
-        path: String,
-        /// Why.
-        source: io::Error,
+/// `agentd token`
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Sign a token and print it
+    Issue(IssueToken),
+    /// Show what a token says, without the token itself. Its signature is not checked
+    Show {
+        /// The file that holds the token, or `-` for standard input
+        #[arg(value_name = "FILE", default_value = "-")]
+        file: PathBuf,
     },
-    /// Others than the owner may read the file.
-    #[error("the token file {path} can be read by others (mode {mode:03o}): run chmod 600 {quoted}")]
-    Exposed {
-        /// The file.
-        path: String,
-        /// The same, as a shell takes it.
-        quoted: String,
-        /// Its permission bits.
-        mode: u32,
-    },
-    /// Not a single line of visible characters.
-    #[error("{0} does not hold a token: one line of visible characters is wanted")]
-    Malformed(String),
 }
 
-impl TokenSource {
-    /// The token as it is now.
-    ///
-    /// # Errors
-    ///
-    /// [`TokenError`] when it cannot be read, or could be read by others.
-    pub fn read(&self) -> Result<Token, TokenError> {
-        match self {
-            Self::Value(token) => Ok(token.clone()),
-            Self::File(path) => {
-                check_mode(path)?;
-                read_file(path)
-            }
-            Self::Credential(path) => read_file(path),
+/// `agentd token issue`
+#[derive(Debug, Args)]
+pub struct IssueToken {
+    /// The private key, as `agentd keys new` made it
+    #[arg(long, value_name = "FILE")]
+    key: PathBuf,
+    /// Who the tunnels belong to
+    #[arg(long, value_name = "NAME")]
+    owner: Owner,
+    /// A tunnel the token may open: a name, `prefix-*`, or `*`; may be repeated
+    #[arg(long = "tunnel", value_name = "NAME", required = true)]
+    tunnels: Vec<TunnelPattern>,
+    /// How long the token is valid: a number with s, m, h, d or w
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    expires: Duration,
+    /// The issuer that the edge expects
+    #[arg(long, default_value = DEFAULT_ISSUER)]
+    issuer: String,
+    /// The audience that the edge expects
+    #[arg(long, default_value = DEFAULT_AUDIENCE)]
+    audience: String,
+}
+
+/// Carries a subcommand out and says on standard error why it could not.
+#[must_use]
+pub fn run(command: Command) -> ExitCode {
+    let result = match command {
+        Command::Keys(KeysCommand::New(NewKey { alg, out })) => new_key(alg, &out),
+        Command::Token(TokenCommand::Issue(arguments)) => issue_token(arguments),
+        Command::Token(TokenCommand::Show { file }) => show_token(&file),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            note(&format!("agentd: {error:#}"));
+            ExitCode::FAILURE
         }
     }
+}
 
-    /// A token from the environment.
-    ///
-    /// # Errors
-    ///
-    /// [`TokenError::Malformed`].
-    pub fn from_value(text: &str) -> Result<Self, TokenError> {
-        parse(text).map(Self::Value).ok_or_else(|| TokenError::Malformed(ENV_TOKEN.to_owned()))
+/// Makes an Ed25519 key and writes [`KEY_FILE`] and [`JWKS_FILE`] into `dir`.
+///
+/// # Errors
+///
+/// [`KeyError`]; a file that exists is never overwritten.
+pub fn generate(dir: &Path) -> Result<Keys, KeyError> {
+    let keys = Keys::generate(Algorithm::Eddsa)?;
+    keys.write(dir)?;
+    Ok(keys)
+}
+
+/// Signs a token for the edge's default issuer and audience, which ends `expires` from now.
+///
+/// # Errors
+///
+/// [`IssueError`] when it would open nothing or live too long.
+pub fn issue(
+    keys: &Keys,
+    owner: &Owner,
+    tunnels: &TunnelPatterns,
+    expires: Duration,
+) -> Result<String, IssueError> {
+    Claims::new(owner, tunnels, now(), expires)?.sign(keys)
+}
+
+fn new_key(algorithm: Algorithm, dir: &Path) -> anyhow::Result<()> {
+    let keys = Keys::generate(algorithm)?;
+    keys.write(dir)?;
+    print(&format!(
+        "key   {}\njwks  {}\nkid   {}\n",
+        dir.join(KEY_FILE).display(),
+        dir.join(JWKS_FILE).display(),
+        keys.id(),
+    ))
+}
+
+fn issue_token(arguments: IssueToken) -> anyhow::Result<()> {
+    let IssueToken { key, owner, tunnels, expires, issuer, audience } = arguments;
+    let keys = Keys::load(&key).with_context(|| format!("reading the key {}", key.display()))?;
+    if keys::is_open_to_others(&key) {
+        note(&format!("agentd: warning: others can read {}: chmod 600 it", key.display()));
     }
+    let mut claims = Claims::new(&owner, &TunnelPatterns(tunnels), now(), expires)?;
+    claims.iss = issuer;
+    claims.aud = audience;
+    let token = claims.sign(&keys)?;
+    // What is needed to revoke it, beside the token and not in its way.
+    note(&format!("agentd: token {} of {owner} ends {}", claims.jti, token::utc(claims.exp)));
+    print(&format!("{token}\n"))
 }
 
-fn read_error(path: &Path, source: io::Error) -> TokenError {
-    TokenError::Read { path: path.display().to_string(), source }
-}
-
-fn check_mode(path: &Path) -> Result<(), TokenError> {
-    let metadata = fs::metadata(path).map_err(|source| read_error(path, source))?;
-    let mode = metadata.permissions().mode() & 0o777;
-    if metadata.is_file() && mode & 0o077 != 0 {
-        let path = path.display().to_string();
-        let plain = path.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-+".contains(&b));
-        let quoted = if plain { path.clone() } else { format!("'{}'", path.replace('\'', r"'\''")) };
-        return Err(TokenError::Exposed { path, quoted, mode });
-    }
-    Ok(())
-}
-
-fn read_file(path: &Path) -> Result<Token, TokenError> {
-    use io::Read as _;
+fn show_token(file: &Path) -> anyhow::Result<()> {
+    // Far more than a token; the rest of a wrong file is not worth reading.
+    const LIMIT: u64 = 64 * 1024;
     let mut text = String::new();
-    fs::File::open(path)
-        .and_then(|file| file.take(MOST_BYTES).read_to_string(&mut text))
-        .map_err(|source| read_error(path, source))?;
-    parse(&text).ok_or_else(|| TokenError::Malformed(path.display().to_string()))
+    if file == Path::new("-") {
+        io::stdin().lock().take(LIMIT).read_to_string(&mut text).context("reading standard input")?;
+    } else {
+        let open = std::fs::File::open(file).and_then(|file| file.take(LIMIT).read_to_string(&mut text));
+        open.with_context(|| format!("reading {}", file.display()))?;
+    }
+    print(&token::describe(text.trim(), now())?)
 }
 
-fn parse(text: &str) -> Option<Token> {
-    let text = text.trim();
-    (!text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic())).then(|| Token(text.into()))
+/// A number of seconds, minutes, hours, days or weeks, such as `90d`.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is not a number with s, m, h, d or w, such as 90d");
+    let unit = text.chars().last().ok_or_else(wrong)?;
+    let secs: u64 = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 60 * 60,
+        'd' => 24 * 60 * 60,
+        'w' => 7 * 24 * 60 * 60,
+        _ => return Err(wrong()),
+    };
+    let number = text.strip_suffix(unit).filter(|digits| digits.bytes().all(|b| b.is_ascii_digit()));
+    let total =
+        number.and_then(|digits| digits.parse::<u64>().ok()).and_then(|number| number.checked_mul(secs));
+    total.filter(|secs| *secs > 0).map(Duration::from_secs).ok_or_else(wrong)
+}
+
+fn now() -> u64 {
+    // A clock before 1970 issues tokens that have already ended.
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
+    io::stdout().lock().write_all(text.as_bytes()).context("writing to standard output")
+}
+
+/// Tells the person who called; there is nobody else to tell if that fails.
+fn note(line: &str) {
+    let _ = writeln!(io::stderr().lock(), "{line}");
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
 
-    fn file(text: &str, mode: u32) -> (tempfile::TempDir, TokenSource) {
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(subcommand)]
+        command: Command,
+    }
+
+    fn parse(arguments: &str) -> Result<Command, clap::Error> {
+        Cli::try_parse_from(std::iter::once("agentd").chain(arguments.split(' '))).map(|cli| cli.command)
+    }
+
+    #[test]
+    fn durations_are_a_number_and_a_unit() {
+        for (text, secs) in [("1s", 1), ("2m", 120), ("3h", 10_800), ("90d", 7_776_000), ("2w", 1_209_600)] {
+            assert_eq!(parse_duration(text), Ok(Duration::from_secs(secs)), "{text}");
+        }
+        for text in [
+            "",
+            "90",
+            "d",
+            "0d",
+            "-1d",
+            "1.5d",
+            "+1d",
+            "1y",
+            "90 d",
+            "1d1h",
+            "99999999999999999999d",
+            "9999999999999999w",
+            "9€",
+        ] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_checked_before_a_key_is_touched() {
+        assert!(parse("keys new --alg es256 --out /tmp/x").is_ok());
+        assert!(parse("token issue --key k --owner acme --tunnel web --tunnel pr-* --expires 90d").is_ok());
+        assert!(parse("token show").is_ok() && parse("token show FILE").is_ok());
+        for bad in [
+            "keys new --alg rs256",
+            "token issue --key k --owner acme --expires 90d",
+            "token issue --key k --owner acme --tunnel Web --expires 90d",
+            "token issue --key k --owner acme --tunnel www --expires 90d",
+            "token issue --key k --owner ac/\u{e9}me --tunnel web --expires 90d",
+            "token issue --key k --owner acme --tunnel web",
+            "token issue --key k --tunnel web --expires 90d",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_generated_signs_and_is_never_overwritten() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("the token");
-        fs::write(&path, text).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-        (dir, TokenSource::File(path))
-    }
-
-    #[test]
-    fn a_private_file_of_one_line_is_a_token() {
-        let (_dir, source) = file("abc.DEF\n", 0o600);
-        assert_eq!(source.read().unwrap(), Token("abc.DEF".into()));
-        assert_eq!(format!("{:?}", source.read().unwrap()), "Token(…)");
-    }
-
-    #[test]
-    fn a_file_that_others_may_read_is_refused_with_the_command() {
-        for mode in [0o640, 0o604, 0o644] {
-            let (dir, source) = file("abc", mode);
-            let message = source.read().unwrap_err().to_string();
-            assert!(
-                message.ends_with(&format!("run chmod 600 '{}/the token'", dir.path().display())),
-                "{message}"
-            );
-        }
-    }
-
-    #[test]
-    fn anything_else_is_not_a_token() {
-        for text in ["", "\n", "a b", "a\nb", "ä"] {
-            assert!(matches!(
-                file(text, 0o600).1.read(),
-                Err(TokenError::Malformed(_) | TokenError::Read { .. })
-            ));
-        }
-        assert!(TokenSource::from_value("a b").is_err());
+        let keys = generate(dir.path()).unwrap();
+        let token =
+            issue(&keys, &"acme".parse().unwrap(), &"web".parse().unwrap(), Duration::from_secs(60)).unwrap();
+        assert_eq!(token.split('.').count(), 3);
+        assert!(matches!(generate(dir.path()), Err(KeyError::Exists(_))));
+        assert_eq!(Keys::load(&dir.path().join(KEY_FILE)).unwrap().id(), keys.id());
     }
 }

@@ -11,6 +11,7 @@ mod access;
 mod cli;
 pub mod config;
 mod connection;
+pub mod credential;
 pub mod driver;
 pub mod edge_url;
 mod exchange;

@@ -34,7 +34,7 @@ use tokio_tungstenite::{
     },
 };
 
-use crate::{edge_url::EdgeUrl, identity::Token, upstream::tls::TlsError};
+use crate::{credential::Token, edge_url::EdgeUrl, upstream::tls::TlsError};
 
 /// A received message may be a little longer than the edge is allowed to send.
 const RECEIVE_BYTES: usize = limits::MESSAGE_BYTES + 8 * 1024;

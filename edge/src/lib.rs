@@ -1,1 +1,58 @@
-//! AWS adapters: registry, agent link, mailboxes, workflow. The only crate that names an AWS SDK.
+//! The edge's hands: everything that talks to AWS, and nothing else.
+//!
+//! This is the only crate that names an AWS SDK. It knows four things: the [`registry`] of tunnels and
+//! connections, the [`agent_link`] to a connected agent, the [`mailbox`]es through which answers come
+//! back, and the [`workflow`] of one public request. What to do with them is decided in the functions.
+//!
+//! [`config`] reads the environment of a function, [`event`] is what API Gateway hands to the functions
+//! behind the agents' WebSocket API, and [`telemetry`] is how a function logs.
+
+pub mod agent_link;
+pub mod aws;
+pub mod config;
+pub mod event;
+pub mod function;
+pub mod mailbox;
+pub mod registry;
+pub mod telemetry;
+pub mod workflow;
+
+/// Why AWS did not do what was asked, by what a caller can do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// AWS is short of capacity for this account now; the call had no effect.
+    #[error("{call} was throttled")]
+    Throttled {
+        /// The API call.
+        call: &'static str,
+    },
+    /// AWS refuses the content; trying again cannot help.
+    #[error("{call} refused its input: {source}")]
+    Refused {
+        /// The API call.
+        call: &'static str,
+        /// What AWS said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Anything else: permission, network, a fault of AWS.
+    #[error("{call} failed: {source}")]
+    Failed {
+        /// The API call.
+        call: &'static str,
+        /// What went wrong.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// Seconds since 1970 on this machine's clock.
+#[must_use]
+pub fn unix_now() -> u64 {
+    unix_now_ms() / 1000
+}
+
+/// Milliseconds since 1970 on this machine's clock.
+#[must_use]
+pub fn unix_now_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,2 +1,7 @@
-//! The local binary.
-fn main() {}
+//! The local binary. See the crate's documentation.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    local::main_with_args(std::env::args_os())
+}

@@ -109,6 +109,9 @@ error_codes! {
     /// The edge is short of capacity (throttled, no mailbox); the request was not dispatched.
     EdgeBusy, "edge_busy", SERVICE_UNAVAILABLE, "EdgeBusy",
         "The tunnel's edge is busy. Try again in a moment.";
+    /// The edge cancelled the request; the agent says so to end the exchange. No public client sees it.
+    Cancelled, "cancelled", SERVICE_UNAVAILABLE, "Cancelled",
+        "This request was cancelled.";
     /// The upstream did not answer in time, or nobody knows what became of the request in time.
     UpstreamTimedOut, "upstream_timed_out", GATEWAY_TIMEOUT, "UpstreamTimedOut",
         "The upstream did not answer in time.";

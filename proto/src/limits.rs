@@ -83,9 +83,16 @@ pub const MAILBOX_MESSAGE_BYTES: usize = 1024 * 1024;
 /// message by this much.
 pub const MAILBOX_VISIBILITY: Duration = Duration::from_secs(30);
 
-/// How long an unread mailbox message is kept (SQS: 60 s at least). A reply nobody has taken by
-/// then has nobody waiting for it.
-pub const MAILBOX_RETENTION: Duration = Duration::from_secs(120);
+/// How long an unread mailbox message is kept: longer than the longest response, whose chunks may
+/// wait there for as long as its public client takes none.
+pub const MAILBOX_RETENTION: Duration = Duration::from_secs(20 * 60);
+
+/// How long the news of a lost connection is held back (SQS DelaySeconds), so that it does not
+/// overtake the last replies that were sent over it.
+pub const LOST_DELAY: Duration = Duration::from_secs(1);
+
+/// How long a tunnel name stays its owner's after it was last opened.
+pub const NAME_HELD: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
 /// How long a lease of a mailbox lasts: longer than the longest request, so that a mailbox never
 /// changes hands while a request may still be answered through it.
@@ -168,6 +175,11 @@ mod tests {
     #[test]
     fn a_lease_outlives_two_of_the_longest_requests() {
         assert!(MAILBOX_LEASE > RESPONSE_DURATION * 2);
+    }
+
+    #[test]
+    fn chunks_outlive_the_slowest_response() {
+        assert!(MAILBOX_RETENTION > RESPONSE_DURATION);
     }
 
     #[test]

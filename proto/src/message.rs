@@ -148,7 +148,8 @@ messages! {
         RequestChunk(RequestChunk<'a>) = "request_chunk",
         /// The public client has taken chunks; more may be sent.
         Credit(Credit) = "credit",
-        /// Nobody waits for this response any more.
+        /// Nobody waits for this response any more. The agent aborts the upstream call and, unless it
+        /// has already sent the last piece, says `failed` with `cancelled`.
         Cancel(Cancel) = "cancel",
         /// The edge wants this connection replaced by a new one.
         Drain(Drain) = "drain",

@@ -2,6 +2,7 @@
 
 use std::{borrow::Cow, fmt};
 
+use http::uri::PathAndQuery;
 use serde::{Deserialize, Deserializer, Serialize};
 
 /// The most bytes of a request-target.
@@ -44,10 +45,9 @@ impl Target {
         if !text.starts_with('/') && text != "*" {
             return Err(TargetError::NotOriginForm);
         }
-        // Exactly what the HTTP stack of the agent can repeat: everything else would change on the way.
-        let repeatable =
-            |byte: u8| matches!(byte, 0x21 | 0x22 | 0x24..=0x3b | 0x3d | 0x3f..=0x5f | 0x61..=0x7e);
-        if !text.bytes().all(repeatable) {
+        // Exactly what the HTTP stack of the agent repeats as it is; it would cut a fragment off.
+        let repeated = PathAndQuery::try_from(text).is_ok_and(|parsed| parsed.as_str() == text);
+        if !text.is_ascii() || !repeated {
             return Err(TargetError::ForbiddenByte);
         }
         Ok(Self(text.into()))
@@ -96,7 +96,6 @@ impl<'de> Deserialize<'de> for Target {
 
 #[cfg(test)]
 mod tests {
-    use http::uri::PathAndQuery;
     use proptest::prelude::*;
 
     use super::*;
@@ -132,7 +131,7 @@ mod tests {
     #[test]
     fn what_no_hop_may_repeat_is_refused() {
         for target in
-            ["", "a", "http://evil/", "/a b", "/a#b", "/\r\n", "/\0", "/ä", "/\x7f", "/<", "/`", "?a"]
+            ["", "a", "http://evil/", "/a b", "/a#b", "/\r\n", "/\0", "/ä", "/\x7f", "/<", "/`", "?a", "/?\""]
         {
             assert!(Target::parse(target).is_err(), "{target:?}");
         }

@@ -1,1 +1,240 @@
-//! Test harness.
+//! The system under test as a user has it: the real `local` and `agentd` binaries on loopback, an
+//! upstream that records every byte, and clients that send exactly what a test says.
+//!
+//! Everything listens on port 0 and ends with the value that started it, also when a test fails.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::missing_panics_doc,
+    clippy::unwrap_in_result,
+    reason = "this is test code"
+)]
+
+pub mod client;
+pub mod process;
+pub mod upstream;
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use process::Process;
+use tempfile::TempDir;
+
+/// No single wait in a test is longer: what has not happened by then will not.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// `local`, running, with a state folder of its own.
+#[derive(Debug)]
+pub struct Local {
+    process: Process,
+    /// Where the public comes in.
+    pub public: SocketAddr,
+    /// Where agents connect, as a URL.
+    pub agents: String,
+    /// A token that may open any name.
+    pub token: PathBuf,
+    /// The key that signs further tokens.
+    pub key: PathBuf,
+    /// The AWS endpoint, where calls are counted.
+    pub endpoint: SocketAddr,
+    state: TempDir,
+}
+
+impl Local {
+    /// Starts it without its demo agent.
+    #[must_use]
+    pub fn start(more: &[&str]) -> Self {
+        Self::start_with(&[&["--no-agent"], more].concat())
+    }
+
+    /// Starts it.
+    #[must_use]
+    pub fn start_with(more: &[&str]) -> Self {
+        let state = tempfile::tempdir().unwrap();
+        let dir = state.path().to_str().unwrap();
+        let common = ["--public", "127.0.0.1:0", "--agents", "127.0.0.1:0", "--state-dir", dir];
+        let process = Process::start("local", &[&common, more].concat(), &[]);
+        let value = |name: &str| {
+            let line = process.wait_for_line(|line| line.split_whitespace().next() == Some(name));
+            line.split_whitespace().nth(1).unwrap().to_owned()
+        };
+        let public = value("public");
+        let port: u16 = public.rsplit(':').next().unwrap().trim_end_matches('/').parse().unwrap();
+        let endpoint = wait_for_file(&state.path().join("endpoint"));
+        Self {
+            public: SocketAddr::from(([127, 0, 0, 1], port)),
+            agents: value("agents"),
+            token: value("token").into(),
+            key: value("key").into(),
+            endpoint: endpoint.trim().trim_start_matches("http://").parse().unwrap(),
+            process,
+            state,
+        }
+    }
+
+    /// The process.
+    #[must_use]
+    pub const fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// Ends it as Ctrl-C does, and returns its exit code.
+    pub fn stop(&mut self) -> Option<i32> {
+        self.process.signal(rustix::process::Signal::INT);
+        self.process.wait()
+    }
+
+    /// Its state folder.
+    #[must_use]
+    pub fn state_dir(&self) -> &Path {
+        self.state.path()
+    }
+
+    /// An agent with one tunnel called `name`.
+    #[must_use]
+    pub fn agent(&self, name: &str, upstream: &str) -> Agent {
+        self.agent_with(&format!("[[tunnel]]\nname = \"{name}\"\nupstream = \"{upstream}\"\n"), &[name])
+    }
+
+    /// An agent with the tunnels that `tunnels` (TOML) describes; `names` are waited for.
+    #[must_use]
+    pub fn agent_with(&self, tunnels: &str, names: &[&str]) -> Agent {
+        let dir = tempfile::tempdir().unwrap();
+        let config = dir.path().join("agentd.toml");
+        let text = format!(
+            "[edge]\nurl = \"{}\"\ntoken_file = \"{}\"\n\n{tunnels}",
+            self.agents,
+            self.token.display()
+        );
+        std::fs::write(&config, text).unwrap();
+        let process = Process::start("agentd", &["run", "--config", config.to_str().unwrap()], &[]);
+        for name in names {
+            process.wait_for_line(|line| line.contains("tunnel is open") && line.contains(name));
+        }
+        Agent { process, dir }
+    }
+
+    /// How often each AWS call was made so far: `service:Action` to a number.
+    pub async fn counters(&self) -> BTreeMap<String, u64> {
+        let answer = client::Request::get("/_local/counters").send(self.endpoint).await;
+        let counts: Vec<Count> = serde_json::from_slice(&answer.body).unwrap();
+        let mut sums = BTreeMap::new();
+        for count in counts {
+            *sums.entry(count.call).or_default() += count.count;
+        }
+        sums
+    }
+
+    /// The processes of the functions, by function: Linux process ids.
+    #[must_use]
+    pub fn function_processes(&self) -> Vec<(String, u32)> {
+        let own = self.process.id();
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
+            let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
+            let parent =
+                stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse::<u32>().ok());
+            if parent == Some(own) {
+                let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+                let words: Vec<_> = command.split(|&b| b == 0).map(String::from_utf8_lossy).collect();
+                if words.get(1).is_some_and(|word| word == "function") {
+                    found.push((words[2].clone().into_owned(), pid));
+                }
+            }
+        }
+        found
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct Count {
+    call: String,
+    count: u64,
+}
+
+/// The resident memory of a process, in bytes.
+#[must_use]
+pub fn resident_bytes(pid: u32) -> Option<u64> {
+    proc_status(pid, "VmRSS:")
+}
+
+/// The most memory that a process has had resident, in bytes.
+#[must_use]
+pub fn peak_resident_bytes(pid: u32) -> Option<u64> {
+    proc_status(pid, "VmHWM:")
+}
+
+fn proc_status(pid: u32, field: &str) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with(field))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+fn wait_for_file(path: &Path) -> String {
+    let begun = std::time::Instant::now();
+    loop {
+        match std::fs::read_to_string(path) {
+            Ok(text) if !text.is_empty() => return text,
+            _ if begun.elapsed() > PATIENCE => panic!("{} was not written", path.display()),
+            // The file appears before the line that says so is printed; this is the exception.
+            _ => std::thread::yield_now(),
+        }
+    }
+}
+
+/// `agentd`, running and connected.
+#[derive(Debug)]
+pub struct Agent {
+    process: Process,
+    dir: TempDir,
+}
+
+impl Agent {
+    /// The process.
+    #[must_use]
+    pub const fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// The same, to end it.
+    pub const fn process_mut(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// The folder of its configuration.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+/// Bytes that look random and are the same in every run.
+#[must_use]
+pub fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+/// Repeats `check` until it holds; the state it asks for is reached without the test's doing.
+pub async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
+    let begun = std::time::Instant::now();
+    while !check().await {
+        assert!(begun.elapsed() < PATIENCE, "never came true: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}

@@ -1,1 +1,217 @@
-//! Lambda: opens an agent connection and registers its tunnels.
+//! Lambda `connect`: opens an agent's connection and registers the tunnels it serves.
+//!
+//! It handles two routes. `$connect` only checks that the authorizer has spoken: nothing can be posted to
+//! a connection before that route has returned, so nothing is registered yet. `hello` is the agent's first
+//! message, and later ones change what it serves; the answer, `welcome`, goes back as the route's response.
+//!
+//! Permissions it needs: read, write and delete rows of the connections table.
+
+use std::{collections::BTreeSet, process::ExitCode, time::Duration};
+
+use edge::{
+    Error,
+    aws::Aws,
+    config::{ConfigError, Env, env},
+    event::{AgentEvent, Authorized},
+    registry::{Connection, Registry},
+    unix_now,
+};
+use proto::{
+    body::Codecs,
+    id::{IdError, TunnelName},
+    limits,
+    message::{AgentMessage, EdgeMessage, Hello, OpenTunnel, Refusal, RefusedTunnel, VERSION, Welcome},
+};
+use serde::Serialize;
+
+/// Everything a connection needs.
+#[derive(Debug)]
+pub struct Connect {
+    registry: Registry,
+    public_url: String,
+    lifetime: Duration,
+    heartbeat: Duration,
+}
+
+/// What API Gateway is told. The body goes back to the agent where the route has a response.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Answer {
+    /// Anything but 200 on `$connect` refuses the connection.
+    pub status_code: u16,
+    /// A message for the agent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub body: Option<String>,
+}
+
+/// Runs the function until Lambda ends its process.
+#[must_use]
+pub fn run() -> ExitCode {
+    edge::function::run(Connect::from_env, |event, connect| async move { handle(event, &connect).await })
+}
+
+impl Connect {
+    /// Reads the environment and makes the clients.
+    ///
+    /// # Errors
+    ///
+    /// When a variable is missing or wrong.
+    pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
+        Ok(Self {
+            registry: Registry::from_env(&Aws::from_env(env)?, env)?,
+            public_url: env.required(env::PUBLIC_URL)?,
+            lifetime: env.connection_lifetime()?,
+            heartbeat: env.heartbeat()?,
+        })
+    }
+}
+
+/// Handles one event of either route.
+///
+/// # Errors
+///
+/// When the table cannot be used; the agent tries again.
+pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, Error> {
+    let body = event.body.take();
+    let context = event.request_context;
+    let Some(authorized) = context.authorizer else {
+        tracing::error!(connection_id = %context.connection_id, "connection has no identity; is the authorizer attached?");
+        return Ok(Answer { status_code: 403, body: None });
+    };
+    if context.route_key == "$connect" {
+        return Ok(Answer { status_code: 200, body: None });
+    }
+    let hello = match AgentMessage::decode(&body.unwrap_or_default()) {
+        Ok(AgentMessage::Hello(hello)) if hello.version == VERSION => hello,
+        Ok(AgentMessage::Hello(hello)) => {
+            tracing::warn!(connection_id = %context.connection_id, version = hello.version, "agent speaks another version");
+            return Ok(Answer { status_code: 400, body: None });
+        }
+        Ok(_) | Err(_) => {
+            tracing::warn!(connection_id = %context.connection_id, "hello was malformed");
+            return Ok(Answer { status_code: 400, body: None });
+        }
+    };
+    let now = unix_now();
+    let connected_at = if context.connected_at == 0 { now } else { context.connected_at / 1000 };
+    let by_lifetime = connected_at + connect.lifetime.as_secs().max(1);
+    let connection = Connection {
+        id: context.connection_id,
+        owner: authorized.owner.clone(),
+        agent: hello.agent.clone(),
+        connected_at,
+        // An identity that ends takes its connections out of service.
+        expires_at: authorized.token_expires.map_or(by_lifetime, |expires| expires.min(by_lifetime)),
+    };
+    let (allowed, mut refused) = sort_names(&hello, &authorized);
+    let outcomes = connect.registry.serve(&connection, &allowed, now).await?;
+    let mut tunnels = Vec::with_capacity(outcomes.len());
+    for (name, outcome) in outcomes {
+        match outcome {
+            Ok(()) => {
+                tunnels.push(OpenTunnel { url: connect.public_url.replace("{name}", name.as_str()), name })
+            }
+            Err(reason) => refused.push(RefusedTunnel { name: name.to_string(), reason }),
+        }
+    }
+    tracing::info!(
+        connection_id = %connection.id, owner = %connection.owner, agent = %connection.agent,
+        tunnels = tunnels.len(), refused = refused.len(), "agent registered"
+    );
+    let welcome = EdgeMessage::Welcome(Welcome {
+        seq: hello.seq,
+        version: VERSION,
+        connection_id: connection.id,
+        tunnels,
+        refused,
+        heartbeat_ms: millis(connect.heartbeat),
+        lifetime_ms: millis(connect.lifetime),
+        codecs: Codecs::all(),
+    });
+    Ok(Answer { status_code: 200, body: Some(welcome.encode()) })
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Sorts the names of a `hello` into those to be registered and those refused without asking anybody.
+fn sort_names(hello: &Hello, authorized: &Authorized) -> (BTreeSet<TunnelName>, Vec<RefusedTunnel>) {
+    let mut allowed = BTreeSet::new();
+    let mut refused = Vec::new();
+    for name in &hello.tunnels {
+        let reason = match name.parse::<TunnelName>() {
+            Err(IdError::Reserved(_)) => Refusal::ReservedName,
+            Err(_) => Refusal::InvalidName,
+            Ok(parsed) if !authorized.tunnels.matches(&parsed) => Refusal::NotAllowed,
+            Ok(parsed) if allowed.len() == limits::TUNNELS_PER_CONNECTION && !allowed.contains(&parsed) => {
+                Refusal::TooMany
+            }
+            Ok(parsed) => {
+                allowed.insert(parsed);
+                continue;
+            }
+        };
+        // A hostile list must not make a long answer.
+        if refused.len() < limits::TUNNELS_PER_CONNECTION {
+            refused.push(RefusedTunnel { name: name.chars().take(64).collect(), reason });
+        }
+    }
+    (allowed, refused)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hello(tunnels: &[&str]) -> Hello {
+        Hello {
+            seq: 1,
+            version: VERSION,
+            agent: "a".parse().unwrap(),
+            software: String::new(),
+            tunnels: tunnels.iter().map(|&name| name.to_owned()).collect(),
+            codecs: Codecs::default(),
+        }
+    }
+
+    fn authorized(patterns: &str) -> Authorized {
+        Authorized {
+            owner: "alice".parse().unwrap(),
+            tunnels: patterns.parse().unwrap(),
+            token_expires: None,
+        }
+    }
+
+    #[test]
+    fn every_name_is_allowed_or_refused_for_its_own_reason() {
+        let (allowed, refused) = sort_names(
+            &hello(&["web", "pr-1", "web", "other", "www", "A", "", "pr-"]),
+            &authorized("web,pr-*"),
+        );
+        assert_eq!(allowed.iter().map(TunnelName::as_str).collect::<Vec<_>>(), ["pr-1", "web"]);
+        let reasons: Vec<_> = refused.iter().map(|refused| (refused.name.as_str(), refused.reason)).collect();
+        assert_eq!(
+            reasons,
+            [
+                ("other", Refusal::NotAllowed),
+                ("www", Refusal::ReservedName),
+                ("A", Refusal::InvalidName),
+                ("", Refusal::InvalidName),
+                ("pr-", Refusal::InvalidName),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_connection_serves_as_many_tunnels_as_it_may_and_not_one_more() {
+        let names: Vec<String> = (0..=limits::TUNNELS_PER_CONNECTION).map(|n| format!("t{n}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let (allowed, refused) =
+            sort_names(&hello(&names[..limits::TUNNELS_PER_CONNECTION]), &authorized("*"));
+        assert_eq!((allowed.len(), refused.len()), (limits::TUNNELS_PER_CONNECTION, 0));
+        let (allowed, refused) = sort_names(&hello(&names), &authorized("*"));
+        assert_eq!((allowed.len(), refused.len()), (limits::TUNNELS_PER_CONNECTION, 1));
+        assert_eq!(refused[0].reason, Refusal::TooMany);
+    }
+}

@@ -1,1 +1,5 @@
-fn main() {}
+//! Lambda `connect`. See the crate's documentation.
+
+fn main() -> std::process::ExitCode {
+    connect::run()
+}

@@ -1,1 +1,5 @@
-fn main() {}
+//! Lambda `disconnect`. See the crate's documentation.
+
+fn main() -> std::process::ExitCode {
+    disconnect::run()
+}

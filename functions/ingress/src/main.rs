@@ -1,1 +1,5 @@
-fn main() {}
+//! Lambda `ingress`. See the crate's documentation.
+
+fn main() -> std::process::ExitCode {
+    ingress::run()
+}

@@ -1,1 +1,205 @@
-//! Lambda: returns an agent's task token with its reply to the waiting mailbox.
+//! Lambda `response`: takes an agent's message and returns it, by the task token it carries, to the
+//! mailbox where somebody waits.
+//!
+//! It is the hot path of every answer, so it reads no table: what the connection may do came with the
+//! event, from the authorizer. The message itself goes on as it is; `ingress` reads all of it. Here only the
+//! tag and the token are looked at.
+//!
+//! Permissions it needs: send to mailboxes.
+
+use std::process::ExitCode;
+
+use edge::{
+    Error,
+    aws::Aws,
+    config::{ConfigError, Env},
+    event::AgentEvent,
+    mailbox::Mailboxes,
+    unix_now,
+};
+use proto::{
+    error::ErrorCode,
+    message::{AgentMessage, EdgeMessage, Envelope, Failed},
+    token::{Claims, TokenError, TokenKeys},
+};
+use serde::Serialize;
+
+/// Everything a message needs.
+#[derive(Debug)]
+pub struct Response {
+    keys: TokenKeys,
+    mailboxes: Mailboxes,
+}
+
+/// What API Gateway is told. The body goes back to the agent where the route has a response.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Answer {
+    /// 200 unless the function itself failed.
+    pub status_code: u16,
+    /// A message for the agent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub body: Option<String>,
+}
+
+/// What to do with a message.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Answer a sign of life.
+    Beat(String),
+    /// Return it to whoever waits.
+    Return(Claims),
+    /// Drop it, for this reason.
+    Drop(Refused),
+}
+
+/// Why a message goes nowhere. Nothing is written then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// Not a message, or not one for this function.
+    #[error("it is not an answer to a request")]
+    NotAnAnswer,
+    /// The connection has no identity.
+    #[error("the connection has no identity")]
+    NoIdentity,
+    /// The token is not ours, or no longer.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// The token is for a tunnel that this connection may not serve.
+    #[error("the connection may not serve the token's tunnel")]
+    ForeignTunnel,
+}
+
+/// Runs the function until Lambda ends its process.
+#[must_use]
+pub fn run() -> ExitCode {
+    edge::function::run(Response::from_env, |event, response| async move { handle(event, &response).await })
+}
+
+impl Response {
+    /// Reads the environment and makes the clients.
+    ///
+    /// # Errors
+    ///
+    /// When a variable is missing or wrong.
+    pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
+        Ok(Self { keys: env.token_keys()?, mailboxes: Mailboxes::from_env(&Aws::from_env(env)?, env)? })
+    }
+}
+
+/// Handles one message of an agent.
+///
+/// # Errors
+///
+/// When the mailbox could not be written: the agent's message is lost, and whoever waits times out.
+pub async fn handle(mut event: AgentEvent, response: &Response) -> Result<Answer, Error> {
+    let text = event.body.take().unwrap_or_default();
+    match decide(&event, &text, &response.keys, unix_now()) {
+        Decision::Beat(body) => Ok(Answer { status_code: 200, body: Some(body) }),
+        Decision::Drop(reason) => {
+            tracing::warn!(connection_id = %event.request_context.connection_id, %reason, "agent's message was dropped");
+            Ok(Answer { status_code: 200, body: None })
+        }
+        Decision::Return(claims) => {
+            let sent = response.mailboxes.send(&claims.mailbox, &claims.request_id, text).await;
+            if let Err(Error::Refused { .. }) = sent {
+                // A character that no mailbox takes. Whoever waits is told at once.
+                tracing::warn!(request_id = %claims.request_id, "agent's message has a forbidden character");
+                let failed = Failed { token: "".into(), seq: 0, code: ErrorCode::AgentInvalid };
+                let failed = AgentMessage::Failed(failed).encode();
+                response.mailboxes.send(&claims.mailbox, &claims.request_id, failed).await?;
+            } else {
+                sent?;
+            }
+            Ok(Answer { status_code: 200, body: None })
+        }
+    }
+}
+
+/// Decides about one message. Pure.
+#[must_use]
+pub fn decide(event: &AgentEvent, text: &str, keys: &TokenKeys, now: u64) -> Decision {
+    let Ok(envelope) = Envelope::peek(text) else { return Decision::Drop(Refused::NotAnAnswer) };
+    if envelope.kind == "heartbeat" {
+        return match AgentMessage::decode(text) {
+            Ok(AgentMessage::Heartbeat(beat)) => Decision::Beat(EdgeMessage::Heartbeat(beat).encode()),
+            _ => Decision::Drop(Refused::NotAnAnswer),
+        };
+    }
+    let (true, Some(token)) = (envelope.answers_a_request(), &envelope.token) else {
+        return Decision::Drop(Refused::NotAnAnswer);
+    };
+    let Some(authorized) = &event.request_context.authorizer else {
+        return Decision::Drop(Refused::NoIdentity);
+    };
+    match keys.verify(token, now) {
+        Err(error) => Decision::Drop(Refused::Token(error)),
+        Ok(claims) if !authorized.tunnels.matches(&claims.tunnel) => Decision::Drop(Refused::ForeignTunnel),
+        Ok(claims) => Decision::Return(claims),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::id::RequestId;
+
+    use super::*;
+
+    fn keys() -> TokenKeys {
+        TokenKeys::new(&[1; 32], None).unwrap()
+    }
+
+    fn claims() -> Claims {
+        Claims {
+            request_id: RequestId::from_random([1; 16]),
+            mailbox: "m1".parse().unwrap(),
+            tunnel: "web".parse().unwrap(),
+            expires_at: 100,
+        }
+    }
+
+    fn event(authorizer: &str) -> AgentEvent {
+        let text =
+            format!(r#"{{"requestContext":{{"routeKey":"$default","connectionId":"c="{authorizer}}}}}"#);
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn may_serve(patterns: &str) -> AgentEvent {
+        event(&format!(r#","authorizer":{{"owner":"alice","tunnels":"{patterns}"}}"#))
+    }
+
+    fn chunk(token: &str) -> String {
+        format!(r#"{{"type":"chunk","token":"{token}","seq":1,"end":true}}"#)
+    }
+
+    #[test]
+    fn returns_an_answer_whose_token_fits_its_connection() {
+        let text = chunk(&keys().mint(&claims()));
+        assert_eq!(decide(&may_serve("web"), &text, &keys(), 99), Decision::Return(claims()));
+        assert_eq!(decide(&may_serve("shop,w-*,web"), &text, &keys(), 99), Decision::Return(claims()));
+    }
+
+    #[test]
+    fn drops_everything_else() {
+        let token = keys().mint(&claims());
+        let refused = |event: &AgentEvent, text: &str, now| match decide(event, text, &keys(), now) {
+            Decision::Drop(reason) => reason,
+            other => panic!("{other:?}"),
+        };
+        let foreign = TokenKeys::new(&[2; 32], None).unwrap().mint(&claims());
+        assert_eq!(refused(&may_serve("web"), &chunk(&token), 100), Refused::Token(TokenError::Expired));
+        assert_eq!(refused(&may_serve("web"), &chunk(&foreign), 0), Refused::Token(TokenError::Forged));
+        assert_eq!(refused(&may_serve("web"), &chunk("x"), 0), Refused::Token(TokenError::Malformed));
+        assert_eq!(refused(&may_serve("other"), &chunk(&token), 0), Refused::ForeignTunnel);
+        assert_eq!(refused(&event(""), &chunk(&token), 0), Refused::NoIdentity);
+        for text in ["", "x", "{}", r#"{"type":"hello"}"#, r#"{"type":"reply"}"#, r#"{"type":"heartbeat"}"#] {
+            assert_eq!(refused(&may_serve("web"), text, 0), Refused::NotAnAnswer, "{text}");
+        }
+    }
+
+    #[test]
+    fn answers_a_heartbeat_with_its_number() {
+        let beat = decide(&may_serve("web"), r#"{"type":"heartbeat","seq":7}"#, &keys(), 0);
+        assert_eq!(beat, Decision::Beat(r#"{"type":"heartbeat","seq":7}"#.into()));
+    }
+}

@@ -1,1 +1,5 @@
-fn main() {}
+//! Lambda `response`. See the crate's documentation.
+
+fn main() -> std::process::ExitCode {
+    response::run()
+}

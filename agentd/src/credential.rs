@@ -1,0 +1,177 @@
+//! The agent's token: where it comes from, and that nobody else can read it.
+
+use std::{
+    fmt, fs, io,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// The variable that may hold the token itself.
+pub const ENV_TOKEN: &str = "AGENTD_TOKEN";
+
+/// The variable in which systemd names the folder of a unit's credentials.
+pub const ENV_CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
+
+/// The name of the systemd credential that holds the token.
+pub const CREDENTIAL: &str = "token";
+
+/// No token is longer than this.
+const MOST_BYTES: u64 = 8 * 1024;
+
+/// A token. It is shown nowhere.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Token(Arc<str>);
+
+impl Token {
+    /// The value of `authorization`.
+    #[must_use]
+    pub(crate) fn authorization(&self) -> Option<http::HeaderValue> {
+        let mut value = http::HeaderValue::from_str(&format!("Bearer {}", self.0)).ok()?;
+        value.set_sensitive(true);
+        Some(value)
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(…)")
+    }
+}
+
+/// Where the token comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TokenSource {
+    /// A file that only its owner may read.
+    File(PathBuf),
+    /// A systemd credential, which systemd guards.
+    Credential(PathBuf),
+    /// A value from the environment.
+    Value(Token),
+}
+
+/// Why there is no token.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenError {
+    /// The file cannot be read.
+    #[error("cannot read the token file {path}: {source}")]
+    Read {
+        /// The file.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Others than the owner may read the file.
+    #[error("the token file {path} can be read by others (mode {mode:03o}): run chmod 600 {quoted}")]
+    Exposed {
+        /// The file.
+        path: String,
+        /// The same, as a shell takes it.
+        quoted: String,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// Not a single line of visible characters.
+    #[error("{0} does not hold a token: one line of visible characters is wanted")]
+    Malformed(String),
+}
+
+impl TokenSource {
+    /// The token as it is now.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenError`] when it cannot be read, or could be read by others.
+    pub fn read(&self) -> Result<Token, TokenError> {
+        match self {
+            Self::Value(token) => Ok(token.clone()),
+            Self::File(path) => {
+                check_mode(path)?;
+                read_file(path)
+            }
+            Self::Credential(path) => read_file(path),
+        }
+    }
+
+    /// A token from the environment.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenError::Malformed`].
+    pub fn from_value(text: &str) -> Result<Self, TokenError> {
+        parse(text).map(Self::Value).ok_or_else(|| TokenError::Malformed(ENV_TOKEN.to_owned()))
+    }
+}
+
+fn read_error(path: &Path, source: io::Error) -> TokenError {
+    TokenError::Read { path: path.display().to_string(), source }
+}
+
+fn check_mode(path: &Path) -> Result<(), TokenError> {
+    let metadata = fs::metadata(path).map_err(|source| read_error(path, source))?;
+    let mode = metadata.permissions().mode() & 0o777;
+    if metadata.is_file() && mode & 0o077 != 0 {
+        let path = path.display().to_string();
+        let plain = path.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-+".contains(&b));
+        let quoted = if plain { path.clone() } else { format!("'{}'", path.replace('\'', r"'\''")) };
+        return Err(TokenError::Exposed { path, quoted, mode });
+    }
+    Ok(())
+}
+
+fn read_file(path: &Path) -> Result<Token, TokenError> {
+    use io::Read as _;
+    let mut text = String::new();
+    fs::File::open(path)
+        .and_then(|file| file.take(MOST_BYTES).read_to_string(&mut text))
+        .map_err(|source| read_error(path, source))?;
+    parse(&text).ok_or_else(|| TokenError::Malformed(path.display().to_string()))
+}
+
+fn parse(text: &str) -> Option<Token> {
+    let text = text.trim();
+    (!text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic())).then(|| Token(text.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(text: &str, mode: u32) -> (tempfile::TempDir, TokenSource) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("the token");
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        (dir, TokenSource::File(path))
+    }
+
+    #[test]
+    fn a_private_file_of_one_line_is_a_token() {
+        let (_dir, source) = file("abc.DEF\n", 0o600);
+        assert_eq!(source.read().unwrap(), Token("abc.DEF".into()));
+        assert_eq!(format!("{:?}", source.read().unwrap()), "Token(…)");
+    }
+
+    #[test]
+    fn a_file_that_others_may_read_is_refused_with_the_command() {
+        for mode in [0o640, 0o604, 0o644] {
+            let (dir, source) = file("abc", mode);
+            let message = source.read().unwrap_err().to_string();
+            assert!(
+                message.ends_with(&format!("run chmod 600 '{}/the token'", dir.path().display())),
+                "{message}"
+            );
+        }
+    }
+
+    #[test]
+    fn anything_else_is_not_a_token() {
+        for text in ["", "\n", "a b", "a\nb", "ä"] {
+            assert!(matches!(
+                file(text, 0o600).1.read(),
+                Err(TokenError::Malformed(_) | TokenError::Read { .. })
+            ));
+        }
+        assert!(TokenSource::from_value("a b").is_err());
+    }
+}

@@ -1,0 +1,73 @@
+//! Messages to a connected agent: POST to `@connections`.
+
+use aws_sdk_apigatewaymanagement::{operation::post_to_connection::PostToConnectionError, primitives::Blob};
+use proto::{id::ConnectionId, message::EdgeMessage};
+
+use crate::{
+    Error,
+    aws::{Aws, classify},
+    config::{ConfigError, Env, env},
+};
+
+/// What became of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Posted {
+    /// API Gateway took it. Whether the agent did, only its answer tells.
+    Accepted,
+    /// There is no such connection any more.
+    Gone,
+}
+
+/// The link to every connected agent.
+#[derive(Debug, Clone)]
+pub struct AgentLink {
+    client: aws_sdk_apigatewaymanagement::Client,
+}
+
+impl AgentLink {
+    /// Reads the endpoint from the environment.
+    ///
+    /// # Errors
+    ///
+    /// When it is not set.
+    pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Self, ConfigError> {
+        Ok(Self { client: aws.agent_link(&env.required(env::AGENT_ENDPOINT)?) })
+    }
+
+    /// Sends a message of at most [`proto::limits::MESSAGE_BYTES`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; after anything but `Throttled` it is not known whether the agent got the message.
+    pub async fn post(&self, connection: &ConnectionId, message: &EdgeMessage<'_>) -> Result<Posted, Error> {
+        let result = self
+            .client
+            .post_to_connection()
+            .connection_id(connection.as_str())
+            .data(Blob::new(message.encode()))
+            .send()
+            .await;
+        match result {
+            Ok(_) => Ok(Posted::Accepted),
+            Err(error) if error.as_service_error().is_some_and(PostToConnectionError::is_gone_exception) => {
+                Ok(Posted::Gone)
+            }
+            Err(error) => Err(classify("PostToConnection", error)),
+        }
+    }
+
+    /// Whether the connection is still there.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when it cannot be told.
+    pub async fn is_open(&self, connection: &ConnectionId) -> Result<bool, Error> {
+        match self.client.get_connection().connection_id(connection.as_str()).send().await {
+            Ok(_) => Ok(true),
+            Err(error) if error.as_service_error().is_some_and(|error| error.is_gone_exception()) => {
+                Ok(false)
+            }
+            Err(error) => Err(classify("GetConnection", error)),
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! What API Gateway hands to the functions behind the agents' WebSocket API.
+//!
+//! Only the fields that are used are read: the body of a message is up to 128 KB, and this is the
+//! hot path of every answer. A test holds the struct against the full event type.
+
+use proto::id::{ConnectionId, Owner, TunnelPatterns};
+use serde::{Deserialize, Deserializer, de};
+
+/// One event of the agents' WebSocket API.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AgentEvent {
+    /// Where it comes from.
+    pub request_context: AgentContext,
+    /// The message, where the event is one.
+    #[serde(default)]
+    pub body: Option<String>,
+}
+
+/// Where an event comes from.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AgentContext {
+    /// `$connect`, `$disconnect`, or the route that the message took.
+    pub route_key: String,
+    /// The connection.
+    pub connection_id: ConnectionId,
+    /// What the authorizer said when the connection was opened.
+    #[serde(default)]
+    pub authorizer: Option<Authorized>,
+    /// When the connection was opened, in milliseconds since 1970.
+    #[serde(default)]
+    pub connected_at: u64,
+}
+
+/// What the authorizer said about a connection.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Authorized {
+    /// Whose connection it is.
+    pub owner: Owner,
+    /// Which tunnels it may serve.
+    #[serde(deserialize_with = "patterns")]
+    pub tunnels: TunnelPatterns,
+    /// When the identity behind it ends, in seconds since 1970.
+    #[serde(default, deserialize_with = "number")]
+    pub token_expires: Option<u64>,
+}
+
+fn patterns<'de, D: Deserializer<'de>>(deserializer: D) -> Result<TunnelPatterns, D::Error> {
+    let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+    text.parse().map_err(de::Error::custom)
+}
+
+/// API Gateway turns every context value into a string on its way.
+fn number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u64>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Number {
+        Number(u64),
+        Text(String),
+    }
+    match Option::<Number>::deserialize(deserializer)? {
+        None => Ok(None),
+        Some(Number::Number(number)) => Ok(Some(number)),
+        Some(Number::Text(text)) => text.parse().map(Some).map_err(de::Error::custom),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_lambda_events::apigw::ApiGatewayWebsocketProxyRequest;
+
+    use super::*;
+
+    const MESSAGE: &str = r#"{
+        "requestContext": {"routeKey": "$default", "authorizer": {"principalId": "alice", "owner": "alice",
+            "tunnels": "web,pr-*", "token_expires": "1790000000", "integrationLatency": 3},
+            "messageId": "L0SM9cOFvHcCIhw=", "eventType": "MESSAGE", "extendedRequestId": "L0SM9GH3oAMF4nw=",
+            "requestTime": "09/Apr/2026:18:23:28 +0000", "messageDirection": "IN", "stage": "dev",
+            "connectedAt": 1790000000123, "requestTimeEpoch": 1790000000456, "identity": {"sourceIp": "198.51.100.7"},
+            "requestId": "L0SM9GH3oAMF4nw=", "domainName": "abc.execute-api.eu-central-1.amazonaws.com",
+            "connectionId": "L0SM9cOFvHcCIhw=", "apiId": "abc"},
+        "body": "{\"type\":\"heartbeat\",\"seq\":1}", "isBase64Encoded": false}"#;
+
+    #[test]
+    fn reads_what_the_full_event_type_reads() {
+        let event: AgentEvent = serde_json::from_str(MESSAGE).unwrap();
+        let full: ApiGatewayWebsocketProxyRequest = serde_json::from_str(MESSAGE).unwrap();
+        let context = full.request_context;
+        assert_eq!(Some(event.request_context.route_key), context.route_key);
+        assert_eq!(Some(event.request_context.connection_id.as_str()), context.connection_id.as_deref());
+        assert_eq!(event.request_context.connected_at, u64::try_from(context.connected_at).unwrap());
+        assert_eq!(event.body, full.body);
+        let authorized = event.request_context.authorizer.unwrap();
+        assert_eq!(authorized.token_expires, Some(1_790_000_000));
+        assert_eq!(
+            (authorized.owner.as_str(), authorized.tunnels.to_string().as_str()),
+            ("alice", "web,pr-*")
+        );
+    }
+
+    #[test]
+    fn an_event_without_identity_has_none() {
+        let text = r#"{"requestContext": {"routeKey": "$connect", "connectionId": "a="}}"#;
+        let event: AgentEvent = serde_json::from_str(text).unwrap();
+        assert!(event.request_context.authorizer.is_none());
+    }
+}

@@ -1,0 +1,47 @@
+//! How a buffered Lambda function runs: telemetry, environment, clients, then one event after the other.
+
+use std::process::ExitCode;
+
+use lambda_runtime::{Diagnostic, LambdaEvent, service_fn};
+use serde::{Deserialize, Serialize};
+
+use crate::config::{ConfigError, Env};
+
+/// Runs a function until Lambda ends its process: `prepare` once, then `handle` for each event.
+pub fn run<D, E, R, P, H, F>(prepare: P, handle: H) -> ExitCode
+where
+    E: for<'de> Deserialize<'de>,
+    R: Serialize,
+    P: FnOnce(&Env<'_>) -> Result<D, ConfigError>,
+    H: Fn(E, std::sync::Arc<D>) -> F,
+    F: Future<Output = Result<R, crate::Error>>,
+{
+    crate::telemetry::init();
+    let ended = prepare(&Env::process()).map_err(|error| error.to_string()).and_then(|deps| {
+        let deps = std::sync::Arc::new(deps);
+        // One event at a time: a second thread would only cost memory.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| error.to_string())?;
+        let service = service_fn(|event: LambdaEvent<E>| {
+            let answer = handle(event.payload, std::sync::Arc::clone(&deps));
+            async {
+                answer.await.map_err(|error| {
+                    tracing::error!(%error, "event was not handled");
+                    // The name, not the text, is for whoever invoked the function.
+                    Diagnostic {
+                        error_type: "EdgeFailed".into(),
+                        error_message: "see the function's log".into(),
+                    }
+                })
+            }
+        });
+        runtime.block_on(lambda_runtime::run(service)).map_err(|error| error.to_string())
+    });
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error, "function ended");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,453 @@
+//! Mailboxes: the queues through which answers come back, each leased by one function process at a
+//! time.
+//!
+//! A mailbox is an SQS standard queue called prefix + [`MailboxId`]. The table `mailboxes` says who has
+//! which: key `pool` (always `mailboxes`) + `mailbox`, attributes `holder` and `leased_until`. A process
+//! leases one when it starts and keeps it while it lives, so that no table is asked while a request is
+//! served; a lease nobody renews ends by itself.
+
+use std::{collections::HashMap, time::Duration};
+
+use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_sqs::types::{
+    DeleteMessageBatchRequestEntry, MessageAttributeValue, QueueAttributeName, SendMessageBatchRequestEntry,
+};
+use proto::{
+    id::{ConnectionId, MailboxId, RequestId},
+    limits,
+    message::notice,
+};
+
+use crate::{
+    Error,
+    aws::{Aws, classify},
+    config::{ConfigError, Env, env},
+    unix_now,
+};
+
+const POOL: &str = "mailboxes";
+
+/// How many free mailboxes a process that takes one leaves behind, so that the next need not wait
+/// for a new one.
+const FREE_AHEAD: usize = 2;
+
+/// A mailbox that is this process's alone until the lease ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// The mailbox.
+    pub mailbox: MailboxId,
+    /// Its queue.
+    pub queue_url: String,
+    /// When the lease ends, in seconds since 1970.
+    pub until: u64,
+    holder: String,
+}
+
+/// One message out of a mailbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Letter {
+    /// To delete it with.
+    pub receipt: String,
+    /// The request it is for.
+    pub request_id: Option<String>,
+    /// The agent connection whose end it reports.
+    pub lost_connection: Option<String>,
+    /// What it says.
+    pub body: String,
+}
+
+/// Every mailbox of the edge.
+#[derive(Debug, Clone)]
+pub struct Mailboxes {
+    sqs: aws_sdk_sqs::Client,
+    url_prefix: String,
+}
+
+/// The pool from which mailboxes are leased.
+#[derive(Debug, Clone)]
+pub struct Pool {
+    mailboxes: Mailboxes,
+    dynamodb: aws_sdk_dynamodb::Client,
+    table: String,
+    lease: Duration,
+}
+
+impl Mailboxes {
+    /// Reads the queues' URL prefix from the environment.
+    ///
+    /// # Errors
+    ///
+    /// When it is not set.
+    pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Self, ConfigError> {
+        Ok(Self { sqs: aws.sqs(), url_prefix: env.required(env::MAILBOX_URL_PREFIX)? })
+    }
+
+    fn url(&self, mailbox: &MailboxId) -> String {
+        format!("{}{mailbox}", self.url_prefix)
+    }
+
+    /// Puts an agent's message for `request` into `mailbox`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] when the text has a character that no mailbox takes.
+    pub async fn send(&self, mailbox: &MailboxId, request: &RequestId, message: String) -> Result<(), Error> {
+        let result = self
+            .sqs
+            .send_message()
+            .queue_url(self.url(mailbox))
+            .message_body(message)
+            .message_attributes(notice::REQUEST_ID, attribute(request.as_str()))
+            .send()
+            .await;
+        match result {
+            Ok(_) => Ok(()),
+            Err(error)
+                if error.as_service_error().is_some_and(|error| error.is_invalid_message_contents()) =>
+            {
+                Err(Error::Refused { call: "SendMessage", source: "a character is not allowed".into() })
+            }
+            Err(error) => Err(classify("SendMessage", error)),
+        }
+    }
+
+    /// Takes what is in a mailbox, waiting up to `wait` (at most [`limits::MAILBOX_WAIT`]) for something.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    ///
+    /// # Cancel safety
+    ///
+    /// None: a message that was on its way is hidden for [`limits::MAILBOX_VISIBILITY`]. Always await it.
+    pub async fn receive(&self, lease: &Lease, wait: Duration) -> Result<Vec<Letter>, Error> {
+        let wait = wait.min(limits::MAILBOX_WAIT).as_secs_f64().ceil().max(1.0);
+        let output = self
+            .sqs
+            .receive_message()
+            .queue_url(&lease.queue_url)
+            .max_number_of_messages(10)
+            .wait_time_seconds(wait as i32)
+            .visibility_timeout(seconds(limits::MAILBOX_VISIBILITY))
+            .message_attribute_names("All")
+            .send()
+            .await
+            .map_err(|error| classify("ReceiveMessage", error))?;
+        let letters = output.messages.unwrap_or_default().into_iter().map(|mut message| {
+            let mut attribute = |name| {
+                message
+                    .message_attributes
+                    .as_mut()
+                    .and_then(|all| all.remove(name))
+                    .and_then(|value| value.string_value)
+            };
+            Letter {
+                request_id: attribute(notice::REQUEST_ID),
+                lost_connection: attribute(notice::LOST_CONNECTION),
+                receipt: message.receipt_handle.unwrap_or_default(),
+                body: message.body.unwrap_or_default(),
+            }
+        });
+        Ok(letters.collect())
+    }
+
+    /// Removes received messages.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; a message that stays shows up again as a stale one.
+    pub async fn delete(&self, lease: &Lease, receipts: Vec<String>) -> Result<(), Error> {
+        if let [receipt] = &receipts[..] {
+            let request = self.sqs.delete_message().queue_url(&lease.queue_url).receipt_handle(receipt);
+            request.send().await.map_err(|error| classify("DeleteMessage", error))?;
+            return Ok(());
+        }
+        for batch in receipts.chunks(10) {
+            let entries = batch.iter().enumerate().map(|(index, receipt)| {
+                DeleteMessageBatchRequestEntry::builder()
+                    .id(index.to_string())
+                    .receipt_handle(receipt)
+                    .build()
+                    .expect("id and receipt are set")
+            });
+            let request = self.sqs.delete_message_batch().queue_url(&lease.queue_url);
+            let request = request.set_entries(Some(entries.collect()));
+            request.send().await.map_err(|error| classify("DeleteMessageBatch", error))?;
+        }
+        Ok(())
+    }
+
+    /// Tells a mailbox that an agent's connection has ended, after [`limits::LOST_DELAY`].
+    async fn send_lost(&self, mailbox: &MailboxId, connection: &ConnectionId) -> Result<(), Error> {
+        let entry = SendMessageBatchRequestEntry::builder()
+            .id("0")
+            .message_body("{}")
+            .delay_seconds(seconds(limits::LOST_DELAY))
+            .message_attributes(notice::LOST_CONNECTION, attribute(connection.as_str()))
+            .build()
+            .expect("id and body are set");
+        let request = self.sqs.send_message_batch().queue_url(self.url(mailbox)).entries(entry);
+        request.send().await.map_err(|error| classify("SendMessageBatch", error))?;
+        Ok(())
+    }
+}
+
+impl Pool {
+    /// Reads the table's name and the lease from the environment.
+    ///
+    /// # Errors
+    ///
+    /// When a variable is missing or wrong.
+    pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Self, ConfigError> {
+        Ok(Self {
+            mailboxes: Mailboxes::from_env(aws, env)?,
+            dynamodb: aws.dynamodb(),
+            table: env.required(env::MAILBOXES_TABLE)?,
+            lease: env.secs(
+                env::MAILBOX_LEASE_SECS,
+                limits::MAILBOX_LEASE,
+                Duration::from_secs(24 * 60 * 60),
+            )?,
+        })
+    }
+
+    /// The mailboxes of the pool.
+    #[must_use]
+    pub fn mailboxes(&self) -> &Mailboxes {
+        &self.mailboxes
+    }
+
+    /// Leases a free mailbox to `holder`, making new ones where the pool runs short.
+    ///
+    /// `random` spreads processes that start together over the pool.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when neither a free mailbox nor a new one can be had.
+    pub async fn lease(&self, holder: &str, random: [u8; 16]) -> Result<Lease, Error> {
+        let now = unix_now();
+        let start = name(random);
+        // From a random place to the end, then from the beginning: whoever starts at the same time
+        // mostly tries other mailboxes first.
+        let mut free = self.free("mailbox >= :start", &start, now).await?;
+        if free.len() <= FREE_AHEAD {
+            free.extend(self.free("mailbox < :start", &start, now).await?);
+        }
+        let mut lease = None;
+        let mut left = free.len();
+        for mailbox in free {
+            left -= 1;
+            if let Some(taken) = self.take(mailbox, holder, now).await? {
+                lease = Some(taken);
+                break;
+            }
+        }
+        let wanted = FREE_AHEAD.saturating_sub(left) + usize::from(lease.is_none());
+        let fresh = if lease.is_none() || left < FREE_AHEAD {
+            self.grow(wanted, random, now).await
+        } else {
+            Ok(Vec::new())
+        };
+        match (lease, fresh) {
+            (Some(lease), fresh) => {
+                if let Err(error) = fresh {
+                    tracing::warn!(%error, "mailbox pool could not be grown");
+                }
+                Ok(lease)
+            }
+            (None, fresh) => {
+                let fresh = fresh?;
+                tokio::time::sleep(limits::MAILBOX_WARM_UP).await;
+                for mailbox in fresh {
+                    if let Some(lease) = self.take(mailbox, holder, unix_now()).await? {
+                        return Ok(lease);
+                    }
+                }
+                Err(Error::Throttled { call: "lease of a mailbox" })
+            }
+        }
+    }
+
+    /// Whether the lease outlives a request that begins now; if not, it should be renewed first.
+    #[must_use]
+    pub fn is_fresh(&self, lease: &Lease, now: u64) -> bool {
+        // Half a lease, because the configured one may be shorter than the real one by a fast clock.
+        lease.until.saturating_sub(now) > self.lease.as_secs() / 2
+    }
+
+    /// Renews a lease; `None` where the mailbox has gone to somebody else.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn renew(&self, lease: &Lease) -> Result<Option<Lease>, Error> {
+        let now = unix_now();
+        self.write(&lease.mailbox, &lease.holder, now, "holder = :holder AND leased_until > :now").await
+    }
+
+    /// Tells every leased mailbox that an agent's connection has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when the pool cannot be read; whoever waits then notices by asking for the connection.
+    pub async fn announce_lost(&self, connection: &ConnectionId) -> Result<usize, Error> {
+        let leased = self.query("pool = :pool", "leased_until > :now", None, unix_now()).await?;
+        let mut told = 0;
+        // Ten at a time: enough to be quick, few enough not to be throttled.
+        for batch in leased.chunks(10) {
+            let mut sends = tokio::task::JoinSet::new();
+            for mailbox in batch {
+                let (mailboxes, mailbox, connection) =
+                    (self.mailboxes.clone(), mailbox.clone(), connection.clone());
+                sends.spawn(async move { mailboxes.send_lost(&mailbox, &connection).await });
+            }
+            while let Some(result) = sends.join_next().await {
+                match result {
+                    Ok(Ok(())) => told += 1,
+                    Ok(Err(error)) => tracing::warn!(%error, "mailbox was not told of a lost connection"),
+                    Err(error) => tracing::warn!(%error, "mailbox was not told of a lost connection"),
+                }
+            }
+        }
+        Ok(told)
+    }
+
+    async fn free(&self, half: &str, start: &str, now: u64) -> Result<Vec<MailboxId>, Error> {
+        self.query(&format!("pool = :pool AND {half}"), "leased_until <= :now", Some(start), now).await
+    }
+
+    async fn query(
+        &self,
+        keys: &str,
+        filter: &str,
+        start: Option<&str>,
+        now: u64,
+    ) -> Result<Vec<MailboxId>, Error> {
+        let mut found = Vec::new();
+        let mut from = None;
+        loop {
+            let mut request = self
+                .dynamodb
+                .query()
+                .table_name(&self.table)
+                .key_condition_expression(keys)
+                .filter_expression(filter)
+                .expression_attribute_values(":pool", text(POOL))
+                .expression_attribute_values(":now", number(now))
+                .consistent_read(true)
+                .set_exclusive_start_key(from);
+            if let Some(start) = start {
+                request = request.expression_attribute_values(":start", text(start));
+            }
+            let page = request.send().await.map_err(|error| classify("Query", error))?;
+            found.extend(
+                page.items()
+                    .iter()
+                    .filter_map(|item| item.get("mailbox")?.as_s().ok()?.parse::<MailboxId>().ok()),
+            );
+            from = page.last_evaluated_key;
+            if from.is_none() {
+                return Ok(found);
+            }
+        }
+    }
+
+    async fn take(&self, mailbox: MailboxId, holder: &str, now: u64) -> Result<Option<Lease>, Error> {
+        self.write(&mailbox, holder, now, "leased_until <= :now").await
+    }
+
+    async fn write(
+        &self,
+        mailbox: &MailboxId,
+        holder: &str,
+        now: u64,
+        condition: &str,
+    ) -> Result<Option<Lease>, Error> {
+        let until = now + self.lease.as_secs();
+        let mut request = self
+            .dynamodb
+            .update_item()
+            .table_name(&self.table)
+            .key("pool", text(POOL))
+            .key("mailbox", text(mailbox.as_str()))
+            .update_expression("SET holder = :holder, leased_until = :until")
+            .condition_expression(format!("attribute_exists(mailbox) AND {condition}"))
+            .expression_attribute_values(":holder", text(holder))
+            .expression_attribute_values(":until", number(until));
+        request = request.expression_attribute_values(":now", number(now));
+        match request.send().await {
+            Ok(_) => Ok(Some(Lease {
+                mailbox: mailbox.clone(),
+                queue_url: self.mailboxes.url(mailbox),
+                until,
+                holder: holder.to_owned(),
+            })),
+            Err(error)
+                if error
+                    .as_service_error()
+                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(classify("UpdateItem", error)),
+        }
+    }
+
+    /// Makes `count` new mailboxes with names nobody has used. They can be leased once they are warm.
+    async fn grow(&self, count: usize, random: [u8; 16], now: u64) -> Result<Vec<MailboxId>, Error> {
+        let mut fresh = Vec::with_capacity(count);
+        for index in 0..count {
+            let mut seed = random;
+            seed[15] = seed[15].wrapping_add(u8::try_from(index).unwrap_or(u8::MAX)).wrapping_add(1);
+            let mailbox: MailboxId = name(seed).parse().expect("hexadecimal digits are a mailbox id");
+            let url = self.mailboxes.url(&mailbox);
+            let queue = url.rsplit('/').next().unwrap_or_default();
+            self.mailboxes
+                .sqs
+                .create_queue()
+                .queue_name(queue)
+                .attributes(
+                    QueueAttributeName::MessageRetentionPeriod,
+                    limits::MAILBOX_RETENTION.as_secs().to_string(),
+                )
+                .send()
+                .await
+                .map_err(|error| classify("CreateQueue", error))?;
+            // Whoever reads the row in this very second must not take it yet.
+            let item = HashMap::from([
+                ("pool".to_owned(), text(POOL)),
+                ("mailbox".to_owned(), text(mailbox.as_str())),
+                ("leased_until".to_owned(), number(now + limits::MAILBOX_WARM_UP.as_secs())),
+            ]);
+            let put = self.dynamodb.put_item().table_name(&self.table).set_item(Some(item));
+            put.send().await.map_err(|error| classify("PutItem", error))?;
+            fresh.push(mailbox);
+        }
+        tracing::info!(count, "mailbox pool grown");
+        Ok(fresh)
+    }
+}
+
+fn name(random: [u8; 16]) -> String {
+    RequestId::from_random(random).as_str()[..24].to_owned()
+}
+
+fn attribute(value: &str) -> MessageAttributeValue {
+    MessageAttributeValue::builder()
+        .data_type("String")
+        .string_value(value)
+        .build()
+        .expect("the data type is set")
+}
+
+fn seconds(duration: Duration) -> i32 {
+    i32::try_from(duration.as_secs()).expect("limits are a few minutes")
+}
+
+fn text(value: &str) -> AttributeValue {
+    AttributeValue::S(value.to_owned())
+}
+
+fn number(value: u64) -> AttributeValue {
+    AttributeValue::N(value.to_string())
+}

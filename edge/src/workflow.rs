@@ -1,0 +1,168 @@
+//! The run of one public request: `StartSyncExecution` of the Express state machine.
+
+use aws_sdk_sfn::types::SyncExecutionStatus;
+use proto::{
+    error::{ErrorCode, OUTCOME_REPLIED},
+    id::{ConnectionId, RequestId, TunnelName},
+    message::EdgeMessage,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Error,
+    aws::{Aws, classify},
+    config::{ConfigError, Env, env},
+};
+
+/// What a run is given.
+#[derive(Debug, Serialize)]
+pub struct RunInput<'a> {
+    /// The public request; also the execution's name.
+    pub request_id: &'a RequestId,
+    /// The tunnel it came in by.
+    pub tunnel: &'a TunnelName,
+    /// When the run stops waiting, in milliseconds since 1970.
+    pub deadline_ms: u64,
+    /// The queue URL of the mailbox to wait at.
+    pub mailbox: &'a str,
+    /// Uniform in `[0, 1)`: which of several connections is tried first.
+    pub pick: f64,
+    /// The `request` message for the agent.
+    pub message: &'a EdgeMessage<'a>,
+}
+
+/// How a run ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum RunOutcome {
+    /// The agent answered.
+    Replied {
+        /// The connection the request was dispatched to.
+        connection: ConnectionId,
+        /// The agent's message.
+        reply: String,
+        /// To delete the message from the mailbox with.
+        receipt: String,
+    },
+    /// There is no answer.
+    Failed {
+        /// Why.
+        code: ErrorCode,
+        /// The connection the request was dispatched to, if it came so far.
+        connection: Option<ConnectionId>,
+        /// To delete the message from the mailbox with, if it was one that ended the run.
+        receipt: Option<String>,
+    },
+}
+
+#[derive(Deserialize)]
+struct Output {
+    outcome: String,
+    #[serde(default)]
+    connection_id: Option<ConnectionId>,
+    #[serde(default)]
+    reply: Option<String>,
+    #[serde(default)]
+    receipt: Option<String>,
+}
+
+/// The state machine.
+#[derive(Debug, Clone)]
+pub struct Workflow {
+    client: aws_sdk_sfn::Client,
+    state_machine_arn: String,
+}
+
+impl Workflow {
+    /// Reads the state machine's ARN from the environment.
+    ///
+    /// # Errors
+    ///
+    /// When it is not set.
+    pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Self, ConfigError> {
+        Ok(Self { client: aws.sfn(), state_machine_arn: env.required(env::STATE_MACHINE_ARN)? })
+    }
+
+    /// Runs it to its end. It is started at most once.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when there was no run, or when the run itself failed and it is not known how far the
+    /// request came.
+    pub async fn run(&self, input: &RunInput<'_>) -> Result<RunOutcome, Error> {
+        const CALL: &str = "StartSyncExecution";
+        let text = serde_json::to_string(input)
+            .map_err(|error| Error::Refused { call: CALL, source: error.into() })?;
+        let result = self
+            .client
+            .start_sync_execution()
+            .state_machine_arn(&self.state_machine_arn)
+            .name(input.request_id.as_str())
+            .input(text)
+            .send()
+            .await
+            .map_err(|error| classify(CALL, error))?;
+        // The call succeeds whether or not the run did.
+        if *result.status() == SyncExecutionStatus::Succeeded {
+            decode(result.output().unwrap_or_default())
+        } else {
+            let error = result.error().unwrap_or("no error name");
+            let cause = result.cause().unwrap_or("no cause");
+            Err(Error::Failed {
+                call: CALL,
+                source: format!("run {}: {error}: {cause}", result.status()).into(),
+            })
+        }
+    }
+}
+
+fn decode(output: &str) -> Result<RunOutcome, Error> {
+    let invalid = |text: String| Error::Failed { call: "StartSyncExecution", source: text.into() };
+    let output: Output =
+        serde_json::from_str(output).map_err(|error| invalid(format!("run's output: {error}")))?;
+    if output.outcome == OUTCOME_REPLIED {
+        return match (output.connection_id, output.reply, output.receipt) {
+            (Some(connection), Some(reply), Some(receipt)) => {
+                Ok(RunOutcome::Replied { connection, reply, receipt })
+            }
+            _ => Err(invalid("run's output lacks a field of a reply".into())),
+        };
+    }
+    let code = ErrorCode::from_outcome(&output.outcome)
+        .ok_or_else(|| invalid(format!("run's outcome {:?} is unknown", output.outcome)))?;
+    Ok(RunOutcome::Failed { code, connection: output.connection_id, receipt: output.receipt })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_outcome_is_understood() {
+        let replied = r#"{"outcome":"Replied","connection_id":"c=","reply":"{}","receipt":"r"}"#;
+        assert_eq!(
+            decode(replied).unwrap(),
+            RunOutcome::Replied {
+                connection: "c=".parse().unwrap(),
+                reply: "{}".into(),
+                receipt: "r".into()
+            }
+        );
+        for &code in ErrorCode::ALL {
+            let output = format!(
+                r#"{{"outcome":"{}","connection_id":null,"reply":null,"receipt":null}}"#,
+                code.outcome()
+            );
+            assert_eq!(
+                decode(&output).unwrap(),
+                RunOutcome::Failed { code, connection: None, receipt: None }
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_not_an_outcome_is_a_failure_of_the_edge() {
+        for output in ["", "{}", r#"{"outcome":"Nonsense"}"#, r#"{"outcome":"Replied"}"#] {
+            assert!(matches!(decode(output), Err(Error::Failed { .. })), "{output}");
+        }
+    }
+}

@@ -1,0 +1,635 @@
+//! One public request from its event to the last byte of its answer.
+//!
+//! The run brings the first reply. What follows (more of the body, an upload that the agent asked for)
+//! happens here: one loop receives from the mailbox, restores the order, writes to the public client and
+//! returns credit. The rules that keep the mailbox fit for the next request:
+//!
+//! * a receive that was begun is awaited to its end: abandoned, it would take a message along;
+//! * none is begun once the last piece is here;
+//! * whoever stops early tells the agent (`cancel`) and receives until the agent has said its last word.
+
+use std::{collections::VecDeque, time::Duration};
+
+use edge::{
+    Error,
+    agent_link::Posted,
+    mailbox::{Lease, Letter},
+    unix_now, unix_now_ms,
+    workflow::{RunInput, RunOutcome},
+};
+use futures_util::{
+    FutureExt, StreamExt,
+    future::{LocalBoxFuture, OptionFuture},
+    stream::{self, FuturesUnordered},
+};
+use proto::{
+    body::{Body, Codec, is_compressible},
+    chunk::Reassembler,
+    error::ErrorCode,
+    header::value_to_text,
+    id::{ConnectionId, RequestId},
+    limits,
+    message::{AgentMessage, Cancel, Credit, EdgeMessage, Reply, Request, RequestChunk, notice},
+    token::Claims,
+};
+use tokio::{sync::oneshot, time::Instant};
+
+use crate::{
+    Ingress, answer,
+    event::FrontEvent,
+    route::{PublicRequest, route, wants_html},
+    runtime::{Answer, Invocation, Piece, Pieces, Runtime},
+};
+
+/// What is kept free before Lambda's own deadline, to break an answer off in an orderly way.
+const DEADLINE_MARGIN: Duration = Duration::from_secs(3);
+
+/// How long each receive lasts that only waits for an agent's last word.
+const LAST_WORD_WAIT: Duration = Duration::from_secs(1);
+
+/// Answers one event, and returns the mailbox's lease, renewed if need be.
+///
+/// # Errors
+///
+/// When no mailbox can be had any more; the process should end then.
+pub async fn serve(
+    ingress: &Ingress,
+    runtime: &Runtime,
+    invocation: Invocation,
+    lease: Lease,
+) -> anyhow::Result<Lease> {
+    let request_id = RequestId::from_random(crate::random()?);
+    let lease = keep_lease(ingress, lease).await?;
+    let (answers, answer) = oneshot::channel();
+    let respond = async {
+        if let Ok(answer) = answer.await {
+            runtime.respond(&invocation.aws_request_id, answer).await;
+        }
+    };
+    let ends_at = Instant::now()
+        + Duration::from_millis(invocation.deadline_ms.saturating_sub(unix_now_ms()))
+            .saturating_sub(DEADLINE_MARGIN);
+    let exchange = carry(ingress, &lease, &request_id, &invocation.event, ends_at, answers);
+    tokio::join!(exchange, respond);
+    Ok(lease)
+}
+
+async fn keep_lease(ingress: &Ingress, lease: Lease) -> anyhow::Result<Lease> {
+    if ingress.pool.is_fresh(&lease, unix_now()) {
+        return Ok(lease);
+    }
+    match ingress.pool.renew(&lease).await {
+        Ok(Some(renewed)) => Ok(renewed),
+        Ok(None) => Ok(ingress.pool.lease(&crate::holder(), crate::random()?).await?),
+        Err(error) => {
+            // The old lease has not ended yet: the next request tries again.
+            tracing::warn!(%error, "mailbox lease was not renewed");
+            Ok(lease)
+        }
+    }
+}
+
+/// The way to answer: once, with a whole error or with a head and what follows.
+struct Answering<'a> {
+    request_id: &'a RequestId,
+    html: bool,
+    head_only: bool,
+    answers: oneshot::Sender<Answer>,
+}
+
+impl Answering<'_> {
+    async fn fail(self, code: ErrorCode) {
+        if code.status().is_server_error() {
+            tracing::info!(request_id = %self.request_id, error_code = %code, "request was not answered by its upstream");
+        }
+        let page = answer::problem(code, self.request_id, self.html, self.head_only);
+        let (answer, pieces) = Answer::new(page);
+        // Either may find that nobody listens any more; then there is nobody to tell.
+        if self.answers.send(answer).is_ok() {
+            drop(pieces.send(Piece::End).await);
+        }
+    }
+
+    fn begin(self, first: Vec<u8>) -> Pieces {
+        let (answer, pieces) = Answer::new(first);
+        drop(self.answers.send(answer));
+        pieces
+    }
+}
+
+async fn carry(
+    ingress: &Ingress,
+    lease: &Lease,
+    request_id: &RequestId,
+    event: &[u8],
+    ends_at: Instant,
+    answers: oneshot::Sender<Answer>,
+) {
+    let mut answering = Answering { request_id, html: false, head_only: false, answers };
+    let mut event: FrontEvent = match serde_json::from_slice(event) {
+        Ok(event) => event,
+        Err(error) => {
+            tracing::error!(%request_id, %error, "event is not one of a function URL");
+            return answering.fail(ErrorCode::EdgeFailed).await;
+        }
+    };
+    answering.html = wants_html(&event);
+    answering.head_only = event.request_context.http.method == "HEAD";
+    let request = match route(&mut event, &ingress.config, request_id) {
+        Ok(request) => request,
+        Err(code) => return answering.fail(code).await,
+    };
+    drop(event);
+
+    let reply_by = (Instant::now() + ingress.config.reply_timeout).min(ends_at);
+    let outcome = dispatch(ingress, lease, request_id, &request, reply_by).await;
+    let (connection, first) = match outcome {
+        Ok(RunOutcome::Replied { connection, reply, receipt }) => {
+            let letter = Letter {
+                receipt,
+                request_id: Some(request_id.as_str().to_owned()),
+                lost_connection: None,
+                body: reply,
+            };
+            (connection, letter)
+        }
+        Ok(RunOutcome::Failed { code, connection, receipt }) => {
+            let clean = async {
+                if let Some(receipt) = receipt {
+                    delete(ingress, lease, vec![receipt]).await;
+                }
+                if let (ErrorCode::UpstreamTimedOut, Some(connection)) = (code, connection) {
+                    Exchange::new(ingress, lease, request_id, &request, connection).give_up(None).await;
+                }
+            };
+            tokio::join!(answering.fail(code), clean);
+            return;
+        }
+        Err(Error::Throttled { call }) => {
+            tracing::warn!(%request_id, call, "request was not dispatched: throttled");
+            return answering.fail(ErrorCode::EdgeBusy).await;
+        }
+        Err(error) => {
+            tracing::error!(%request_id, tunnel_id = %request.tunnel, %error, "run failed");
+            return answering.fail(ErrorCode::EdgeFailed).await;
+        }
+    };
+    Exchange::new(ingress, lease, request_id, &request, connection)
+        .run(first, answering, reply_by, ends_at)
+        .await;
+}
+
+async fn dispatch(
+    ingress: &Ingress,
+    lease: &Lease,
+    request_id: &RequestId,
+    request: &PublicRequest,
+    reply_by: Instant,
+) -> Result<RunOutcome, Error> {
+    let timeout = reply_by.saturating_duration_since(Instant::now());
+    let deadline_ms = unix_now_ms() + u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX / 2);
+    // Valid as long as an answer may go on. Nothing is gained by a shorter life: a reply to a request
+    // that is over is recognised by its request id.
+    let expires_at = unix_now() + limits::RESPONSE_DURATION.as_secs() + limits::RUN_DURATION.as_secs();
+    let token = ingress.config.keys.mint(&Claims {
+        request_id: request_id.clone(),
+        mailbox: lease.mailbox.clone(),
+        tunnel: request.tunnel.clone(),
+        expires_at,
+    });
+    let mut message = Request {
+        request_id: request_id.clone(),
+        token: token.into(),
+        tunnel: request.tunnel.clone(),
+        method: request.method.as_str().into(),
+        target: request.target.clone(),
+        headers: request.headers.clone(),
+        body: None,
+        announced: None,
+        timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX / 2),
+    };
+    let mut encoded = None;
+    if request.body.len() <= limits::CHUNK_BYTES {
+        message.body = (!request.body.is_empty()).then(|| Body::encode(&request.body));
+        let candidate = EdgeMessage::Request(message.clone());
+        if candidate.encode().len() <= limits::MESSAGE_BYTES {
+            encoded = Some(candidate);
+        }
+    }
+    let message = encoded.unwrap_or_else(|| {
+        message.body = None;
+        message.announced = Some(request.body.len() as u64);
+        EdgeMessage::Request(message)
+    });
+    let input = RunInput {
+        request_id,
+        tunnel: &request.tunnel,
+        deadline_ms,
+        mailbox: &lease.queue_url,
+        pick: pick(request_id),
+        message: &message,
+    };
+    ingress.workflow.run(&input).await
+}
+
+/// The request id is random; its last digits choose among several connections.
+fn pick(request_id: &RequestId) -> f64 {
+    let digits = u32::from_str_radix(&request_id.as_str()[24..], 16).unwrap_or_default();
+    f64::from(digits) / (f64::from(u32::MAX) + 1.0)
+}
+
+async fn delete(ingress: &Ingress, lease: &Lease, receipts: Vec<String>) {
+    if let Err(error) = ingress.pool.mailboxes().delete(lease, receipts).await {
+        tracing::warn!(%error, "mailbox message was not deleted; it will be discarded as stale");
+    }
+}
+
+/// One numbered piece of a response.
+enum Part {
+    Head(Reply<'static>, Option<Vec<u8>>),
+    Data { bytes: Vec<u8>, end: bool },
+    Failed(ErrorCode),
+}
+
+/// Why nothing more will come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    /// The answer cannot be completed, for this reason; the agent may still be sending.
+    Broken(ErrorCode),
+    /// The agent's connection has ended.
+    AgentLost,
+    /// The public client has gone.
+    ClientGone,
+}
+
+/// What something on the side has found out.
+enum Side {
+    Nothing,
+    Stop(Stop),
+}
+
+type Receiving<'a> = LocalBoxFuture<'a, Result<Vec<Letter>, Error>>;
+
+struct Exchange<'a> {
+    ingress: &'a Ingress,
+    lease: &'a Lease,
+    request_id: &'a RequestId,
+    request: &'a PublicRequest,
+    connection: ConnectionId,
+    parts: Reassembler<Part>,
+    /// Whether the last piece has arrived, in order or not.
+    ended: bool,
+    uploading: bool,
+    /// Deletes, credit, cancel, upload: whatever goes on beside the stream.
+    side: FuturesUnordered<LocalBoxFuture<'a, Side>>,
+}
+
+impl<'a> Exchange<'a> {
+    fn new(
+        ingress: &'a Ingress,
+        lease: &'a Lease,
+        request_id: &'a RequestId,
+        request: &'a PublicRequest,
+        connection: ConnectionId,
+    ) -> Self {
+        Self {
+            ingress,
+            lease,
+            request_id,
+            request,
+            connection,
+            // The head and a window of chunks after the last one that credit was returned for.
+            parts: Reassembler::new(0, limits::CHUNK_WINDOW + limits::CREDIT_EVERY + 2),
+            ended: false,
+            uploading: false,
+            side: FuturesUnordered::new(),
+        }
+    }
+
+    async fn run(mut self, first: Letter, answering: Answering<'_>, reply_by: Instant, ends_at: Instant) {
+        let mut receiving: Option<Receiving<'a>> = None;
+        let mut stop = self.take(vec![first]).err();
+
+        // Until the head.
+        let head = loop {
+            if let Some(stop) = stop {
+                break Err(stop);
+            }
+            match self.parts.pop() {
+                Some((_, Part::Head(reply, body))) => break Ok((reply, body)),
+                Some((_, Part::Failed(code))) => {
+                    break Err(Stop::Broken(code));
+                }
+                // The reassembler counts from the head, so nothing else can be first.
+                Some((_, Part::Data { .. })) => break Err(Stop::Broken(ErrorCode::AgentInvalid)),
+                None => {}
+            }
+            self.receive(&mut receiving);
+            tokio::select! {
+                Some(letters) = OptionFuture::from(receiving.as_mut()) => {
+                    receiving = None;
+                    stop = self.took(letters).err();
+                }
+                Some(side) = self.side.next() => if let Side::Stop(found) = side {
+                    stop = Some(found);
+                },
+                () = tokio::time::sleep_until(reply_by) => {
+                    stop = Some(Stop::Broken(ErrorCode::UpstreamTimedOut));
+                }
+            }
+        };
+        let (mut reply, body) = match head {
+            Ok(head) => head,
+            Err(stop) => {
+                let code = match stop {
+                    Stop::Broken(code) => code,
+                    Stop::AgentLost => ErrorCode::AgentLost,
+                    // Nobody will read it, but Lambda wants an answer to every event.
+                    Stop::ClientGone => ErrorCode::Cancelled,
+                };
+                let finish = self.finish(stop, receiving);
+                tokio::join!(answering.fail(code), finish);
+                return;
+            }
+        };
+
+        answer::finish(
+            &mut reply.headers,
+            self.request_id,
+            self.request.prefix.as_deref(),
+            &self.request.host,
+        );
+        let mut bytes = answer::prelude(reply.status, &reply.headers);
+        bytes.extend_from_slice(&body.unwrap_or_default());
+        let pieces = answering.begin(bytes);
+        if reply.end {
+            // Sent while the message is being deleted.
+            let end = async { drop(pieces.send(Piece::End).await) };
+            tokio::join!(end, self.settle());
+            return;
+        }
+
+        // At most one part, and its end.
+        let mut next: VecDeque<(u32, Piece)> = VecDeque::new();
+        let mut credited = 0;
+        let stop = loop {
+            while next.is_empty()
+                && let Some((seq, part)) = self.parts.pop()
+            {
+                match part {
+                    Part::Data { bytes, end } => {
+                        if !bytes.is_empty() {
+                            next.push_back((seq, Piece::Data(bytes.into())));
+                        }
+                        if end {
+                            next.push_back((seq, Piece::End));
+                        }
+                    }
+                    Part::Failed(_) | Part::Head(..) => next.push_back((seq, Piece::Broken)),
+                }
+            }
+            self.receive(&mut receiving);
+            tokio::select! {
+                Some(permit) = OptionFuture::from((!next.is_empty()).then(|| pieces.reserve())) => {
+                    let Ok(permit) = permit else { break Stop::ClientGone };
+                    let Some((seq, piece)) = next.pop_front() else { continue };
+                    let last = !matches!(piece, Piece::Data(_));
+                    permit.send(piece);
+                    if last {
+                        drop(receiving);
+                        self.settle().await;
+                        return;
+                    }
+                    if seq - credited >= limits::CREDIT_EVERY && !self.ended {
+                        credited = seq;
+                        self.post(EdgeMessage::Credit(Credit { request_id: self.request_id.clone(), through: seq }));
+                    }
+                }
+                Some(letters) = OptionFuture::from(receiving.as_mut()) => {
+                    receiving = None;
+                    if let Err(stop) = self.took(letters) {
+                        break stop;
+                    }
+                }
+                Some(side) = self.side.next() => if let Side::Stop(stop) = side {
+                    break stop;
+                },
+                () = pieces.closed() => break Stop::ClientGone,
+                () = tokio::time::sleep_until(ends_at) => break Stop::Broken(ErrorCode::UpstreamTimedOut),
+            }
+        };
+        tracing::info!(request_id = %self.request_id, tunnel_id = %self.request.tunnel, reason = ?stop, "response was broken off");
+        let broken = async {
+            if stop != Stop::ClientGone {
+                drop(pieces.send(Piece::Broken).await);
+            }
+            // Closes the answer's body either way.
+            drop(pieces);
+        };
+        tokio::join!(broken, self.finish(stop, receiving));
+    }
+
+    /// Begins a receive if one is wanted and none is under way.
+    fn receive(&self, receiving: &mut Option<Receiving<'a>>) {
+        if receiving.is_none() && !self.ended {
+            let (mailboxes, lease) = (self.ingress.pool.mailboxes(), self.lease);
+            *receiving = Some(Box::pin(mailboxes.receive(lease, limits::MAILBOX_WAIT)));
+        }
+    }
+
+    fn took(&mut self, letters: Result<Vec<Letter>, Error>) -> Result<(), Stop> {
+        match letters {
+            Ok(letters) if letters.is_empty() => {
+                // Nothing for a whole long poll: the news of a lost connection may have been lost itself.
+                let (link, connection) = (&self.ingress.link, self.connection.clone());
+                self.side.push(
+                    async move {
+                        match link.is_open(&connection).await {
+                            Ok(false) => Side::Stop(Stop::AgentLost),
+                            Ok(true) | Err(_) => Side::Nothing,
+                        }
+                    }
+                    .boxed_local(),
+                );
+                Ok(())
+            }
+            Ok(letters) => self.take(letters),
+            Err(error) => {
+                tracing::error!(request_id = %self.request_id, %error, "mailbox could not be read");
+                Err(Stop::Broken(ErrorCode::EdgeFailed))
+            }
+        }
+    }
+
+    /// Sorts what came out of the mailbox and deletes it there.
+    fn take(&mut self, letters: Vec<Letter>) -> Result<(), Stop> {
+        let mut receipts = Vec::with_capacity(letters.len());
+        let mut stop = None;
+        for letter in letters {
+            receipts.push(letter.receipt);
+            if letter.request_id.as_deref() == Some(self.request_id.as_str()) {
+                if let Err(reason) = self.take_message(&letter.body) {
+                    stop.get_or_insert(reason);
+                }
+            } else if letter.lost_connection.as_deref() == Some(self.connection.as_str()) && !self.ended {
+                stop.get_or_insert(Stop::AgentLost);
+            }
+            // Anything else is stale: from a request that is over.
+        }
+        let (ingress, lease) = (self.ingress, self.lease);
+        self.side.push(
+            async move {
+                delete(ingress, lease, receipts).await;
+                Side::Nothing
+            }
+            .boxed_local(),
+        );
+        stop.map_or(Ok(()), Err)
+    }
+
+    fn take_message(&mut self, text: &str) -> Result<(), Stop> {
+        if text == notice::CLIENT_GONE {
+            return Err(Stop::ClientGone);
+        }
+        let invalid = |why: &dyn std::fmt::Display| {
+            tracing::warn!(request_id = %self.request_id, %why, "agent's answer is invalid");
+            Stop::Broken(ErrorCode::AgentInvalid)
+        };
+        let message = AgentMessage::decode(text).map_err(|error| invalid(&error))?;
+        let decode = |body: Option<Body<'_>>| body.map(Body::decode).transpose();
+        let (seq, part) = match message {
+            AgentMessage::Reply(reply) => {
+                let Reply { token: _, status, headers, body, end } = reply;
+                let body = decode(body).map_err(|error| invalid(&error))?;
+                self.ended |= end;
+                (0, Part::Head(Reply { token: "".into(), status, headers, body: None, end }, body))
+            }
+            AgentMessage::Chunk(chunk) => {
+                let bytes = decode(chunk.body).map_err(|error| invalid(&error))?.unwrap_or_default();
+                self.ended |= chunk.end;
+                (chunk.seq, Part::Data { bytes, end: chunk.end })
+            }
+            AgentMessage::Failed(failed) => {
+                self.ended = true;
+                (failed.seq, Part::Failed(failed.code))
+            }
+            AgentMessage::Continue(asked) => {
+                let compress = asked.codecs.has(Codec::Zstd);
+                self.upload(compress);
+                return Ok(());
+            }
+            AgentMessage::Hello(_) | AgentMessage::Heartbeat(_) => {
+                return Err(invalid(&"it is not an answer"));
+            }
+        };
+        match self.parts.push(seq, part) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(invalid(&error)),
+        }
+    }
+
+    /// Sends the announced body, once, several messages at a time; the agent puts them in order.
+    fn upload(&mut self, compress: bool) {
+        if std::mem::replace(&mut self.uploading, true) || self.request.body.is_empty() {
+            return;
+        }
+        let text = |name| self.request.headers.get(name).map(value_to_text);
+        let compressible =
+            is_compressible(text("content-type").as_deref(), text("content-encoding").as_deref());
+        let codec = (compress && compressible).then_some(Codec::Zstd);
+        let (link, connection, request_id) = (&self.ingress.link, self.connection.clone(), self.request_id);
+        let mut rest = &self.request.body[..];
+        let mut seq = 0;
+        let chunks = std::iter::from_fn(move || {
+            if rest.is_empty() {
+                return None;
+            }
+            let (body, taken) = Body::encode_front(rest, codec);
+            rest = &rest[taken..];
+            seq += 1;
+            Some(RequestChunk { request_id: request_id.clone(), seq, body, end: rest.is_empty() })
+        });
+        let upload = async move {
+            let mut posts = stream::iter(chunks)
+                .map(|chunk| {
+                    let connection = &connection;
+                    async move { link.post(connection, &EdgeMessage::RequestChunk(chunk)).await }
+                })
+                .buffer_unordered(limits::UPLOAD_PARALLEL);
+            while let Some(posted) = posts.next().await {
+                match posted {
+                    Ok(Posted::Accepted) => {}
+                    Ok(Posted::Gone) => return Side::Stop(Stop::AgentLost),
+                    Err(error) => {
+                        tracing::warn!(%request_id, %error, "request body could not be sent on");
+                        return Side::Stop(Stop::Broken(ErrorCode::EdgeBusy));
+                    }
+                }
+            }
+            Side::Nothing
+        };
+        self.side.push(upload.boxed_local());
+    }
+
+    /// Sends a message whose loss is noticed by other means.
+    fn post(&self, message: EdgeMessage<'static>) {
+        let (link, connection, request_id) = (&self.ingress.link, self.connection.clone(), self.request_id);
+        self.side.push(
+            async move {
+                match link.post(&connection, &message).await {
+                    Ok(Posted::Accepted) => Side::Nothing,
+                    Ok(Posted::Gone) => Side::Stop(Stop::AgentLost),
+                    Err(error) => {
+                        tracing::warn!(%request_id, %error, "agent was not told");
+                        Side::Nothing
+                    }
+                }
+            }
+            .boxed_local(),
+        );
+    }
+
+    /// Awaits everything on the side.
+    async fn settle(mut self) {
+        while self.side.next().await.is_some() {}
+    }
+
+    async fn finish(self, stop: Stop, receiving: Option<Receiving<'a>>) {
+        match stop {
+            // The agent's own last word: there is nothing to cancel.
+            _ if self.ended && receiving.is_none() => self.settle().await,
+            Stop::Broken(_) | Stop::ClientGone => self.give_up(receiving).await,
+            Stop::AgentLost => {
+                // Nobody is left to cancel, but the receive under way must not outlive this request.
+                if let Some(receiving) = receiving {
+                    drop(receiving.await);
+                }
+                self.settle().await;
+            }
+        }
+    }
+
+    /// Tells the agent to stop and receives until it has, so that the mailbox is clean.
+    async fn give_up(mut self, mut receiving: Option<Receiving<'a>>) {
+        self.post(EdgeMessage::Cancel(Cancel { request_id: self.request_id.clone() }));
+        let mut quiet = false;
+        while !self.ended && !quiet {
+            let letters = match receiving.take() {
+                Some(receiving) => receiving.await,
+                None => self.ingress.pool.mailboxes().receive(self.lease, LAST_WORD_WAIT).await,
+            };
+            match letters {
+                Ok(letters) => {
+                    quiet = letters.is_empty();
+                    // Whatever it says, it is only to be seen and deleted.
+                    let _ = self.take(letters);
+                }
+                Err(_) => quiet = true,
+            }
+        }
+        if let Some(receiving) = receiving {
+            drop(receiving.await);
+        }
+        self.settle().await;
+    }
+}

@@ -1,0 +1,228 @@
+//! The streaming side of Lambda's Runtime API.
+//!
+//! `lambda_runtime` is not used here for one reason: when a stream breaks, it writes the error into the
+//! body and ends it in an orderly way, so that a cut-off response would look like a whole one. Here a
+//! broken stream carries the trailers that the Runtime API documents for it, and a producer that vanishes
+//! without a word breaks the upload. The client underneath is that crate's own.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
+use http_body::{Body as HttpBody, Frame};
+use http_body_util::BodyExt;
+use hyper_util::client::legacy::connect::HttpConnector;
+use lambda_runtime_api_client::{Client, body::Body, build_request};
+use tokio::sync::mpsc;
+
+const ERROR_TYPE: HeaderName = HeaderName::from_static("lambda-runtime-function-error-type");
+const ERROR_BODY: HeaderName = HeaderName::from_static("lambda-runtime-function-error-body");
+
+/// How many pieces may wait between the producer of a body and the connection that sends it.
+const PIECES: usize = 1;
+
+/// One event to be answered.
+#[derive(Debug)]
+pub struct Invocation {
+    /// Lambda's own id of it.
+    pub aws_request_id: String,
+    /// When Lambda ends the process, in milliseconds since 1970.
+    pub deadline_ms: u64,
+    /// The event.
+    pub event: Bytes,
+}
+
+/// A part of an answer's body.
+#[derive(Debug)]
+pub enum Piece {
+    /// Some bytes.
+    Data(Bytes),
+    /// That was all of it.
+    End,
+    /// There should have been more.
+    Broken,
+}
+
+/// Where the parts of an answer's body go. Closed when the public client is gone; dropping it without a
+/// last [`Piece::End`] breaks the answer.
+pub type Pieces = mpsc::Sender<Piece>;
+
+/// The head of an answer and where its body comes from.
+#[derive(Debug)]
+pub struct Answer {
+    first: Bytes,
+    rest: mpsc::Receiver<Piece>,
+}
+
+impl Answer {
+    /// An answer that begins with `first` (head, delimiter and as much body as is there).
+    #[must_use]
+    pub fn new(first: Vec<u8>) -> (Self, Pieces) {
+        let (pieces, rest) = mpsc::channel(PIECES);
+        (Self { first: first.into(), rest }, pieces)
+    }
+}
+
+/// The Runtime API of this process.
+#[derive(Debug)]
+pub struct Runtime {
+    client: Client,
+}
+
+impl Runtime {
+    /// Finds the Runtime API in the environment.
+    ///
+    /// # Errors
+    ///
+    /// When it is not there: this is not a Lambda function's process.
+    pub fn from_env() -> anyhow::Result<Self> {
+        let api = std::env::var("AWS_LAMBDA_RUNTIME_API").context("AWS_LAMBDA_RUNTIME_API is not set")?;
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        let endpoint = format!("http://{api}").parse().context("AWS_LAMBDA_RUNTIME_API is not an address")?;
+        Ok(Self { client: Client::builder().with_connector(connector).with_endpoint(endpoint).build()? })
+    }
+
+    /// Waits for the next event. Lambda freezes the process meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// When the Runtime API is gone.
+    pub async fn next(&self) -> anyhow::Result<Invocation> {
+        let request = build_request().uri("/2018-06-01/runtime/invocation/next").body(Body::empty())?;
+        let response = self.client.call(request).await.map_err(anyhow::Error::from_boxed)?;
+        let (head, body) = response.into_parts();
+        anyhow::ensure!(head.status.is_success(), "the Runtime API answered {}", head.status);
+        let text = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok());
+        let aws_request_id = text("lambda-runtime-aws-request-id").context("an event has no id")?.to_owned();
+        let deadline_ms = text("lambda-runtime-deadline-ms").and_then(|ms| ms.parse().ok());
+        Ok(Invocation {
+            aws_request_id,
+            deadline_ms: deadline_ms.context("an event has no deadline")?,
+            event: body.collect().await?.to_bytes(),
+        })
+    }
+
+    /// Sends an answer, its body as it comes. Ends when all of it is sent or nobody takes it any more;
+    /// the producer learns of the latter because its [`Pieces`] close.
+    pub async fn respond(&self, aws_request_id: &str, answer: Answer) {
+        let body = AnswerBody { first: Some(answer.first), rest: answer.rest, done: false };
+        let request = post(&format!("/2018-06-01/runtime/invocation/{aws_request_id}/response"))
+            .header("lambda-runtime-function-response-mode", "streaming")
+            .header("content-type", "application/vnd.awslambda.http-integration-response")
+            .header("transfer-encoding", "chunked")
+            .header("trailer", "Lambda-Runtime-Function-Error-Type, Lambda-Runtime-Function-Error-Body")
+            .body(Body::new(body))
+            .expect("the request's parts are fixed texts and an id that came as a header");
+        match self.client.call(request).await {
+            // Read to its end, so that the connection can be used again.
+            Ok(response) => drop(response.into_body().collect().await),
+            Err(error) => tracing::debug!(%error, "answer was not taken to its end"),
+        }
+    }
+
+    /// Reports that the process cannot serve.
+    pub async fn init_error(&self, error: &(dyn std::error::Error + Sync)) {
+        let body = format!(
+            r#"{{"errorType":"Runtime.InitError","errorMessage":{}}}"#,
+            serde_json::to_string(&error.to_string()).unwrap_or_default()
+        );
+        let request = post("/2018-06-01/runtime/init/error")
+            .header(ERROR_TYPE, "Runtime.InitError")
+            .body(Body::from(body))
+            .expect("the request's parts are fixed texts");
+        // The process ends with the error either way; a Runtime API that hangs must not keep it.
+        drop(tokio::time::timeout(Duration::from_secs(1), self.client.call(request)).await);
+    }
+}
+
+fn post(path: &str) -> http::request::Builder {
+    let uri: Uri = path.parse().unwrap_or_else(|_| Uri::from_static("/"));
+    build_request().method(Method::POST).uri(uri)
+}
+
+/// The producer went away in the middle.
+#[derive(Debug, thiserror::Error)]
+#[error("the answer's producer vanished")]
+struct Vanished;
+
+struct AnswerBody {
+    first: Option<Bytes>,
+    rest: mpsc::Receiver<Piece>,
+    done: bool,
+}
+
+impl HttpBody for AnswerBody {
+    type Data = Bytes;
+    type Error = Vanished;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Vanished>>> {
+        if let Some(first) = self.first.take() {
+            return Poll::Ready(Some(Ok(Frame::data(first))));
+        }
+        if self.done {
+            return Poll::Ready(None);
+        }
+        let piece = std::task::ready!(self.rest.poll_recv(cx));
+        Poll::Ready(match piece {
+            Some(Piece::Data(bytes)) => Some(Ok(Frame::data(bytes))),
+            Some(Piece::End) => {
+                self.done = true;
+                None
+            }
+            Some(Piece::Broken) => {
+                self.done = true;
+                let mut trailers = HeaderMap::new();
+                trailers.insert(ERROR_TYPE, HeaderValue::from_static("Tunnel.ResponseBroken"));
+                // Base64 of {"errorMessage":"the response ended before its end"}.
+                trailers.insert(
+                    ERROR_BODY,
+                    HeaderValue::from_static(
+                        "eyJlcnJvck1lc3NhZ2UiOiJ0aGUgcmVzcG9uc2UgZW5kZWQgYmVmb3JlIGl0cyBlbmQifQ==",
+                    ),
+                );
+                Some(Ok(Frame::trailers(trailers)))
+            }
+            None => {
+                self.done = true;
+                Some(Err(Vanished))
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn collect(pieces: Vec<Piece>) -> Result<(Bytes, bool), Vanished> {
+        let (answer, sender) = Answer::new(b"head".to_vec());
+        let body = AnswerBody { first: Some(answer.first), rest: answer.rest, done: false };
+        let send = async move {
+            for piece in pieces {
+                sender.send(piece).await.unwrap();
+            }
+        };
+        let (body, ()) = tokio::join!(body.collect(), send);
+        let body = body?;
+        let broken = body.trailers().is_some_and(|trailers| trailers.contains_key(ERROR_TYPE));
+        Ok((body.to_bytes(), broken))
+    }
+
+    #[tokio::test]
+    async fn only_an_announced_end_is_a_whole_answer() {
+        let data = || Piece::Data(Bytes::from_static(b"+body"));
+        assert_eq!(collect(vec![data(), Piece::End]).await.unwrap(), ("head+body".into(), false));
+        assert_eq!(collect(vec![data(), Piece::Broken]).await.unwrap(), ("head+body".into(), true));
+        assert!(collect(vec![data()]).await.is_err());
+        assert!(collect(vec![]).await.is_err());
+    }
+}

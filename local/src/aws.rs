@@ -1,0 +1,707 @@
+//! AWS's APIs on one loopback port: enter requests of unmodified AWS SDK clients, leave the answers
+//! of the real services, or what the real services refuse with.
+//!
+//! Signatures are not verified: the access key in the `Authorization` header says who calls, and
+//! [`policy`] says what that function may do.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
+    convert::Infallible,
+    net::{Ipv4Addr, SocketAddr},
+    sync::{Arc, Mutex, PoisonError, RwLock},
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use proto::{id::ConnectionId, message::notice};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::{
+    chaos::{Chaos, ChaosConfig},
+    clock::Clock,
+    connections::{ConnectionInfo, PostOutcome},
+    latency::Latency,
+    services::{Post, Services, percent_decode},
+    sqs::{Attribute, NewMessage, SqsError, SqsErrorKind},
+    states::{AcceptedRun, RunResult, States, interpreter::Outcome},
+};
+
+pub mod policy;
+
+use policy::{Action, Table};
+
+/// The most bytes of a request's body: the largest is a batch to DynamoDB (16 MB).
+const BODY_BYTES: usize = 16 * 1024 * 1024;
+
+/// The name of the stage in the paths of `@connections`.
+pub const STAGE: &str = "local";
+
+/// A function's process, as its access key names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caller {
+    /// The function's name, which its policy goes by.
+    pub function: Arc<str>,
+    /// The process.
+    pub environment: Arc<str>,
+}
+
+/// Whose access key is whose.
+#[derive(Debug, Default)]
+pub struct Callers {
+    by_key: RwLock<HashMap<Box<str>, Caller>>,
+}
+
+impl Callers {
+    /// Makes an access key known.
+    pub fn register(&self, access_key: &str, function: &str, environment: &str) {
+        let caller = Caller { function: function.into(), environment: environment.into() };
+        self.by_key.write().unwrap_or_else(PoisonError::into_inner).insert(access_key.into(), caller);
+    }
+
+    /// Forgets an access key: its process is gone.
+    pub fn forget(&self, access_key: &str) {
+        self.by_key.write().unwrap_or_else(PoisonError::into_inner).remove(access_key);
+    }
+
+    /// Who has this access key.
+    #[must_use]
+    pub fn find(&self, access_key: &str) -> Option<Caller> {
+        self.by_key.read().unwrap_or_else(PoisonError::into_inner).get(access_key).cloned()
+    }
+}
+
+/// With what the server starts.
+#[derive(Debug, Default)]
+pub struct Options {
+    /// What goes wrong.
+    pub chaos: ChaosConfig,
+    /// The name of the table of connections.
+    pub connections_table: String,
+    /// The name of the table of mailboxes.
+    pub mailboxes_table: String,
+}
+
+/// The services with their server. The server stops when this is dropped.
+#[derive(Debug)]
+pub struct Aws {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    _stop: DropGuard,
+}
+
+#[derive(Debug)]
+struct Shared {
+    services: Arc<Services>,
+    states: States,
+    callers: Callers,
+    waiting: WaitingRuns,
+    clock: Clock,
+    port: u16,
+    connections_table: String,
+    mailboxes_table: String,
+}
+
+/// The runs that callers wait for, so that one can be told that its client went away.
+#[derive(Debug, Default)]
+struct WaitingRuns {
+    by_key: Mutex<HashMap<Box<str>, Vec<WaitingRun>>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct WaitingRun {
+    request_id: String,
+    mailbox: String,
+}
+
+struct WaitingGuard<'w> {
+    waiting: &'w WaitingRuns,
+    access_key: &'w str,
+    run: WaitingRun,
+}
+
+impl Drop for WaitingGuard<'_> {
+    fn drop(&mut self) {
+        let mut by_key = self.waiting.by_key.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(runs) = by_key.get_mut(self.access_key) {
+            if let Some(at) = runs.iter().position(|run| *run == self.run) {
+                runs.swap_remove(at);
+            }
+            if runs.is_empty() {
+                by_key.remove(self.access_key);
+            }
+        }
+    }
+}
+
+impl WaitingRuns {
+    fn begin<'w>(&'w self, access_key: &'w str, run: &AcceptedRun) -> Option<WaitingGuard<'w>> {
+        let part = |name| run.input().get(name).and_then(Value::as_str).map(str::to_owned);
+        let run = WaitingRun { request_id: part("request_id")?, mailbox: part("mailbox")? };
+        let mut by_key = self.by_key.lock().unwrap_or_else(PoisonError::into_inner);
+        by_key.entry(access_key.into()).or_default().push(run.clone());
+        Some(WaitingGuard { waiting: self, access_key, run })
+    }
+
+    fn of(&self, access_key: &str) -> Vec<WaitingRun> {
+        let by_key = self.by_key.lock().unwrap_or_else(PoisonError::into_inner);
+        by_key.get(access_key).cloned().unwrap_or_default()
+    }
+}
+
+impl Aws {
+    /// Starts the services on a free port of the loopback interface.
+    ///
+    /// # Errors
+    ///
+    /// No port could be opened.
+    pub async fn start(options: Options) -> std::io::Result<Self> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let address = listener.local_addr()?;
+        let clock = Clock::new(options.chaos.clock);
+        let latency = Latency::with_extra(options.chaos.delay);
+        let chaos = Arc::new(Chaos::new(options.chaos));
+        let services = Arc::new(Services::new(&format!("http://{address}"), chaos, latency));
+        let shared = Arc::new(Shared {
+            states: States::new(Arc::clone(&services)),
+            services,
+            callers: Callers::default(),
+            waiting: WaitingRuns::default(),
+            clock,
+            port: address.port(),
+            connections_table: options.connections_table,
+            mailboxes_table: options.mailboxes_table,
+        });
+        let stop = CancellationToken::new();
+        tokio::spawn(serve(listener, Arc::clone(&shared), stop.clone()));
+        Ok(Self { shared, address, _stop: stop.drop_guard() })
+    }
+
+    /// The URL that an SDK takes as its endpoint.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// The URL that the client of `@connections` takes as its endpoint.
+    #[must_use]
+    pub fn connections_endpoint(&self) -> String {
+        format!("http://{}/{STAGE}", self.address)
+    }
+
+    /// The services behind the server.
+    #[must_use]
+    pub fn services(&self) -> &Arc<Services> {
+        &self.shared.services
+    }
+
+    /// The state machines.
+    #[must_use]
+    pub fn states(&self) -> &States {
+        &self.shared.states
+    }
+
+    /// Who may call.
+    #[must_use]
+    pub fn callers(&self) -> &Callers {
+        &self.shared.callers
+    }
+
+    /// How fast the long times pass.
+    #[must_use]
+    pub fn clock(&self) -> Clock {
+        self.shared.clock
+    }
+
+    /// Tells the runs that the process with this access key waits for that the public client is
+    /// gone. Returns how many were told.
+    pub fn client_gone(&self, access_key: &str) -> usize {
+        let runs = self.shared.waiting.of(access_key);
+        runs.iter()
+            .filter(|run| {
+                let news = NewMessage {
+                    body: notice::CLIENT_GONE.into(),
+                    attributes: BTreeMap::from([(
+                        notice::REQUEST_ID.into(),
+                        Attribute::text(&run.request_id),
+                    )]),
+                    ..NewMessage::default()
+                };
+                let sent = self.shared.services.sqs.send(&run.mailbox, news);
+                if let Err(error) = &sent {
+                    tracing::debug!(%error, request_id = run.request_id, "could not tell a run that its client is gone");
+                }
+                sent.is_ok()
+            })
+            .count()
+    }
+}
+
+async fn serve(listener: TcpListener, shared: Arc<Shared>, stop: CancellationToken) {
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                tokio::spawn(serve_connection(stream, Arc::clone(&shared), stop.clone()));
+            }
+            Err(error) => {
+                // Out of file descriptors, most likely: others have to be closed first.
+                tracing::warn!(%error, "could not accept a connection of an AWS client");
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+}
+
+async fn serve_connection(stream: TcpStream, shared: Arc<Shared>, stop: CancellationToken) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "could not set TCP_NODELAY");
+    }
+    let service = service_fn(|request| {
+        let shared = Arc::clone(&shared);
+        async move { Ok::<_, Infallible>(shared.answer(request).await) }
+    });
+    // Without half-close: a caller that hangs up drops the future of its request, and with it a
+    // waiting receive or a run.
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .half_close(false)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::select! {
+        () = stop.cancelled() => {}
+        result = connection => {
+            if let Err(error) = result {
+                tracing::debug!(%error, "the connection of an AWS client ended");
+            }
+        }
+    }
+}
+
+/// What an answer is made of.
+struct Answer {
+    status: StatusCode,
+    content_type: &'static str,
+    headers: Vec<(HeaderName, HeaderValue)>,
+    body: Bytes,
+}
+
+const JSON_1_0: &str = "application/x-amz-json-1.0";
+const JSON: &str = "application/json";
+const ERROR_TYPE: HeaderName = HeaderName::from_static("x-amzn-errortype");
+const QUERY_ERROR: HeaderName = HeaderName::from_static("x-amzn-query-error");
+
+#[derive(Serialize)]
+struct ErrorBody<'a> {
+    #[serde(rename = "__type")]
+    name: &'a str,
+    message: &'a str,
+}
+
+impl Answer {
+    fn json(body: impl Into<Bytes>) -> Self {
+        Self { status: StatusCode::OK, content_type: JSON_1_0, headers: Vec::new(), body: body.into() }
+    }
+
+    /// An error of the JSON protocols.
+    fn error(status: StatusCode, name: &str, message: &str) -> Self {
+        let body = serde_json::to_vec(&ErrorBody { name, message }).unwrap_or_default();
+        let short = name.rsplit('#').next().unwrap_or(name);
+        let headers = HeaderValue::from_str(short).map(|name| vec![(ERROR_TYPE, name)]);
+        Self { status, content_type: JSON_1_0, headers: headers.unwrap_or_default(), body: body.into() }
+    }
+
+    fn into_response(self) -> Response<Full<Bytes>> {
+        let mut response = Response::new(Full::new(self.body));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(self.content_type));
+        headers.extend(self.headers);
+        response
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct NamesTable<'a> {
+    #[serde(borrow, default)]
+    table_name: Cow<'a, str>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct StartSyncExecution<'a> {
+    #[serde(borrow)]
+    state_machine_arn: Cow<'a, str>,
+    #[serde(borrow)]
+    name: Option<Cow<'a, str>>,
+    #[serde(borrow)]
+    input: Option<Cow<'a, str>>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct SyncExecution<'a> {
+    execution_arn: &'a str,
+    state_machine_arn: &'a str,
+    name: &'a str,
+    start_date: f64,
+    stop_date: f64,
+    status: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    output: Option<String>,
+    output_details: Details,
+    input_details: Details,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cause: Option<&'a str>,
+    billing_details: Billing,
+}
+
+#[derive(Serialize)]
+struct Details {
+    included: bool,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Billing {
+    billed_duration_in_milliseconds: u64,
+    billed_memory_used_in_m_b: u64,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Connection<'a> {
+    connected_at: String,
+    last_active_at: String,
+    identity: ConnectionIdentity<'a>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ConnectionIdentity<'a> {
+    source_ip: &'a str,
+    user_agent: &'a str,
+}
+
+impl Shared {
+    async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        let (head, body) = request.into_parts();
+        let body = match Limited::new(body, BODY_BYTES).collect().await {
+            Ok(body) => body.to_bytes(),
+            Err(_) => {
+                return Answer::error(
+                    StatusCode::PAYLOAD_TOO_LARGE,
+                    "RequestEntityTooLargeException",
+                    "the body is too large",
+                )
+                .into_response();
+            }
+        };
+        let path = head.uri.path();
+        let answer = if let Some(rest) = path.strip_prefix("/_local/") {
+            self.own(&head.method, rest, &head.headers)
+        } else if let Some(target) = head.headers.get("x-amz-target").and_then(|value| value.to_str().ok()) {
+            self.target(target, &head.headers, body).await
+        } else {
+            self.rest(&head.method, path, &head.headers, body).await
+        };
+        answer.into_response()
+    }
+
+    /// What the AWS of this process tells about itself.
+    fn own(&self, method: &Method, path: &str, headers: &HeaderMap) -> Answer {
+        // Under no other name, so that no page of another site can ask under a name of its own.
+        let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+        if ![format!("127.0.0.1:{}", self.port), format!("localhost:{}", self.port)]
+            .contains(&host.to_owned())
+        {
+            return Answer::error(StatusCode::FORBIDDEN, "ForbiddenException", "ask 127.0.0.1");
+        }
+        let json = |value: serde_json::Result<Vec<u8>>| match value {
+            Ok(body) => Answer { content_type: JSON, ..Answer::json(body) },
+            Err(error) => {
+                Answer::error(StatusCode::INTERNAL_SERVER_ERROR, "InternalFailure", &error.to_string())
+            }
+        };
+        match (method, path) {
+            (&Method::GET, "counters") => json(serde_json::to_vec(&self.services.counters.snapshot())),
+            (&Method::POST, "counters/reset") => {
+                self.services.counters.reset();
+                json(Ok(b"{}".to_vec()))
+            }
+            (&Method::GET, "traces") => json(serde_json::to_vec(&self.states.traces())),
+            (&Method::GET, _) if path.starts_with("traces/") => {
+                match self.states.trace(&path["traces/".len()..]) {
+                    Some(trace) => json(serde_json::to_vec(&trace)),
+                    None => Answer::error(StatusCode::NOT_FOUND, "NotFoundException", "no such run"),
+                }
+            }
+            _ => Answer::error(StatusCode::NOT_FOUND, "NotFoundException", "nothing is here"),
+        }
+    }
+
+    /// The services with a JSON protocol.
+    async fn target(&self, target: &str, headers: &HeaderMap, body: Bytes) -> Answer {
+        let (access_key, caller) = match self.caller(headers) {
+            Ok(caller) => caller,
+            Err(problem) => return problem.json(),
+        };
+        let function = &*caller.function;
+        let Some((service, operation)) = target.split_once('.') else { return unknown_operation() };
+        match service {
+            "AmazonSQS" => {
+                if let Err(denied) = allow(function, Action::Sqs(operation)) {
+                    return denied.json();
+                }
+                self.sqs(function, operation, &body).await
+            }
+            "DynamoDB_20120810" => {
+                let table = self.table(&body);
+                if let Err(denied) = allow(function, Action::DynamoDb(operation, table)) {
+                    return denied.json();
+                }
+                let answer = self.services.dynamodb(function, operation, body).await;
+                let status = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::BAD_GATEWAY);
+                Answer { status, ..Answer::json(answer.body) }
+            }
+            "AWSStepFunctions" => {
+                if let Err(denied) = allow(function, Action::States(operation)) {
+                    return denied.json();
+                }
+                if operation == "StartSyncExecution" {
+                    self.start_sync_execution(function, access_key, &body).await
+                } else {
+                    unknown_operation()
+                }
+            }
+            _ => unknown_operation(),
+        }
+    }
+
+    fn table(&self, body: &[u8]) -> Table {
+        let named: Option<NamesTable<'_>> = serde_json::from_slice(body).ok();
+        match named {
+            Some(named) if named.table_name == *self.connections_table => Table::Connections,
+            Some(named) if named.table_name == *self.mailboxes_table => Table::Mailboxes,
+            _ => Table::Other,
+        }
+    }
+
+    async fn sqs(&self, function: &str, operation: &str, body: &[u8]) -> Answer {
+        let Some(action) = policy::sqs_action(operation) else { return unknown_operation() };
+        self.services.begin_sqs(function, action).await;
+        match self.services.sqs.handle(action, body).await {
+            Ok(body) => Answer::json(body),
+            Err(error) => sqs_error(&error),
+        }
+    }
+
+    async fn start_sync_execution(&self, function: &str, access_key: &str, body: &[u8]) -> Answer {
+        let Ok(call) = serde_json::from_slice::<StartSyncExecution<'_>>(body) else {
+            return Answer::error(StatusCode::BAD_REQUEST, "ValidationException", "the request is not valid");
+        };
+        let input = call.input.as_deref().unwrap_or("{}");
+        let run = match self.states.accept(&call.state_machine_arn, call.name.as_deref(), input) {
+            Ok(run) => run,
+            Err(error) => return Answer::error(StatusCode::BAD_REQUEST, error.name(), &error.to_string()),
+        };
+        let _waiting = self.waiting.begin(access_key, &run);
+        let result = self.states.run(function, run).await;
+        sync_execution(&call.state_machine_arn, &result)
+    }
+
+    /// The management API of WebSocket connections.
+    async fn rest(&self, method: &Method, path: &str, headers: &HeaderMap, body: Bytes) -> Answer {
+        let caller = match self.caller(headers) {
+            Ok((_, caller)) => caller,
+            Err(problem) => return problem.rest(),
+        };
+        let function = &*caller.function;
+        let path = percent_decode(path).unwrap_or_default();
+        let path = path.strip_prefix(&format!("/{STAGE}")).unwrap_or(&path);
+        let Some(id) = path.strip_prefix("/@connections/") else {
+            return rest_error(StatusCode::FORBIDDEN, "ForbiddenException", "Forbidden");
+        };
+        if let Err(denied) = allow(function, Action::ManageConnections) {
+            return denied.rest();
+        }
+        let Ok(id) = id.parse::<ConnectionId>() else {
+            return rest_error(StatusCode::BAD_REQUEST, "BadRequestException", "Invalid connectionId");
+        };
+        let gone = || rest_error(StatusCode::GONE, "GoneException", "Gone");
+        match *method {
+            Method::POST => match self.services.post(function, &id, body).await {
+                Post::Done(PostOutcome::Accepted) => Answer { content_type: JSON, ..Answer::json("") },
+                Post::Done(PostOutcome::Gone) => gone(),
+                Post::Done(PostOutcome::TooLarge) => {
+                    rest_error(StatusCode::PAYLOAD_TOO_LARGE, "PayloadTooLargeException", "Message too long")
+                }
+                Post::Done(PostOutcome::BufferFull) | Post::Throttled => {
+                    rest_error(StatusCode::TOO_MANY_REQUESTS, "LimitExceededException", "Limit exceeded")
+                }
+            },
+            Method::GET => match self.services.connection(function, &id).await {
+                Some(info) => connection(&info),
+                None => gone(),
+            },
+            Method::DELETE => {
+                if self.services.close(function, &id).await {
+                    Answer { status: StatusCode::NO_CONTENT, content_type: JSON, ..Answer::json("") }
+                } else {
+                    gone()
+                }
+            }
+            _ => rest_error(StatusCode::FORBIDDEN, "MissingAuthenticationTokenException", "Forbidden"),
+        }
+    }
+
+    fn caller<'h>(&self, headers: &'h HeaderMap) -> Result<(&'h str, Caller), Refusal> {
+        let access_key = headers
+            .get(header::AUTHORIZATION)
+            .and_then(|value| value.to_str().ok())
+            .and_then(access_key)
+            .ok_or_else(|| Refusal {
+                name: "MissingAuthenticationTokenException",
+                message: "Request is missing Authentication Token".to_owned(),
+            })?;
+        let caller = self.callers.find(access_key).ok_or_else(|| Refusal {
+            name: "UnrecognizedClientException",
+            message: "The security token included in the request is invalid.".to_owned(),
+        })?;
+        Ok((access_key, caller))
+    }
+}
+
+/// Why a caller was turned away.
+struct Refusal {
+    name: &'static str,
+    message: String,
+}
+
+impl Refusal {
+    fn json(&self) -> Answer {
+        Answer::error(StatusCode::BAD_REQUEST, self.name, &self.message)
+    }
+
+    fn rest(&self) -> Answer {
+        rest_error(StatusCode::FORBIDDEN, self.name, &self.message)
+    }
+}
+
+fn allow(function: &str, action: Action<'_>) -> Result<(), Refusal> {
+    if policy::allows(function, action) {
+        return Ok(());
+    }
+    tracing::warn!(function, %action, "a function called what it may not");
+    Err(Refusal {
+        name: "AccessDeniedException",
+        message: format!(
+            "User: arn:aws:sts::000000000000:assumed-role/{function} is not authorized to perform: {action}"
+        ),
+    })
+}
+
+/// The access key in an `Authorization` header of AWS.
+fn access_key(authorization: &str) -> Option<&str> {
+    let (_, credential) = authorization.strip_prefix("AWS4-")?.split_once("Credential=")?;
+    let (key, _) = credential.split_once('/')?;
+    (!key.is_empty()).then_some(key)
+}
+
+fn unknown_operation() -> Answer {
+    Answer::error(StatusCode::BAD_REQUEST, "UnknownOperationException", "The operation does not run here.")
+}
+
+fn rest_error(status: StatusCode, name: &'static str, message: &str) -> Answer {
+    Answer { content_type: JSON, ..Answer::error(status, name, message) }
+}
+
+fn sqs_error(error: &SqsError) -> Answer {
+    let status = match error.kind {
+        SqsErrorKind::OverLimit | SqsErrorKind::RequestThrottled => StatusCode::FORBIDDEN,
+        _ => StatusCode::BAD_REQUEST,
+    };
+    let name = format!("com.amazonaws.sqs#{}", error.kind.name());
+    let mut answer = Answer::error(status, &name, &error.message);
+    if let Ok(query) = HeaderValue::from_str(&format!("{};Sender", error.kind.query_name())) {
+        answer.headers.push((QUERY_ERROR, query));
+    }
+    answer
+}
+
+fn connection(info: &ConnectionInfo) -> Answer {
+    let body = Connection {
+        connected_at: rfc3339(info.connected_at_ms),
+        last_active_at: rfc3339(info.last_active_at_ms),
+        identity: ConnectionIdentity {
+            source_ip: &info.identity.source_ip,
+            user_agent: &info.identity.user_agent,
+        },
+    };
+    Answer { content_type: JSON, ..Answer::json(serde_json::to_vec(&body).unwrap_or_default()) }
+}
+
+/// A time in the one form that the management API writes.
+fn rfc3339(epoch_ms: u64) -> String {
+    let (days, in_day) = (epoch_ms / 86_400_000, epoch_ms % 86_400_000);
+    // The civil calendar from days since 1970, in eras of 400 years that begin in March.
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:03}Z",
+        in_day / 3_600_000,
+        in_day / 60_000 % 60,
+        in_day / 1000 % 60,
+        in_day % 1000
+    )
+}
+
+fn sync_execution(machine_arn: &str, result: &RunResult) -> Answer {
+    let (status, output, failure) = match &result.outcome {
+        Outcome::Succeeded(output) => ("SUCCEEDED", Some(output.to_string()), None),
+        Outcome::Failed(error) => ("FAILED", None, Some(error)),
+        Outcome::TimedOut(error) => ("TIMED_OUT", None, Some(error)),
+    };
+    let elapsed_ms = ((result.stop_date - result.start_date) * 1000.0).max(0.0);
+    // Billed in steps of 100 ms, and at least one.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "five minutes at most")]
+    let steps = (elapsed_ms / 100.0).ceil().max(1.0) as u64;
+    let body = SyncExecution {
+        execution_arn: &result.execution_arn,
+        state_machine_arn: machine_arn,
+        name: &result.name,
+        start_date: result.start_date,
+        stop_date: result.stop_date,
+        status,
+        output,
+        output_details: Details { included: true },
+        input_details: Details { included: false },
+        error: failure.map(|failure| &*failure.error),
+        cause: failure.map(|failure| &*failure.cause),
+        billing_details: Billing {
+            billed_duration_in_milliseconds: steps * 100,
+            billed_memory_used_in_m_b: 64,
+        },
+    };
+    match serde_json::to_vec(&body) {
+        Ok(body) => Answer::json(body),
+        Err(error) => Answer::error(StatusCode::INTERNAL_SERVER_ERROR, "InternalFailure", &error.to_string()),
+    }
+}

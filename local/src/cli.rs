@@ -1,0 +1,241 @@
+//! The command line: what enters are arguments, what leaves is a [`Call`].
+
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::chaos::ChaosConfig;
+
+/// Runs the whole edge on this machine, without AWS.
+#[derive(Debug, Parser)]
+#[command(name = "local", version, max_term_width = 100, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(flatten)]
+    options: Options,
+    #[command(subcommand)]
+    hidden: Option<Hidden>,
+}
+
+/// What the edge runs with.
+#[derive(Debug, Clone, Args)]
+pub struct Options {
+    /// Your own service: a port, host:port or URL. Without it, a demo page is served
+    #[arg(long, value_name = "PORT|URL")]
+    pub upstream: Option<String>,
+    /// Where public clients connect; port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = loopback)]
+    pub public: SocketAddr,
+    /// Where agents connect; port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8081", value_parser = loopback)]
+    pub agents: SocketAddr,
+    /// Do not start an agent for the tunnel `demo`
+    #[arg(long)]
+    pub no_agent: bool,
+    /// Let calls take as long as on the named network
+    #[arg(long, value_name = "PROFILE", value_enum, default_value_t)]
+    pub latency: LatencyProfile,
+    /// What goes wrong, as key=value,…: seed, clock, duplicate, reorder, drop_link, gone, throttle,
+    /// kill_function, delay
+    #[arg(long, value_name = "FAULTS", default_value = "")]
+    pub chaos: ChaosConfig,
+    /// Keep keys, token and tables here from one run to the next
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// What is logged: error, warn, info, debug or trace
+    #[arg(long, value_name = "LEVEL", value_enum, default_value_t)]
+    pub log_level: LogLevel,
+}
+
+/// How long a call inside AWS takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum LatencyProfile {
+    /// As long as it takes on this machine.
+    #[default]
+    None,
+    /// As long as between services of one AWS region.
+    Aws,
+}
+
+/// What is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum LogLevel {
+    /// What is broken.
+    Error,
+    /// And what is surprising.
+    Warn,
+    /// And what changes.
+    #[default]
+    Info,
+    /// And every request.
+    Debug,
+    /// And every message.
+    Trace,
+}
+
+impl LogLevel {
+    /// The level as filters spell it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
+/// What this program starts itself as.
+#[derive(Debug, Subcommand)]
+enum Hidden {
+    /// One process of a function
+    #[command(hide = true)]
+    Function {
+        /// Its name
+        #[arg(value_enum)]
+        name: Function,
+    },
+    /// An agent
+    #[command(hide = true, disable_help_flag = true)]
+    Agent {
+        /// As `agentd` takes them
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+}
+
+/// The functions of the edge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Function {
+    /// Decides who may connect.
+    Authorizer,
+    /// Opens a connection and registers its tunnels.
+    Connect,
+    /// Cleans up after a connection.
+    Disconnect,
+    /// Takes a public request.
+    Ingress,
+    /// Takes an agent's message.
+    Response,
+}
+
+impl Function {
+    /// Every function.
+    pub const ALL: [Self; 5] =
+        [Self::Authorizer, Self::Connect, Self::Disconnect, Self::Ingress, Self::Response];
+
+    /// The function's name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Authorizer => "authorizer",
+            Self::Connect => "connect",
+            Self::Disconnect => "disconnect",
+            Self::Ingress => "ingress",
+            Self::Response => "response",
+        }
+    }
+}
+
+/// What this program is asked to do.
+#[derive(Debug)]
+pub enum Call {
+    /// Run the edge.
+    Run(Box<Options>),
+    /// Be one process of a function.
+    Function(Function),
+    /// Be an agent.
+    Agent(Vec<OsString>),
+}
+
+/// Reads the command line, the program's name first.
+///
+/// # Errors
+///
+/// What clap has to say, help included.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Call, clap::Error> {
+    let Cli { options, hidden } = Cli::try_parse_from(arguments)?;
+    Ok(match hidden {
+        None => Call::Run(Box::new(options)),
+        Some(Hidden::Function { name }) => Call::Function(name),
+        Some(Hidden::Agent { arguments }) => Call::Agent(arguments),
+    })
+}
+
+/// An address of this machine alone, or a port of it.
+fn loopback(text: &str) -> Result<SocketAddr, String> {
+    let address = match text.parse::<u16>() {
+        Ok(port) => SocketAddr::from(([127, 0, 0, 1], port)),
+        Err(_) => text
+            .replace("localhost:", "127.0.0.1:")
+            .parse::<SocketAddr>()
+            .map_err(|_| "use a port, or an address with a port such as 127.0.0.1:8080".to_owned())?,
+    };
+    if address.ip().is_loopback() {
+        Ok(address)
+    } else {
+        Err("the local edge is for this machine alone: use 127.0.0.1 or [::1]".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Call, clap::Error> {
+        super::parse(line.split_whitespace().map(OsString::from))
+    }
+
+    fn options(line: &str) -> Options {
+        match parse(line).unwrap() {
+            Call::Run(options) => *options,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_interface_is_sound() {
+        Cli::command().debug_assert();
+        for function in Function::ALL {
+            let call = parse(&format!("local function {}", function.name())).unwrap();
+            assert!(matches!(call, Call::Function(parsed) if parsed == function));
+        }
+        let Call::Agent(arguments) = parse("local agent http 3000 --name demo --help").unwrap() else {
+            panic!()
+        };
+        assert_eq!(arguments, ["http", "3000", "--name", "demo", "--help"]);
+        assert!(parse("local function nobody").is_err());
+    }
+
+    #[test]
+    fn defaults_and_ports() {
+        let defaults = options("local");
+        assert_eq!(defaults.public, "127.0.0.1:8080".parse().unwrap());
+        assert_eq!(defaults.agents, "127.0.0.1:8081".parse().unwrap());
+        assert!(!defaults.no_agent && defaults.upstream.is_none() && defaults.state_dir.is_none());
+        let set = options(
+            "local --upstream 3000 --public 0 --agents localhost:9 --no-agent --latency aws --chaos clock=10,gone=0.5 \
+             --state-dir /tmp/x --log-level debug",
+        );
+        assert_eq!((set.public.port(), set.agents.port()), (0, 9));
+        assert_eq!((set.latency, set.log_level), (LatencyProfile::Aws, LogLevel::Debug));
+        assert_eq!(set.chaos.clock, 10);
+    }
+
+    #[test]
+    fn mistakes_are_told_in_one_sentence() {
+        for (line, expected) in [
+            ("local --public 0.0.0.0:8080", "for this machine alone"),
+            ("local --agents x", "use a port"),
+            ("local --chaos wind=1", "unknown key"),
+            ("local --chaos gone=2", "probability"),
+            ("local --latency moon", "moon"),
+        ] {
+            let error = parse(line).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! Processes of functions: started, frozen, thawed, ended, and their output forwarded.
+//!
+//! What enters is a [`Launch`]; what leaves is a running [`Child`] in a process group of its own,
+//! whose output goes to this process's standard error, line by line.
+
+use std::{collections::BTreeMap, io, path::PathBuf, process::Stdio, sync::mpsc, thread};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader},
+    process::{Child, Command},
+    runtime::Handle,
+};
+
+/// The most bytes of one line of a function's output; the rest of a longer one is a line of its own.
+const LINE_BYTES: u64 = 16 * 1024;
+
+/// How to start a process of a function: a program and its leading arguments.
+#[derive(Debug, Clone)]
+pub struct Launcher {
+    /// The program.
+    pub program: PathBuf,
+    /// Its arguments; the function's name is added at the end.
+    pub arguments: Vec<String>,
+}
+
+impl Launcher {
+    /// This very program with its hidden subcommand `function`.
+    ///
+    /// # Errors
+    ///
+    /// When the path of the running program cannot be found out.
+    pub fn current_program() -> io::Result<Self> {
+        Ok(Self { program: std::env::current_exe()?, arguments: vec!["function".to_owned()] })
+    }
+}
+
+/// One process to start.
+pub(super) struct Launch {
+    /// The function's name: the last argument, and what its output is marked with.
+    pub(super) function: &'static str,
+    /// The whole environment; nothing is inherited.
+    pub(super) environment: BTreeMap<String, String>,
+    /// Is given the running process, or why there is none.
+    pub(super) started: Box<dyn FnOnce(io::Result<(Child, Pid)>) + Send>,
+}
+
+/// Starts processes on a thread of its own.
+///
+/// A function asks the kernel to end it with its parent, and the kernel takes the *thread* that
+/// started it for the parent. So the thread must live as long as the pool does; tokio's do not
+/// promise that.
+#[derive(Debug)]
+pub(super) struct Spawner {
+    launches: mpsc::Sender<Launch>,
+}
+
+impl Spawner {
+    /// Starts the thread. It ends when the spawner is dropped.
+    pub(super) fn start(launcher: Launcher, runtime: Handle) -> io::Result<Self> {
+        let (launches, inbox) = mpsc::channel::<Launch>();
+        thread::Builder::new().name("spawn".to_owned()).spawn(move || {
+            let _runtime = runtime.enter();
+            while let Ok(launch) = inbox.recv() {
+                let Launch { function, environment, started } = launch;
+                started(spawn(&launcher, function, environment));
+            }
+        })?;
+        Ok(Self { launches })
+    }
+
+    /// Hands a launch to the thread.
+    pub(super) fn launch(&self, launch: Launch) {
+        if let Err(mpsc::SendError(launch)) = self.launches.send(launch) {
+            (launch.started)(Err(io::Error::other("no more processes are started")));
+        }
+    }
+}
+
+fn spawn(
+    launcher: &Launcher,
+    function: &'static str,
+    environment: BTreeMap<String, String>,
+) -> io::Result<(Child, Pid)> {
+    let mut child = Command::new(&launcher.program)
+        .args(&launcher.arguments)
+        .arg(function)
+        .env_clear()
+        .envs(environment)
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()?;
+    forward_output(function, &mut child);
+    let pid = child
+        .id()
+        .and_then(|id| i32::try_from(id).ok())
+        .and_then(Pid::from_raw)
+        .ok_or_else(|| io::Error::other("the process ended at once"))?;
+    Ok((child, pid))
+}
+
+/// Has what a child writes appear on standard error, each line marked with `name`.
+pub(crate) fn forward_output(name: &'static str, child: &mut Child) {
+    if let Some(output) = child.stdout.take() {
+        tokio::spawn(forward_lines(name, output));
+    }
+    if let Some(output) = child.stderr.take() {
+        tokio::spawn(forward_lines(name, output));
+    }
+}
+
+async fn forward_lines(name: &'static str, output: impl AsyncRead + Unpin) {
+    let mut reader = BufReader::new(output);
+    let mut line = Vec::with_capacity(256);
+    loop {
+        line.clear();
+        line.extend_from_slice(name.as_bytes());
+        line.extend_from_slice(b": ");
+        match (&mut reader).take(LINE_BYTES).read_until(b'\n', &mut line).await {
+            Ok(0) | Err(_) => return,
+            Ok(_) => {
+                if line.last() != Some(&b'\n') {
+                    line.push(b'\n');
+                }
+                // One write for each line, so that lines of several processes do not mix.
+                let _ = io::Write::write_all(&mut io::stderr().lock(), &line);
+            }
+        }
+    }
+}
+
+/// Suspends a process with everything it has started.
+pub(super) fn freeze(pid: Pid) {
+    let _ = kill_process_group(pid, Signal::STOP);
+}
+
+/// Lets a suspended process go on.
+pub(super) fn thaw(pid: Pid) {
+    let _ = kill_process_group(pid, Signal::CONT);
+}
+
+/// Ends a process at once, suspended or not.
+pub(super) fn kill(pid: Pid) {
+    let _ = kill_process_group(pid, Signal::KILL);
+}
+
+/// The most memory a process has had resident so far, in bytes.
+pub(super) fn peak_rss_bytes(pid: Pid) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).ok()?;
+    let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(kilobytes.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+/// Where a process finds the id of the process that started it.
+pub const ENV_PARENT: &str = "LOCAL_PARENT";
+
+/// Called first by a process that this program has started: has the kernel end it with its parent.
+///
+/// # Errors
+///
+/// When the kernel refuses, or when the parent is gone already.
+pub fn end_with_parent() -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    // The parent may have died before the line above.
+    let expected = std::env::var(ENV_PARENT).ok().and_then(|pid| pid.parse().ok()).and_then(Pid::from_raw);
+    if expected.is_none() || rustix::process::getppid() == expected {
+        Ok(())
+    } else {
+        Err(io::Error::other("the parent has ended"))
+    }
+}

@@ -1,0 +1,605 @@
+//! The front: a Lambda Function URL on loopback.
+//!
+//! What enters are HTTP/1.1 requests of public clients; each becomes one event for `ingress`, and
+//! what `ingress` streams back becomes the response. Nothing is kept, nothing is rewritten, and a
+//! stream that breaks ends as a broken connection.
+
+mod event;
+mod heads;
+
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    io,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    task::{Context, Poll, ready},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
+use http_body::{Body, Frame};
+use http_body_util::BodyExt;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use proto::{error::ErrorCode, header as fields, limits};
+use serde::{Deserialize, Deserializer, de};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    time,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::heads::{Head, SharedNotes, Watched};
+use crate::lambda::{self, InvokeError, Lambda, StreamBody, StreamingResponse};
+
+/// How many public connections are served at the same time; further ones wait to be accepted.
+const CONNECTIONS: usize = 4096;
+
+/// How long a public client may take for a request head, and stay idle between two requests.
+const HEAD_TIME: Duration = Duration::from_secs(60);
+
+/// How long a public client may pause within a request body.
+const BODY_PAUSE: Duration = Duration::from_secs(30);
+
+/// How much of a refused body is read, so that a client that sends it all sees the answer.
+const DRAIN_BYTES: usize = 32 * 1024 * 1024;
+
+/// For how long.
+const DRAIN_TIME: Duration = Duration::from_secs(2);
+
+/// How many of the last requests the front remembers.
+const ARRIVALS: usize = 256;
+
+/// The function behind the front.
+const FUNCTION: &str = "ingress";
+
+/// Fields that only the front itself may set.
+const OWN_FIELDS: [&str; 3] = ["x-tunnel-host", "x-tunnel-front", "x-tunnel-target"];
+
+/// Is told the access key of the `ingress` process whose public client left before a response.
+pub type ClientGone = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// The front.
+pub struct Front {
+    /// Where `ingress` runs.
+    pub lambda: Lambda,
+    /// What proves to `ingress` that a request came through this front.
+    pub secret: String,
+    /// Where to report public clients that leave early.
+    pub client_gone: ClientGone,
+    /// The port that public clients use.
+    pub port: u16,
+    /// When requests came in.
+    pub arrivals: Arrivals,
+}
+
+/// When the last requests came in, by the trace id that the front gives each of them.
+///
+/// Real fronts give one too (`x-amzn-trace-id`); it is how the demo page finds its own request.
+#[derive(Debug, Clone, Default)]
+pub struct Arrivals(Arc<Mutex<VecDeque<Arrival>>>);
+
+/// One request that came in.
+#[derive(Debug, Clone)]
+pub struct Arrival {
+    /// The value of `x-amzn-trace-id`.
+    pub trace_id: Box<str>,
+    /// In microseconds since 1970.
+    pub arrived_us: u64,
+    /// Where the access key of the `ingress` process appears, once one serves.
+    pub access_key: Arc<OnceLock<Box<str>>>,
+}
+
+impl Arrivals {
+    fn note(&self, arrival: Arrival) {
+        let mut arrivals = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if arrivals.len() == ARRIVALS {
+            arrivals.pop_front();
+        }
+        arrivals.push_back(arrival);
+    }
+
+    /// The request with this trace id, if it is one of the last.
+    #[must_use]
+    pub fn find(&self, trace_id: &str) -> Option<Arrival> {
+        let arrivals = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        arrivals.iter().rev().find(|arrival| *arrival.trace_id == *trace_id).cloned()
+    }
+}
+
+/// Microseconds since 1970.
+pub(crate) fn epoch_us() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
+}
+
+impl std::fmt::Debug for Front {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Front").field("port", &self.port).finish_non_exhaustive()
+    }
+}
+
+/// Serves public clients until `shutdown` is cancelled, then finishes the requests in flight.
+pub async fn serve(listener: TcpListener, front: Arc<Front>, shutdown: CancellationToken) {
+    let tasks = TaskTracker::new();
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let accepted = tokio::select! {
+            () = shutdown.cancelled() => break,
+            accepted = accept(&listener, &places) => accepted,
+        };
+        let (stream, peer, place) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "could not accept a public connection");
+                time::sleep(Duration::from_millis(10)).await;
+                continue;
+            }
+        };
+        let (front, shutdown) = (front.clone(), shutdown.clone());
+        tasks.spawn(async move {
+            serve_connection(stream, peer, front, shutdown).await;
+            drop(place);
+        });
+    }
+    drop(listener);
+    tasks.close();
+    tasks.wait().await;
+}
+
+async fn accept(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+) -> io::Result<(TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
+    let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
+    let (stream, peer) = listener.accept().await?;
+    Ok((stream, peer, place))
+}
+
+async fn serve_connection(
+    stream: TcpStream,
+    peer: SocketAddr,
+    front: Arc<Front>,
+    shutdown: CancellationToken,
+) {
+    if stream.set_nodelay(true).is_err() {
+        return;
+    }
+    let (stream, notes) = Watched::new(stream);
+    let service = service_fn(move |request| {
+        let (front, notes) = (front.clone(), notes.clone());
+        async move { Ok::<_, Infallible>(answer(&front, request, peer, notes).await) }
+    });
+    let mut connection = pin!(
+        http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIME)
+            .max_headers(limits::HEADER_FIELDS + 24)
+            .serve_connection(TokioIo::new(stream), service)
+    );
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = shutdown.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "public connection ended");
+    }
+}
+
+/// Why the front answers by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Refusal {
+    /// 400: what the request says about itself is not one thing.
+    Ambiguous,
+    /// 408: the body stopped.
+    BodyStopped,
+    /// 413: it does not fit an event.
+    TooLarge,
+    /// 429: as many requests are served as may.
+    Throttled,
+    /// 502: `ingress` failed.
+    FunctionFailed,
+}
+
+impl Refusal {
+    fn respond(self) -> Response<Answer> {
+        let (status, code, sentence) = match self {
+            Self::Ambiguous => (StatusCode::BAD_REQUEST, "bad_request", ErrorCode::BadRequest.sentence()),
+            Self::BodyStopped => {
+                (StatusCode::REQUEST_TIMEOUT, "bad_request", "The request's body stopped before its end.")
+            }
+            Self::TooLarge => (
+                StatusCode::PAYLOAD_TOO_LARGE,
+                ErrorCode::RequestTooLarge.as_str(),
+                ErrorCode::RequestTooLarge.sentence(),
+            ),
+            Self::Throttled => {
+                (StatusCode::TOO_MANY_REQUESTS, ErrorCode::EdgeBusy.as_str(), ErrorCode::EdgeBusy.sentence())
+            }
+            Self::FunctionFailed => {
+                (StatusCode::BAD_GATEWAY, ErrorCode::EdgeFailed.as_str(), ErrorCode::EdgeFailed.sentence())
+            }
+        };
+        let id = lambda::random_hex::<16>();
+        let body = format!(
+            "{{\"type\":\"about:blank\",\"title\":\"{}\",\"status\":{},\"detail\":\"{sentence}\",\"code\":\"{code}\",\"request_id\":\"{id}\"}}\n",
+            status.canonical_reason().unwrap_or_default(),
+            status.as_u16(),
+        );
+        tracing::debug!(status = status.as_u16(), error_code = code, "front answered by itself");
+        Response::builder()
+            .status(status)
+            .header(header::CONTENT_TYPE, "application/problem+json")
+            .header(header::CACHE_CONTROL, "no-store")
+            .header("x-tunnel-error", code)
+            .header("x-tunnel-request-id", id)
+            .header(header::CONTENT_LENGTH, body.len())
+            .body(Answer::Whole(Some(body.into())))
+            .expect("the response is made of constants")
+    }
+}
+
+/// Answers one request.
+async fn answer(
+    front: &Arc<Front>,
+    request: Request<Incoming>,
+    peer: SocketAddr,
+    notes: SharedNotes,
+) -> Response<Answer> {
+    let arrived_us = epoch_us();
+    let (mut parts, body) = request.into_parts();
+    let head = heads::take_head(&notes);
+    let (host, target) = match check(&parts, head) {
+        Ok(checked) => checked,
+        Err(refusal) => return refuse_body(refusal, body),
+    };
+    let is_text = event::is_text(&parts.headers);
+    let body = match read_body(body, &parts.headers, is_text).await {
+        Ok(body) => body,
+        Err((refusal, body)) => return refuse_body(refusal, body),
+    };
+    for name in OWN_FIELDS {
+        parts.headers.remove(name);
+    }
+    let trace_id = format!("Root=1-{:08x}-{}", arrived_us / 1_000_000, lambda::random_hex::<12>());
+    let event = event::build(&event::Source {
+        method: parts.method.as_str(),
+        target: &target,
+        version: parts.version,
+        headers: &parts.headers,
+        host: &host,
+        secret: &front.secret,
+        port: front.port,
+        peer: peer.ip(),
+        body: &body,
+        is_text,
+        trace_id: &trace_id,
+    });
+    drop(body);
+    let call = match front.lambda.invoke_streaming(FUNCTION, event) {
+        Ok(call) => call,
+        Err(error) => return refusal_of(&error).respond(),
+    };
+    let access_key = call.access_key();
+    front.arrivals.note(Arrival { trace_id: trace_id.into(), arrived_us, access_key: access_key.clone() });
+    let mut waiting = Waiting { access_key, gone: Some(front.client_gone.clone()) };
+    let response = call.head().await;
+    waiting.gone = None;
+    match response {
+        Ok(StreamingResponse { prelude, body }) => {
+            match respond(&prelude, body, &parts.method, parts.version, notes) {
+                Some(response) => response,
+                None => {
+                    tracing::error!("ingress answered with a head that is not valid");
+                    Refusal::FunctionFailed.respond()
+                }
+            }
+        }
+        Err(error) => {
+            tracing::warn!(%error, "ingress did not answer");
+            refusal_of(&error).respond()
+        }
+    }
+}
+
+fn refusal_of(error: &InvokeError) -> Refusal {
+    match error {
+        InvokeError::Throttled => Refusal::Throttled,
+        InvokeError::EventTooLarge(_) => Refusal::TooLarge,
+        InvokeError::NoSuchFunction
+        | InvokeError::AnswerTooLarge
+        | InvokeError::Init(_)
+        | InvokeError::TimedOut(_)
+        | InvokeError::Exited(_)
+        | InvokeError::Function { .. }
+        | InvokeError::Prelude
+        | InvokeError::ShuttingDown => Refusal::FunctionFailed,
+    }
+}
+
+/// Reports a public client that leaves before the response: dropped while it waits.
+struct Waiting {
+    access_key: Arc<OnceLock<Box<str>>>,
+    gone: Option<ClientGone>,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let (Some(gone), Some(access_key)) = (self.gone.take(), self.access_key.get()) {
+            gone(access_key);
+        }
+    }
+}
+
+/// Checks what every front checks, and finds the host and the target in origin-form.
+fn check(parts: &http::request::Parts, head: Option<Head>) -> Result<(HeaderValue, Vec<u8>), Refusal> {
+    let head = head.ok_or(Refusal::Ambiguous)?;
+    let encodings = parts.headers.get_all(header::TRANSFER_ENCODING);
+    let is_plainly_framed = !head.has_two_lengths
+        && encodings.iter().count() <= 1
+        && encodings.iter().all(|value| value.as_bytes().eq_ignore_ascii_case(b"chunked"));
+    if !is_plainly_framed || parts.method == Method::CONNECT {
+        return Err(Refusal::Ambiguous);
+    }
+    let mut hosts = parts.headers.get_all(header::HOST).iter();
+    let host = match (hosts.next(), hosts.next()) {
+        (Some(host), None) => host.clone(),
+        (None, _) if parts.version < Version::HTTP_11 => HeaderValue::from_static(""),
+        _ => return Err(Refusal::Ambiguous),
+    };
+    origin_form(head.target, &parts.uri, host).ok_or(Refusal::Ambiguous)
+}
+
+/// In absolute-form the authority wins over the `Host` field (RFC 9112 §3.2.2).
+fn origin_form(target: Vec<u8>, uri: &Uri, host: HeaderValue) -> Option<(HeaderValue, Vec<u8>)> {
+    if target.starts_with(b"/") || target == b"*" {
+        return Some((host, target));
+    }
+    let authority = uri.authority()?.as_str();
+    let authority = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    let text = target.windows(3).position(|window| window == b"://")?;
+    let rest = &target[text + 3..];
+    let path = rest.iter().position(|byte| matches!(byte, b'/' | b'?' | b'#')).unwrap_or(rest.len());
+    let mut origin = rest[path..].to_vec();
+    if !origin.starts_with(b"/") {
+        origin.insert(0, b'/');
+    }
+    Some((HeaderValue::from_str(authority).ok()?, origin))
+}
+
+/// Reads a body that fits an event. A body that is known not to is not read at all.
+async fn read_body(
+    mut body: Incoming,
+    headers: &HeaderMap,
+    is_text: bool,
+) -> Result<BytesMut, (Refusal, Incoming)> {
+    let fits = |length: u64| {
+        let in_event = if is_text { length } else { length.div_ceil(3).saturating_mul(4) };
+        in_event < limits::EVENT_BYTES as u64
+    };
+    let announced = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<u64>().ok())
+        .unwrap_or(0);
+    if !fits(announced) {
+        return Err((Refusal::TooLarge, body));
+    }
+    let mut read = BytesMut::with_capacity(usize::try_from(announced).unwrap_or(0));
+    loop {
+        match time::timeout(BODY_PAUSE, body.frame()).await {
+            Ok(None) => return Ok(read),
+            Ok(Some(Ok(frame))) => {
+                let Ok(data) = frame.into_data() else { continue };
+                if !fits((read.len() + data.len()) as u64) {
+                    return Err((Refusal::TooLarge, body));
+                }
+                read.extend_from_slice(&data);
+            }
+            Ok(Some(Err(_))) => return Err((Refusal::Ambiguous, body)),
+            Err(_) => return Err((Refusal::BodyStopped, body)),
+        }
+    }
+}
+
+/// Answers without having read the whole body, and closes.
+fn refuse_body(refusal: Refusal, mut body: Incoming) -> Response<Answer> {
+    let mut response = refusal.respond();
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    // Only `TooLarge` leaves a body that is worth reading: closing while the client still sends would
+    // reset the connection under the answer. A client that waits for 100 is not asked to go on.
+    if refusal == Refusal::TooLarge && !body.is_end_stream() {
+        tokio::spawn(async move {
+            let drain = async {
+                let mut left = DRAIN_BYTES;
+                while let Some(Ok(frame)) = body.frame().await {
+                    match left.checked_sub(frame.data_ref().map_or(0, Bytes::len)) {
+                        Some(less) => left = less,
+                        None => break,
+                    }
+                }
+            };
+            let _ = time::timeout(DRAIN_TIME, drain).await;
+        });
+    }
+    response
+}
+
+/// What precedes a streamed body: status, fields and cookies.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Prelude {
+    #[serde(default = "ok")]
+    status_code: u16,
+    #[serde(default)]
+    headers: Fields,
+    #[serde(default)]
+    cookies: Vec<String>,
+}
+
+const fn ok() -> u16 {
+    200
+}
+
+/// Fields in the order in which the function gave them.
+#[derive(Default)]
+struct Fields(Vec<(String, String)>);
+
+impl<'de> Deserialize<'de> for Fields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Fields;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of strings")
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
+                let mut fields = Vec::with_capacity(map.size_hint().unwrap_or(16));
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_map(Visitor)
+    }
+}
+
+/// Makes the response of what the function streamed; none when its head is not valid.
+fn respond(
+    prelude: &[u8],
+    body: StreamBody,
+    method: &Method,
+    version: Version,
+    notes: SharedNotes,
+) -> Option<Response<Answer>> {
+    let prelude = if prelude.is_empty() {
+        Prelude { status_code: ok(), headers: Fields::default(), cookies: Vec::new() }
+    } else {
+        serde_json::from_slice(prelude).ok()?
+    };
+    let status = StatusCode::from_u16(prelude.status_code).ok().filter(|status| status.as_u16() >= 200)?;
+    let mut headers = HeaderMap::with_capacity(prelude.headers.0.len() + prelude.cookies.len());
+    for (name, value) in &prelude.headers.0 {
+        let name = HeaderName::from_bytes(name.as_bytes()).ok()?;
+        let value = fields::value_from_text(value)?;
+        // The connection to the public client is the front's own affair.
+        if !matches!(
+            name.as_str(),
+            "connection" | "keep-alive" | "proxy-connection" | "transfer-encoding" | "upgrade" | "trailer"
+        ) {
+            headers.append(name, value);
+        }
+    }
+    for cookie in &prelude.cookies {
+        headers.append(header::SET_COOKIE, fields::value_from_text(cookie)?);
+    }
+    let length = match headers.get(header::CONTENT_LENGTH) {
+        None => None,
+        Some(value) => Some(value.to_str().ok()?.parse::<u64>().ok()?),
+    };
+    let has_body = *method != Method::HEAD
+        && !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED | StatusCode::RESET_CONTENT);
+    let answer = if has_body {
+        let ends_with_connection = version < Version::HTTP_11 && length.is_none();
+        Answer::Stream { body, left: length, notes: ends_with_connection.then_some(notes), is_broken: false }
+    } else {
+        tokio::spawn(finish(body));
+        Answer::Bodiless
+    };
+    let mut response = Response::new(answer);
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    Some(response)
+}
+
+/// Lets a function end a stream of which nothing is sent on.
+async fn finish(mut body: StreamBody) {
+    while let Ok(Some(piece)) = body.next().await {
+        if !piece.is_empty() {
+            return;
+        }
+    }
+}
+
+/// The body of a response.
+enum Answer {
+    /// The front's own.
+    Whole(Option<Bytes>),
+    /// None, whatever `Content-Length` says: for HEAD, 204, 205 and 304.
+    Bodiless,
+    /// What `ingress` streams.
+    Stream {
+        body: StreamBody,
+        /// How much of the announced length is to come.
+        left: Option<u64>,
+        /// Where to have the connection reset, when its end is the end of the body.
+        notes: Option<SharedNotes>,
+        /// Whether it has turned out to be broken.
+        is_broken: bool,
+    },
+}
+
+/// The body was broken off; the connection must not end as if it were complete.
+#[derive(Debug, thiserror::Error)]
+#[error("the response was broken off")]
+struct BrokenOff;
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = BrokenOff;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
+        let (body, left, notes, is_broken) = match self.get_mut() {
+            Self::Whole(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Bodiless => return Poll::Ready(None),
+            Self::Stream { body, left, notes, is_broken } => (body, left, notes, is_broken),
+        };
+        if *is_broken {
+            return Poll::Ready(Some(Err(BrokenOff)));
+        }
+        let piece = match ready!(body.poll_next(context)) {
+            Ok(None) if left.is_none_or(|left| left == 0) => return Poll::Ready(None),
+            Ok(Some(piece)) => match left {
+                None => Some(piece),
+                Some(left) => match left.checked_sub(piece.len() as u64) {
+                    Some(less) => {
+                        *left = less;
+                        Some(piece)
+                    }
+                    None => None,
+                },
+            },
+            Ok(None) | Err(lambda::Broken) => None,
+        };
+        match piece {
+            Some(piece) => Poll::Ready(Some(Ok(Frame::data(piece)))),
+            None => {
+                if let Some(notes) = notes {
+                    heads::end_with_reset(notes);
+                }
+                // One pause before the error: what came before it is flushed in the meantime.
+                *is_broken = true;
+                context.waker().wake_by_ref();
+                Poll::Pending
+            }
+        }
+    }
+
+    // Neither an end nor a size is told in advance: then hyper takes `Content-Length` as it is given,
+    // also where no body follows.
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,327 @@
+//! The front with a real `ingress` process: this test program executes itself as the function.
+
+use std::collections::BTreeMap;
+
+use futures_util::{StreamExt, stream};
+use lambda_runtime::{FunctionResponse, LambdaEvent, service_fn};
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::Notify,
+    time::timeout,
+};
+
+use super::*;
+use crate::lambda::{FunctionConfig, LambdaConfig, Launcher, process};
+
+type Chunks = stream::BoxStream<'static, Result<Bytes, io::Error>>;
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Answers with the event itself, or what the path asks for.
+async fn ingress(event: LambdaEvent<Value>) -> Result<FunctionResponse<Value, Chunks>, Failure> {
+    let path = event.payload["rawPath"].as_str().unwrap_or_default().to_owned();
+    let mut prelude = lambda_runtime::MetadataPrelude::default();
+    let mut set = |name: &'static str, value: &str| {
+        prelude.headers.insert(name, HeaderValue::from_str(value).unwrap());
+    };
+    let once = |text: String| stream::iter([Ok(Bytes::from(text))]).boxed();
+    let stream = match path.as_str() {
+        "/length" => {
+            set("content-length", "5");
+            once("12345".to_owned())
+        }
+        "/short" => {
+            set("content-length", "50");
+            once("12345".to_owned())
+        }
+        "/long" => {
+            set("content-length", "3");
+            once("12345".to_owned())
+        }
+        "/head" | "/204" | "/304" => {
+            set("content-length", "1234");
+            set("date", "Thu, 01 Jan 1970 00:00:00 GMT");
+            match path.as_str() {
+                "/204" => prelude.status_code = StatusCode::NO_CONTENT,
+                "/304" => prelude.status_code = StatusCode::NOT_MODIFIED,
+                _ => {}
+            }
+            stream::empty().boxed()
+        }
+        "/broken" => stream::iter(0..2)
+            .then(|number| async move {
+                if number == 1 {
+                    time::sleep(Duration::from_millis(30)).await;
+                    std::process::exit(0);
+                }
+                Ok(Bytes::from_static(b"half"))
+            })
+            .boxed(),
+        "/never" => {
+            std::future::pending::<()>().await;
+            stream::empty().boxed()
+        }
+        "/informational" => {
+            prelude.status_code = StatusCode::SWITCHING_PROTOCOLS;
+            stream::empty().boxed()
+        }
+        "/cookies" => {
+            prelude.cookies = vec!["a=1; Path=/".to_owned(), "b=2".to_owned()];
+            once("cookies".to_owned())
+        }
+        _ => once(event.payload.to_string()),
+    };
+    Ok(FunctionResponse::StreamingResponse(lambda_runtime::StreamResponse {
+        metadata_prelude: prelude,
+        stream,
+    }))
+}
+
+/// Not a test: the function, when a pool has started this program.
+#[test]
+fn function_process() {
+    if std::env::var_os("AWS_LAMBDA_RUNTIME_API").is_none() {
+        return;
+    }
+    process::end_with_parent().unwrap();
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+        let _ = lambda_runtime::run(service_fn(ingress)).await;
+    });
+}
+
+struct Fixture {
+    address: SocketAddr,
+    lambda: Lambda,
+    gone: Arc<(Mutex<Vec<String>>, Notify)>,
+    stop: CancellationToken,
+    served: tokio::task::JoinHandle<()>,
+}
+
+impl Fixture {
+    async fn start() -> Self {
+        let launcher = Launcher {
+            program: std::env::current_exe().unwrap(),
+            arguments: ["--exact", "public::tests::function_process", "--nocapture", "--quiet"]
+                .map(str::to_owned)
+                .to_vec(),
+        };
+        let function = FunctionConfig {
+            name: FUNCTION,
+            timeout: Duration::from_secs(20),
+            concurrency: 10,
+            environment: BTreeMap::new(),
+        };
+        let config = LambdaConfig {
+            launcher,
+            aws_endpoint: String::new(),
+            register: lambda::Register::default(),
+            kill_chance: Arc::new(|| None),
+        };
+        let lambda = Lambda::start(vec![function], config).unwrap();
+        let gone: Arc<(Mutex<Vec<String>>, Notify)> = Arc::default();
+        let reported = gone.clone();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let front = Front {
+            lambda: lambda.clone(),
+            secret: "s3cret".to_owned(),
+            client_gone: Arc::new(move |key| {
+                reported.0.lock().unwrap().push(key.to_owned());
+                reported.1.notify_one();
+            }),
+            port: address.port(),
+            arrivals: Arrivals::default(),
+        };
+        let stop = CancellationToken::new();
+        let served = tokio::spawn(serve(listener, Arc::new(front), stop.clone()));
+        Self { address, lambda, gone, stop, served }
+    }
+
+    /// Sends bytes and reads all there is; the flag says whether the end was clean.
+    async fn exchange(&self, request: &[u8]) -> (String, bool) {
+        let mut stream = TcpStream::connect(self.address).await.unwrap();
+        stream.write_all(request).await.unwrap();
+        let mut answer = Vec::new();
+        let end = timeout(Duration::from_secs(20), stream.read_to_end(&mut answer)).await.unwrap();
+        (String::from_utf8_lossy(&answer).into_owned(), end.is_ok())
+    }
+
+    async fn event_of(&self, request: &[u8]) -> Value {
+        let (answer, _) = self.exchange(request).await;
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+        let (begin, end) = (answer.find('{').unwrap(), answer.rfind('}').unwrap());
+        serde_json::from_str(&answer[begin..=end]).unwrap()
+    }
+
+    async fn end(self) {
+        self.stop.cancel();
+        timeout(Duration::from_secs(10), self.served).await.unwrap().unwrap();
+        self.lambda.close().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_become_events_and_own_fields_cannot_be_forged() {
+    let fixture = Fixture::start().await;
+    let event = fixture
+        .event_of(
+            b"M-SEARCH /x?y HTTP/1.1\r\nHost: demo.localhost\r\nX-Tunnel-Host: evil\r\nx-tunnel-front: evil\r\n\
+              x-tunnel-target: /evil\r\nConnection: close\r\nContent-Length: 2\r\n\r\nhi",
+        )
+        .await;
+    assert_eq!(event["requestContext"]["http"]["method"], "M-SEARCH");
+    assert_eq!(event["headers"]["x-tunnel-host"], "demo.localhost");
+    assert_eq!(event["headers"]["x-tunnel-front"], "s3cret");
+    assert!(event["headers"].get("x-tunnel-target").is_none());
+    assert_eq!(event["body"], "aGk=");
+    let absolute = fixture
+        .event_of(b"GET http://web.localhost:80/a?#f HTTP/1.1\r\nHost: other\r\nConnection: close\r\n\r\n")
+        .await;
+    assert_eq!(absolute["headers"]["x-tunnel-host"], "web.localhost:80");
+    assert_eq!(absolute["rawPath"], "/a");
+    assert_eq!(absolute["rawQueryString"], "#f");
+    let bare =
+        fixture.event_of(b"GET http://web.localhost? HTTP/1.1\r\nHost: o\r\nConnection: close\r\n\r\n").await;
+    assert_eq!((&bare["rawPath"], &bare["headers"]["x-tunnel-target"]), (&"/".into(), &"/?".into()));
+    fixture.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ambiguous_requests_are_refused_by_the_front() {
+    let fixture = Fixture::start().await;
+    for request in [
+        &b"GET / HTTP/1.1\r\n\r\n"[..],
+        b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +3\r\n\r\nabc",
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc",
+        b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\n folded: x\r\n\r\n",
+    ] {
+        let (answer, _) = fixture.exchange(request).await;
+        assert!(answer.starts_with("HTTP/1.1 400"), "{:?}: {answer}", String::from_utf8_lossy(request));
+    }
+    // The first of two requests in one packet decides nothing about the second.
+    let (answer, _) = fixture
+        .exchange(
+            b"GET /length HTTP/1.1\r\nHost: a\r\n\r\nPOST /length HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n\
+              GET /POST /length HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        )
+        .await;
+    assert_eq!(answer.matches("HTTP/1.1 200").count(), 2, "{answer}");
+    assert_eq!(answer.matches("HTTP/1.1 400").count(), 1, "{answer}");
+    fixture.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn responses_keep_their_framing() {
+    let fixture = Fixture::start().await;
+    let get =
+        |path: &str| format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").into_bytes();
+    let (answer, _) = fixture.exchange(&get("/length")).await;
+    assert!(answer.contains("content-length: 5\r\n") && answer.ends_with("\r\n\r\n12345"), "{answer}");
+    assert!(!answer.contains("transfer-encoding"), "{answer}");
+    let (answer, _) = fixture.exchange(&get("/cookies")).await;
+    assert!(answer.contains("set-cookie: a=1; Path=/\r\nset-cookie: b=2\r\n"), "{answer}");
+    assert!(
+        answer.contains("transfer-encoding: chunked\r\n") && answer.ends_with("\r\n0\r\n\r\n"),
+        "{answer}"
+    );
+    for path in ["/204", "/304"] {
+        let (answer, _) = fixture.exchange(&get(path)).await;
+        assert!(answer.contains("content-length: 1234\r\n") && answer.ends_with("\r\n\r\n"), "{answer}");
+        assert_eq!(answer.matches("date: ").count(), 1, "{answer}");
+    }
+    let (answer, _) =
+        fixture.exchange(b"HEAD /head HTTP/1.1\r\nHost: a\r\n\r\nHEAD /head HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await;
+    assert_eq!(answer.matches("content-length: 1234\r\n").count(), 2, "{answer}");
+    assert_eq!(answer.matches("01 Jan 1970").count(), 2, "{answer}");
+    let (answer, _) = fixture.exchange(&get("/informational")).await;
+    assert!(answer.starts_with("HTTP/1.1 502"), "{answer}");
+    assert!(answer.contains("x-tunnel-error: edge_failed"), "{answer}");
+    fixture.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broken_response_never_looks_complete() {
+    let fixture = Fixture::start().await;
+    let get = |path: &str, version| {
+        format!("GET {path} HTTP/{version}\r\nHost: a\r\nConnection: close\r\n\r\n").into_bytes()
+    };
+    let (answer, _) = fixture.exchange(&get("/broken", "1.1")).await;
+    assert!(answer.contains("half") && !answer.ends_with("0\r\n\r\n"), "{answer}");
+    let (answer, _) = fixture.exchange(&get("/short", "1.1")).await;
+    assert!(answer.contains("content-length: 50\r\n") && answer.ends_with("12345"), "{answer}");
+    let (answer, _) = fixture.exchange(&get("/long", "1.1")).await;
+    assert!(!answer.contains("12345"), "{answer}");
+    // Without any framing only a reset tells.
+    let (answer, is_clean) = fixture.exchange(&get("/broken", "1.0")).await;
+    assert!(!is_clean && !answer.contains("chunked"), "{answer}");
+    let (answer, is_clean) = fixture.exchange(&get("/cookies", "1.0")).await;
+    assert!(is_clean && answer.ends_with("cookies"), "{answer}");
+    fixture.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bodies_over_the_ceiling_are_refused_without_an_invocation() {
+    let fixture = Fixture::start().await;
+    // Announced, and all of it sent at once.
+    let mut request = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 8000000\r\n\r\n".to_vec();
+    request.resize(request.len() + 8_000_000, b'x');
+    let (answer, is_clean) = fixture.exchange(&request).await;
+    assert!(is_clean && answer.starts_with("HTTP/1.1 413"), "{answer}");
+    // Announced, by a client that asks first.
+    let (answer, _) = fixture
+        .exchange(b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 8000000\r\n\r\n")
+        .await;
+    assert!(answer.starts_with("HTTP/1.1 413"), "{answer}");
+    // Not announced.
+    let mut request = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n7a1200\r\n".to_vec();
+    request.resize(request.len() + 8_000_000, b'x');
+    request.extend_from_slice(b"\r\n0\r\n\r\n");
+    let (answer, is_clean) = fixture.exchange(&request).await;
+    assert!(is_clean && answer.starts_with("HTTP/1.1 413"), "{answer}");
+    assert!(fixture.lambda.environments().is_empty());
+    // Text that its escapes make too large.
+    let mut request =
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Type: text/plain\r\nContent-Length: 4000000\r\n\r\n".to_vec();
+    request.resize(request.len() + 4_000_000, b'"');
+    let mut stream = TcpStream::connect(fixture.address).await.unwrap();
+    stream.write_all(&request).await.unwrap();
+    let mut status = [0; 12];
+    stream.read_exact(&mut status).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 413");
+    // The largest that fits.
+    let mut request = format!(
+        "POST /length HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+        limits::REQUEST_BODY_BYTES
+    )
+    .into_bytes();
+    request.resize(request.len() + limits::REQUEST_BODY_BYTES, b'x');
+    let (answer, _) = fixture.exchange(&request).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    fixture.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_leaves_is_reported_once() {
+    let fixture = Fixture::start().await;
+    let mut stream = TcpStream::connect(fixture.address).await.unwrap();
+    stream.write_all(b"GET /never HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+    timeout(Duration::from_secs(10), async {
+        while fixture.lambda.environments().iter().all(|environment| environment.invocations == 0) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+    drop(stream);
+    timeout(Duration::from_secs(5), fixture.gone.1.notified()).await.unwrap();
+    let gone = fixture.gone.0.lock().unwrap().clone();
+    assert_eq!(gone.len(), 1);
+    assert!(gone[0].starts_with("LOCAL"));
+    fixture.end().await;
+}

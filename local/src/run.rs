@@ -1,0 +1,553 @@
+//! Puts the edge together, keeps it running and takes it apart again.
+//!
+//! What enters are [`Options`]; what leaves is an exit code. The first four lines on standard output
+//! are for scripts; everything else goes to standard error.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    io::{self, IsTerminal, Write},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{ExitCode, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use ::edge::config::env;
+use anyhow::{Context, bail};
+use authorizer::config::ENV_JWKS;
+use base64::{Engine, engine::general_purpose::STANDARD};
+use proto::limits;
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
+use tokio::{
+    net::TcpListener,
+    process::{Child, Command},
+    signal::unix::{Signal as Signals, SignalKind, signal},
+    task::JoinHandle,
+    time,
+};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    agents::{self, AgentApi},
+    aws::{Aws, Options as AwsOptions},
+    chaos::Fault,
+    cli::{Function, LatencyProfile, LogLevel, Options},
+    demo::{self, Demo},
+    dynamodb::Table,
+    identity::{self, Identity},
+    lambda::{self, FunctionConfig, Lambda, LambdaConfig, Launcher, Register, process},
+    public::{self, Arrivals, Front},
+    sqs::QueueAttributes,
+    states::definition::Definition,
+};
+
+const CONNECTIONS_TABLE: &str = "connections";
+const MAILBOXES_TABLE: &str = "mailboxes";
+const MACHINE: &str = "public_request";
+const MACHINE_DEFINITION: &str = include_str!("../../statemachines/public_request.asl.json");
+
+/// What precedes a mailbox's id in the name of its queue.
+const MAILBOX_PREFIX: &str = "tunnel-local-mailbox-";
+
+/// How many mailboxes there are from the beginning, so that the first requests need not make any.
+const MAILBOXES: usize = 8;
+
+/// The tunnel that is there from the beginning.
+const DEMO: &str = "demo";
+
+/// The domain of the tunnels. Browsers and curl resolve every name under it to this machine.
+const DOMAIN: &str = "localhost";
+
+/// How long the end waits for public requests in flight.
+const DRAIN_TIME: Duration = Duration::from_secs(10);
+
+/// How long the agent has to end, and the agents' connections to be closed.
+const AGENT_TIME: Duration = Duration::from_secs(3);
+
+/// How many invocations of one function may run at the same time.
+const CONCURRENCY: usize = 1000;
+
+/// What each call inside one AWS region costs with `--latency aws`: single-digit milliseconds for
+/// tables and queues (no figure is guaranteed by AWS).
+const AWS_HOP: Duration = Duration::from_millis(8);
+
+/// How late after its begin an invocation's process may be lost on purpose, in milliseconds.
+const KILL_WITHIN_MS: u64 = 64;
+
+/// Runs the edge until it is told to end.
+#[must_use]
+pub fn run(options: Options) -> ExitCode {
+    init_log(options.log_level);
+    raise_file_limit();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&anyhow::Error::new(error).context("starting")),
+    };
+    let result = runtime.block_on(serve(options));
+    // Nothing that is still going on is worth waiting for.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    let _ = writeln!(io::stderr().lock(), "local: {error:#}");
+    ExitCode::FAILURE
+}
+
+/// Is one process of a function.
+#[must_use]
+pub fn function(function: Function) -> ExitCode {
+    if let Err(error) = process::end_with_parent() {
+        return fail(&anyhow::Error::new(error));
+    }
+    match function {
+        Function::Authorizer => authorizer::run(),
+        Function::Connect => connect::run(),
+        Function::Disconnect => disconnect::run(),
+        Function::Ingress => ingress::run(),
+        Function::Response => response::run(),
+    }
+}
+
+/// Is an agent.
+#[must_use]
+pub fn agent(arguments: Vec<OsString>) -> ExitCode {
+    if let Err(error) = process::end_with_parent() {
+        return fail(&anyhow::Error::new(error));
+    }
+    agentd::main_with_args([OsString::from("agentd")].into_iter().chain(arguments))
+}
+
+fn init_log(level: LogLevel) {
+    let result = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(level.as_str()))
+        .with_target(false)
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(io::stderr)
+        .try_init();
+    // Only a second call fails; the first subscriber stays.
+    drop(result);
+}
+
+/// Each process of a function takes a handful of descriptors; the usual limit is for 200 of them.
+fn raise_file_limit() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::debug!(%error, "the limit of open files was not raised");
+    }
+}
+
+/// Where files are kept.
+enum Folder {
+    Kept(PathBuf),
+    /// Removed when this is dropped.
+    Temporary(tempfile::TempDir),
+}
+
+impl Folder {
+    fn open(state_dir: Option<&Path>) -> anyhow::Result<Self> {
+        let Some(path) = state_dir else {
+            let folder = tempfile::Builder::new().prefix("tunnel-local-").tempdir();
+            return folder.map(Self::Temporary).context("making a temporary folder");
+        };
+        let mut builder = std::fs::DirBuilder::new();
+        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+        builder
+            .recursive(true)
+            .create(path)
+            .with_context(|| format!("making the folder {}", path.display()))?;
+        // The paths that are printed must hold wherever they are used.
+        let path = path.canonicalize().with_context(|| format!("opening the folder {}", path.display()))?;
+        Ok(Self::Kept(path))
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::Kept(path) => path,
+            Self::Temporary(folder) => folder.path(),
+        }
+    }
+
+    /// Where the tables are kept, if they are.
+    fn tables(&self) -> Option<PathBuf> {
+        match self {
+            Self::Kept(path) => Some(path.join("tables.json")),
+            Self::Temporary(_) => None,
+        }
+    }
+}
+
+async fn serve(options: Options) -> anyhow::Result<()> {
+    // Before anything else, so that no signal is lost from the first printed line on.
+    let mut signals = EndSignals::listen()?;
+    let public_listener = bind(options.public, "--public").await?;
+    let agents_listener = bind(options.agents, "--agents").await?;
+    let public_address = public_listener.local_addr()?;
+    let agents_address = agents_listener.local_addr()?;
+    let folder = Folder::open(options.state_dir.as_deref())?;
+    let identity = identity::prepare(folder.path())?;
+
+    let aws = start_aws(&options, &folder).await?;
+    std::fs::write(folder.path().join("endpoint"), aws.endpoint()).context("writing the endpoint's file")?;
+    let machine = create_machine(&aws)?;
+    let front_secret = lambda::random_hex::<24>();
+    let public_url = format!("http://{{name}}.{DOMAIN}:{}", public_address.port());
+    let settings = Settings {
+        aws: &aws,
+        identity: &identity,
+        machine: &machine,
+        front_secret: &front_secret,
+        public_url: &public_url,
+        token_key: STANDARD.encode(lambda::random_bytes::<32>()),
+        log_level: options.log_level,
+    };
+    let lambda = start_lambda(&settings)?;
+    tokio::spawn(seed_mailboxes(aws.clone(), lambda.clone()));
+    for function in [Function::Authorizer, Function::Connect, Function::Response] {
+        lambda.warm(function.name(), 1);
+    }
+
+    let stop_agents = CancellationToken::new();
+    let api = AgentApi {
+        lambda: lambda.clone(),
+        connections: aws.services().connections.clone(),
+        clock: aws.clock(),
+        chaos: aws.services().chaos.clone(),
+        domain: agents_address.to_string(),
+        write_timeout: limits::WRITE_TIMEOUT,
+    };
+    let serving_agents = tokio::spawn(agents::serve(agents_listener, Arc::new(api), stop_agents.clone()));
+    let stop_public = CancellationToken::new();
+    let arrivals = Arrivals::default();
+    let gone = aws.clone();
+    let front = Front {
+        lambda: lambda.clone(),
+        secret: front_secret.clone(),
+        client_gone: Arc::new(move |access_key| {
+            let told = gone.client_gone(access_key);
+            tracing::debug!(told, "a public client left before its response");
+        }),
+        port: public_address.port(),
+        arrivals: arrivals.clone(),
+    };
+    let serving_public = tokio::spawn(public::serve(public_listener, Arc::new(front), stop_public.clone()));
+
+    print_interface(&public_url, agents_address, &identity)?;
+    let mut agent = if options.no_agent {
+        None
+    } else {
+        let upstream = match options.upstream {
+            Some(upstream) => upstream,
+            None => demo::start(Demo {
+                aws: aws.clone(),
+                arrivals,
+                agents: agents_address,
+                token_file: identity.token_file.clone(),
+            })
+            .await
+            .context("starting the demo page")?
+            .to_string(),
+        };
+        Some(start_agent(&upstream, agents_address, &identity, options.log_level)?)
+    };
+
+    tokio::select! {
+        () = signals.next() => {}
+        status = ended(&mut agent) => {
+            tracing::error!(%status, "the agent ended; the edge goes on without it");
+            signals.next().await;
+        }
+    }
+    tracing::info!("draining; a second signal ends at once");
+    stop_public.cancel();
+    let drain = async {
+        if time::timeout(DRAIN_TIME, serving_public).await.is_err() {
+            tracing::warn!("public requests in flight were broken off");
+        }
+        end_agent(agent).await;
+        stop_agents.cancel();
+        end_within(AGENT_TIME, serving_agents).await;
+    };
+    tokio::select! {
+        () = drain => {}
+        () = signals.next() => tracing::warn!("ended at once"),
+    }
+    lambda.close().await;
+    if let Some(tables) = folder.tables() {
+        aws.services().dynamodb.save(&tables).await.context("keeping the tables")?;
+    }
+    Ok(())
+}
+
+/// Binds a listener, or says in one sentence why not.
+async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Ok(listener) => Ok(listener),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => bail!(
+            "port {} is taken by another program; choose another one with {flag} {}:PORT",
+            address.port(),
+            address.ip()
+        ),
+        Err(error) => Err(error).with_context(|| format!("listening on {address} ({flag})")),
+    }
+}
+
+async fn start_aws(options: &Options, folder: &Folder) -> anyhow::Result<Arc<Aws>> {
+    let mut chaos = options.chaos.clone();
+    if options.latency == LatencyProfile::Aws {
+        chaos.delay = chaos.delay.max(AWS_HOP);
+    }
+    let aws = Aws::start(AwsOptions {
+        chaos,
+        connections_table: CONNECTIONS_TABLE.to_owned(),
+        mailboxes_table: MAILBOXES_TABLE.to_owned(),
+    });
+    let aws = Arc::new(aws.await.context("starting the services")?);
+    let tables = &aws.services().dynamodb;
+    if let Some(path) = folder.tables() {
+        tables.load(&path).await.with_context(|| format!("reading {}", path.display()))?;
+        // Queues do not outlive this program, so neither does what is known about them.
+        let gone = format!("{{\"TableName\":\"{MAILBOXES_TABLE}\"}}");
+        let _ = tables.call("DeleteTable", gone.into()).await;
+    }
+    let connections = Table {
+        name: CONNECTIONS_TABLE,
+        partition_key: "tunnel",
+        sort_key: Some("connection_id"),
+        expiry: Some("expires_at"),
+    };
+    let mailboxes =
+        Table { name: MAILBOXES_TABLE, partition_key: "pool", sort_key: Some("mailbox"), expiry: None };
+    for table in [connections, mailboxes] {
+        tables.create_table(table).await.context("creating the tables")?;
+    }
+    Ok(aws)
+}
+
+/// Creates the state machine; gives its ARN.
+fn create_machine(aws: &Aws) -> anyhow::Result<Arc<str>> {
+    let endpoint = aws.endpoint();
+    let host = endpoint.strip_prefix("http://").unwrap_or(&endpoint);
+    let substitutions = BTreeMap::from([
+        ("ConnectionsTable".to_owned(), CONNECTIONS_TABLE.to_owned()),
+        ("AgentApiEndpoint".to_owned(), host.to_owned()),
+        ("AgentApiStage".to_owned(), agents::STAGE.to_owned()),
+    ]);
+    let definition = Definition::parse(MACHINE_DEFINITION, &substitutions)
+        .with_context(|| format!("reading the state machine {MACHINE}"))?;
+    Ok(aws.states().create(MACHINE, definition))
+}
+
+/// What the functions are told in their environments.
+struct Settings<'a> {
+    aws: &'a Arc<Aws>,
+    identity: &'a Identity,
+    machine: &'a str,
+    front_secret: &'a str,
+    public_url: &'a str,
+    token_key: String,
+    log_level: LogLevel,
+}
+
+impl Settings<'_> {
+    /// Only what the function needs: what it does not have, it cannot leak.
+    fn of(&self, function: Function) -> FunctionConfig {
+        let clock = self.aws.clock();
+        // Whole seconds, and never none.
+        let seconds = |duration: Duration| clock.scale(duration).as_secs().max(1).to_string();
+        let mailbox_prefix = self.aws.services().sqs.url(MAILBOX_PREFIX);
+        let connections = || (env::CONNECTIONS_TABLE, CONNECTIONS_TABLE.to_owned());
+        let mailboxes = || {
+            vec![
+                (env::MAILBOXES_TABLE, MAILBOXES_TABLE.to_owned()),
+                (env::MAILBOX_URL_PREFIX, mailbox_prefix.clone()),
+                (env::MAILBOX_LEASE_SECS, seconds(limits::MAILBOX_LEASE)),
+            ]
+        };
+        let token_keys = || (env::TOKEN_KEYS, self.token_key.clone());
+        let (timeout_secs, mut variables) = match function {
+            Function::Authorizer => (5, vec![(ENV_JWKS, self.identity.jwks.clone())]),
+            Function::Connect => (
+                10,
+                vec![
+                    connections(),
+                    (env::PUBLIC_URL, self.public_url.to_owned()),
+                    (env::CONNECTION_LIFETIME_SECS, seconds(limits::CONNECTION_LIFETIME)),
+                    (
+                        env::HEARTBEAT_MS,
+                        clock.scale(limits::HEARTBEAT_INTERVAL).as_millis().max(1).to_string(),
+                    ),
+                ],
+            ),
+            Function::Disconnect => (10, [vec![connections()], mailboxes()].concat()),
+            Function::Ingress => (
+                900,
+                [
+                    vec![
+                        token_keys(),
+                        (env::STATE_MACHINE_ARN, self.machine.to_owned()),
+                        (env::AGENT_ENDPOINT, self.aws.connections_endpoint()),
+                        (env::DOMAIN, DOMAIN.to_owned()),
+                        (env::FRONT_SECRET, self.front_secret.to_owned()),
+                        (env::FRONT_ONLY, "true".to_owned()),
+                    ],
+                    mailboxes(),
+                ]
+                .concat(),
+            ),
+            Function::Response => (10, vec![token_keys(), (env::MAILBOX_URL_PREFIX, mailbox_prefix.clone())]),
+        };
+        variables.push(("AWS_LAMBDA_LOG_LEVEL", self.log_level.as_str().to_owned()));
+        FunctionConfig {
+            name: function.name(),
+            timeout: Duration::from_secs(timeout_secs),
+            concurrency: CONCURRENCY,
+            environment: variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+        }
+    }
+}
+
+fn start_lambda(settings: &Settings<'_>) -> anyhow::Result<Lambda> {
+    let aws = settings.aws;
+    let services = aws.services().clone();
+    let (begun, ended) = (aws.clone(), aws.clone());
+    let config = LambdaConfig {
+        launcher: Launcher::current_program().context("finding this program")?,
+        aws_endpoint: aws.endpoint(),
+        register: Register {
+            begun: Arc::new(move |key, function, environment| {
+                begun.callers().register(key, function, environment);
+            }),
+            ended: Arc::new(move |key| ended.callers().forget(key)),
+        },
+        kill_chance: Arc::new(move || {
+            services.chaos.strikes(Fault::KillFunction).then(|| {
+                let [random] = lambda::random_bytes::<1>();
+                Duration::from_millis(u64::from(random) % KILL_WITHIN_MS)
+            })
+        }),
+    };
+    let functions = Function::ALL.into_iter().map(|function| settings.of(function)).collect();
+    Lambda::start(functions, config).context("starting the functions")
+}
+
+/// Makes the first mailboxes, and the first process that leases one.
+async fn seed_mailboxes(aws: Arc<Aws>, lambda: Lambda) {
+    let services = aws.services();
+    let attributes = QueueAttributes { retention: limits::MAILBOX_RETENTION, ..QueueAttributes::default() };
+    let mut mailboxes = Vec::with_capacity(MAILBOXES);
+    for _ in 0..MAILBOXES {
+        let mailbox = lambda::random_hex::<12>();
+        match services.sqs.create(&format!("{MAILBOX_PREFIX}{mailbox}"), attributes.clone()) {
+            Ok(_) => mailboxes.push(mailbox),
+            Err(error) => tracing::error!(%error, "a mailbox was not made"),
+        }
+    }
+    // A queue cannot be used before; whoever needs one in the meantime makes one as well.
+    time::sleep(limits::MAILBOX_WARM_UP).await;
+    for mailbox in mailboxes {
+        let row = format!(
+            "{{\"TableName\":\"{MAILBOXES_TABLE}\",\"Item\":{{\"pool\":{{\"S\":\"mailboxes\"}},\
+             \"mailbox\":{{\"S\":\"{mailbox}\"}},\"leased_until\":{{\"N\":\"0\"}}}}}}"
+        );
+        let answer = services.dynamodb.call("PutItem", row.into()).await;
+        if let Some(error) = answer.error_name() {
+            tracing::error!(error, "a mailbox was not entered");
+        }
+    }
+    lambda.warm(Function::Ingress.name(), 1);
+}
+
+/// The lines that scripts read.
+fn print_interface(public_url: &str, agents: SocketAddr, identity: &Identity) -> anyhow::Result<()> {
+    let lines = format!(
+        "public  {}\nagents  ws://{agents}\ntoken   {}\nkey     {}\n",
+        public_url.replace("{name}", DEMO),
+        identity.token_file.display(),
+        identity.key_file.display(),
+    );
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(lines.as_bytes()).and_then(|()| stdout.flush()).context("printing the addresses")
+}
+
+/// Starts an agent for the tunnel `demo`.
+///
+/// To be called on a thread that lives as long as this program: the kernel ends the agent with it.
+fn start_agent(
+    upstream: &str,
+    agents: SocketAddr,
+    identity: &Identity,
+    log_level: LogLevel,
+) -> anyhow::Result<Child> {
+    let mut child = Command::new(std::env::current_exe().context("finding this program")?)
+        .args(["agent", "http", upstream, "--name", DEMO, "--edge"])
+        .arg(format!("ws://{agents}"))
+        .arg("--token-file")
+        .arg(&identity.token_file)
+        .args(["--log-level", log_level.as_str()])
+        .env(process::ENV_PARENT, std::process::id().to_string())
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .context("starting the agent")?;
+    process::forward_output("agent", &mut child);
+    Ok(child)
+}
+
+/// Waits until the agent ends by itself, if there is one.
+async fn ended(agent: &mut Option<Child>) -> String {
+    match agent {
+        Some(agent) => match agent.wait().await {
+            Ok(status) => status.to_string(),
+            Err(error) => error.to_string(),
+        },
+        None => std::future::pending().await,
+    }
+}
+
+async fn end_agent(agent: Option<Child>) {
+    let Some(mut agent) = agent else { return };
+    let pid = agent.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
+    if let Some(pid) = pid {
+        let _ = kill_process(pid, Signal::TERM);
+    }
+    if time::timeout(AGENT_TIME, agent.wait()).await.is_err() {
+        let _ = agent.kill().await;
+    }
+}
+
+async fn end_within(patience: Duration, task: JoinHandle<()>) {
+    let abort = task.abort_handle();
+    if time::timeout(patience, task).await.is_err() {
+        abort.abort();
+    }
+}
+
+/// What tells this program to end.
+struct EndSignals {
+    interrupt: Signals,
+    terminate: Signals,
+}
+
+impl EndSignals {
+    fn listen() -> anyhow::Result<Self> {
+        let listen = |kind| signal(kind).context("listening for signals");
+        Ok(Self { interrupt: listen(SignalKind::interrupt())?, terminate: listen(SignalKind::terminate())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! Step Functions, as much of it as EXPRESS machines with JSONata need: enters a run's input,
+//! leaves how the run ended, and what it does meanwhile for whoever looks.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use proto::limits;
+use serde_json::Value;
+
+use crate::{
+    clock,
+    latency::Hop,
+    services::{STATES, Services},
+};
+
+pub mod definition;
+pub mod interpreter;
+pub mod jsonata;
+pub mod tasks;
+pub mod trace;
+
+#[cfg(test)]
+mod public_request;
+
+use definition::Definition;
+use interpreter::{Execution, Outcome};
+use tasks::ServiceTasks;
+use trace::{RunStatus, Trace, TraceSnapshot, Traces};
+
+/// What precedes a machine's name in its ARN.
+const MACHINE_ARN: &str = "arn:aws:states:local:000000000000:stateMachine:";
+
+/// Why a run was not started, under the names of Step Functions.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StartError {
+    /// There is no such machine.
+    #[error("State Machine Does Not Exist: '{0}'")]
+    StateMachineDoesNotExist(String),
+    /// The name has a wrong length or alphabet.
+    #[error("Invalid Name: '{0}'")]
+    InvalidName(String),
+    /// The input is not JSON.
+    #[error("Invalid State Machine Execution Input: it is not valid JSON")]
+    InvalidExecutionInput,
+    /// The input is over [`limits::STATE_BYTES`].
+    #[error("the input has {0} bytes, more than the limit of 262144")]
+    InputTooLarge(usize),
+}
+
+impl StartError {
+    /// The error's name in the JSON protocol.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::StateMachineDoesNotExist(_) => "StateMachineDoesNotExist",
+            Self::InvalidName(_) => "InvalidName",
+            Self::InvalidExecutionInput => "InvalidExecutionInput",
+            Self::InputTooLarge(_) => "ValidationException",
+        }
+    }
+}
+
+/// A run that ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RunResult {
+    /// The run's ARN.
+    pub execution_arn: Arc<str>,
+    /// The run's name.
+    pub name: Arc<str>,
+    /// When it began, in epoch seconds.
+    pub start_date: f64,
+    /// When it ended, in epoch seconds.
+    pub stop_date: f64,
+    /// How it ended.
+    pub outcome: Outcome,
+}
+
+/// The service.
+#[derive(Debug)]
+pub struct States {
+    services: Arc<Services>,
+    machines: RwLock<BTreeMap<Box<str>, Arc<Machine>>>,
+    traces: Traces,
+}
+
+#[derive(Debug)]
+struct Machine {
+    arn: Arc<str>,
+    name: Arc<str>,
+    definition: Definition,
+}
+
+/// A run whose input was accepted.
+#[derive(Debug)]
+pub struct AcceptedRun {
+    machine: Arc<Machine>,
+    execution: Execution,
+    input: Value,
+}
+
+impl AcceptedRun {
+    /// The run's input.
+    #[must_use]
+    pub fn input(&self) -> &Value {
+        &self.input
+    }
+}
+
+/// Ends a trace as cancelled when the run's future is dropped.
+struct Ending {
+    trace: Arc<Trace>,
+    status: RunStatus,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.trace.end(self.status);
+    }
+}
+
+impl States {
+    /// A service without machines whose tasks call `services`.
+    #[must_use]
+    pub fn new(services: Arc<Services>) -> Self {
+        Self { services, machines: RwLock::default(), traces: Traces::default() }
+    }
+
+    /// Adds a machine and returns its ARN. A machine of the same name is replaced.
+    pub fn create(&self, name: &str, definition: Definition) -> Arc<str> {
+        let arn: Arc<str> = format!("{MACHINE_ARN}{name}").into();
+        let machine = Machine { arn: Arc::clone(&arn), name: name.into(), definition };
+        let mut machines = self.machines.write().unwrap_or_else(PoisonError::into_inner);
+        machines.insert((&*arn).into(), Arc::new(machine));
+        arn
+    }
+
+    /// Checks what a run is started with.
+    ///
+    /// # Errors
+    ///
+    /// What Step Functions refuses.
+    pub fn accept(
+        &self,
+        machine_arn: &str,
+        name: Option<&str>,
+        input: &str,
+    ) -> Result<AcceptedRun, StartError> {
+        let machines = self.machines.read().unwrap_or_else(PoisonError::into_inner);
+        let machine = machines
+            .get(machine_arn)
+            .cloned()
+            .ok_or_else(|| StartError::StateMachineDoesNotExist(machine_arn.to_owned()))?;
+        drop(machines);
+        let name: Arc<str> = match name {
+            Some(name) if is_name(name) => name.into(),
+            Some(name) => return Err(StartError::InvalidName(name.chars().take(80).collect())),
+            None => format!("run-{:016x}", getrandom::u64().unwrap_or_default()).into(),
+        };
+        if input.len() > limits::STATE_BYTES {
+            return Err(StartError::InputTooLarge(input.len()));
+        }
+        let input = serde_json::from_str(input).map_err(|_| StartError::InvalidExecutionInput)?;
+        let execution = Execution {
+            machine_arn: Arc::clone(&machine.arn),
+            machine_name: Arc::clone(&machine.name),
+            arn: format!("arn:aws:states:local:000000000000:express:{}:{name}", machine.name).into(),
+            name,
+            started_ms: clock::epoch_ms(),
+        };
+        Ok(AcceptedRun { machine, execution, input })
+    }
+
+    /// Runs a machine to its end.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future cancels the run where it waits.
+    pub async fn run(&self, caller: &str, run: AcceptedRun) -> RunResult {
+        self.services.counters.record(caller, STATES, "StartSyncExecution");
+        let trace = self.traces.begin(Arc::clone(&run.execution.name));
+        let mut ending = Ending { trace: Arc::clone(&trace), status: RunStatus::Cancelled };
+        let start_date = clock::epoch_seconds();
+        self.services.latency.hop(Hop::StartRun).await;
+        let tasks = ServiceTasks::new(Arc::clone(&self.services));
+        let AcceptedRun { machine, execution, input } = run;
+        let outcome = interpreter::run(&machine.definition, &execution, input, &tasks, &trace).await;
+        ending.status = match &outcome {
+            Outcome::Succeeded(_) => RunStatus::Succeeded,
+            Outcome::Failed(_) => RunStatus::Failed,
+            Outcome::TimedOut(_) => RunStatus::TimedOut,
+        };
+        RunResult {
+            execution_arn: execution.arn,
+            name: execution.name,
+            start_date,
+            stop_date: clock::epoch_seconds(),
+            outcome,
+        }
+    }
+
+    /// The newest run of this name, also while it is going.
+    #[must_use]
+    pub fn trace(&self, name: &str) -> Option<TraceSnapshot> {
+        self.traces.find(name)
+    }
+
+    /// The last runs, newest first.
+    #[must_use]
+    pub fn traces(&self) -> Vec<TraceSnapshot> {
+        self.traces.all()
+    }
+}
+
+/// Whether a run may have this name (Step Functions API Reference, "StartSyncExecution").
+fn is_name(name: &str) -> bool {
+    let refused = |c: char| c.is_whitespace() || c.is_control() || "<>{}[]?*\"#%\\^|~`$&,;:/".contains(c);
+    (1..=80).contains(&name.chars().count()) && !name.contains(refused)
+}

@@ -1,0 +1,850 @@
+//! The definition of an EXPRESS state machine: enters Amazon States Language, leaves states that
+//! were checked, or one sentence about what is wrong. What is not built here is refused here.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use proto::limits;
+use serde_json::{Map, Value};
+
+use super::jsonata::Expression;
+
+/// Why a definition was refused, in the words of Step Functions where it would refuse it too.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("Invalid State Machine Definition: '{code}: {problem} at {path}'")]
+pub struct DefinitionError {
+    code: &'static str,
+    problem: String,
+    path: String,
+}
+
+impl DefinitionError {
+    fn schema(path: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self { code: "SCHEMA_VALIDATION_FAILED", problem: problem.into(), path: path.into() }
+    }
+}
+
+type Result<T> = std::result::Result<T, DefinitionError>;
+
+/// A checked EXPRESS state machine.
+#[derive(Debug, Clone)]
+pub struct Definition {
+    pub(super) start: usize,
+    pub(super) timeout: Duration,
+    pub(super) states: Vec<State>,
+}
+
+/// One state.
+#[derive(Debug, Clone)]
+pub(super) struct State {
+    pub(super) name: Arc<str>,
+    pub(super) kind: Kind,
+    pub(super) assign: Assign,
+    pub(super) output: Option<Template>,
+}
+
+/// The variables that a state, a rule or a catcher assigns.
+pub(super) type Assign = Vec<(Arc<str>, Template)>;
+
+/// What a state does.
+#[derive(Debug, Clone)]
+pub(super) enum Kind {
+    Task(Box<Task>),
+    Choice { rules: Vec<Rule>, default: Option<usize> },
+    Pass(Next),
+    Wait { seconds: Template, next: Next },
+    Succeed,
+    Fail { error: Option<Template>, cause: Option<Template> },
+}
+
+/// Where a run goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    State(usize),
+    End,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Task {
+    pub(super) resource: Resource,
+    pub(super) arguments: Vec<(Box<str>, Template)>,
+    pub(super) timeout: Duration,
+    pub(super) retry: Vec<Retrier>,
+    pub(super) catch: Vec<Catcher>,
+    pub(super) next: Next,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Rule {
+    pub(super) condition: Expression,
+    pub(super) assign: Assign,
+    pub(super) output: Option<Template>,
+    pub(super) next: usize,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Retrier {
+    pub(super) errors: Vec<Box<str>>,
+    pub(super) interval: Duration,
+    pub(super) backoff_rate: f64,
+    pub(super) max_attempts: u32,
+    pub(super) max_delay: Option<Duration>,
+    pub(super) jitter: Jitter,
+}
+
+/// Whether a retrier waits exactly its interval or any time up to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Jitter {
+    None,
+    Full,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Catcher {
+    pub(super) errors: Vec<Box<str>>,
+    pub(super) assign: Assign,
+    pub(super) output: Option<Template>,
+    pub(super) next: usize,
+}
+
+/// A JSON value in which strings may be expressions.
+#[derive(Debug, Clone)]
+pub(super) enum Template {
+    Literal(Value),
+    Expression(Expression),
+    Array(Vec<Self>),
+    Object(Vec<(Box<str>, Self)>),
+}
+
+/// A service integration that runs here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Resource {
+    /// `arn:aws:states:::aws-sdk:dynamodb:query`
+    DynamoDbQuery,
+    /// `arn:aws:states:::dynamodb:getItem`
+    DynamoDbGetItem,
+    /// `arn:aws:states:::dynamodb:putItem`
+    DynamoDbPutItem,
+    /// `arn:aws:states:::dynamodb:updateItem`
+    DynamoDbUpdateItem,
+    /// `arn:aws:states:::dynamodb:deleteItem`
+    DynamoDbDeleteItem,
+    /// `arn:aws:states:::aws-sdk:sqs:receiveMessage`
+    SqsReceiveMessage,
+    /// `arn:aws:states:::aws-sdk:sqs:deleteMessage`
+    SqsDeleteMessage,
+    /// `arn:aws:states:::sqs:sendMessage`
+    SqsSendMessage,
+    /// `arn:aws:states:::apigateway:invoke`
+    ApiGatewayInvoke,
+}
+
+const RESOURCES: &[(&str, Resource, &[&str])] = &[
+    (
+        "arn:aws:states:::aws-sdk:dynamodb:query",
+        Resource::DynamoDbQuery,
+        &[
+            "TableName",
+            "IndexName",
+            "KeyConditionExpression",
+            "FilterExpression",
+            "ProjectionExpression",
+            "ExpressionAttributeNames",
+            "ExpressionAttributeValues",
+            "ConsistentRead",
+            "ScanIndexForward",
+            "Limit",
+            "Select",
+        ],
+    ),
+    (
+        "arn:aws:states:::dynamodb:getItem",
+        Resource::DynamoDbGetItem,
+        &["TableName", "Key", "ConsistentRead", "ProjectionExpression", "ExpressionAttributeNames"],
+    ),
+    (
+        "arn:aws:states:::dynamodb:putItem",
+        Resource::DynamoDbPutItem,
+        &[
+            "TableName",
+            "Item",
+            "ConditionExpression",
+            "ExpressionAttributeNames",
+            "ExpressionAttributeValues",
+            "ReturnValues",
+        ],
+    ),
+    (
+        "arn:aws:states:::dynamodb:updateItem",
+        Resource::DynamoDbUpdateItem,
+        &[
+            "TableName",
+            "Key",
+            "UpdateExpression",
+            "ConditionExpression",
+            "ExpressionAttributeNames",
+            "ExpressionAttributeValues",
+            "ReturnValues",
+        ],
+    ),
+    (
+        "arn:aws:states:::dynamodb:deleteItem",
+        Resource::DynamoDbDeleteItem,
+        &[
+            "TableName",
+            "Key",
+            "ConditionExpression",
+            "ExpressionAttributeNames",
+            "ExpressionAttributeValues",
+            "ReturnValues",
+        ],
+    ),
+    (
+        "arn:aws:states:::aws-sdk:sqs:receiveMessage",
+        Resource::SqsReceiveMessage,
+        &["QueueUrl", "MaxNumberOfMessages", "VisibilityTimeout", "WaitTimeSeconds", "MessageAttributeNames"],
+    ),
+    (
+        "arn:aws:states:::aws-sdk:sqs:deleteMessage",
+        Resource::SqsDeleteMessage,
+        &["QueueUrl", "ReceiptHandle"],
+    ),
+    (
+        "arn:aws:states:::sqs:sendMessage",
+        Resource::SqsSendMessage,
+        &["QueueUrl", "MessageBody", "MessageAttributes"],
+    ),
+    (
+        "arn:aws:states:::apigateway:invoke",
+        Resource::ApiGatewayInvoke,
+        &["ApiEndpoint", "Method", "Stage", "Path", "RequestBody", "AuthType", "Headers"],
+    ),
+];
+
+impl Resource {
+    /// The resource as a state machine names it.
+    #[must_use]
+    pub fn arn(self) -> &'static str {
+        RESOURCES.iter().find(|(_, resource, _)| *resource == self).map_or("", |(arn, _, _)| arn)
+    }
+}
+
+impl Definition {
+    /// Reads a definition in which every `${Name}` is replaced by the substitution of that name.
+    ///
+    /// # Errors
+    ///
+    /// What Step Functions refuses for an EXPRESS machine, what does not run here, and a task
+    /// without a timeout.
+    pub fn parse(text: &str, substitutions: &BTreeMap<String, String>) -> Result<Self> {
+        let text = substitute(text, substitutions)?;
+        let machine: Value = serde_json::from_str(&text).map_err(|error| DefinitionError {
+            code: "INVALID_JSON_DESCRIPTION",
+            problem: error.to_string(),
+            path: "/".to_owned(),
+        })?;
+        let machine = object(&machine, "/")?;
+        known(machine, "", &["Comment", "QueryLanguage", "Version", "StartAt", "TimeoutSeconds", "States"])?;
+        if machine.get("QueryLanguage").and_then(Value::as_str) != Some("JSONata") {
+            return Err(DefinitionError::schema("/QueryLanguage", "only machines with JSONata run here"));
+        }
+        let timeout = match machine.get("TimeoutSeconds") {
+            None => limits::RUN_DURATION,
+            Some(value) => seconds(value, "/TimeoutSeconds")?.min(limits::RUN_DURATION),
+        };
+        let states = object(machine.get("States").unwrap_or(&Value::Null), "/States")?;
+        let reader = Reader {
+            index: states.keys().enumerate().map(|(index, name)| (name.as_str(), index)).collect(),
+            assigned: assigned_names(&Value::Object(states.clone())),
+        };
+        let start = reader.target(machine.get("StartAt"), "/StartAt")?;
+        let parsed =
+            states.iter().map(|(name, state)| reader.state(name, state)).collect::<Result<Vec<_>>>()?;
+        let definition = Self { start, timeout, states: parsed };
+        if let Some(name) = definition.unreachable() {
+            return Err(DefinitionError::schema(format!("/States/{name}"), "the state is never reached"));
+        }
+        Ok(definition)
+    }
+
+    /// The names of all states, in the order of the file.
+    pub fn state_names(&self) -> impl Iterator<Item = &str> {
+        self.states.iter().map(|state| &*state.name)
+    }
+
+    fn unreachable(&self) -> Option<&str> {
+        let mut reached = vec![false; self.states.len()];
+        let mut open = vec![self.start];
+        while let Some(index) = open.pop() {
+            if std::mem::replace(&mut reached[index], true) {
+                continue;
+            }
+            let mut go_on = |next: Next| {
+                if let Next::State(next) = next {
+                    open.push(next);
+                }
+            };
+            match &self.states[index].kind {
+                Kind::Task(task) => {
+                    go_on(task.next);
+                    open.extend(task.catch.iter().map(|catcher| catcher.next));
+                }
+                Kind::Choice { rules, default } => {
+                    open.extend(rules.iter().map(|rule| rule.next).chain(*default));
+                }
+                Kind::Pass(next) | Kind::Wait { next, .. } => go_on(*next),
+                Kind::Succeed | Kind::Fail { .. } => {}
+            }
+        }
+        reached.iter().position(|reached| !reached).map(|index| &*self.states[index].name)
+    }
+}
+
+/// Replaces every `${Name}`. The value is written as the inside of a JSON string.
+fn substitute(text: &str, substitutions: &BTreeMap<String, String>) -> Result<String> {
+    let mut replaced = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find("${") {
+        let (before, after) = rest.split_at(at);
+        replaced.push_str(before);
+        let Some(end) = after.find('}') else {
+            return Err(DefinitionError::schema("/", "a substitution is not closed"));
+        };
+        let name = &after[2..end];
+        let is_pascal_case = name.starts_with(|c: char| c.is_ascii_uppercase())
+            && name.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        if !is_pascal_case {
+            return Err(DefinitionError::schema("/", format!("${{{name}}} is not a name in PascalCase")));
+        }
+        let value = substitutions
+            .get(name)
+            .ok_or_else(|| DefinitionError::schema("/", format!("nothing was supplied for ${{{name}}}")))?;
+        let quoted = Value::String(value.clone()).to_string();
+        replaced.push_str(&quoted[1..quoted.len() - 1]);
+        rest = &after[end + 1..];
+    }
+    replaced.push_str(rest);
+    Ok(replaced)
+}
+
+/// Every name that any `Assign` gives a value.
+fn assigned_names(value: &Value) -> BTreeSet<Box<str>> {
+    fn visit(value: &Value, names: &mut BTreeSet<Box<str>>) {
+        match value {
+            Value::Object(fields) => {
+                for (name, field) in fields {
+                    if name == "Assign"
+                        && let Value::Object(variables) = field
+                    {
+                        names.extend(variables.keys().map(|name| name.as_str().into()));
+                    }
+                    visit(field, names);
+                }
+            }
+            Value::Array(items) => items.iter().for_each(|item| visit(item, names)),
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+        }
+    }
+    let mut names = BTreeSet::new();
+    visit(value, &mut names);
+    names
+}
+
+struct Reader<'t> {
+    index: BTreeMap<&'t str, usize>,
+    assigned: BTreeSet<Box<str>>,
+}
+
+impl Reader<'_> {
+    fn state(&self, name: &str, state: &Value) -> Result<State> {
+        let path = format!("/States/{name}");
+        if name.chars().count() > 80 {
+            return Err(DefinitionError::schema(path, "a state's name may have 80 characters"));
+        }
+        let fields = object(state, &path)?;
+        if let Some(language) = fields.get("QueryLanguage")
+            && language.as_str() != Some("JSONata")
+        {
+            return Err(DefinitionError::schema(
+                format!("{path}/QueryLanguage"),
+                "only machines with JSONata run here",
+            ));
+        }
+        let common = ["Type", "Comment", "QueryLanguage"];
+        let allow = |more: &[&str]| known(fields, &path, &[&common[..], more].concat());
+        let kind = match text(fields.get("Type"), &format!("{path}/Type"))? {
+            "Task" => {
+                allow(&[
+                    "Resource",
+                    "Arguments",
+                    "TimeoutSeconds",
+                    "Retry",
+                    "Catch",
+                    "Assign",
+                    "Output",
+                    "Next",
+                    "End",
+                ])?;
+                Kind::Task(Box::new(self.task(fields, &path)?))
+            }
+            "Choice" => {
+                allow(&["Choices", "Default", "Assign", "Output"])?;
+                let rules = array(fields.get("Choices"), &format!("{path}/Choices"))?
+                    .iter()
+                    .enumerate()
+                    .map(|(at, rule)| self.rule(rule, &format!("{path}/Choices[{at}]")))
+                    .collect::<Result<Vec<_>>>()?;
+                if rules.is_empty() {
+                    return Err(DefinitionError::schema(format!("{path}/Choices"), "there is no choice"));
+                }
+                let default = fields
+                    .get("Default")
+                    .map(|target| self.target(Some(target), &format!("{path}/Default")))
+                    .transpose()?;
+                Kind::Choice { rules, default }
+            }
+            "Pass" => {
+                allow(&["Assign", "Output", "Next", "End"])?;
+                Kind::Pass(self.next(fields, &path)?)
+            }
+            "Wait" => {
+                allow(&["Seconds", "Assign", "Output", "Next", "End"])?;
+                let seconds = fields
+                    .get("Seconds")
+                    .ok_or_else(|| DefinitionError::schema(&path, "only a Wait for Seconds runs here"))?;
+                Kind::Wait {
+                    seconds: self.template(seconds, &format!("{path}/Seconds"))?,
+                    next: self.next(fields, &path)?,
+                }
+            }
+            "Succeed" => {
+                allow(&["Output"])?;
+                Kind::Succeed
+            }
+            "Fail" => {
+                allow(&["Error", "Cause"])?;
+                let part = |name: &str| {
+                    fields.get(name).map(|value| self.template(value, &format!("{path}/{name}"))).transpose()
+                };
+                Kind::Fail { error: part("Error")?, cause: part("Cause")? }
+            }
+            other => {
+                return Err(DefinitionError::schema(
+                    format!("{path}/Type"),
+                    format!("states of type {other} do not run here"),
+                ));
+            }
+        };
+        Ok(State {
+            name: name.into(),
+            kind,
+            assign: self.assign(fields, &path)?,
+            output: self.output(fields, &path)?,
+        })
+    }
+
+    fn task(&self, fields: &Map<String, Value>, path: &str) -> Result<Task> {
+        let at_resource = format!("{path}/Resource");
+        let arn = text(fields.get("Resource"), &at_resource)?;
+        // The second blank belongs to Step Functions' own message.
+        for pattern in [".waitForTaskToken", ".sync"] {
+            if arn.contains(pattern) {
+                return Err(DefinitionError::schema(
+                    at_resource,
+                    format!("Express state machine does not support '{pattern}' service integration "),
+                ));
+            }
+        }
+        if arn.contains(":activity:") {
+            return Err(DefinitionError::schema(
+                at_resource,
+                "Express state machine does not support Activity ARN",
+            ));
+        }
+        let Some((_, resource, allowed)) = RESOURCES.iter().find(|(name, _, _)| *name == arn) else {
+            return Err(DefinitionError::schema(
+                at_resource,
+                format!("the resource {arn} does not run here"),
+            ));
+        };
+        let at_arguments = format!("{path}/Arguments");
+        let arguments = match fields.get("Arguments") {
+            Some(value) => object(value, &at_arguments)?,
+            None => return Err(DefinitionError::schema(at_arguments, "there are no arguments")),
+        };
+        known(arguments, &at_arguments, allowed)?;
+        if *resource == Resource::ApiGatewayInvoke
+            && arguments.get("AuthType").and_then(Value::as_str) != Some("IAM_ROLE")
+        {
+            return Err(DefinitionError::schema(
+                format!("{at_arguments}/AuthType"),
+                "posting to a connection takes AuthType IAM_ROLE",
+            ));
+        }
+        let arguments = arguments
+            .iter()
+            .map(|(name, value)| {
+                Ok((name.as_str().into(), self.template(value, &format!("{at_arguments}/{name}"))?))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let timeout = match fields.get("TimeoutSeconds") {
+            Some(value) => seconds(value, &format!("{path}/TimeoutSeconds"))?,
+            None => return Err(DefinitionError::schema(path, "every Task has TimeoutSeconds here")),
+        };
+        let list = |name: &str| match fields.get(name) {
+            None => Ok(&[][..]),
+            Some(value) => array(Some(value), &format!("{path}/{name}")).map(Vec::as_slice),
+        };
+        let retry = list("Retry")?
+            .iter()
+            .enumerate()
+            .map(|(at, retrier)| self.retrier(retrier, &format!("{path}/Retry[{at}]")))
+            .collect::<Result<Vec<_>>>()?;
+        let catch = list("Catch")?
+            .iter()
+            .enumerate()
+            .map(|(at, catcher)| self.catcher(catcher, &format!("{path}/Catch[{at}]")))
+            .collect::<Result<Vec<_>>>()?;
+        last_catches_all(retry.iter().map(|retrier| &retrier.errors[..]), &format!("{path}/Retry"))?;
+        last_catches_all(catch.iter().map(|catcher| &catcher.errors[..]), &format!("{path}/Catch"))?;
+        Ok(Task { resource: *resource, arguments, timeout, retry, catch, next: self.next(fields, path)? })
+    }
+
+    fn rule(&self, rule: &Value, path: &str) -> Result<Rule> {
+        let fields = object(rule, path)?;
+        known(fields, path, &["Comment", "Condition", "Assign", "Output", "Next"])?;
+        let at_condition = format!("{path}/Condition");
+        let condition = match self.template(fields.get("Condition").unwrap_or(&Value::Null), &at_condition)? {
+            Template::Expression(expression) => expression,
+            Template::Literal(_) | Template::Array(_) | Template::Object(_) => {
+                return Err(DefinitionError::schema(at_condition, "a condition is one expression"));
+            }
+        };
+        Ok(Rule {
+            condition,
+            assign: self.assign(fields, path)?,
+            output: self.output(fields, path)?,
+            next: self.target(fields.get("Next"), &format!("{path}/Next"))?,
+        })
+    }
+
+    fn retrier(&self, retrier: &Value, path: &str) -> Result<Retrier> {
+        let fields = object(retrier, path)?;
+        known(
+            fields,
+            path,
+            &[
+                "Comment",
+                "ErrorEquals",
+                "IntervalSeconds",
+                "BackoffRate",
+                "MaxAttempts",
+                "MaxDelaySeconds",
+                "JitterStrategy",
+            ],
+        )?;
+        let backoff_rate = match fields.get("BackoffRate") {
+            None => 2.0,
+            Some(rate) => rate.as_f64().filter(|rate| *rate >= 1.0).ok_or_else(|| {
+                DefinitionError::schema(format!("{path}/BackoffRate"), "is not a number of at least 1")
+            })?,
+        };
+        let max_attempts = match fields.get("MaxAttempts") {
+            None => 3,
+            Some(attempts) => {
+                attempts.as_u64().and_then(|attempts| u32::try_from(attempts).ok()).ok_or_else(|| {
+                    DefinitionError::schema(format!("{path}/MaxAttempts"), "is not a whole number")
+                })?
+            }
+        };
+        let jitter = match fields.get("JitterStrategy").map(|strategy| strategy.as_str()) {
+            None | Some(Some("NONE")) => Jitter::None,
+            Some(Some("FULL")) => Jitter::Full,
+            Some(_) => {
+                return Err(DefinitionError::schema(
+                    format!("{path}/JitterStrategy"),
+                    "is neither FULL nor NONE",
+                ));
+            }
+        };
+        let duration =
+            |name: &str| fields.get(name).map(|value| seconds(value, &format!("{path}/{name}"))).transpose();
+        Ok(Retrier {
+            errors: errors(fields, path)?,
+            interval: duration("IntervalSeconds")?.unwrap_or(Duration::from_secs(1)),
+            backoff_rate,
+            max_attempts,
+            max_delay: duration("MaxDelaySeconds")?,
+            jitter,
+        })
+    }
+
+    fn catcher(&self, catcher: &Value, path: &str) -> Result<Catcher> {
+        let fields = object(catcher, path)?;
+        known(fields, path, &["Comment", "ErrorEquals", "Assign", "Output", "Next"])?;
+        Ok(Catcher {
+            errors: errors(fields, path)?,
+            assign: self.assign(fields, path)?,
+            output: self.output(fields, path)?,
+            next: self.target(fields.get("Next"), &format!("{path}/Next"))?,
+        })
+    }
+
+    fn assign(&self, fields: &Map<String, Value>, path: &str) -> Result<Assign> {
+        let Some(assign) = fields.get("Assign") else { return Ok(Vec::new()) };
+        let path = format!("{path}/Assign");
+        object(assign, &path)?
+            .iter()
+            .map(|(name, value)| {
+                if name == "states" || name.is_empty() || name.chars().count() > 80 {
+                    return Err(DefinitionError::schema(format!("{path}/{name}"), "is no variable's name"));
+                }
+                Ok((name.as_str().into(), self.template(value, &format!("{path}/{name}"))?))
+            })
+            .collect()
+    }
+
+    fn output(&self, fields: &Map<String, Value>, path: &str) -> Result<Option<Template>> {
+        fields.get("Output").map(|value| self.template(value, &format!("{path}/Output"))).transpose()
+    }
+
+    fn template(&self, value: &Value, path: &str) -> Result<Template> {
+        Ok(match value {
+            Value::String(text) => match text.strip_prefix("{%").and_then(|text| text.strip_suffix("%}")) {
+                None if text.starts_with("{%") || text.ends_with("%}") => {
+                    return Err(DefinitionError::schema(
+                        path,
+                        "an expression is the whole string, from {% to %}",
+                    ));
+                }
+                None => Template::Literal(value.clone()),
+                Some(source) => Template::Expression(
+                    Expression::parse(source, &self.assigned)
+                        .map_err(|error| DefinitionError::schema(path, error.to_string()))?,
+                ),
+            },
+            Value::Array(items) => {
+                let items = items
+                    .iter()
+                    .enumerate()
+                    .map(|(at, item)| self.template(item, &format!("{path}[{at}]")))
+                    .collect::<Result<Vec<_>>>()?;
+                if items.iter().all(|item| matches!(item, Template::Literal(_))) {
+                    Template::Literal(value.clone())
+                } else {
+                    Template::Array(items)
+                }
+            }
+            Value::Object(fields) => {
+                let parsed = fields
+                    .iter()
+                    .map(|(name, field)| {
+                        if name.ends_with(".$") {
+                            return Err(DefinitionError::schema(
+                                format!("{path}/{name}"),
+                                "JSONPath is not used in machines with JSONata",
+                            ));
+                        }
+                        Ok((name.as_str().into(), self.template(field, &format!("{path}/{name}"))?))
+                    })
+                    .collect::<Result<Vec<(Box<str>, _)>>>()?;
+                if parsed.iter().all(|(_, field)| matches!(field, Template::Literal(_))) {
+                    Template::Literal(value.clone())
+                } else {
+                    Template::Object(parsed)
+                }
+            }
+            Value::Null | Value::Bool(_) | Value::Number(_) => Template::Literal(value.clone()),
+        })
+    }
+
+    fn next(&self, fields: &Map<String, Value>, path: &str) -> Result<Next> {
+        match (fields.get("Next"), fields.get("End")) {
+            (Some(next), None) => self.target(Some(next), &format!("{path}/Next")).map(Next::State),
+            (None, Some(Value::Bool(true))) => Ok(Next::End),
+            _ => Err(DefinitionError::schema(path, "takes either Next or \"End\": true")),
+        }
+    }
+
+    fn target(&self, name: Option<&Value>, path: &str) -> Result<usize> {
+        let name = text(name, path)?;
+        self.index.get(name).copied().ok_or_else(|| DefinitionError {
+            code: "MISSING_TRANSITION_TARGET",
+            problem: format!("there is no state {name:?}"),
+            path: path.to_owned(),
+        })
+    }
+}
+
+fn errors(fields: &Map<String, Value>, path: &str) -> Result<Vec<Box<str>>> {
+    let path = format!("{path}/ErrorEquals");
+    let errors = array(fields.get("ErrorEquals"), &path)?
+        .iter()
+        .map(|name| text(Some(name), &path).map(Into::into))
+        .collect::<Result<Vec<Box<str>>>>()?;
+    if errors.is_empty() {
+        return Err(DefinitionError::schema(path, "names no error"));
+    }
+    Ok(errors)
+}
+
+/// `States.ALL` stands alone, and last.
+fn last_catches_all<'e>(lists: impl ExactSizeIterator<Item = &'e [Box<str>]>, path: &str) -> Result<()> {
+    let count = lists.len();
+    for (at, errors) in lists.enumerate() {
+        let catches_all = errors.iter().any(|name| &**name == "States.ALL");
+        if catches_all && (errors.len() > 1 || at + 1 < count) {
+            return Err(DefinitionError::schema(
+                format!("{path}[{at}]/ErrorEquals"),
+                "States.ALL stands alone and last",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn known(fields: &Map<String, Value>, path: &str, names: &[&str]) -> Result<()> {
+    match fields.keys().find(|name| !names.contains(&name.as_str())) {
+        None => Ok(()),
+        Some(name) => Err(DefinitionError::schema(
+            format!("{path}/{name}"),
+            "the field does not exist, or is not one that runs here,",
+        )),
+    }
+}
+
+fn object<'v>(value: &'v Value, path: &str) -> Result<&'v Map<String, Value>> {
+    value.as_object().ok_or_else(|| DefinitionError::schema(path, "is not an object"))
+}
+
+fn array<'v>(value: Option<&'v Value>, path: &str) -> Result<&'v Vec<Value>> {
+    value.and_then(Value::as_array).ok_or_else(|| DefinitionError::schema(path, "is not an array"))
+}
+
+fn text<'v>(value: Option<&'v Value>, path: &str) -> Result<&'v str> {
+    value.and_then(Value::as_str).ok_or_else(|| DefinitionError::schema(path, "is missing or not a string"))
+}
+
+fn seconds(value: &Value, path: &str) -> Result<Duration> {
+    value
+        .as_u64()
+        .filter(|seconds| (1..=99_999_999).contains(seconds))
+        .map(Duration::from_secs)
+        .ok_or_else(|| DefinitionError::schema(path, "is not a whole number of seconds"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(machine: &Value) -> std::result::Result<Definition, String> {
+        Definition::parse(&machine.to_string(), &BTreeMap::new()).map_err(|error| error.to_string())
+    }
+
+    fn with_task(change: impl FnOnce(&mut Value)) -> Value {
+        let mut task = json!({
+            "Type": "Task",
+            "Resource": "arn:aws:states:::aws-sdk:sqs:deleteMessage",
+            "Arguments": { "QueueUrl": "{% $states.input.q %}", "ReceiptHandle": "r" },
+            "TimeoutSeconds": 5,
+            "End": true
+        });
+        change(&mut task);
+        json!({ "QueryLanguage": "JSONata", "StartAt": "Publish", "States": { "Publish": task } })
+    }
+
+    #[test]
+    fn takes_a_machine_that_aws_takes() {
+        let definition = parse(&with_task(|_| {})).unwrap();
+        assert_eq!(definition.state_names().collect::<Vec<_>>(), ["Publish"]);
+        assert_eq!(definition.timeout, limits::RUN_DURATION);
+    }
+
+    #[test]
+    fn refuses_what_express_refuses_in_its_words() {
+        let with_resource = |arn: &str| parse(&with_task(|task| task["Resource"] = arn.into())).unwrap_err();
+        assert_eq!(
+            with_resource("arn:aws:states:::sqs:sendMessage.waitForTaskToken"),
+            "Invalid State Machine Definition: 'SCHEMA_VALIDATION_FAILED: Express state machine does not \
+             support '.waitForTaskToken' service integration  at /States/Publish/Resource'"
+        );
+        assert_eq!(
+            with_resource("arn:aws:states:::states:startExecution.sync:2"),
+            "Invalid State Machine Definition: 'SCHEMA_VALIDATION_FAILED: Express state machine does not \
+             support '.sync' service integration  at /States/Publish/Resource'"
+        );
+        assert_eq!(
+            with_resource("arn:aws:states:eu-central-1:000000000000:activity:wait"),
+            "Invalid State Machine Definition: 'SCHEMA_VALIDATION_FAILED: Express state machine does not \
+             support Activity ARN at /States/Publish/Resource'"
+        );
+    }
+
+    #[test]
+    fn refuses_with_the_place_of_the_fault() {
+        let refusal = |change: fn(&mut Value)| parse(&with_task(change)).unwrap_err();
+        for (change, wanted) in [
+            (
+                (|task| task["Resource"] = "arn:aws:states:::lambda:invoke".into()) as fn(&mut Value),
+                "does not run here at /States/Publish/Resource",
+            ),
+            (
+                |task| drop(task.as_object_mut().unwrap().remove("TimeoutSeconds")),
+                "every Task has TimeoutSeconds here at /States/Publish'",
+            ),
+            (|task| task["Arguments"]["Delay"] = 1.into(), "at /States/Publish/Arguments/Delay"),
+            (|task| task["Next"] = "Publish".into(), "takes either Next or \"End\": true"),
+            (|task| task["End"] = false.into(), "takes either Next or \"End\": true"),
+            (|task| task["ResultPath"] = "$".into(), "at /States/Publish/ResultPath"),
+            (|task| task["Type"] = "Map".into(), "states of type Map do not run here"),
+            (|task| task["Arguments"]["QueueUrl"] = "{% $a. %}".into(), "cannot be parsed"),
+            (|task| task["Arguments"]["QueueUrl"] = "x {% $a %}".into(), "an expression is the whole string"),
+            (
+                |task| task["Catch"] = json!([{ "ErrorEquals": ["A", "States.ALL"], "Next": "Publish" }]),
+                "States.ALL stands alone and last",
+            ),
+            (
+                |task| task["Catch"] = json!([{ "ErrorEquals": ["A"], "Next": "Nowhere" }]),
+                "there is no state \"Nowhere\"",
+            ),
+            (
+                |task| task["Retry"] = json!([{ "ErrorEquals": ["A"], "JitterStrategy": "SOME" }]),
+                "is neither FULL nor NONE",
+            ),
+        ] {
+            let message = refusal(change);
+            assert!(message.contains(wanted), "{message}\n  wanted: {wanted}");
+        }
+    }
+
+    #[test]
+    fn refuses_a_machine_without_its_parts() {
+        let mut machine = with_task(|_| {});
+        machine["StartAt"] = "Elsewhere".into();
+        assert!(parse(&machine).unwrap_err().contains("MISSING_TRANSITION_TARGET"));
+        machine.as_object_mut().unwrap().remove("StartAt");
+        assert!(parse(&machine).unwrap_err().contains("at /StartAt"));
+        let mut machine = with_task(|_| {});
+        machine["States"]["Island"] = json!({ "Type": "Succeed" });
+        assert!(parse(&machine).unwrap_err().contains("never reached at /States/Island"));
+        let mut machine = with_task(|_| {});
+        machine["QueryLanguage"] = "JSONPath".into();
+        assert!(parse(&machine).unwrap_err().contains("only machines with JSONata"));
+        assert!(Definition::parse("{", &BTreeMap::new()).unwrap_err().to_string().contains("INVALID_JSON"));
+    }
+
+    #[test]
+    fn substitutes_names_in_pascal_case() {
+        let text = with_task(|task| task["Arguments"]["ReceiptHandle"] = "${Table}".into()).to_string();
+        assert!(Definition::parse(&text, &BTreeMap::from([("Table".into(), "a\"b".into())])).is_ok());
+        let error = Definition::parse(&text, &BTreeMap::new()).unwrap_err().to_string();
+        assert!(error.contains("nothing was supplied for ${Table}"), "{error}");
+        let error = substitute("${self:x}", &BTreeMap::new()).unwrap_err().to_string();
+        assert!(error.contains("not a name in PascalCase"), "{error}");
+    }
+}

@@ -1,0 +1,809 @@
+//! Runs a state machine: enter a definition, an input and somebody who carries out tasks, leaves
+//! how the run ended. Everything a run may not do in AWS ends it here as well.
+
+use std::{borrow::Cow, collections::BTreeMap, future::Future, sync::Arc, time::Duration};
+
+use proto::limits;
+use serde_json::{Map, Value, json};
+
+use super::{
+    definition::{Assign, Catcher, Definition, Jitter, Kind, Next, Resource, State, Task, Template},
+    jsonata::{Evaluated, Expression, Scope},
+    trace::Trace,
+};
+
+/// Step Functions' own error names.
+pub mod error_name {
+    /// Matches every error but [`DATA_LIMIT_EXCEEDED`] and [`RUNTIME`].
+    pub const ALL: &str = "States.ALL";
+    /// A state or the whole run took too long.
+    pub const TIMEOUT: &str = "States.Timeout";
+    /// Matches every error of a task but [`TIMEOUT`].
+    pub const TASK_FAILED: &str = "States.TaskFailed";
+    /// The run did something that the machine does not define.
+    pub const RUNTIME: &str = "States.Runtime";
+    /// A value is over 256 KiB.
+    pub const DATA_LIMIT_EXCEEDED: &str = "States.DataLimitExceeded";
+    /// An expression failed or had no value.
+    pub const QUERY_EVALUATION_ERROR: &str = "States.QueryEvaluationError";
+    /// No choice held, and there was no default.
+    pub const NO_CHOICE_MATCHED: &str = "States.NoChoiceMatched";
+}
+
+/// The most bytes of all variables together (Step Functions: 10 MiB).
+const VARIABLES_BYTES: usize = 10 * 1024 * 1024;
+
+/// The most states that one run enters (Step Functions: 25,000 events of history, five for a task).
+const STATES_PER_RUN: usize = 5000;
+
+/// Carries out the tasks of a run.
+pub trait Tasks: Sync {
+    /// Carries out one call.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future is dropped when the task's or the run's time is over, or when nobody waits for
+    /// the run any more.
+    fn call(&self, call: Call<'_>) -> impl Future<Output = Result<Value, TaskError>> + Send;
+}
+
+/// One call of a task.
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// The state that calls.
+    pub state: &'a str,
+    /// What is called.
+    pub resource: Resource,
+    /// With which arguments.
+    pub arguments: Arguments<'a>,
+}
+
+/// The evaluated arguments of a call, in the order of the definition.
+#[derive(Debug, Default)]
+pub struct Arguments<'a>(pub(super) Vec<(&'a str, Evaluated<'a>)>);
+
+impl Arguments<'_> {
+    /// One argument.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.0.iter().find(|(key, _)| *key == name).map(|(_, value)| value.get())
+    }
+
+    /// One argument that is a string.
+    #[must_use]
+    pub fn text(&self, name: &str) -> Option<&str> {
+        self.get(name).and_then(Value::as_str)
+    }
+}
+
+impl serde::Serialize for Arguments<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, value)| (name, value.get())))
+    }
+}
+
+/// Why a task failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskError {
+    /// The name that `ErrorEquals` is compared with.
+    pub error: Cow<'static, str>,
+    /// Words for people.
+    pub cause: String,
+}
+
+impl TaskError {
+    /// An error with this name and these words.
+    pub fn new(error: impl Into<Cow<'static, str>>, cause: impl Into<String>) -> Self {
+        Self { error: error.into(), cause: cause.into() }
+    }
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// With an output.
+    Succeeded(Value),
+    /// With an error.
+    Failed(TaskError),
+    /// Out of time.
+    TimedOut(TaskError),
+}
+
+/// Who a run is.
+#[derive(Debug, Clone)]
+pub struct Execution {
+    /// The machine's ARN.
+    pub machine_arn: Arc<str>,
+    /// The machine's name.
+    pub machine_name: Arc<str>,
+    /// The run's ARN.
+    pub arn: Arc<str>,
+    /// The run's name.
+    pub name: Arc<str>,
+    /// When it began, in epoch milliseconds.
+    pub started_ms: u64,
+}
+
+/// Runs a machine to its end.
+///
+/// # Cancel safety
+///
+/// Dropping the future cancels the run where it waits.
+pub async fn run(
+    definition: &Definition,
+    execution: &Execution,
+    input: Value,
+    tasks: &impl Tasks,
+    trace: &Trace,
+) -> Outcome {
+    let mut run = Run {
+        definition,
+        execution,
+        execution_input: Arc::new(input),
+        variables: BTreeMap::new(),
+        tasks,
+        trace,
+    };
+    match tokio::time::timeout(definition.timeout, run.walk()).await {
+        Ok(Ok(output)) => Outcome::Succeeded(output),
+        Ok(Err(error)) => Outcome::Failed(error),
+        Err(_) => Outcome::TimedOut(TaskError::new(error_name::TIMEOUT, "the run took too long")),
+    }
+}
+
+struct Run<'r, T> {
+    definition: &'r Definition,
+    execution: &'r Execution,
+    execution_input: Arc<Value>,
+    variables: BTreeMap<Arc<str>, Value>,
+    tasks: &'r T,
+    trace: &'r Trace,
+}
+
+/// Where a state leads, with the next state's input.
+enum Step {
+    To(usize, Data),
+    End(Data),
+}
+
+/// A state's input: the run's own input is shared, not copied.
+enum Data {
+    Shared(Arc<Value>),
+    Own(Value),
+}
+
+impl Data {
+    fn get(&self) -> &Value {
+        match self {
+            Self::Shared(value) => value,
+            Self::Own(value) => value,
+        }
+    }
+
+    fn into_value(self) -> Value {
+        match self {
+            Self::Shared(value) => Arc::unwrap_or_clone(value),
+            Self::Own(value) => value,
+        }
+    }
+}
+
+/// What the expressions of one state may name.
+struct StateScope<'s> {
+    variables: &'s BTreeMap<Arc<str>, Value>,
+    input: &'s Value,
+    result: Option<&'s Value>,
+    error_output: Option<&'s Value>,
+    execution_input: &'s Value,
+    execution: &'s Execution,
+    state: &'s str,
+    retries: u32,
+}
+
+impl Scope for StateScope<'_> {
+    fn variable(&self, name: &str) -> Option<&Value> {
+        self.variables.get(name)
+    }
+
+    fn input(&self) -> &Value {
+        self.input
+    }
+
+    fn result(&self) -> Option<&Value> {
+        self.result
+    }
+
+    fn error_output(&self) -> Option<&Value> {
+        self.error_output
+    }
+
+    fn execution_input(&self) -> &Value {
+        self.execution_input
+    }
+
+    fn context(&self) -> Value {
+        json!({
+            "Execution": {
+                "Id": &*self.execution.arn,
+                "Name": &*self.execution.name,
+                "StartTime": self.execution.started_ms,
+            },
+            "State": { "Name": self.state, "RetryCount": self.retries },
+            "StateMachine": { "Id": &*self.execution.machine_arn, "Name": &*self.execution.machine_name },
+        })
+    }
+}
+
+impl<T: Tasks> Run<'_, T> {
+    async fn walk(&mut self) -> Result<Value, TaskError> {
+        let mut data = Data::Shared(Arc::clone(&self.execution_input));
+        let mut at = self.definition.start;
+        for _ in 0..STATES_PER_RUN {
+            let state = &self.definition.states[at];
+            self.trace.enter(&state.name);
+            let step = self.step(state, data).await;
+            self.trace.exit();
+            match step? {
+                Step::To(next, output) => {
+                    at = next;
+                    data = output;
+                }
+                Step::End(output) => return Ok(output.into_value()),
+            }
+        }
+        Err(TaskError::new(error_name::RUNTIME, "the run entered too many states"))
+    }
+
+    async fn step(&mut self, state: &State, input: Data) -> Result<Step, TaskError> {
+        match &state.kind {
+            Kind::Task(task) => self.task(state, task, input).await,
+            Kind::Choice { rules, default } => {
+                let scope = self.scope(state, &input, None);
+                for rule in rules {
+                    if holds(&rule.condition, &scope)? {
+                        let (assigned, output) = evaluate(&rule.assign, rule.output.as_ref(), &scope)?;
+                        self.assign(assigned)?;
+                        return Ok(Step::To(rule.next, output.map_or(input, Data::Own)));
+                    }
+                }
+                let Some(next) = *default else {
+                    return Err(TaskError::new(error_name::NO_CHOICE_MATCHED, "no choice matched"));
+                };
+                let output = self.finish(state, &input, None)?;
+                Ok(Step::To(next, output.map_or(input, Data::Own)))
+            }
+            Kind::Pass(next) => {
+                let output = self.finish(state, &input, None)?;
+                Ok(go_on(*next, output.map_or(input, Data::Own)))
+            }
+            Kind::Wait { seconds, next } => {
+                let seconds = {
+                    let scope = self.scope(state, &input, None);
+                    let value = fill(seconds, &scope)?;
+                    value.get().as_f64().filter(|seconds| (0.0..=99_999_999.0).contains(seconds)).ok_or_else(
+                        || TaskError::new(error_name::QUERY_EVALUATION_ERROR, "Seconds is not a number"),
+                    )?
+                };
+                tokio::time::sleep(Duration::from_secs_f64(seconds)).await;
+                let output = self.finish(state, &input, None)?;
+                Ok(go_on(*next, output.map_or(input, Data::Own)))
+            }
+            Kind::Succeed => {
+                let output = self.finish(state, &input, None)?;
+                Ok(Step::End(output.map_or(input, Data::Own)))
+            }
+            Kind::Fail { error, cause } => {
+                let scope = self.scope(state, &input, None);
+                let part = |template: &Option<Template>| -> Result<String, TaskError> {
+                    let Some(template) = template else { return Ok(String::new()) };
+                    match fill(template, &scope)?.get() {
+                        Value::String(text) => Ok(text.clone()),
+                        _ => Err(TaskError::new(
+                            error_name::QUERY_EVALUATION_ERROR,
+                            "Error and Cause are strings",
+                        )),
+                    }
+                };
+                Err(TaskError { error: Cow::Owned(part(error)?), cause: part(cause)? })
+            }
+        }
+    }
+
+    async fn task(&mut self, state: &State, task: &Task, input: Data) -> Result<Step, TaskError> {
+        let mut retries = vec![0_u32; task.retry.len()];
+        let error = loop {
+            let attempt: u32 = retries.iter().sum();
+            match self.attempt(state, task, &input, attempt).await {
+                Ok(result) => match self.finish(state, &input, Some(&result)) {
+                    Ok(output) => {
+                        return Ok(go_on(task.next, Data::Own(output.unwrap_or(result))));
+                    }
+                    Err(error) => break error,
+                },
+                Err(error) => {
+                    let retrier =
+                        task.retry.iter().position(|retrier| matches_any(&retrier.errors, &error.error));
+                    let Some(index) = retrier else { break error };
+                    let retrier = &task.retry[index];
+                    if retries[index] >= retrier.max_attempts {
+                        break error;
+                    }
+                    let delay = retrier.interval.as_secs_f64()
+                        * retrier.backoff_rate.powi(i32::try_from(retries[index]).unwrap_or(i32::MAX));
+                    let delay = delay.min(retrier.max_delay.map_or(f64::MAX, |max| max.as_secs_f64()));
+                    let delay = match retrier.jitter {
+                        Jitter::None => delay,
+                        Jitter::Full => delay * fraction(),
+                    };
+                    retries[index] += 1;
+                    tokio::time::sleep(Duration::try_from_secs_f64(delay).unwrap_or(limits::RUN_DURATION))
+                        .await;
+                }
+            }
+        };
+        let Some(catcher) = task.catch.iter().find(|catcher| matches_any(&catcher.errors, &error.error))
+        else {
+            return Err(error);
+        };
+        self.caught(state, catcher, &input, error)
+    }
+
+    /// One call of a task, until it answers or its time is over.
+    async fn attempt(
+        &self,
+        state: &State,
+        task: &Task,
+        input: &Data,
+        retries: u32,
+    ) -> Result<Value, TaskError> {
+        let scope = StateScope { retries, ..self.scope(state, input, None) };
+        let mut arguments = Vec::with_capacity(task.arguments.len());
+        let mut bytes = 2;
+        for (name, template) in &task.arguments {
+            let value = fill(template, &scope)?;
+            bytes += name.len() + 4 + json_bytes(value.get());
+            arguments.push((&**name, value));
+        }
+        if bytes > limits::STATE_BYTES {
+            return Err(too_large(state));
+        }
+        let call = Call { state: &state.name, resource: task.resource, arguments: Arguments(arguments) };
+        let result = tokio::time::timeout(task.timeout, self.tasks.call(call)).await.map_err(|_| {
+            TaskError::new(error_name::TIMEOUT, format!("the state '{}' took too long", state.name))
+        })??;
+        if json_bytes(&result) > limits::STATE_BYTES {
+            return Err(too_large(state));
+        }
+        Ok(result)
+    }
+
+    fn caught(
+        &mut self,
+        state: &State,
+        catcher: &Catcher,
+        input: &Data,
+        error: TaskError,
+    ) -> Result<Step, TaskError> {
+        let error_output = json!({ "Error": error.error, "Cause": error.cause });
+        let scope = StateScope { error_output: Some(&error_output), ..self.scope(state, input, None) };
+        let (assigned, output) = evaluate(&catcher.assign, catcher.output.as_ref(), &scope)?;
+        self.assign(assigned)?;
+        Ok(Step::To(catcher.next, Data::Own(output.unwrap_or(error_output))))
+    }
+
+    /// Evaluates a state's `Assign` and `Output`, both with the variables as they were.
+    fn finish(
+        &mut self,
+        state: &State,
+        input: &Data,
+        result: Option<&Value>,
+    ) -> Result<Option<Value>, TaskError> {
+        if state.assign.is_empty() && state.output.is_none() {
+            return Ok(None);
+        }
+        let scope = self.scope(state, input, result);
+        let (assigned, output) = evaluate(&state.assign, state.output.as_ref(), &scope)?;
+        if output.as_ref().is_some_and(|output| json_bytes(output) > limits::STATE_BYTES) {
+            return Err(too_large(state));
+        }
+        self.assign(assigned)?;
+        Ok(output)
+    }
+
+    fn assign(&mut self, assigned: Vec<(Arc<str>, Value)>) -> Result<(), TaskError> {
+        if assigned.is_empty() {
+            return Ok(());
+        }
+        for (name, value) in assigned {
+            if json_bytes(&value) > limits::STATE_BYTES {
+                return Err(TaskError::new(
+                    error_name::DATA_LIMIT_EXCEEDED,
+                    format!("the variable {name} is over the limit of {} bytes", limits::STATE_BYTES),
+                ));
+            }
+            self.variables.insert(name, value);
+        }
+        // Most runs have few and small variables: one that could be too large is rare.
+        if self.variables.len() * limits::STATE_BYTES > VARIABLES_BYTES
+            && self.variables.values().map(json_bytes).sum::<usize>() > VARIABLES_BYTES
+        {
+            return Err(TaskError::new(
+                error_name::DATA_LIMIT_EXCEEDED,
+                "the variables together are over the limit",
+            ));
+        }
+        Ok(())
+    }
+
+    fn scope<'s>(&'s self, state: &'s State, input: &'s Data, result: Option<&'s Value>) -> StateScope<'s> {
+        StateScope {
+            variables: &self.variables,
+            input: input.get(),
+            result,
+            error_output: None,
+            execution_input: &self.execution_input,
+            execution: self.execution,
+            state: &state.name,
+            retries: 0,
+        }
+    }
+}
+
+fn go_on(next: Next, data: Data) -> Step {
+    match next {
+        Next::State(index) => Step::To(index, data),
+        Next::End => Step::End(data),
+    }
+}
+
+type Assigned = Vec<(Arc<str>, Value)>;
+
+fn evaluate(
+    assign: &Assign,
+    output: Option<&Template>,
+    scope: &impl Scope,
+) -> Result<(Assigned, Option<Value>), TaskError> {
+    let assigned = assign
+        .iter()
+        .map(|(name, template)| Ok((Arc::clone(name), fill(template, scope)?.into_owned())))
+        .collect::<Result<_, TaskError>>()?;
+    let output = output.map(|template| fill(template, scope).map(Evaluated::into_owned)).transpose()?;
+    Ok((assigned, output))
+}
+
+/// A template with every expression replaced by its value.
+fn fill<'s>(template: &'s Template, scope: &'s impl Scope) -> Result<Evaluated<'s>, TaskError> {
+    match template {
+        Template::Literal(value) => Ok(Evaluated::Borrowed(value)),
+        Template::Expression(expression) => query(expression, scope)?.ok_or_else(|| {
+            TaskError::new(
+                error_name::QUERY_EVALUATION_ERROR,
+                format!("the JSONata expression '{}' returned nothing (undefined)", expression.source()),
+            )
+        }),
+        Template::Array(items) => {
+            let items = items
+                .iter()
+                .map(|item| fill(item, scope).map(Evaluated::into_owned))
+                .collect::<Result<Vec<_>, _>>()?;
+            Ok(Evaluated::Owned(Value::Array(items)))
+        }
+        Template::Object(fields) => {
+            let mut object = Map::with_capacity(fields.len());
+            for (name, field) in fields {
+                object.insert(name.to_string(), fill(field, scope)?.into_owned());
+            }
+            Ok(Evaluated::Owned(Value::Object(object)))
+        }
+    }
+}
+
+fn query<'s>(expression: &Expression, scope: &'s impl Scope) -> Result<Option<Evaluated<'s>>, TaskError> {
+    expression
+        .evaluate(scope)
+        .map_err(|error| TaskError::new(error_name::QUERY_EVALUATION_ERROR, error.to_string()))
+}
+
+fn holds(condition: &Expression, scope: &impl Scope) -> Result<bool, TaskError> {
+    match query(condition, scope)?.as_ref().map(Evaluated::get) {
+        Some(Value::Bool(holds)) => Ok(*holds),
+        _ => Err(TaskError::new(
+            error_name::QUERY_EVALUATION_ERROR,
+            format!("the condition '{}' is neither true nor false", condition.source()),
+        )),
+    }
+}
+
+fn matches_any(names: &[Box<str>], error: &str) -> bool {
+    let is_terminal = error == error_name::DATA_LIMIT_EXCEEDED || error == error_name::RUNTIME;
+    names.iter().any(|name| match &**name {
+        error_name::ALL => !is_terminal,
+        error_name::TASK_FAILED => !is_terminal && error != error_name::TIMEOUT,
+        error_name::RUNTIME => false,
+        name => name == error,
+    })
+}
+
+fn too_large(state: &State) -> TaskError {
+    TaskError::new(
+        error_name::DATA_LIMIT_EXCEEDED,
+        format!(
+            "the state '{}' has an input, output or result over the limit of {} bytes",
+            state.name,
+            limits::STATE_BYTES
+        ),
+    )
+}
+
+/// A random number from 0 to 1.
+fn fraction() -> f64 {
+    // Without randomness a retry waits its whole interval.
+    getrandom::u32().map_or(1.0, |bits| f64::from(bits) / f64::from(u32::MAX))
+}
+
+/// How many bytes a value has as compact JSON.
+#[must_use]
+pub fn json_bytes(value: &Value) -> usize {
+    match value {
+        Value::Null => 4,
+        Value::Bool(value) => 5 - usize::from(*value),
+        Value::Number(number) => number.to_string().len(),
+        Value::String(text) => string_bytes(text),
+        Value::Array(items) => {
+            items.iter().map(json_bytes).sum::<usize>() + items.len().saturating_sub(1) + 2
+        }
+        Value::Object(fields) => {
+            fields.iter().map(|(name, field)| string_bytes(name) + 1 + json_bytes(field)).sum::<usize>()
+                + fields.len().saturating_sub(1)
+                + 2
+        }
+    }
+}
+
+fn string_bytes(text: &str) -> usize {
+    // Pieces small enough for a byte to count each kind: the loop is one for vector instructions.
+    let escapes: usize = text
+        .as_bytes()
+        .chunks(32)
+        .map(|piece| {
+            let short =
+                piece.iter().map(|&byte| u8::from(byte == b'"') + u8::from(byte == b'\\')).sum::<u8>();
+            let control = piece.iter().map(|&byte| u8::from(byte < 0x20)).sum::<u8>();
+            let extra = if control == 0 {
+                0
+            } else {
+                piece
+                    .iter()
+                    .map(|&byte| match byte {
+                        b'\n' | b'\r' | b'\t' | 8 | 12 => 1,
+                        0..0x20 => 5,
+                        _ => 0,
+                    })
+                    .sum()
+            };
+            usize::from(short) + extra
+        })
+        .sum();
+    text.len() + escapes + 2
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use proptest::prelude::*;
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::states::trace::Traces;
+
+    /// Answers each call from a list, or hangs where the list is at its end.
+    struct List(Mutex<Vec<Result<Value, TaskError>>>);
+
+    impl Tasks for List {
+        async fn call(&self, _call: Call<'_>) -> Result<Value, TaskError> {
+            let answer = {
+                let mut answers = self.0.lock().unwrap();
+                if answers.is_empty() { None } else { Some(answers.remove(0)) }
+            };
+            match answer {
+                Some(answer) => answer,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    fn execution() -> Execution {
+        Execution {
+            machine_arn: "arn:machine".into(),
+            machine_name: "m".into(),
+            arn: "arn:run".into(),
+            name: "r".into(),
+            started_ms: 5,
+        }
+    }
+
+    async fn run_states(states: Value, input: Value, answers: Vec<Result<Value, TaskError>>) -> Outcome {
+        let start = states.as_object().unwrap().keys().next().unwrap().clone();
+        let machine =
+            json!({ "QueryLanguage": "JSONata", "StartAt": start, "TimeoutSeconds": 200, "States": states });
+        let definition = Definition::parse(&machine.to_string(), &BTreeMap::new()).unwrap();
+        let traces = Traces::default();
+        let tasks = List(Mutex::new(answers));
+        run(&definition, &execution(), input, &tasks, &traces.begin("r".into())).await
+    }
+
+    fn task(more: Value) -> Value {
+        let mut task = json!({
+            "Type": "Task", "Resource": "arn:aws:states:::aws-sdk:sqs:deleteMessage",
+            "Arguments": { "QueueUrl": "q", "ReceiptHandle": "r" }, "TimeoutSeconds": 5,
+        });
+        task.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        task
+    }
+
+    fn failed(name: &'static str) -> Result<Value, TaskError> {
+        Err(TaskError::new(name, "words"))
+    }
+
+    fn error_of(outcome: Outcome) -> String {
+        match outcome {
+            Outcome::Failed(error) => error.error.into_owned(),
+            Outcome::TimedOut(error) => format!("timed out: {}", error.error),
+            Outcome::Succeeded(output) => panic!("{output}"),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn values_flow_from_state_to_state() {
+        let states = json!({
+            "First": { "Type": "Pass", "Assign": { "a": "{% $states.input.n + 1 %}", "b": "x" },
+                       "Output": { "seen": "{% $states.input.n %}" }, "Next": "Second" },
+            "Second": { "Type": "Pass", "Assign": { "a": "{% $a * 10 %}" },
+                        "Output": ["{% $a %}", "{% $states.input.seen %}", "{% $states.context.Execution.Input.n %}"], "Next": "Third" },
+            "Third": { "Type": "Choice", "Choices": [
+                { "Condition": "{% $a = 0 %}", "Next": "Wrong" },
+                { "Condition": "{% $a = 20 and $b = 'x' %}", "Assign": { "c": "{% $states.context.State.Name %}" }, "Next": "Last" }] },
+            "Wrong": { "Type": "Fail" },
+            "Last": { "Type": "Succeed", "Output": { "in": "{% $states.input %}", "a": "{% $a %}", "c": "{% $c %}",
+                      "id": "{% $states.context.StateMachine.Id & $states.context.Execution.Id %}" } },
+        });
+        // Output sees the variables as they were before the state's own Assign.
+        assert_eq!(
+            run_states(states, json!({ "n": 1 }), vec![]).await,
+            Outcome::Succeeded(json!({ "in": [2, 1, 1], "a": 20, "c": "Third", "id": "arn:machinearn:run" }))
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_state_without_output_passes_on_what_it_has() {
+        let states = json!({
+            "Call": task(json!({ "Next": "Pass" })),
+            "Pass": { "Type": "Pass", "Next": "Wait" },
+            "Wait": { "Type": "Wait", "Seconds": "{% 1 + 1 %}", "End": true },
+        });
+        let start = Instant::now();
+        let outcome = run_states(states, json!({}), vec![Ok(json!({ "x": [1.5, null] }))]).await;
+        assert_eq!(outcome, Outcome::Succeeded(json!({ "x": [1.5, null] })));
+        assert_eq!(start.elapsed(), Duration::from_secs(2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn retries_wait_longer_each_time_and_then_give_up() {
+        let retry = json!([
+            { "ErrorEquals": ["A"], "IntervalSeconds": 1, "BackoffRate": 2, "MaxAttempts": 3, "MaxDelaySeconds": 3 },
+            { "ErrorEquals": ["States.ALL"], "IntervalSeconds": 10, "MaxAttempts": 1 },
+        ]);
+        let states = json!({ "Call": task(json!({ "Retry": retry, "End": true })) });
+        let start = Instant::now();
+        let answers = vec![failed("A"), failed("A"), failed("B"), failed("A"), Ok(json!(1))];
+        let outcome = run_states(states.clone(), json!({}), answers).await;
+        assert_eq!(outcome, Outcome::Succeeded(json!(1)));
+        // 1 + 2 + 10 + 3: each retrier counts for itself.
+        assert_eq!(start.elapsed(), Duration::from_secs(16));
+        let answers = vec![failed("B"), failed("B")];
+        assert_eq!(error_of(run_states(states, json!({}), answers).await), "B");
+        let jitter = json!([{ "ErrorEquals": ["A"], "IntervalSeconds": 8, "JitterStrategy": "FULL" }]);
+        let states = json!({ "Call": task(json!({ "Retry": jitter, "End": true })) });
+        let start = Instant::now();
+        run_states(states, json!({}), vec![failed("A"), Ok(json!(1))]).await;
+        assert!(start.elapsed() <= Duration::from_secs(8));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn catchers_take_the_first_name_that_fits() {
+        let catch = json!([
+            { "ErrorEquals": ["A"], "Assign": { "e": "{% $states.errorOutput.Cause %}" }, "Output": { "by": "A" }, "Next": "End" },
+            { "ErrorEquals": ["States.Timeout"], "Output": { "by": "timeout" }, "Next": "End" },
+            { "ErrorEquals": ["States.TaskFailed"], "Next": "End" },
+        ]);
+        let states = json!({
+            "Start": { "Type": "Pass", "Assign": { "e": "none" }, "Next": "Call" },
+            "Call": task(json!({ "Catch": catch, "Next": "End" })),
+            "End": { "Type": "Succeed", "Output": ["{% $states.input %}", "{% $e %}"] },
+        });
+        let outcome = |answers| run_states(states.clone(), json!({}), answers);
+        assert_eq!(outcome(vec![failed("A")]).await, Outcome::Succeeded(json!([{ "by": "A" }, "words"])));
+        // Nobody answers: the task's own time ends.
+        assert_eq!(outcome(vec![]).await, Outcome::Succeeded(json!([{ "by": "timeout" }, "none"])));
+        assert_eq!(
+            outcome(vec![failed("Other")]).await,
+            Outcome::Succeeded(json!([{ "Error": "Other", "Cause": "words" }, "none"]))
+        );
+        assert_eq!(error_of(outcome(vec![failed(error_name::RUNTIME)]).await), error_name::RUNTIME);
+    }
+
+    #[test]
+    fn some_errors_are_not_caught_by_all() {
+        let all = ["States.ALL".into()];
+        let task_failed = ["States.TaskFailed".into()];
+        for (error, by_all, by_task_failed) in [
+            ("ApiGateway.410", true, true),
+            (error_name::TIMEOUT, true, false),
+            (error_name::QUERY_EVALUATION_ERROR, true, true),
+            (error_name::DATA_LIMIT_EXCEEDED, false, false),
+            (error_name::RUNTIME, false, false),
+        ] {
+            assert_eq!(matches_any(&all, error), by_all, "{error}");
+            assert_eq!(matches_any(&task_failed, error), by_task_failed, "{error}");
+        }
+        assert!(matches_any(&[error_name::DATA_LIMIT_EXCEEDED.into()], error_name::DATA_LIMIT_EXCEEDED));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_run_ends_with_its_time() {
+        let states = json!({ "Wait": { "Type": "Wait", "Seconds": 1000, "End": true } });
+        let start = Instant::now();
+        let outcome = run_states(states, json!({}), vec![]).await;
+        assert_eq!(error_of(outcome), "timed out: States.Timeout");
+        assert_eq!(start.elapsed(), Duration::from_secs(200));
+        let states = json!({ "A": { "Type": "Pass", "Next": "B" }, "B": { "Type": "Pass", "Next": "A" } });
+        assert_eq!(error_of(run_states(states, json!({}), vec![]).await), error_name::RUNTIME);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn large_values_end_a_run() {
+        let large = "x".repeat(limits::STATE_BYTES);
+        let catch_all = json!({ "Catch": [{ "ErrorEquals": ["States.ALL"], "Next": "End" }], "Next": "End" });
+        let states = json!({ "Call": task(catch_all), "End": { "Type": "Succeed" } });
+        let outcome = run_states(states, json!({}), vec![Ok(json!(large))]).await;
+        assert_eq!(error_of(outcome), error_name::DATA_LIMIT_EXCEEDED);
+        let fits = "x".repeat(limits::STATE_BYTES - 2);
+        let states = json!({ "Call": task(json!({ "End": true })) });
+        let outcome = run_states(states, json!({}), vec![Ok(json!(fits.clone()))]).await;
+        assert_eq!(outcome, Outcome::Succeeded(json!(fits)));
+        for part in ["Assign", "Output"] {
+            let states = json!({ "A": { "Type": "Pass", part: { "a": "{% $states.input & $states.input %}" }, "End": true } });
+            let outcome = run_states(states, json!("x".repeat(limits::STATE_BYTES / 2)), vec![]).await;
+            assert_eq!(error_of(outcome), error_name::DATA_LIMIT_EXCEEDED, "{part}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_expression_without_a_value_is_an_error() {
+        for state in [
+            json!({ "Type": "Pass", "Output": "{% $states.input.nothing %}", "End": true }),
+            json!({ "Type": "Pass", "Assign": { "a": "{% $nothing %}" }, "End": true }),
+            json!({ "Type": "Choice", "Choices": [{ "Condition": "{% $states.input.nothing %}", "Next": "A" }] }),
+            json!({ "Type": "Choice", "Choices": [{ "Condition": "{% 'text' %}", "Next": "A" }] }),
+            json!({ "Type": "Wait", "Seconds": "{% 'text' %}", "End": true }),
+            json!({ "Type": "Fail", "Error": "{% 1 %}" }),
+        ] {
+            let outcome = run_states(json!({ "A": state }), json!({}), vec![]).await;
+            assert_eq!(error_of(outcome), error_name::QUERY_EVALUATION_ERROR, "{state}");
+        }
+        let states =
+            json!({ "A": { "Type": "Choice", "Choices": [{ "Condition": "{% false %}", "Next": "A" }] } });
+        assert_eq!(error_of(run_states(states, json!({}), vec![]).await), error_name::NO_CHOICE_MATCHED);
+        let states = json!({ "A": { "Type": "Fail", "Error": "{% 'E' & $states.input %}", "Cause": "c" } });
+        assert_eq!(run_states(states, json!("x"), vec![]).await, Outcome::Failed(TaskError::new("Ex", "c")));
+    }
+
+    proptest! {
+        #[test]
+        fn the_size_of_a_value_is_that_of_its_text(text in any::<String>(), number in any::<f64>(), pieces in prop::collection::vec("[\\x00-\\x7f]{0,70}", 0..5)) {
+            let value = json!({ "text": text, text.clone(): [number, null, true, false, -1, 1], "pieces": pieces, "e": {}, "l": [] });
+            prop_assert_eq!(json_bytes(&value), value.to_string().len());
+        }
+    }
+}

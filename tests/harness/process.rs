@@ -1,0 +1,156 @@
+//! A binary of this workspace as a child process whose lines can be waited for.
+
+use std::{
+    io::{BufRead, BufReader, Read},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::{Arc, Condvar, Mutex, OnceLock},
+    time::Instant,
+};
+
+use rustix::process::{Pid, Signal};
+
+use crate::PATIENCE;
+
+/// Everything a process has printed, and whether it may print more.
+#[derive(Debug, Default)]
+struct Output {
+    lines: Mutex<(Vec<String>, usize)>,
+    news: Condvar,
+}
+
+/// A running process. Killed when dropped.
+#[derive(Debug)]
+pub struct Process {
+    name: &'static str,
+    child: Child,
+    output: Arc<Output>,
+}
+
+impl Process {
+    /// Starts `name`, a binary of this workspace, with its output read line by line.
+    #[must_use]
+    pub fn start(name: &'static str, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+        let mut child = Command::new(binary(name))
+            .args(arguments)
+            .envs(environment.iter().copied())
+            .env("NO_COLOR", "1")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let output = Arc::new(Output::default());
+        output.lines.lock().unwrap().1 = 2;
+        let stdout: Box<dyn Read + Send> = Box::new(child.stdout.take().unwrap());
+        let stderr: Box<dyn Read + Send> = Box::new(child.stderr.take().unwrap());
+        for pipe in [stdout, stderr] {
+            let output = Arc::clone(&output);
+            std::thread::spawn(move || {
+                for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
+                    output.lines.lock().unwrap().0.push(String::from_utf8_lossy(&line).into_owned());
+                    output.news.notify_all();
+                }
+                output.lines.lock().unwrap().1 -= 1;
+                output.news.notify_all();
+            });
+        }
+        Self { name, child, output }
+    }
+
+    /// Waits until it has printed a line like that, and returns the first one.
+    pub fn wait_for_line(&self, like: impl Fn(&str) -> bool) -> String {
+        self.wait_for_lines(1, like).pop().unwrap()
+    }
+
+    /// Waits until it has printed `count` lines like that.
+    pub fn wait_for_lines(&self, count: usize, like: impl Fn(&str) -> bool) -> Vec<String> {
+        let begun = Instant::now();
+        let mut output = self.output.lines.lock().unwrap();
+        loop {
+            let found: Vec<String> = output.0.iter().filter(|line| like(line)).take(count).cloned().collect();
+            if found.len() == count {
+                return found;
+            }
+            let left = PATIENCE.saturating_sub(begun.elapsed());
+            assert!(
+                output.1 > 0 && !left.is_zero(),
+                "{} never printed the line; it printed:\n{}",
+                self.name,
+                output.0.join("\n")
+            );
+            output = self.output.news.wait_timeout(output, left).unwrap().0;
+        }
+    }
+
+    /// Everything it has printed so far.
+    #[must_use]
+    pub fn printed(&self) -> String {
+        self.output.lines.lock().unwrap().0.join("\n")
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// Waits for its end and returns the exit code, `None` after a signal.
+    pub fn wait(&mut self) -> Option<i32> {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                // The pipes end with the last process that holds them.
+                let mut output = self.output.lines.lock().unwrap();
+                while output.1 > 0 && begun.elapsed() < PATIENCE {
+                    output = self.output.news.wait_timeout(output, PATIENCE).unwrap().0;
+                }
+                return status.code();
+            }
+            assert!(begun.elapsed() < PATIENCE, "{} did not end; it printed:\n{}", self.name, self.printed());
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.child.try_wait().ok().flatten().is_none() {
+            drop(self.child.kill());
+            drop(self.child.wait());
+        }
+        if std::thread::panicking() {
+            let printed = self.printed();
+            let from = printed.char_indices().rev().nth(6000).map_or(0, |(at, _)| at);
+            eprintln!("--- {} printed at last:\n{}", self.name, &printed[from..]);
+        }
+    }
+}
+
+/// The path of a binary of this workspace, built in the profile of the tests.
+///
+/// The tests' own build does not make the binaries of other packages, so the first caller does.
+#[must_use]
+pub fn binary(name: &str) -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    let folder = FOLDER.get_or_init(|| {
+        // target/PROFILE/deps/this-test
+        let folder = std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().to_owned();
+        let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        build.current_dir(env!("CARGO_MANIFEST_DIR"));
+        build.args(["build", "--quiet", "--locked", "--package", "local", "--package", "agentd"]);
+        build.arg("--target-dir").arg(folder.parent().unwrap());
+        if folder.file_name().unwrap() == "release" {
+            build.arg("--release");
+        }
+        assert!(build.status().unwrap().success(), "local and agentd do not build");
+        folder
+    });
+    folder.join(name)
+}
