@@ -8,5 +8,6 @@ mod cli;
 mod fidelity;
 mod lifecycle;
 mod limit;
+mod measure;
 mod stage;
 mod transport;

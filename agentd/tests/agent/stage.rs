@@ -229,7 +229,7 @@ impl Line {
                     refused: hello
                         .tunnels
                         .iter()
-                        .filter_map(|name| refused(name))
+                        .filter_map(refused)
                         .map(|(name, reason)| RefusedTunnel { name: name.clone(), reason: *reason })
                         .collect(),
                     heartbeat_ms: self.manners.heartbeat_ms,
@@ -330,11 +330,9 @@ impl Line {
 
     /// Reads until the agent closes; the close code, if there was one.
     pub(crate) async fn closed(&mut self) -> Option<u16> {
-        loop {
-            match self.try_answer().await {
-                Ok(sent) => panic!("nothing more is wanted, but {sent:?} came"),
-                Err(code) => return code,
-            }
+        match self.try_answer().await {
+            Ok(sent) => panic!("nothing more is wanted, but {sent:?} came"),
+            Err(code) => code,
         }
     }
 }
