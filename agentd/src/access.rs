@@ -82,11 +82,11 @@ impl AccessLine {
         }
     }
 
-    const fn error_code(&self) -> &'static str {
+    const fn error_code(&self) -> Option<&'static str> {
         match self.ending {
-            Some(Ending::Complete) => "",
-            Some(Ending::Failed(code)) => code.as_str(),
-            None => "cancelled",
+            Some(Ending::Complete) => None,
+            Some(Ending::Failed(code)) => Some(code.as_str()),
+            None => Some("cancelled"),
         }
     }
 }
@@ -118,8 +118,8 @@ impl Drop for AccessLine {
                     self.path,
                     readable_bytes(self.bytes),
                     readable_duration(elapsed),
-                    if self.error_code().is_empty() { "" } else { "  " },
-                    self.error_code(),
+                    if self.error_code().is_some() { "  " } else { "" },
+                    self.error_code().unwrap_or_default(),
                 );
             }
         }

@@ -187,6 +187,7 @@ async fn answer(
         body,
         pending: BytesMut::new(),
         ended: false,
+        broken: None,
         codec,
         seq: 0,
         window: SendWindow::new(limits::CHUNK_WINDOW),
@@ -344,6 +345,8 @@ struct Outflow<'a> {
     pending: BytesMut,
     /// Nothing follows `pending`.
     ended: bool,
+    /// Why nothing follows `pending` although the body has not ended.
+    broken: Option<UpstreamError>,
     codec: Option<Codec>,
     /// The number of the next piece.
     seq: u32,
@@ -359,23 +362,26 @@ impl Outflow<'_> {
 
     /// Reads until there are `most` bytes, the body has ended, or `due` has passed and nothing more is
     /// there.
-    async fn fill(&mut self, most: usize, due: Instant) -> Result<(), Broken> {
+    async fn fill(&mut self, most: usize, due: Instant) {
         self.ended |= self.body.is_end();
-        while !self.ended && self.pending.len() < most {
+        while !self.is_over() && self.pending.len() < most {
             let Ok(next) = timeout_at(due, self.body.next()).await else { break };
-            self.take(next)?;
+            self.take(next);
         }
-        Ok(())
     }
 
-    fn take(&mut self, next: Option<Result<Bytes, UpstreamError>>) -> Result<(), Broken> {
+    /// Whether there is nothing left to read.
+    const fn is_over(&self) -> bool {
+        self.ended || self.broken.is_some()
+    }
+
+    fn take(&mut self, next: Option<Result<Bytes, UpstreamError>>) {
         match next {
             Some(Ok(bytes)) => self.pending.extend_from_slice(&bytes),
-            Some(Err(error)) => return Err(Broken::Upstream(error)),
+            Some(Err(error)) => self.broken = Some(error),
             None => self.ended = true,
         }
-        self.ended |= self.body.is_end();
-        Ok(())
+        self.ended |= self.broken.is_none() && self.body.is_end();
     }
 
     /// Sends the head and what of the body is there with it.
@@ -386,7 +392,11 @@ impl Outflow<'_> {
         line: &mut AccessLine,
     ) -> Result<(), Broken> {
         let room = room_beside(&headers);
-        self.fill(room, Instant::now() + limits::HEAD_LINGER).await?;
+        self.fill(room, Instant::now() + limits::HEAD_LINGER).await;
+        if let Some(error) = self.broken.take() {
+            // Nothing has been sent yet: an error answers better than half a body.
+            return Err(Broken::Upstream(error));
+        }
         let bulk = match self.pending.len() {
             0..BULK_BODY_BYTES => None,
             _ => Some(self.sender.outbox.reserve_bulk().await?),
@@ -417,15 +427,21 @@ impl Outflow<'_> {
             let through = *self.credit.borrow_and_update();
             self.window.credit(through);
         }
-        if self.pending.is_empty() && !self.ended {
+        if self.pending.is_empty() && !self.is_over() {
             let next = self.body.next().await;
-            self.take(next)?;
+            self.take(next);
         }
         let most = match self.codec {
             Some(Codec::Zstd) => body::COMPRESSED_CHUNK_BYTES,
             None => limits::CHUNK_BYTES,
         };
-        self.fill(most, lingers_until).await?;
+        self.fill(most, lingers_until).await;
+        // What arrived before a breakage is passed on before the breakage is.
+        if self.pending.is_empty()
+            && let Some(error) = self.broken.take()
+        {
+            return Err(Broken::Upstream(error));
+        }
         let bulk = match self.pending.len() {
             0..BULK_BODY_BYTES => None,
             _ => Some(self.sender.outbox.reserve_bulk().await?),

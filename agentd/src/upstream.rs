@@ -33,7 +33,7 @@ use tokio_rustls::TlsConnector;
 use self::{
     address::Address,
     pool::{Checkout, Pool, Sender},
-    socket::Socket,
+    socket::{Socket, Watch},
 };
 use crate::upload::{UploadBody, UploadError};
 
@@ -274,26 +274,27 @@ impl Upstream {
             .await
             .unwrap_or_else(|elapsed| Err(late(elapsed)))
             .map_err(UpstreamError::Unreachable)?;
+        let watch = socket.watch();
         let Some(tls) = &self.tls else {
             return match self.http2 {
-                Http2::Always => self.start_http2(socket.clone(), socket).await,
-                Http2::Auto | Http2::Never => self.start_http1(socket.clone(), socket).await,
+                Http2::Always => self.start_http2(socket).await,
+                Http2::Auto | Http2::Never => self.start_http1(socket, watch).await,
             };
         };
         let connector = TlsConnector::from(Arc::clone(&tls.config));
-        let stream = timeout(DIAL_TIMEOUT, connector.connect(tls.server_name.clone(), socket.clone()))
+        let stream = timeout(DIAL_TIMEOUT, connector.connect(tls.server_name.clone(), socket))
             .await
             .unwrap_or_else(|elapsed| Err(late(elapsed)))
             .map_err(UpstreamError::Tls)?;
         let offers_http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
         match (self.http2, offers_http2) {
-            (_, true) => self.start_http2(stream, socket).await,
+            (_, true) => self.start_http2(stream).await,
             (Http2::Always, false) => Err(UpstreamError::Tls(io::Error::other("it does not offer HTTP/2"))),
-            (Http2::Auto | Http2::Never, false) => self.start_http1(stream, socket).await,
+            (Http2::Auto | Http2::Never, false) => self.start_http1(stream, watch).await,
         }
     }
 
-    async fn start_http1<S>(&self, stream: S, socket: Socket) -> Result<Checkout, UpstreamError>
+    async fn start_http1<S>(&self, stream: S, watch: Watch) -> Result<Checkout, UpstreamError>
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
     {
@@ -306,10 +307,10 @@ impl Upstream {
             // Its errors reach whoever waits for the response.
             let _ = connection.await;
         });
-        Ok(self.pool.check_out_http1(sender, task.abort_handle(), socket))
+        Ok(self.pool.check_out_http1(sender, task.abort_handle(), watch))
     }
 
-    async fn start_http2<S>(&self, stream: S, socket: Socket) -> Result<Checkout, UpstreamError>
+    async fn start_http2<S>(&self, stream: S) -> Result<Checkout, UpstreamError>
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
     {
@@ -322,7 +323,6 @@ impl Upstream {
         tokio::spawn(async move {
             let _ = connection.await;
         });
-        drop(socket);
         Ok(self.pool.check_out_http2(sender))
     }
 }

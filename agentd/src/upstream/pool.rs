@@ -9,7 +9,7 @@ use std::{
 use hyper::client::conn::{http1, http2};
 use tokio::{task::AbortHandle, time::Instant};
 
-use super::{RequestBody, socket::Socket};
+use super::{RequestBody, socket::Watch};
 
 /// No more idle connections than this are kept for one upstream.
 const MAX_IDLE: usize = 64;
@@ -26,7 +26,7 @@ pub(super) enum Sender {
 struct Idle {
     sender: http1::SendRequest<RequestBody>,
     task: AbortOnDrop,
-    socket: Socket,
+    watch: Watch,
     since: Instant,
 }
 
@@ -64,12 +64,12 @@ impl Pool {
             contents.http2 = None;
         }
         while let Some(idle) = contents.idle.pop_back() {
-            if idle.sender.is_ready() && idle.socket.is_quiet() {
+            if idle.sender.is_ready() && idle.watch.is_quiet() {
                 return Some(Checkout {
                     kind: Kind::Http1 {
                         sender: Sender::Http1(idle.sender),
                         task: idle.task,
-                        socket: idle.socket,
+                        watch: idle.watch,
                         pool: Arc::downgrade(self),
                     },
                 });
@@ -83,13 +83,13 @@ impl Pool {
         self: &Arc<Self>,
         sender: http1::SendRequest<RequestBody>,
         task: AbortHandle,
-        socket: Socket,
+        watch: Watch,
     ) -> Checkout {
         Checkout {
             kind: Kind::Http1 {
                 sender: Sender::Http1(sender),
                 task: AbortOnDrop(task),
-                socket,
+                watch,
                 pool: Arc::downgrade(self),
             },
         }
@@ -133,7 +133,7 @@ async fn sweep(pool: Weak<Pool>) {
 }
 
 enum Kind {
-    Http1 { sender: Sender, task: AbortOnDrop, socket: Socket, pool: Weak<Pool> },
+    Http1 { sender: Sender, task: AbortOnDrop, watch: Watch, pool: Weak<Pool> },
     Http2 { sender: Sender },
 }
 
@@ -152,11 +152,11 @@ impl Checkout {
 
     /// Makes the connection available again: its response has been read to the end.
     pub(super) fn give_back(self) {
-        if let Kind::Http1 { sender: Sender::Http1(sender), task, socket, pool } = self.kind
+        if let Kind::Http1 { sender: Sender::Http1(sender), task, watch, pool } = self.kind
             && let Some(pool) = pool.upgrade()
             && !sender.is_closed()
         {
-            pool.put(Idle { sender, task, socket, since: Instant::now() });
+            pool.put(Idle { sender, task, watch, since: Instant::now() });
         }
     }
 }

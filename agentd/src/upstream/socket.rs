@@ -4,7 +4,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Weak},
     task::{Context, Poll, ready},
 };
 
@@ -16,9 +16,8 @@ use tokio::{
 
 use super::address::{Address, Host};
 
-/// A connected stream, shared between the HTTP connection that reads and writes it and the pool,
-/// which asks whether it is still quiet.
-#[derive(Debug, Clone)]
+/// A connected stream. The HTTP connection owns it; the pool keeps a [`Watch`] on it.
+#[derive(Debug)]
 pub(super) enum Socket {
     Tcp(Arc<TcpStream>),
     Unix(Arc<UnixStream>),
@@ -54,6 +53,23 @@ impl Socket {
         Ok(Self::Tcp(Arc::new(stream)))
     }
 
+    /// A look at the connection that does not keep it open.
+    pub(super) fn watch(&self) -> Watch {
+        match self {
+            Self::Tcp(stream) => Watch::Tcp(Arc::downgrade(stream)),
+            Self::Unix(stream) => Watch::Unix(Arc::downgrade(stream)),
+        }
+    }
+}
+
+/// Sees whether a connection that somebody else owns is still of use.
+#[derive(Debug)]
+pub(super) enum Watch {
+    Tcp(Weak<TcpStream>),
+    Unix(Weak<UnixStream>),
+}
+
+impl Watch {
     /// Whether the connection is open and nothing has arrived on it.
     ///
     /// On an idle connection anything else means that it is of no more use: the end of the stream,
@@ -62,10 +78,12 @@ impl Socket {
         let mut byte = [0u8; 1];
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         let seen = match self {
-            Self::Tcp(stream) => rustix::net::recv(&**stream, &mut byte, flags),
-            Self::Unix(stream) => rustix::net::recv(&**stream, &mut byte, flags),
+            Self::Tcp(stream) => stream.upgrade().map(|stream| rustix::net::recv(&*stream, &mut byte, flags)),
+            Self::Unix(stream) => {
+                stream.upgrade().map(|stream| rustix::net::recv(&*stream, &mut byte, flags))
+            }
         };
-        matches!(seen, Err(rustix::io::Errno::AGAIN))
+        matches!(seen, Some(Err(rustix::io::Errno::AGAIN)))
     }
 }
 

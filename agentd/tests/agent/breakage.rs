@@ -1,0 +1,231 @@
+//! Upstreams that break off, lie or say too much.
+
+use proto::{error::ErrorCode, limits};
+use tokio::net::TcpListener;
+
+use crate::stage::{Agent, Edge, Peer, Sent, connected, get, noise, request, reset, with_body};
+
+const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+
+#[tokio::test]
+async fn before_the_head_every_breakage_has_its_code() {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    let huge = format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(limits::HEAD_BYTES));
+    let endless = format!("HTTP/1.1 200 OK\r\nx: {}", "y".repeat(300 * 1024));
+    let many = format!("HTTP/1.1 200 OK\r\n{}\r\n", "x: y\r\n".repeat(limits::HEADER_FIELDS + 1));
+    for (bytes, code) in [
+        (&b""[..], ErrorCode::UpstreamReset),
+        (b"HTTP/1.1 200 OK\r\ncontent-le", ErrorCode::UpstreamReset),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", ErrorCode::UpstreamReset),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", ErrorCode::UpstreamInvalid),
+        (b"HTTP/1.1 999 Odd\r\ncontent-length: 0\r\n\r\n", ErrorCode::UpstreamInvalid),
+        (b"HTTP/1.1 20 OK\r\n\r\n", ErrorCode::UpstreamInvalid),
+        (b"HTTP/1.1 200 OK\r\nbad name: x\r\n\r\n", ErrorCode::UpstreamInvalid),
+        (b"HTTP/1.1 200 OK\r\na: b\r\n folded\r\n\r\n", ErrorCode::UpstreamInvalid),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\nok", ErrorCode::UpstreamInvalid),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: +2\r\n\r\nok", ErrorCode::UpstreamInvalid),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 0x2\r\n\r\nok", ErrorCode::UpstreamInvalid),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n", ErrorCode::UpstreamInvalid),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: xchunked\r\n\r\nok", ErrorCode::UpstreamInvalid),
+        (huge.as_bytes(), ErrorCode::UpstreamInvalid),
+        (endless.as_bytes(), ErrorCode::UpstreamInvalid),
+        (many.as_bytes(), ErrorCode::UpstreamInvalid),
+    ] {
+        line.request(&get("/")).await;
+        let mut peer = upstream.accept().await;
+        peer.head().await;
+        // The agent may have seen enough before it has seen everything.
+        let _ = tokio::io::AsyncWriteExt::write_all(&mut peer.stream, bytes).await;
+        if code == ErrorCode::UpstreamReset {
+            drop(peer);
+            assert_eq!(line.failure().await, (0, code), "{}", bytes.escape_ascii());
+        } else {
+            assert_eq!(line.failure().await, (0, code), "{}", bytes[..bytes.len().min(80)].escape_ascii());
+            peer.closed().await;
+        }
+    }
+    line.request(&get("/")).await;
+    let mut peer = upstream.accept().await;
+    peer.head().await;
+    reset(peer);
+    assert_eq!(line.failure().await, (0, ErrorCode::UpstreamReset));
+}
+
+#[tokio::test]
+async fn an_upstream_that_is_not_there_is_unreachable() {
+    let port = {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        listener.local_addr().unwrap().port()
+    };
+    let edge = Edge::bind().await;
+    let _agent = Agent::http(&edge, port, &[]);
+    let mut line = edge.welcome().await;
+    line.request(&get("/")).await;
+    assert_eq!(line.failure().await, (0, ErrorCode::UpstreamUnreachable));
+    let edge = Edge::bind().await;
+    let _agent = Agent::http(&edge, "http://no-such-host.invalid", &[]);
+    let mut line = edge.welcome().await;
+    line.request(&get("/")).await;
+    assert_eq!(line.failure().await, (0, ErrorCode::UpstreamUnreachable));
+}
+
+/// What is sent of a response that breaks off: pieces until the failure, none of them an end.
+async fn broken_off(
+    head: &str,
+    body: &[u8],
+    end: impl FnOnce(Peer<tokio::net::TcpStream>),
+) -> (Vec<u8>, u32) {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    let sent = get("/");
+    line.request(&sent).await;
+    let mut peer = upstream.accept().await;
+    peer.head().await;
+    peer.write(head).await;
+    // The head has been passed on before the body breaks off.
+    let Sent::Reply { mut body, end: false, .. } = ({
+        let reply = line.answer().await;
+        peer.write(body).await;
+        reply
+    }) else {
+        panic!("a reply without an end")
+    };
+    let mut end = Some((end, peer));
+    let mut pieces = 0;
+    loop {
+        if let Some((end, peer)) = end.take() {
+            end(peer);
+        }
+        match line.answer().await {
+            Sent::Chunk { seq, body: piece, end: false, .. } => {
+                pieces += 1;
+                assert_eq!(seq, pieces);
+                body.extend(piece);
+            }
+            Sent::Failed { seq, code, .. } => {
+                assert_eq!((seq, code), (pieces + 1, ErrorCode::UpstreamReset));
+                return (body, seq);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_short_body_is_never_complete() {
+    let (body, _) = broken_off("HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n", b"12345", drop).await;
+    assert_eq!(body, b"12345");
+    let (body, _) =
+        broken_off("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"5\r\n12345\r\n", drop).await;
+    assert_eq!(body, b"12345");
+    let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
+    let (body, _) = broken_off(head, b"5\r\n12345\r\nnonsense\r\n", std::mem::forget).await;
+    assert_eq!(body, b"12345");
+    let (_, seq) = broken_off(head, b"", reset).await;
+    assert_eq!(seq, 1);
+    broken_off("HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n", b"12345", reset).await;
+}
+
+#[tokio::test]
+async fn a_body_that_breaks_off_with_the_head_is_a_failure_from_the_start() {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    line.request(&get("/")).await;
+    let (peer, _) = upstream.answer(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n12345").await;
+    drop(peer);
+    let first = line.answer().await;
+    match first {
+        Sent::Failed { seq: 0, code, .. } => assert_eq!(code, ErrorCode::UpstreamReset),
+        Sent::Reply { end: false, .. } => assert_eq!(line.failure().await, (1, ErrorCode::UpstreamReset)),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_second_response_in_one_write_answers_nobody() {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    for evil in [
+        &b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil"[..],
+        b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil",
+    ] {
+        line.request(&get("/1")).await;
+        let (mut first, _) = upstream.answer(evil).await;
+        assert!(line.answer().await.is_end());
+        let sent = with_body(request("POST", "/2"), b"body");
+        line.request(&sent).await;
+        let (second, head) =
+            upstream.answer(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 5\r\n\r\nright").await;
+        assert!(head.starts_with("POST /2 "));
+        assert_eq!(line.whole(&sent).await.body, b"right");
+        first.closed().await;
+        drop(second);
+    }
+}
+
+#[tokio::test]
+async fn a_response_to_nothing_answers_nobody() {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    line.request(&get("/1")).await;
+    let (mut first, _) = upstream.answer(OK).await;
+    assert!(line.answer().await.is_end());
+    first.write("HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil").await;
+    first.closed().await;
+    let sent = get("/2");
+    line.request(&sent).await;
+    let _second = upstream.answer(OK).await;
+    assert_eq!(line.whole(&sent).await.body, b"ok");
+}
+
+#[tokio::test]
+async fn a_pooled_connection_is_used_again_and_a_closed_one_is_not() {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    line.request(&get("/1")).await;
+    let (mut peer, _) = upstream.answer(OK).await;
+    assert!(line.answer().await.is_end());
+    line.request(&get("/2")).await;
+    assert!(peer.head().await.starts_with("GET /2 "));
+    peer.write(OK).await;
+    assert!(line.answer().await.is_end());
+    drop(peer);
+    // The connection is closed while it is idle: the next POST goes out once, on another one.
+    let sent = with_body(request("POST", "/3"), b"body");
+    line.request(&sent).await;
+    let (mut peer, head) = upstream.answer(OK).await;
+    assert!(head.starts_with("POST /3 "));
+    assert_eq!(peer.bytes(4).await, b"body");
+    assert_eq!(line.whole(&sent).await.status, 200);
+    assert!(upstream.is_untouched().await);
+}
+
+#[tokio::test]
+async fn a_post_that_was_written_is_not_sent_again() {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    line.request(&get("/1")).await;
+    let (mut peer, _) = upstream.answer(OK).await;
+    assert!(line.answer().await.is_end());
+    line.request(&with_body(request("POST", "/2"), b"body")).await;
+    peer.head().await;
+    drop(peer);
+    assert_eq!(line.failure().await, (0, ErrorCode::UpstreamReset));
+    assert!(upstream.is_untouched().await);
+    // A GET may be asked again.
+    line.request(&get("/3")).await;
+    let (mut peer, _) = upstream.answer(OK).await;
+    assert!(line.answer().await.is_end());
+    line.request(&get("/4")).await;
+    peer.head().await;
+    drop(peer);
+    let (_peer, head) = upstream.answer(OK).await;
+    assert!(head.starts_with("GET /4 "));
+    assert!(line.answer().await.is_end());
+}
+
+#[tokio::test]
+async fn broken_gzip_and_noise_pass_untouched() {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    let body = noise(20_000);
+    let sent = get("/");
+    line.request(&sent).await;
+    let head = format!("HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: {}\r\n\r\n", body.len());
+    let _peer = upstream.answer(&[head.as_bytes(), &body].concat()).await;
+    assert_eq!(line.whole(&sent).await.body, body);
+}

@@ -1,0 +1,76 @@
+//! Exit codes and messages.
+
+use std::{os::unix::fs::PermissionsExt as _, process::Output};
+
+use crate::stage::{Edge, TOKEN, agentd, private_file};
+
+async fn output(args: &[&str]) -> Output {
+    agentd().args(args).output().await.unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+#[tokio::test]
+async fn wrong_usage_is_2_and_help_is_not() {
+    assert_eq!(output(&["nonsense"]).await.status.code(), Some(2));
+    assert_eq!(output(&["http"]).await.status.code(), Some(2));
+    assert_eq!(output(&["http", "ftp://x"]).await.status.code(), Some(2));
+    assert_eq!(output(&["http", "3000", "--token", "x"]).await.status.code(), Some(2));
+    let version = output(&["--version"]).await;
+    assert_eq!(version.status.code(), Some(0));
+    assert!(text(&version.stdout).starts_with("agentd "));
+    assert_eq!(output(&["--help"]).await.status.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_bad_configuration_is_78_with_one_message() {
+    let folder = tempfile::tempdir().unwrap();
+    private_file(folder.path(), "token", TOKEN).unwrap();
+    let good = "[edge]\nurl = \"ws://127.0.0.1:1\"\ntoken_file = \"token\"\n[[tunnel]]\nname = \"web\"\nupstream = 3000\n";
+    let bad = good.replace("upstream", "upstraem");
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    private_file(folder.path(), "good.toml", good).unwrap();
+    private_file(folder.path(), "bad.toml", &bad).unwrap();
+
+    let checked = output(&["config", "check", "--config", &path("good.toml")]).await;
+    assert_eq!((checked.status.code(), text(&checked.stderr)), (Some(0), ""));
+    let wanted = format!(
+        "agentd: {}:6:1: unknown key \"upstraem\" in [[tunnel]]: did you mean \"upstream\"?\n",
+        path("bad.toml")
+    );
+    for args in [["config", "check", "--config"].as_slice(), &["run", "--config"]] {
+        let refused = output(&[args, &[&path("bad.toml")]].concat()).await;
+        assert_eq!((refused.status.code(), text(&refused.stderr)), (Some(78), &*wanted));
+    }
+    let checked = output(&["config", "check", "--json", "--config", &path("bad.toml")]).await;
+    assert_eq!(checked.status.code(), Some(78));
+    assert!(text(&checked.stdout).contains(r#""line":6,"column":1"#), "{}", text(&checked.stdout));
+    let checked = output(&["config", "check", "--json", "--config", &path("good.toml")]).await;
+    assert_eq!(
+        text(&checked.stdout),
+        "{\"ok\":true,\"edge\":\"ws://127.0.0.1:1/\",\"tunnels\":[{\"name\":\"web\",\"upstream\":\"http://localhost:3000\"}]}\n"
+    );
+    assert_eq!(output(&["run", "--config", &path("none.toml")]).await.status.code(), Some(78));
+}
+
+#[tokio::test]
+async fn an_exposed_token_is_refused_with_the_command() {
+    let edge = Edge::bind().await;
+    let folder = tempfile::tempdir().unwrap();
+    let token = private_file(folder.path(), "token", TOKEN).unwrap();
+    std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let shown = token.display().to_string();
+    let refused = output(&["http", "3000", "--edge", &edge.url, "--token-file", &shown]).await;
+    assert_eq!(refused.status.code(), Some(78));
+    assert_eq!(
+        text(&refused.stderr),
+        format!("agentd: the token file {shown} can be read by others (mode 644): run chmod 600 {shown}\n")
+    );
+    let refused = output(&["http", "3000", "--edge", &edge.url]).await;
+    assert_eq!(refused.status.code(), Some(78));
+    let refused =
+        output(&["http", "3000", "--edge", &edge.url, "--token-file", &shown, "--name", "www"]).await;
+    assert_eq!(refused.status.code(), Some(78));
+}

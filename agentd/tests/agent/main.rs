@@ -1,0 +1,13 @@
+//! The real binary between a bare WebSocket edge and a raw-socket upstream.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
+mod body;
+mod breakage;
+mod cli;
+mod fidelity;
+mod lifecycle;
+mod limit;
+mod measure;
+mod stage;
+mod transport;
