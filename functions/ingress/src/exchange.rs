@@ -614,10 +614,23 @@ impl<'a> Exchange<'a> {
             Stop::Broken(_) | Stop::ClientGone => self.give_up(receiving).await,
             Stop::AgentLost => {
                 // Nobody is left to cancel, but the receive under way must not outlive this request.
-                if let Some(receiving) = receiving {
-                    drop(receiving.await);
-                }
-                self.settle().await;
+                let last = async {
+                    if let Some(receiving) = receiving {
+                        drop(receiving.await);
+                    }
+                };
+                tokio::join!(last, self.settle());
+            }
+        }
+    }
+
+    /// Awaits a receive while everything on the side goes on: what ends the receive early is the
+    /// agent's answer to a message that may still have to be sent.
+    async fn await_beside(&mut self, mut receiving: Receiving<'a>) -> Result<Vec<Letter>, Error> {
+        loop {
+            tokio::select! {
+                letters = &mut receiving => return letters,
+                Some(_) = self.side.next() => {}
             }
         }
     }
@@ -627,11 +640,10 @@ impl<'a> Exchange<'a> {
         self.post(EdgeMessage::Cancel(Cancel { request_id: self.request_id.clone() }));
         let mut quiet = false;
         while self.last.is_none() && !quiet {
-            let letters = match receiving.take() {
-                Some(receiving) => receiving.await,
-                None => self.ingress.pool.mailboxes().receive(self.lease, LAST_WORD_WAIT).await,
-            };
-            match letters {
+            let next = receiving.take().unwrap_or_else(|| {
+                Box::pin(self.ingress.pool.mailboxes().receive(self.lease, LAST_WORD_WAIT))
+            });
+            match self.await_beside(next).await {
                 Ok(letters) => {
                     quiet = letters.is_empty();
                     // Whatever it says, it is only to be seen and deleted.
@@ -641,7 +653,7 @@ impl<'a> Exchange<'a> {
             }
         }
         if let Some(receiving) = receiving {
-            drop(receiving.await);
+            drop(self.await_beside(receiving).await);
         }
         self.settle().await;
     }
