@@ -24,7 +24,7 @@ use futures_util::{
 };
 use proto::{
     body::{Body, Codec, is_compressible},
-    chunk::Reassembler,
+    chunk::{Accepted, Reassembler},
     error::ErrorCode,
     header::value_to_text,
     id::{ConnectionId, RequestId},
@@ -522,26 +522,17 @@ impl<'a> Exchange<'a> {
         };
         let message = AgentMessage::decode(text).map_err(|error| invalid(&error))?;
         let decode = |body: Option<Body<'_>>| body.map(Body::decode).transpose();
-        let (seq, part) = match message {
+        let (seq, part, is_last) = match message {
             AgentMessage::Reply(reply) => {
                 let Reply { token: _, status, headers, body, end } = reply;
                 let body = decode(body).map_err(|error| invalid(&error))?;
-                if end {
-                    self.last = Some(0);
-                }
-                (0, Part::Head(Reply { token: "".into(), status, headers, body: None, end }, body))
+                (0, Part::Head(Reply { token: "".into(), status, headers, body: None, end }, body), end)
             }
             AgentMessage::Chunk(chunk) => {
                 let bytes = decode(chunk.body).map_err(|error| invalid(&error))?.unwrap_or_default();
-                if chunk.end {
-                    self.last = Some(chunk.seq);
-                }
-                (chunk.seq, Part::Data { bytes, end: chunk.end })
+                (chunk.seq, Part::Data { bytes, end: chunk.end }, chunk.end)
             }
-            AgentMessage::Failed(failed) => {
-                self.last = Some(failed.seq);
-                (failed.seq, Part::Failed(failed.code))
-            }
+            AgentMessage::Failed(failed) => (failed.seq, Part::Failed(failed.code), true),
             AgentMessage::Continue(asked) => {
                 let compress = asked.codecs.has(Codec::Zstd);
                 self.upload(compress);
@@ -552,7 +543,15 @@ impl<'a> Exchange<'a> {
             }
         };
         match self.parts.push(seq, part) {
-            Ok(_) => Ok(()),
+            // Only what was taken can end anything: whoever runs ahead is still to be cancelled, and a
+            // number that was used before must not end the receiving.
+            Ok(Accepted::New) => {
+                if is_last {
+                    self.last = Some(seq);
+                }
+                Ok(())
+            }
+            Ok(Accepted::Duplicate) => Ok(()),
             Err(error) => Err(invalid(&error)),
         }
     }
