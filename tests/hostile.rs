@@ -12,7 +12,7 @@ use proto::{
     message::{AgentMessage, Reply},
 };
 use tests::{
-    Local,
+    Local, PATIENCE,
     client::{Answer, Connection, Request},
     process::binary,
     raw_agent::{Call, RawAgent},
@@ -22,6 +22,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     task::JoinHandle,
+    time::timeout,
 };
 use tokio_tungstenite::tungstenite::{http::StatusCode, protocol::frame::coding::Data};
 
@@ -292,6 +293,19 @@ async fn a_body_that_turns_invalid_or_contradicts_its_length_is_broken_off() {
             .say_text(&format!(r#"{{"type":"failed","token":"{}","seq":1,"code":"cancelled"}}"#, call.token))
             .await;
     }
+    // A last word under a number that was used before ends nothing.
+    let mut connection = Connection::open(local.public).await;
+    connection.begin(&Request::to("web", "GET", "/")).await;
+    let call = agent.request().await;
+    agent.say(call.reply("half", false)).await;
+    assert_eq!(connection.head().await.status, 200);
+    agent
+        .say_text(&format!(r#"{{"type":"failed","token":"{}","seq":0,"code":"upstream_reset"}}"#, call.token))
+        .await;
+    agent.say(call.chunk(1, "+half", false)).await;
+    agent.say(call.chunk(2, "", true)).await;
+    assert_eq!(connection.chunked_body().await, b"half+half");
+
     for (length, body) in [("8", "half"), ("4", "too long")] {
         let asked = ask(&local, "web", "/");
         let call = agent.request().await;
@@ -384,9 +398,8 @@ async fn raw(local: &Local, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(local.public).await.unwrap();
     // The edge may have refused before all of it is written.
     drop(stream.write_all(bytes).await);
-    drop(stream.shutdown().await);
     let mut all = Vec::new();
-    drop(stream.read_to_end(&mut all).await);
+    drop(timeout(PATIENCE, stream.read_to_end(&mut all)).await.expect("an answer and the end"));
     String::from_utf8_lossy(&all).into_owned()
 }
 
@@ -484,10 +497,14 @@ async fn what_only_looks_like_two_requests_is_forwarded_as_the_one_it_is() {
     let _agent = local.agent("web", &upstream.address());
     let length = SMUGGLED.len();
     let shapes = [
-        format!("POST /first HTTP/1.1\r\nHost: web.localhost\r\nContent-Length: {length}\r\n\r\n{SMUGGLED}"),
-        format!("GET /first HTTP/1.1\r\nHost: web.localhost\r\nContent-Length: {length}\r\n\r\n{SMUGGLED}"),
         format!(
-            "POST /first HTTP/1.1\r\nHost: web.localhost\r\nTransfer-Encoding:\tChunked\r\n\r\n\
+            "POST /first HTTP/1.1\r\nHost: web.localhost\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{SMUGGLED}"
+        ),
+        format!(
+            "GET /first HTTP/1.1\r\nHost: web.localhost\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{SMUGGLED}"
+        ),
+        format!(
+            "POST /first HTTP/1.1\r\nHost: web.localhost\r\nConnection: close\r\nTransfer-Encoding:\tChunked\r\n\r\n\
              {length:x};ext=\"0\"\r\n{SMUGGLED}\r\n0\r\nX-Trailer: 1\r\n\r\n"
         ),
     ];
@@ -502,7 +519,7 @@ async fn what_only_looks_like_two_requests_is_forwarded_as_the_one_it_is() {
         assert_eq!(last.all("content-length"), [length.to_string()]);
     }
     // Two requests that are two get two answers, in order.
-    let pair = "GET /a HTTP/1.1\r\nHost: web.localhost\r\n\r\nGET /b HTTP/1.1\r\nHost: web.localhost\r\n\r\n";
+    let pair = "GET /a HTTP/1.1\r\nHost: web.localhost\r\n\r\nGET /b HTTP/1.1\r\nHost: web.localhost\r\nConnection: close\r\n\r\n";
     let answer = raw(&local, pair.as_bytes()).await;
     let (a, b) = (answer.find("GET /a HTTP/1.1").unwrap(), answer.find("GET /b HTTP/1.1").unwrap());
     assert!(a < b, "{answer}");

@@ -172,7 +172,6 @@ async fn a_client_that_does_not_read_stalls_its_upstream_and_loses_nothing() {
     let bound = window + 3 * kernel_bytes_for_a_connection() + 8 * 128 * 1024;
     let at_most = written.load(Ordering::Acquire);
     assert!(at_most <= bound, "{at_most} bytes were taken for a client that reads none; bound {bound}");
-    // Somebody else is not kept waiting by it.
     finish.store(true, Ordering::Release);
     let answer = connection.chunked_body().await;
     let whole = written.load(Ordering::Acquire);
