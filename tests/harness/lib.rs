@@ -121,7 +121,8 @@ impl Local {
     /// How often each AWS call was made so far: `service:Action` to a number.
     pub async fn counters(&self) -> BTreeMap<String, u64> {
         // It answers under its own name only.
-        let request = client::Request::new("GET", "/_local/counters").field("Host", &self.endpoint.to_string());
+        let request =
+            client::Request::new("GET", "/_local/counters").field("Host", &self.endpoint.to_string());
         let answer = request.send(self.endpoint).await;
         assert_eq!(answer.status, 200, "{}", answer.text());
         let counts: Counts = serde_json::from_slice(&answer.body).unwrap();
