@@ -200,7 +200,7 @@ async fn a_small_request_makes_the_designed_calls_and_no_other() {
     let count = |call: &str| made.iter().find(|(own, _)| own == call).map_or(0, |(_, count)| *count);
     assert_eq!(count("states:StartSyncExecution"), 1, "{made:?}");
     assert_eq!(count("dynamodb:Query"), 1, "{made:?}");
-    assert_eq!(count("execute-api:ManageConnections"), 1, "{made:?}");
+    assert_eq!(count("apigateway:invoke POST"), 1, "{made:?}");
     assert_eq!(count("sqs:SendMessage"), 1, "{made:?}");
     assert!((1..=2).contains(&count("sqs:ReceiveMessage")), "{made:?}");
     assert_eq!(count("sqs:DeleteMessage"), 1, "{made:?}");

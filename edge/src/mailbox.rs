@@ -6,7 +6,7 @@
 //! leases one when it starts and keeps it while it lives, so that no table is asked while a request is
 //! served; a lease nobody renews ends by itself.
 
-use std::{collections::HashMap, time::Duration};
+use std::time::Duration;
 
 use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_sqs::types::{
@@ -233,39 +233,24 @@ impl Pool {
         if free.len() <= FREE_AHEAD {
             free.extend(self.free("mailbox < :start", &start, now).await?);
         }
-        let mut lease = None;
         let mut left = free.len();
         for mailbox in free {
             left -= 1;
-            if let Some(taken) = self.take(mailbox, holder, now).await? {
-                lease = Some(taken);
-                break;
-            }
-        }
-        let wanted = FREE_AHEAD.saturating_sub(left) + usize::from(lease.is_none());
-        let fresh = if lease.is_none() || left < FREE_AHEAD {
-            self.grow(wanted, random, now).await
-        } else {
-            Ok(Vec::new())
-        };
-        match (lease, fresh) {
-            (Some(lease), fresh) => {
-                if let Err(error) = fresh {
+            if let Some(lease) = self.write(&mailbox, holder, now, "leased_until <= :now").await? {
+                if left < FREE_AHEAD
+                    && let Err(error) = self.grow(FREE_AHEAD - left, random).await
+                {
                     tracing::warn!(%error, "mailbox pool could not be grown");
                 }
-                Ok(lease)
-            }
-            (None, fresh) => {
-                let fresh = fresh?;
-                tokio::time::sleep(limits::MAILBOX_WARM_UP).await;
-                for mailbox in fresh {
-                    if let Some(lease) = self.take(mailbox, holder, unix_now()).await? {
-                        return Ok(lease);
-                    }
-                }
-                Err(Error::Throttled { call: "lease of a mailbox" })
+                return Ok(lease);
             }
         }
+        // None to be had: one of its own, and its own from the beginning.
+        let mailbox = self.create(random).await?;
+        let until = unix_now() + self.lease.as_secs();
+        self.put(&mailbox, until, Some(holder)).await?;
+        tokio::time::sleep(limits::MAILBOX_WARM_UP).await;
+        Ok(Lease { queue_url: self.mailboxes.url(&mailbox), mailbox, until, holder: holder.to_owned() })
     }
 
     /// Whether the lease outlives a request that begins now; if not, it should be renewed first.
@@ -352,10 +337,6 @@ impl Pool {
         }
     }
 
-    async fn take(&self, mailbox: MailboxId, holder: &str, now: u64) -> Result<Option<Lease>, Error> {
-        self.write(&mailbox, holder, now, "leased_until <= :now").await
-    }
-
     async fn write(
         &self,
         mailbox: &MailboxId,
@@ -393,38 +374,40 @@ impl Pool {
         }
     }
 
-    /// Makes `count` new mailboxes with names nobody has used. They can be leased once they are warm.
-    async fn grow(&self, count: usize, random: [u8; 16], now: u64) -> Result<Vec<MailboxId>, Error> {
-        let mut fresh = Vec::with_capacity(count);
+    /// Makes `count` new mailboxes for whoever comes next.
+    async fn grow(&self, count: usize, random: [u8; 16]) -> Result<(), Error> {
         for index in 0..count {
             let mut seed = random;
-            seed[15] = seed[15].wrapping_add(u8::try_from(index).unwrap_or(u8::MAX)).wrapping_add(1);
-            let mailbox: MailboxId = name(seed).parse().expect("hexadecimal digits are a mailbox id");
-            let url = self.mailboxes.url(&mailbox);
-            let queue = url.rsplit('/').next().unwrap_or_default();
-            self.mailboxes
-                .sqs
-                .create_queue()
-                .queue_name(queue)
-                .attributes(
-                    QueueAttributeName::MessageRetentionPeriod,
-                    limits::MAILBOX_RETENTION.as_secs().to_string(),
-                )
-                .send()
-                .await
-                .map_err(|error| classify("CreateQueue", error))?;
-            // Whoever reads the row in this very second must not take it yet.
-            let item = HashMap::from([
-                ("pool".to_owned(), text(POOL)),
-                ("mailbox".to_owned(), text(mailbox.as_str())),
-                ("leased_until".to_owned(), number(now + limits::MAILBOX_WARM_UP.as_secs())),
-            ]);
-            let put = self.dynamodb.put_item().table_name(&self.table).set_item(Some(item));
-            put.send().await.map_err(|error| classify("PutItem", error))?;
-            fresh.push(mailbox);
+            seed[0] = seed[0].wrapping_add(u8::try_from(index).unwrap_or(u8::MAX)).wrapping_add(1);
+            let mailbox = self.create(seed).await?;
+            // Whole seconds are compared: with one more it is never taken before it is warm.
+            self.put(&mailbox, unix_now() + limits::MAILBOX_WARM_UP.as_secs() + 1, None).await?;
         }
         tracing::info!(count, "mailbox pool grown");
-        Ok(fresh)
+        Ok(())
+    }
+
+    /// Makes a queue with a name nobody has used.
+    async fn create(&self, random: [u8; 16]) -> Result<MailboxId, Error> {
+        let mailbox: MailboxId = name(random).parse().expect("hexadecimal digits are a mailbox id");
+        let url = self.mailboxes.url(&mailbox);
+        let request =
+            self.mailboxes.sqs.create_queue().queue_name(url.rsplit('/').next().unwrap_or_default());
+        let retention = limits::MAILBOX_RETENTION.as_secs().to_string();
+        let request = request.attributes(QueueAttributeName::MessageRetentionPeriod, retention);
+        request.send().await.map_err(|error| classify("CreateQueue", error))?;
+        Ok(mailbox)
+    }
+
+    async fn put(&self, mailbox: &MailboxId, leased_until: u64, holder: Option<&str>) -> Result<(), Error> {
+        let request = self.dynamodb.put_item().table_name(&self.table);
+        let request = request.item("pool", text(POOL)).item("mailbox", text(mailbox.as_str()));
+        let mut request = request.item("leased_until", number(leased_until));
+        if let Some(holder) = holder {
+            request = request.item("holder", text(holder));
+        }
+        request.send().await.map_err(|error| classify("PutItem", error))?;
+        Ok(())
     }
 }
 

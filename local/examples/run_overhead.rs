@@ -80,6 +80,17 @@ async fn main() -> anyhow::Result<()> {
         services.dynamodb.call("Query", body.clone()).await;
     }
     println!("a query alone: {:?}", start.elapsed() / RUNS);
+    for row in 0..200 {
+        let item = serde_json::json!({ "TableName": "connections", "Item": {
+            "tunnel": { "S": format!("t{row}") }, "connection_id": { "S": "abc=" }, "owner": { "S": "me" },
+            "agent": { "S": "agent" }, "expires_at": { "N": "9999999999" } } });
+        services.dynamodb.call("PutItem", item.to_string().into()).await;
+    }
+    let start = Instant::now();
+    for _ in 0..RUNS {
+        services.dynamodb.call("Query", body.clone()).await;
+    }
+    println!("a query beside 200 other rows: {:?}", start.elapsed() / RUNS);
     let start = Instant::now();
     for _ in 0..RUNS {
         services.sqs.send(&mailbox, NewMessage { body: "x".into(), ..NewMessage::default() })?;

@@ -705,3 +705,6 @@ fn sync_execution(machine_arn: &str, result: &RunResult) -> Answer {
         Err(error) => Answer::error(StatusCode::INTERNAL_SERVER_ERROR, "InternalFailure", &error.to_string()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,6 +14,10 @@ use winterbaume_dynamodb::{DynamoDbService, DynamodbStateView};
 
 use crate::chaos::{Chaos, Fault};
 
+mod storage;
+
+use storage::Storage;
+
 /// The region whose tables these are; the emulation keeps one set of tables for each.
 const REGION: &str = "us-east-1";
 
@@ -40,6 +44,7 @@ const WRITES: &[&str] = &[
 /// The service.
 pub struct Dynamodb {
     service: DynamoDbService,
+    storage: Arc<Storage>,
     chaos: Arc<Chaos>,
     /// The emulation looks at a condition and then writes, in two steps: one write at a time.
     writing: tokio::sync::Mutex<()>,
@@ -152,8 +157,10 @@ impl Dynamodb {
     /// A service without tables.
     #[must_use]
     pub fn new(chaos: Arc<Chaos>) -> Self {
+        let storage = Arc::new(Storage::default());
         Self {
-            service: DynamoDbService::new(),
+            service: DynamoDbService::with_backend(Arc::clone(&storage) as _),
+            storage,
             chaos,
             writing: tokio::sync::Mutex::default(),
             saving: Mutex::default(),
@@ -270,7 +277,7 @@ impl Dynamodb {
     pub async fn save(&self, path: &Path) -> Result<(), DynamodbError> {
         let view = {
             let _one_at_a_time = self.writing.lock().await;
-            self.service.snapshot(default_account_id(), REGION).await
+            self.storage.copy(default_account_id(), REGION).await
         };
         let text = serde_json::to_vec_pretty(&view)?;
         let _one_save = self.saving.lock().unwrap_or_else(PoisonError::into_inner);

@@ -44,13 +44,19 @@ const REAP_INTERVAL: Duration = Duration::from_secs(60);
 /// How long killed processes have to be gone when the pools close.
 const CLOSE_TIME: Duration = Duration::from_secs(5);
 
+/// Is told of a new process: its access key, its function and its environment's name.
+pub type Begun = Arc<dyn Fn(&str, &'static str, &str) + Send + Sync>;
+
+/// Is told of a process that has ended: its access key.
+pub type Ended = Arc<dyn Fn(&str) + Send + Sync>;
+
 /// Is told of each process.
 #[derive(Clone)]
 pub struct Register {
-    /// A new one: its access key, its function and its environment's name.
-    pub begun: Arc<dyn Fn(&str, &'static str, &str) + Send + Sync>,
-    /// One that has ended: its access key.
-    pub ended: Arc<dyn Fn(&str) + Send + Sync>,
+    /// When it is about to start.
+    pub begun: Begun,
+    /// When it is gone.
+    pub ended: Ended,
 }
 
 impl Default for Register {

@@ -45,6 +45,9 @@ const HEAD_TIME: Duration = Duration::from_secs(60);
 /// How long a public client may pause within a request body.
 const BODY_PAUSE: Duration = Duration::from_secs(30);
 
+/// How much memory a request body gets before it has come.
+const RESERVED_BYTES: usize = 64 * 1024;
+
 /// How much of a refused body is read, so that a client that sends it all sees the answer.
 const DRAIN_BYTES: usize = 32 * 1024 * 1024;
 
@@ -58,7 +61,7 @@ const ARRIVALS: usize = 256;
 const FUNCTION: &str = "ingress";
 
 /// Fields that only the front itself may set.
-const OWN_FIELDS: [&str; 3] = ["x-tunnel-host", "x-tunnel-front", "x-tunnel-target"];
+const OWN_FIELDS: [&str; 4] = ["x-tunnel-host", "x-tunnel-front", "x-tunnel-target", "x-tunnel-client"];
 
 /// Is told the access key of the `ingress` process whose public client left before a response.
 pub type ClientGone = Arc<dyn Fn(&str) + Send + Sync>;
@@ -391,7 +394,8 @@ async fn read_body(
     if !fits(announced) {
         return Err((Refusal::TooLarge, body));
     }
-    let mut read = BytesMut::with_capacity(usize::try_from(announced).unwrap_or(0));
+    // What is only announced takes no memory.
+    let mut read = BytesMut::with_capacity(usize::try_from(announced).unwrap_or(0).min(RESERVED_BYTES));
     loop {
         match time::timeout(BODY_PAUSE, body.frame()).await {
             Ok(None) => return Ok(read),

@@ -53,7 +53,7 @@ const MACHINE_DEFINITION: &str = include_str!("../../statemachines/public_reques
 const MAILBOX_PREFIX: &str = "tunnel-local-mailbox-";
 
 /// How many mailboxes there are from the beginning, so that the first requests need not make any.
-const MAILBOXES: usize = 8;
+const MAILBOXES: usize = 64;
 
 /// The tunnel that is there from the beginning.
 const DEMO: &str = "demo";
@@ -126,13 +126,21 @@ pub fn agent(arguments: Vec<OsString>) -> ExitCode {
 
 fn init_log(level: LogLevel) {
     let result = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(level.as_str()))
+        .with_env_filter(EnvFilter::new(filter(level, "local")))
         .with_target(false)
         .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr)
         .try_init();
     // Only a second call fails; the first subscriber stays.
     drop(result);
+}
+
+/// What is logged where: the details of this project, but never those of its libraries.
+fn filter(level: LogLevel, own: &str) -> String {
+    match level {
+        LogLevel::Error | LogLevel::Warn | LogLevel::Info => level.as_str().to_owned(),
+        LogLevel::Debug | LogLevel::Trace => format!("info,{own}={}", level.as_str()),
+    }
 }
 
 /// Each process of a function takes a handful of descriptors; the usual limit is for 200 of them.
@@ -403,7 +411,8 @@ impl Settings<'_> {
             ),
             Function::Response => (10, vec![token_keys(), (env::MAILBOX_URL_PREFIX, mailbox_prefix.clone())]),
         };
-        variables.push(("AWS_LAMBDA_LOG_LEVEL", self.log_level.as_str().to_owned()));
+        let own = format!("edge={level},{}", function.name(), level = self.log_level.as_str());
+        variables.push(("AWS_LAMBDA_LOG_LEVEL", filter(self.log_level, &own)));
         FunctionConfig {
             name: function.name(),
             timeout: Duration::from_secs(timeout_secs),
@@ -490,7 +499,7 @@ fn start_agent(
         .arg(format!("ws://{agents}"))
         .arg("--token-file")
         .arg(&identity.token_file)
-        .args(["--log-level", log_level.as_str()])
+        .args(["--log-level", &filter(log_level, "agentd")])
         .env(process::ENV_PARENT, std::process::id().to_string())
         .process_group(0)
         .stdin(Stdio::null())

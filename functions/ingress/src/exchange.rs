@@ -277,8 +277,8 @@ struct Exchange<'a> {
     request: &'a PublicRequest,
     connection: ConnectionId,
     parts: Reassembler<Part>,
-    /// Whether the last piece has arrived, in order or not.
-    ended: bool,
+    /// The number of the last piece, once that has arrived; earlier ones may still be missing.
+    last: Option<u32>,
     uploading: bool,
     /// Deletes, credit, cancel, upload: whatever goes on beside the stream.
     side: FuturesUnordered<LocalBoxFuture<'a, Side>>,
@@ -300,7 +300,7 @@ impl<'a> Exchange<'a> {
             connection,
             // The head and a window of chunks after the last one that credit was returned for.
             parts: Reassembler::new(0, limits::CHUNK_WINDOW + limits::CREDIT_EVERY + 2),
-            ended: false,
+            last: None,
             uploading: false,
             side: FuturesUnordered::new(),
         }
@@ -400,7 +400,7 @@ impl<'a> Exchange<'a> {
                         self.settle().await;
                         return;
                     }
-                    if seq - credited >= limits::CREDIT_EVERY && !self.ended {
+                    if seq - credited >= limits::CREDIT_EVERY && self.last.is_none() {
                         credited = seq;
                         self.post(EdgeMessage::Credit(Credit { request_id: self.request_id.clone(), through: seq }));
                     }
@@ -429,9 +429,16 @@ impl<'a> Exchange<'a> {
         tokio::join!(broken, self.finish(stop, receiving));
     }
 
+    /// Whether every piece has arrived, in whatever order.
+    fn is_complete(&self) -> bool {
+        self.last.is_some_and(|last| {
+            u64::from(self.parts.next_seq()) + self.parts.waiting() as u64 > u64::from(last)
+        })
+    }
+
     /// Begins a receive if one is wanted and none is under way.
     fn receive(&self, receiving: &mut Option<Receiving<'a>>) {
-        if receiving.is_none() && !self.ended {
+        if receiving.is_none() && !self.is_complete() {
             let (mailboxes, lease) = (self.ingress.pool.mailboxes(), self.lease);
             *receiving = Some(Box::pin(mailboxes.receive(lease, limits::MAILBOX_WAIT)));
         }
@@ -471,7 +478,9 @@ impl<'a> Exchange<'a> {
                 if let Err(reason) = self.take_message(&letter.body) {
                     stop.get_or_insert(reason);
                 }
-            } else if letter.lost_connection.as_deref() == Some(self.connection.as_str()) && !self.ended {
+            } else if letter.lost_connection.as_deref() == Some(self.connection.as_str())
+                && !self.is_complete()
+            {
                 stop.get_or_insert(Stop::AgentLost);
             }
             // Anything else is stale: from a request that is over.
@@ -501,16 +510,20 @@ impl<'a> Exchange<'a> {
             AgentMessage::Reply(reply) => {
                 let Reply { token: _, status, headers, body, end } = reply;
                 let body = decode(body).map_err(|error| invalid(&error))?;
-                self.ended |= end;
+                if end {
+                    self.last = Some(0);
+                }
                 (0, Part::Head(Reply { token: "".into(), status, headers, body: None, end }, body))
             }
             AgentMessage::Chunk(chunk) => {
                 let bytes = decode(chunk.body).map_err(|error| invalid(&error))?.unwrap_or_default();
-                self.ended |= chunk.end;
+                if chunk.end {
+                    self.last = Some(chunk.seq);
+                }
                 (chunk.seq, Part::Data { bytes, end: chunk.end })
             }
             AgentMessage::Failed(failed) => {
-                self.ended = true;
+                self.last = Some(failed.seq);
                 (failed.seq, Part::Failed(failed.code))
             }
             AgentMessage::Continue(asked) => {
@@ -597,7 +610,7 @@ impl<'a> Exchange<'a> {
     async fn finish(self, stop: Stop, receiving: Option<Receiving<'a>>) {
         match stop {
             // The agent's own last word: there is nothing to cancel.
-            _ if self.ended && receiving.is_none() => self.settle().await,
+            _ if self.last.is_some() && receiving.is_none() => self.settle().await,
             Stop::Broken(_) | Stop::ClientGone => self.give_up(receiving).await,
             Stop::AgentLost => {
                 // Nobody is left to cancel, but the receive under way must not outlive this request.
@@ -613,7 +626,7 @@ impl<'a> Exchange<'a> {
     async fn give_up(mut self, mut receiving: Option<Receiving<'a>>) {
         self.post(EdgeMessage::Cancel(Cancel { request_id: self.request_id.clone() }));
         let mut quiet = false;
-        while !self.ended && !quiet {
+        while self.last.is_none() && !quiet {
             let letters = match receiving.take() {
                 Some(receiving) => receiving.await,
                 None => self.ingress.pool.mailboxes().receive(self.lease, LAST_WORD_WAIT).await,

@@ -114,6 +114,7 @@ pub(super) enum Refused {
 struct Waiting {
     payload: Bytes,
     reply: Reply,
+    since: Instant,
 }
 
 enum Phase {
@@ -128,6 +129,7 @@ enum Phase {
         reply: Option<Reply>,
         /// Whether it has answered, and is about to poll.
         is_answered: bool,
+        begun: Instant,
     },
 }
 
@@ -158,7 +160,37 @@ struct State {
     /// How many have answered and are about to poll.
     answered: usize,
     waiting: VecDeque<Waiting>,
+    /// From an event to the next poll, and from a start to the first one, as of late.
+    service_time: Mean,
+    start_time: Mean,
+    /// Whether the queue is going to be looked at again by itself.
+    is_watched: bool,
     closed: bool,
+}
+
+/// A mean in which what is recent counts most.
+#[derive(Debug, Clone, Copy, Default)]
+struct Mean(Option<Duration>);
+
+impl Mean {
+    fn note(&mut self, duration: Duration) {
+        self.0 = Some(self.0.map_or(duration, |mean| (mean * 7 + duration) / 8));
+    }
+}
+
+impl State {
+    /// Whether the processes there are will probably have taken all that waits before another one
+    /// could have started.
+    fn is_soon_served(&self) -> bool {
+        let (Some(service), Some(start)) = (self.service_time.0, self.start_time.0) else { return false };
+        // Idle ones there are none while something waits.
+        let serving = self.environments.len();
+        let queue = u32::try_from(self.waiting.len()).unwrap_or(u32::MAX);
+        serving > self.starting
+            && service.saturating_mul(queue)
+                < start.saturating_mul(u32::try_from(serving).unwrap_or(u32::MAX))
+            && self.waiting.front().is_none_or(|first| first.since.elapsed() < start)
+    }
 }
 
 /// What is known about one process.
@@ -228,7 +260,7 @@ impl Pool {
             drop(state);
             return reply.fail(InvokeError::ShuttingDown);
         }
-        let mut waiting = Waiting { payload, reply };
+        let mut waiting = Waiting { payload, reply, since: Instant::now() };
         while let Some(id) = state.idle.pop() {
             let Some(environment) = state.environments.get_mut(&id) else { continue };
             if !matches!(&environment.phase, Phase::Idle { parked, .. } if !parked.is_closed()) {
@@ -253,7 +285,7 @@ impl Pool {
                     environment.deadline = None;
                     self.kill(environment, InvokeError::Exited("its poll ended".to_owned()));
                     state.starting += 1;
-                    waiting = Waiting { payload: event.payload, reply };
+                    waiting = Waiting { payload: event.payload, reply, since: Instant::now() };
                 }
             }
         }
@@ -285,16 +317,14 @@ impl Pool {
         match &mut environment.phase {
             Phase::Starting => {
                 state.starting -= 1;
-                environment.init.get_or_insert_with(|| environment.spawned.elapsed());
-                tracing::debug!(
-                    function = self.config.name,
-                    init_us = environment.init.map_or(0, |init| init.as_micros()),
-                    "process is ready"
-                );
+                let init = *environment.init.get_or_insert_with(|| environment.spawned.elapsed());
+                state.start_time.note(init);
+                tracing::debug!(function = self.config.name, init_us = init.as_micros(), "process is ready");
             }
             Phase::Idle { .. } => state.idle.retain(|idle| idle != id),
-            Phase::Busy { reply, is_answered, .. } => {
+            Phase::Busy { reply, is_answered, begun, .. } => {
                 state.answered -= usize::from(*is_answered);
+                state.service_time.note(begun.elapsed());
                 if let Some(reply) = reply.take() {
                     reply.fail(InvokeError::Exited(
                         "the process asked for the next event without an answer".into(),
@@ -415,7 +445,7 @@ impl Pool {
 
     /// Makes an event of what waits and the phase of the process that serves it.
     fn begin(&self, environment: &mut Environment, waiting: Waiting) -> (Event, Phase) {
-        let Waiting { payload, reply } = waiting;
+        let Waiting { payload, reply, since: _ } = waiting;
         if let Reply::Streaming { access_key, .. } = &reply {
             let _ = access_key.set(environment.access_key.clone());
         }
@@ -431,7 +461,7 @@ impl Pool {
             SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + self.config.timeout;
         let event =
             Event { aws_request_id: aws_request_id.clone(), deadline_ms: deadline_ms.as_millis(), payload };
-        (event, Phase::Busy { aws_request_id, reply: Some(reply), is_answered: false })
+        (event, Phase::Busy { aws_request_id, reply: Some(reply), is_answered: false, begun: Instant::now() })
     }
 
     /// Injected fault: the process is lost somewhere in the middle of an invocation.
@@ -458,15 +488,37 @@ impl Pool {
         }
     }
 
-    /// Starts as many processes as there are invocations waiting, within bounds.
+    /// Starts processes while what waits would otherwise wait longer than a start takes.
     fn grow(&self, state: &mut State) {
-        while state.starting + state.answered < state.waiting.len()
+        while !state.closed
+            && state.starting + state.answered < state.waiting.len()
             && state.starting < self.parallel_starts
             && state.environments.len() < self.config.concurrency
-            && !state.closed
         {
+            if state.is_soon_served() {
+                return self.watch(state);
+            }
+            let starting = state.starting;
             self.start_environment(state);
+            if state.starting == starting {
+                return;
+            }
         }
+    }
+
+    /// Has the queue looked at again after the time that a start takes: means tell nothing about a
+    /// process that is stuck.
+    fn watch(&self, state: &mut State) {
+        let (Some(me), Some(patience)) = (self.me.upgrade(), state.start_time.0) else { return };
+        if std::mem::replace(&mut state.is_watched, true) {
+            return;
+        }
+        tokio::spawn(async move {
+            time::sleep(patience).await;
+            let mut state = me.lock();
+            state.is_watched = false;
+            me.grow(&mut state);
+        });
     }
 
     fn start_environment(&self, state: &mut State) {

@@ -1,6 +1,6 @@
 //! Processes of functions: started, frozen, thawed, ended, and their output forwarded.
 //!
-//! What enters is a [`Launch`]; what leaves is a running [`Child`] in a process group of its own,
+//! What enters is a `Launch`; what leaves is a running [`Child`] in a process group of its own,
 //! whose output goes to this process's standard error, line by line.
 
 use std::{collections::BTreeMap, io, path::PathBuf, process::Stdio, sync::mpsc, thread};
@@ -35,6 +35,9 @@ impl Launcher {
     }
 }
 
+/// What becomes of a launch.
+type Launched = io::Result<(Child, Pid)>;
+
 /// One process to start.
 pub(super) struct Launch {
     /// The function's name: the last argument, and what its output is marked with.
@@ -42,7 +45,7 @@ pub(super) struct Launch {
     /// The whole environment; nothing is inherited.
     pub(super) environment: BTreeMap<String, String>,
     /// Is given the running process, or why there is none.
-    pub(super) started: Box<dyn FnOnce(io::Result<(Child, Pid)>) + Send>,
+    pub(super) started: Box<dyn FnOnce(Launched) + Send>,
 }
 
 /// Starts processes on a thread of its own.
@@ -77,11 +80,7 @@ impl Spawner {
     }
 }
 
-fn spawn(
-    launcher: &Launcher,
-    function: &'static str,
-    environment: BTreeMap<String, String>,
-) -> io::Result<(Child, Pid)> {
+fn spawn(launcher: &Launcher, function: &'static str, environment: BTreeMap<String, String>) -> Launched {
     let mut child = Command::new(&launcher.program)
         .args(&launcher.arguments)
         .arg(function)

@@ -166,13 +166,14 @@ async fn requests_become_events_and_own_fields_cannot_be_forged() {
     let event = fixture
         .event_of(
             b"M-SEARCH /x?y HTTP/1.1\r\nHost: demo.localhost\r\nX-Tunnel-Host: evil\r\nx-tunnel-front: evil\r\n\
-              x-tunnel-target: /evil\r\nConnection: close\r\nContent-Length: 2\r\n\r\nhi",
+              x-tunnel-target: /evil\r\nX-Tunnel-Client: 9.9.9.9\r\nConnection: close\r\nContent-Length: 2\r\n\r\nhi",
         )
         .await;
     assert_eq!(event["requestContext"]["http"]["method"], "M-SEARCH");
     assert_eq!(event["headers"]["x-tunnel-host"], "demo.localhost");
     assert_eq!(event["headers"]["x-tunnel-front"], "s3cret");
     assert!(event["headers"].get("x-tunnel-target").is_none());
+    assert!(event["headers"].get("x-tunnel-client").is_none());
     assert_eq!(event["body"], "aGk=");
     let absolute = fixture
         .event_of(b"GET http://web.localhost:80/a?#f HTTP/1.1\r\nHost: other\r\nConnection: close\r\n\r\n")
