@@ -128,15 +128,18 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
         Command::Http(http) => {
             // What people want to see goes to standard output; the log keeps to what is wrong.
             let level = level.unwrap_or_else(|| Targets::new().with_default(tracing::Level::WARN));
-            telemetry::start(Some(common.log_format.unwrap_or(LogFormat::Human)), level);
+            let _flush = telemetry::start(Some(common.log_format.unwrap_or(LogFormat::Human)), level);
             match http.into_tunnel().and_then(|tunnel| overrides.with_tunnel(tunnel)) {
-                Ok(config) => run(config, Audience::People),
+                Ok(config) => {
+                    let (terminal, _flush) = telemetry::Terminal::open();
+                    run(config, Audience::People(terminal))
+                }
                 Err(error) => bad_config(&error),
             }
         }
         Command::Run { config } => {
             let level = level.unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO));
-            telemetry::start(common.log_format, level);
+            let _flush = telemetry::start(common.log_format, level);
             match config::load(&config, &overrides) {
                 Ok(config) => run(config, Audience::Service),
                 Err(error) => bad_config(&error),
