@@ -4,9 +4,15 @@
 //! Both are written by a thread of their own: a terminal that is stopped, or a pipe that nobody reads,
 //! must not stop the agent. What does not fit the queue is lost.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::{
+    io::{IsTerminal as _, Write as _},
+    path::Path,
+};
 
-use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_appender::{
+    non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard},
+    rolling::{InitError, RollingFileAppender, Rotation},
+};
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 /// How log lines look.
@@ -51,20 +57,40 @@ impl Terminal {
     }
 }
 
-/// Starts logging. A process that already logs goes on as it does.
+/// How many days of log files are kept.
+const LOG_DAYS: usize = 14;
+
+/// Starts logging to standard error. A process that already logs goes on as it does.
 pub(crate) fn start(format: Option<LogFormat>, level: Targets) -> Flush {
     let terminal = std::io::stderr().is_terminal();
     let format = format.unwrap_or(if terminal { LogFormat::Human } else { LogFormat::Json });
     let (writer, flush) = queue(std::io::stderr(), "log");
+    subscribe(format, level, writer, terminal);
+    flush
+}
+
+/// Starts logging to `agentd.DATE.log` in a folder, a new file each day, old ones removed.
+pub(crate) fn start_in(dir: &Path, format: Option<LogFormat>, level: Targets) -> Result<Flush, InitError> {
+    let files = RollingFileAppender::builder()
+        .rotation(Rotation::DAILY)
+        .filename_prefix("agentd")
+        .filename_suffix("log")
+        .max_log_files(LOG_DAYS)
+        .build(dir)?;
+    let (writer, flush) = queue(files, "log");
+    subscribe(format.unwrap_or(LogFormat::Human), level, writer, false);
+    Ok(flush)
+}
+
+fn subscribe(format: LogFormat, level: Targets, writer: NonBlocking, ansi: bool) {
     let registry = tracing_subscriber::registry().with(level);
     // An error means that somebody in this process logs already.
     let _ = match format {
         LogFormat::Human => {
-            registry.with(fmt::layer().with_writer(writer).with_ansi(terminal).with_target(false)).try_init()
+            registry.with(fmt::layer().with_writer(writer).with_ansi(ansi).with_target(false)).try_init()
         }
         LogFormat::Json => {
             registry.with(fmt::layer().json().flatten_event(true).with_writer(writer)).try_init()
         }
     };
-    flush
 }
