@@ -32,7 +32,7 @@ impl Drop for Daemon {
         if std::thread::panicking()
             && let Some(pid) = self.pid()
         {
-            drop(kill_process(pid, Signal::KILL));
+            let _ = kill_process(pid, Signal::KILL);
         }
     }
 }
