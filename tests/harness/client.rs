@@ -208,6 +208,13 @@ impl Connection {
         }
     }
 
+    /// Reads a chunked body that must come to its proper end.
+    pub async fn chunked_body(&mut self) -> Vec<u8> {
+        let (body, complete) = self.chunked().await;
+        assert!(complete, "the body broke off after {} bytes", body.len());
+        body
+    }
+
     async fn chunked(&mut self) -> (Vec<u8>, bool) {
         let mut body = Vec::new();
         while let Some(chunk) = self.chunk().await {
@@ -238,6 +245,12 @@ impl Connection {
         }
         let whole: Vec<u8> = self.buffer.drain(..line_end + 2 + size + 2).collect();
         Some(whole[line_end + 2..line_end + 2 + size].to_owned())
+    }
+
+    /// Reads exactly that many bytes of a body without transfer coding; fewer at the connection's end.
+    pub async fn bytes(&mut self, count: usize) -> Vec<u8> {
+        while self.buffer.len() < count && self.more().await {}
+        self.buffer.drain(..count.min(self.buffer.len())).collect()
     }
 
     /// Reads whatever comes; false at the end of the connection.

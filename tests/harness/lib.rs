@@ -12,6 +12,7 @@
 
 pub mod client;
 pub mod process;
+pub mod raw_agent;
 pub mod upstream;
 
 use std::{
@@ -103,6 +104,12 @@ impl Local {
     /// An agent with the tunnels that `tunnels` (TOML) describes; `names` are waited for.
     #[must_use]
     pub fn agent_with(&self, tunnels: &str, names: &[&str]) -> Agent {
+        self.agent_in(&[], tunnels, names)
+    }
+
+    /// The same with more in its environment.
+    #[must_use]
+    pub fn agent_in(&self, environment: &[(&str, &str)], tunnels: &str, names: &[&str]) -> Agent {
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("agentd.toml");
         let text = format!(
@@ -111,7 +118,7 @@ impl Local {
             self.token.display()
         );
         std::fs::write(&config, text).unwrap();
-        let process = Process::start("agentd", &["run", "--config", config.to_str().unwrap()], &[]);
+        let process = Process::start("agentd", &["run", "--config", config.to_str().unwrap()], environment);
         for name in names {
             process.wait_for_line(|line| line.contains("tunnel is open") && line.contains(name));
         }

@@ -47,6 +47,11 @@ const DEADLINE_MARGIN: Duration = Duration::from_secs(3);
 /// How long each receive lasts that only waits for an agent's last word.
 const LAST_WORD_WAIT: Duration = Duration::from_secs(1);
 
+/// After how many long polls in a row that bring nothing a missing piece is given up: together they are
+/// longer than a message stays hidden whose receive was lost.
+const EMPTY_POLLS: u64 = 2;
+const _: () = assert!(limits::MAILBOX_WAIT.as_secs() * EMPTY_POLLS > limits::MAILBOX_VISIBILITY.as_secs());
+
 /// Answers one event, and returns the mailbox's lease, renewed if need be.
 ///
 /// # Errors
@@ -280,6 +285,8 @@ struct Exchange<'a> {
     /// The number of the last piece, once that has arrived; earlier ones may still be missing.
     last: Option<u32>,
     uploading: bool,
+    /// How many receives in a row brought nothing.
+    empty_polls: u64,
     /// Deletes, credit, cancel, upload: whatever goes on beside the stream.
     side: FuturesUnordered<LocalBoxFuture<'a, Side>>,
 }
@@ -302,6 +309,7 @@ impl<'a> Exchange<'a> {
             parts: Reassembler::new(0, limits::CHUNK_WINDOW + limits::CREDIT_EVERY + 2),
             last: None,
             uploading: false,
+            empty_polls: 0,
             side: FuturesUnordered::new(),
         }
     }
@@ -447,6 +455,11 @@ impl<'a> Exchange<'a> {
     fn took(&mut self, letters: Result<Vec<Letter>, Error>) -> Result<(), Stop> {
         match letters {
             Ok(letters) if letters.is_empty() => {
+                self.empty_polls += 1;
+                if self.parts.waiting() > 0 && self.empty_polls >= EMPTY_POLLS {
+                    tracing::error!(request_id = %self.request_id, seq = self.parts.next_seq(), "a piece of the response was lost");
+                    return Err(Stop::Broken(ErrorCode::EdgeFailed));
+                }
                 // Nothing for a whole long poll: the news of a lost connection may have been lost itself.
                 let (link, connection) = (&self.ingress.link, self.connection.clone());
                 self.side.push(
@@ -460,7 +473,10 @@ impl<'a> Exchange<'a> {
                 );
                 Ok(())
             }
-            Ok(letters) => self.take(letters),
+            Ok(letters) => {
+                self.empty_polls = 0;
+                self.take(letters)
+            }
             Err(error) => {
                 tracing::error!(request_id = %self.request_id, %error, "mailbox could not be read");
                 Err(Stop::Broken(ErrorCode::EdgeFailed))
@@ -614,10 +630,23 @@ impl<'a> Exchange<'a> {
             Stop::Broken(_) | Stop::ClientGone => self.give_up(receiving).await,
             Stop::AgentLost => {
                 // Nobody is left to cancel, but the receive under way must not outlive this request.
-                if let Some(receiving) = receiving {
-                    drop(receiving.await);
-                }
-                self.settle().await;
+                let last = async {
+                    if let Some(receiving) = receiving {
+                        drop(receiving.await);
+                    }
+                };
+                tokio::join!(last, self.settle());
+            }
+        }
+    }
+
+    /// Awaits a receive while everything on the side goes on: what ends the receive early is the
+    /// agent's answer to a message that may still have to be sent.
+    async fn await_beside(&mut self, mut receiving: Receiving<'a>) -> Result<Vec<Letter>, Error> {
+        loop {
+            tokio::select! {
+                letters = &mut receiving => return letters,
+                Some(_) = self.side.next() => {}
             }
         }
     }
@@ -627,11 +656,10 @@ impl<'a> Exchange<'a> {
         self.post(EdgeMessage::Cancel(Cancel { request_id: self.request_id.clone() }));
         let mut quiet = false;
         while self.last.is_none() && !quiet {
-            let letters = match receiving.take() {
-                Some(receiving) => receiving.await,
-                None => self.ingress.pool.mailboxes().receive(self.lease, LAST_WORD_WAIT).await,
-            };
-            match letters {
+            let next = receiving.take().unwrap_or_else(|| {
+                Box::pin(self.ingress.pool.mailboxes().receive(self.lease, LAST_WORD_WAIT))
+            });
+            match self.await_beside(next).await {
                 Ok(letters) => {
                     quiet = letters.is_empty();
                     // Whatever it says, it is only to be seen and deleted.
@@ -641,7 +669,7 @@ impl<'a> Exchange<'a> {
             }
         }
         if let Some(receiving) = receiving {
-            drop(receiving.await);
+            drop(self.await_beside(receiving).await);
         }
         self.settle().await;
     }

@@ -1,0 +1,634 @@
+//! HTTP as it was sent: what the upstream and the public client see of each other, to the byte.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use tests::{
+    Local,
+    client::{Answer, Connection, Request},
+    noise,
+    upstream::{Conn, Recorded, Upstream},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, UnixListener},
+    sync::Semaphore,
+};
+
+fn assert_error(answer: &Answer, status: u16, code: &str, what: &str) {
+    let seen = (answer.status, answer.field("x-tunnel-error"));
+    assert_eq!(seen, (status, Some(code.to_owned())), "{what}: {}", answer.text());
+}
+
+/// An upstream that answers every request with these fields and this body.
+async fn answering(status: &'static str, fields: &'static str, body: &'static [u8]) -> Upstream {
+    Upstream::start(move |_, mut conn: Conn| async move {
+        conn.answer(status, fields, body).await.then_some(conn)
+    })
+    .await
+}
+
+/// An upstream that writes these bytes to every request.
+async fn writing(bytes: &'static [u8]) -> Upstream {
+    Upstream::start(move |_, mut conn: Conn| async move { conn.write(bytes).await.then_some(conn) }).await
+}
+
+#[tokio::test]
+async fn an_upstream_that_breaks_before_its_head_is_502_and_after_it_visibly_incomplete() {
+    let go = Arc::new(Semaphore::new(0));
+    let allowed = Arc::clone(&go);
+    let upstream = Upstream::start(move |request, mut conn: Conn| {
+        let allowed = Arc::clone(&allowed);
+        async move {
+            let length = "HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf";
+            let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n";
+            let after = match request.target() {
+                "/ok" => return conn.answer("200 OK", "", b"fine").await.then_some(conn),
+                "/before/reset" => {
+                    conn.reset();
+                    return None;
+                }
+                "/before/close" => return None,
+                "/before/half-a-head" => {
+                    conn.write("HTTP/1.1 200 OK\r\nX: ").await;
+                    return None;
+                }
+                "/before/garbage" => {
+                    conn.write("\u{0}\u{1}\u{2} no http at all\r\n\r\n").await;
+                    return None;
+                }
+                "/before/other-protocol" => {
+                    conn.write("220 mail.example ESMTP\r\n").await;
+                    return None;
+                }
+                "/before/bad-length" => {
+                    conn.write("HTTP/1.1 200 OK\r\nContent-Length: 4x\r\n\r\nhalf").await;
+                    return None;
+                }
+                "/before/two-lengths" => {
+                    conn.write("HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nhalf!")
+                        .await;
+                    return None;
+                }
+                "/before/unknown-coding" => {
+                    conn.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nhalf").await;
+                    return None;
+                }
+                "/after/length-close" | "/after/length-reset" => length,
+                _ => chunked,
+            };
+            assert!(conn.write(after).await);
+            allowed.acquire().await.unwrap().forget();
+            match request.target() {
+                "/after/length-reset" | "/after/chunked-reset" => conn.reset(),
+                "/after/chunked-garbage" => {
+                    conn.write("zz\r\nmore\r\n0\r\n\r\n").await;
+                }
+                "/after/chunked-short" => {
+                    conn.write("ff\r\nshort").await;
+                }
+                _ => {}
+            }
+            None
+        }
+    })
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    for (target, code) in [
+        ("/before/reset", "upstream_reset"),
+        ("/before/close", "upstream_reset"),
+        ("/before/half-a-head", "upstream_reset"),
+        ("/before/garbage", "upstream_invalid"),
+        ("/before/other-protocol", "upstream_invalid"),
+        ("/before/bad-length", "upstream_invalid"),
+        ("/before/two-lengths", "upstream_invalid"),
+        ("/before/unknown-coding", "upstream_invalid"),
+    ] {
+        let answer = Request::to("web", "POST", target).body(b"x".to_vec()).send(local.public).await;
+        assert_error(&answer, 502, code, target);
+        assert!(answer.complete);
+    }
+    for target in [
+        "/after/length-close",
+        "/after/length-reset",
+        "/after/chunked-close",
+        "/after/chunked-reset",
+        "/after/chunked-garbage",
+        "/after/chunked-short",
+    ] {
+        let mut connection = Connection::open(local.public).await;
+        connection.begin(&Request::to("web", "GET", target)).await;
+        assert_eq!(connection.head().await.status, 200, "{target}");
+        let half = match target.starts_with("/after/length") {
+            true => connection.bytes(4).await,
+            false => connection.chunk().await.unwrap(),
+        };
+        assert_eq!(half, b"half", "{target}");
+        go.add_permits(1);
+        if target.starts_with("/after/length") {
+            assert_eq!(connection.bytes(4).await, b"", "{target}");
+        } else {
+            // A part may still come, an end never.
+            while let Some(chunk) = connection.chunk().await {
+                assert_eq!(chunk, b"short", "{target}");
+            }
+        }
+        let answer = Request::to("web", "GET", "/ok").send(local.public).await;
+        assert_eq!((answer.status, answer.text().as_str()), (200, "fine"), "after {target}");
+    }
+}
+
+#[tokio::test]
+async fn a_second_response_in_one_write_answers_nobody() {
+    let count = Arc::new(AtomicUsize::new(0));
+    let upstream = Upstream::start(move |_, mut conn: Conn| {
+        let count = Arc::clone(&count);
+        async move {
+            let number = count.fetch_add(1, Ordering::Relaxed);
+            let own = format!("HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nown-{number:02}");
+            let other = "HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nSECOND";
+            conn.write(format!("{own}{other}")).await.then_some(conn)
+        }
+    })
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    for round in 0..20 {
+        let answer = Request::to("web", "GET", "/").send(local.public).await;
+        assert_eq!((answer.status, answer.text()), (200, format!("own-{round:02}")));
+    }
+    // Also where it comes when its own request is long over.
+    let late =
+        writing(b"HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nSECOND").await;
+    let _other = local.agent("late", &late.address());
+    for _ in 0..10 {
+        let answer = Request::to("late", "GET", "/").send(local.public).await;
+        assert_eq!((answer.status, answer.text().as_str()), (204, ""));
+    }
+}
+
+#[tokio::test]
+async fn answers_without_a_body_keep_their_length_and_etag() {
+    let upstream = Upstream::start(|request, mut conn: Conn| async move {
+        let head = match request.target() {
+            "/304" => "HTTP/1.1 304 Not Modified\r\nContent-Length: 12345\r\n",
+            "/204" => "HTTP/1.1 204 No Content\r\n",
+            "/205" => "HTTP/1.1 205 Reset Content\r\nContent-Length: 0\r\n",
+            _ => "HTTP/1.1 200 OK\r\nContent-Length: 12345\r\n",
+        };
+        conn.write(format!("{head}ETag: \"v1\"\r\n\r\n")).await.then_some(conn)
+    })
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    let mut connection = Connection::open(local.public).await;
+    for (method, target, status, length) in [
+        ("HEAD", "/", 200, Some("12345")),
+        ("GET", "/304", 304, Some("12345")),
+        ("HEAD", "/304", 304, Some("12345")),
+        ("GET", "/204", 204, None),
+        ("DELETE", "/204", 204, None),
+        ("GET", "/205", 205, Some("0")),
+    ] {
+        // One connection: a body where none may be would be read as the next answer.
+        let answer = connection.exchange(&Request::to("web", method, target)).await;
+        assert_eq!((answer.status, answer.field("etag").as_deref()), (status, Some("\"v1\"")), "{target}");
+        assert_eq!(answer.field("content-length").as_deref(), length, "{method} {target}");
+        assert_eq!(answer.field("transfer-encoding"), None, "{method} {target}");
+        assert!(answer.complete && answer.body.is_empty(), "{method} {target}");
+    }
+}
+
+#[tokio::test]
+async fn informational_answers_are_not_taken_for_the_final_one() {
+    let upstream = writing(
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n\
+          HTTP/1.1 201 Created\r\nContent-Length: 5\r\n\r\nfinal",
+    )
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    for _ in 0..3 {
+        let answer = Request::to("web", "POST", "/").body(b"x".to_vec()).send(local.public).await;
+        assert_eq!((answer.status, answer.text().as_str(), answer.complete), (201, "final", true));
+        assert_eq!(answer.field("link"), None);
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_expects_100_is_told_to_continue() {
+    let upstream = Upstream::echo().await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    for size in [10, 300_000] {
+        let body = noise(1, size);
+        let mut stream = TcpStream::connect(local.public).await.unwrap();
+        let head = format!(
+            "POST / HTTP/1.1\r\nHost: web.localhost\r\nExpect: 100-continue\r\nContent-Length: {size}\r\n\
+             Connection: close\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut interim = [0; 25];
+        stream.read_exact(&mut interim).await.unwrap();
+        assert_eq!(&interim, b"HTTP/1.1 100 Continue\r\n\r\n");
+        stream.write_all(&body).await.unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        assert!(answer.starts_with(b"HTTP/1.1 200 "), "{:?}", String::from_utf8_lossy(&answer));
+        assert!(answer.ends_with(&body));
+        let recorded = upstream.recorded().pop().unwrap();
+        assert_eq!(recorded.body, body);
+        assert!(recorded.all("expect").is_empty(), "nobody is left to say 100 to");
+    }
+}
+
+#[tokio::test]
+async fn coded_bodies_pass_untouched_also_broken_ones() {
+    // The gzip of nothing, the same cut short, and what only claims to be.
+    let gzip = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\x03\x00\x00\x00\x00\x00\x00\x00\x00\x00";
+    let cases: [(&str, Vec<u8>); 6] = [
+        ("gzip", gzip.to_vec()),
+        ("gzip", gzip[..12].to_vec()),
+        ("gzip", b"not gzip at all".to_vec()),
+        ("br", noise(3, 5000)),
+        ("zstd", b"\x28\xb5\x2f\xfd\x00 broken".to_vec()),
+        ("deflate, gzip", noise(4, 200_000)),
+    ];
+    let bodies = cases.clone();
+    let upstream = Upstream::start(move |request: Recorded, mut conn: Conn| {
+        let (coding, body) = bodies[request.target()[1..].parse::<usize>().unwrap()].clone();
+        async move {
+            let fields = format!("Content-Type: text/html\r\nContent-Encoding: {coding}\r\n");
+            conn.answer("200 OK", &fields, &body).await.then_some(conn)
+        }
+    })
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    for (index, (coding, bytes)) in cases.into_iter().enumerate() {
+        let request = Request::to("web", "POST", &format!("/{index}"))
+            .field("Accept-Encoding", "gzip;q=0.5, br")
+            .field("Content-Type", "text/plain")
+            .field("Content-Encoding", coding)
+            .body(bytes.clone());
+        let answer = request.send(local.public).await;
+        assert_eq!(answer.status, 200, "{coding}: {}", answer.text());
+        assert_eq!(answer.body, bytes, "{coding}");
+        assert_eq!(answer.all("content-encoding"), [coding]);
+        assert_eq!(answer.all("content-length"), [bytes.len().to_string()]);
+        let recorded = upstream.recorded().pop().unwrap();
+        assert_eq!(recorded.body, bytes, "{coding}");
+        assert_eq!(recorded.all("content-encoding"), [coding]);
+        assert_eq!(recorded.all("accept-encoding"), ["gzip;q=0.5, br"], "nothing is asked for by ourselves");
+    }
+}
+
+#[tokio::test]
+async fn trailers_are_dropped_and_the_body_is_whole() {
+    let upstream = writing(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X-Sum\r\n\r\n4\r\nbody\r\n0\r\nX-Sum: 1\r\n\r\n",
+    )
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    let mut connection = Connection::open(local.public).await;
+    for _ in 0..3 {
+        // On one connection: a trailer that was passed on would be in the way of the next answer.
+        let answer = connection.exchange(&Request::to("web", "GET", "/")).await;
+        assert_eq!((answer.status, answer.text().as_str(), answer.complete), (200, "body", true));
+        assert!(answer.field("trailer").is_none() && answer.field("x-sum").is_none());
+    }
+}
+
+#[tokio::test]
+async fn field_values_pass_with_every_byte_both_ways() {
+    let upstream = Upstream::start(|_, mut conn: Conn| async move {
+        let mut head = b"HTTP/1.1 200 OK\r\nX-Obs: caf\xe9 \xff\x80\r\nX-Empty:\r\nX-Tab: a\tb\r\n".to_vec();
+        head.extend_from_slice(b"X-Utf8: \xc3\xa4\r\nX-Quote: \"\\\"\r\nContent-Length: 0\r\n\r\n");
+        conn.write(head).await.then_some(conn)
+    })
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    let answer = Request::to("web", "GET", "/")
+        .raw_field("X-Obs", b"caf\xe9 \xff\x80")
+        .field("X-Empty", "")
+        .raw_field("X-Tab", b"a\tb")
+        .raw_field("X-Utf8", b"\xc3\xa4")
+        .field("X-Quote", "\"\\\"")
+        .send(local.public)
+        .await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let recorded = upstream.recorded().pop().unwrap();
+    let value = |fields: &[(String, Vec<u8>)], name: &str| {
+        let own = fields.iter().find(|(own, _)| own.eq_ignore_ascii_case(name));
+        own.unwrap_or_else(|| panic!("{name} is missing")).1.clone()
+    };
+    for (name, expected) in [
+        ("x-obs", &b"caf\xe9 \xff\x80"[..]),
+        ("x-empty", b""),
+        ("x-tab", b"a\tb"),
+        ("x-utf8", b"\xc3\xa4"),
+        ("x-quote", b"\"\\\""),
+    ] {
+        assert_eq!(value(&recorded.fields, name), expected, "{name} to the upstream");
+        assert_eq!(value(&answer.fields, name), expected, "{name} to the client");
+    }
+}
+
+#[tokio::test]
+async fn hop_by_hop_fields_go_no_further_and_connection_takes_nothing_else() {
+    let upstream = answering(
+        "200 OK",
+        "Connection: X-Own, keep-alive, content-length, set-cookie\r\nX-Own: 1\r\nKeep-Alive: timeout=5\r\n\
+         Proxy-Authenticate: Basic\r\nUpgrade: h2c\r\nSet-Cookie: a=1\r\nX-Kept: yes\r\n",
+        b"body",
+    )
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    let answer = Request::to("web", "POST", "/")
+        .field("Connection", "X-Mine, keep-alive")
+        .field("X-Mine", "1")
+        .field("Keep-Alive", "timeout=5")
+        .field("Proxy-Connection", "keep-alive")
+        .field("Proxy-Authorization", "Basic eDp5")
+        .field("TE", "trailers")
+        .field("Upgrade", "h2c")
+        .field("X-Kept", "yes")
+        .body(b"sent".to_vec())
+        .send(local.public)
+        .await;
+    assert_eq!((answer.status, answer.text().as_str()), (200, "body"));
+    assert_eq!(answer.all("content-length"), ["4"]);
+    assert_eq!(answer.all("set-cookie"), ["a=1"]);
+    assert_eq!(answer.all("x-kept"), ["yes"]);
+    for name in ["x-own", "keep-alive", "proxy-authenticate", "upgrade"] {
+        assert_eq!(answer.field(name), None, "{name}");
+    }
+    let recorded = upstream.recorded().pop().unwrap();
+    for name in [
+        "x-mine",
+        "connection",
+        "keep-alive",
+        "proxy-connection",
+        "proxy-authorization",
+        "te",
+        "upgrade",
+        "trailer",
+    ] {
+        assert!(recorded.all(name).is_empty(), "{name}: {:?}", recorded.all(name));
+    }
+    assert_eq!((recorded.all("x-kept"), recorded.body), (vec!["yes".to_owned()], b"sent".to_vec()));
+
+    let answer = Request::to("web", "POST", "/")
+        .field("Connection", "host, content-length, x-forwarded-for, cookie, x-tunnel-request-id")
+        .field("Cookie", "a=1")
+        .body(b"sent".to_vec())
+        .send(local.public)
+        .await;
+    assert_eq!(answer.status, 200);
+    let recorded = upstream.recorded().pop().unwrap();
+    assert_eq!(recorded.all("host"), [upstream.address()]);
+    assert_eq!(recorded.all("content-length"), ["4"]);
+    assert_eq!(recorded.all("x-forwarded-for"), ["127.0.0.1"]);
+    assert_eq!(recorded.all("cookie"), ["a=1"]);
+    assert_eq!(recorded.all("x-tunnel-request-id"), answer.all("x-tunnel-request-id"));
+    assert_eq!(recorded.body, b"sent");
+}
+
+#[tokio::test]
+async fn the_upstream_learns_who_asked_and_nothing_the_client_made_up() {
+    let upstream = answering("200 OK", "", b"").await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    let public = format!("web.localhost:{}", local.public.port());
+    let trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let answer = Request::new("GET", "/")
+        .field("Host", &public)
+        .field("X-Forwarded-For", "6.6.6.6")
+        .field("X-Forwarded-Proto", "gopher")
+        .field("X-Forwarded-Host", "evil")
+        .field("X-Forwarded-Port", "1")
+        .field("X-Forwarded-Server", "evil")
+        .field("Forwarded", "for=6.6.6.6")
+        .field("X-Real-IP", "6.6.6.6")
+        .field("Via", "1.0 cdn")
+        .field("X-Tunnel-Request-Id", "mine")
+        .field("X-Tunnel-Host", "other.localhost")
+        .field("X-Tunnel-Client", "6.6.6.6")
+        .field("X-Tunnel-Target", "/evil")
+        .field("X-Tunnel-Front", "guess")
+        .field("traceparent", trace)
+        .send(local.public)
+        .await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let recorded = upstream.recorded().pop().unwrap();
+    let port = local.public.port().to_string();
+    for (name, value) in [
+        ("x-forwarded-for", "127.0.0.1"),
+        ("x-forwarded-proto", "http"),
+        ("x-forwarded-host", &public),
+        ("x-forwarded-port", &port),
+        ("forwarded", &format!("for=127.0.0.1;host=\"{public}\";proto=http")),
+        ("via", "1.0 cdn, 1.1 tunnel"),
+        ("x-tunnel-request-id", &answer.field("x-tunnel-request-id").unwrap()),
+        ("traceparent", trace),
+    ] {
+        assert_eq!(recorded.all(name), [value], "{name}");
+    }
+    assert_eq!(recorded.target(), "/");
+    for name in [
+        "x-forwarded-server",
+        "x-real-ip",
+        "x-tunnel-host",
+        "x-tunnel-front",
+        "x-tunnel-client",
+        "x-tunnel-target",
+    ] {
+        assert!(recorded.all(name).is_empty(), "{name}: {:?}", recorded.all(name));
+    }
+    let answer = Request::to("web", "GET", "/").send(local.public).await;
+    let begun = upstream.recorded().pop().unwrap().all("traceparent").pop().unwrap();
+    assert!(begun.contains(&answer.field("x-tunnel-request-id").unwrap()), "{begun}");
+}
+
+#[tokio::test]
+async fn the_host_field_follows_the_tunnels_rule() {
+    let upstream = answering("200 OK", "", b"").await;
+    let local = Local::start(&[]);
+    let address = upstream.address();
+    let tunnels: String = [("up", "upstream"), ("pre", "preserve"), ("val", "app.internal:99")]
+        .map(|(name, rule)| {
+            format!("[[tunnel]]\nname = \"{name}\"\nupstream = \"{address}\"\nhost_header = \"{rule}\"\n\n")
+        })
+        .concat();
+    let _agent = local.agent_with(&tunnels, &["up", "pre", "val"]);
+    for (name, host) in [("up", address.as_str()), ("pre", "pre.localhost"), ("val", "app.internal:99")] {
+        assert_eq!(Request::to(name, "GET", "/").send(local.public).await.status, 200);
+        assert_eq!(upstream.recorded().pop().unwrap().all("host"), [host], "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_target_arrives_byte_for_byte_or_is_refused_once() {
+    let upstream = answering("200 OK", "", b"").await;
+    // Nobody may come here, whatever a target says.
+    let elsewhere = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let other = elsewhere.local_addr().unwrap();
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    let legal: Vec<String> = [
+        "//",
+        "///",
+        "/%2F",
+        "/%2f",
+        "/%2e%2e",
+        "/%2e%2e/%2e%2e/x",
+        "/../x",
+        "/./",
+        "/a/../b",
+        "/;",
+        "/;a=b;c",
+        "/|",
+        "/?",
+        "/??",
+        "/?a=1&a=2",
+        "/?q=%2526",
+        "/%FF",
+        "/%ff%00",
+        "/+",
+        "/?a=+%20",
+        "/%20",
+        "/@evil/",
+        "//evil/",
+        "//evil:80/x",
+        "/:80/",
+        "/http://evil/",
+        "/a?b?c",
+        "/{a}[b]",
+        "/^~",
+        "/'()*!$,",
+        "/%",
+        "/%zz",
+        "/\\",
+        "/a\\..\\b",
+    ]
+    .into_iter()
+    .map(str::to_owned)
+    .chain([format!("//{other}/"), format!("/@{other}/"), format!("/?http://{other}/")])
+    .collect();
+    let mut refused: Vec<String> = Vec::new();
+    for target in legal {
+        let before = upstream.recorded().len();
+        let answer = Request::to("web", "GET", &target).send(local.public).await;
+        let recorded = upstream.recorded();
+        if answer.status == 400 {
+            assert_eq!(recorded.len(), before, "{target}: refused and forwarded");
+            refused.push(target);
+        } else {
+            assert_eq!(answer.status, 200, "{target}: {}", answer.text());
+            assert_eq!(recorded.len(), before + 1);
+            assert_eq!(recorded[before].line, format!("GET {target} HTTP/1.1"));
+        }
+    }
+    assert_eq!(refused, Vec::<String>::new(), "each of these can be carried");
+    for (sent, carried) in [
+        ("http://web.localhost/a//%2F?b", "/a//%2F?b"),
+        ("http://web.localhost", "/"),
+        ("http://web.localhost?x", "/?x"),
+        ("http://user@web.localhost/u", "/u"),
+    ] {
+        // RFC 9112 §3.2.2: absolute-form wins over Host.
+        let answer = Request::new("GET", sent).field("Host", "other.localhost").send(local.public).await;
+        assert_eq!(answer.status, 200, "{sent}: {}", answer.text());
+        assert_eq!(upstream.recorded().pop().unwrap().target(), carried, "{sent}");
+    }
+    let before = upstream.recorded().len();
+    let foreign = Request::new("GET", &format!("http://{other}/")).field("Host", "web.localhost");
+    let answer = foreign.send(local.public).await;
+    assert_eq!(answer.status, 404, "the tunnel of that name is asked for, and there is none");
+    for target in ["/a#b", "/\x7f", "/a b", "/\u{1}", "a", "?x", "/<", "/\u{e4}"] {
+        let answer = Request::to("web", "GET", target).send(local.public).await;
+        assert_eq!(answer.status, 400, "{target:?}: {}", answer.text());
+    }
+    assert_eq!(upstream.recorded().len(), before, "what is refused goes nowhere");
+    let accepted = futures_util::FutureExt::now_or_never(elsewhere.accept());
+    assert!(accepted.is_none(), "the agent has connected to something else than its upstream");
+}
+
+#[tokio::test]
+async fn an_upstream_on_a_unix_socket_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("web.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let serving = tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut head = vec![0; 4096];
+            let count = stream.read(&mut head).await.unwrap();
+            assert!(head[..count].starts_with(b"GET /x//y HTTP/1.1\r\n"));
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nunix").await.unwrap();
+        }
+    });
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &format!("unix:{}", path.display()));
+    for _ in 0..2 {
+        let answer = Request::to("web", "GET", "/x//y").send(local.public).await;
+        assert_eq!((answer.status, answer.text().as_str()), (200, "unix"), "{}", answer.text());
+    }
+    serving.abort();
+}
+
+#[tokio::test]
+async fn no_proxy_variable_is_obeyed() {
+    let proxy = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", proxy.local_addr().unwrap());
+    let upstream = answering("200 OK", "", b"direct").await;
+    let local = Local::start(&[]);
+    let names = ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
+    let environment = names.map(|name| (name, url.as_str()));
+    let tunnels = format!("[[tunnel]]\nname = \"web\"\nupstream = \"{}\"\n", upstream.address());
+    let _agent = local.agent_in(&environment, &tunnels, &["web"]);
+    let answer = Request::to("web", "GET", "/").send(local.public).await;
+    assert_eq!((answer.status, answer.text().as_str()), (200, "direct"));
+    let accepted = futures_util::FutureExt::now_or_never(proxy.accept());
+    assert!(accepted.is_none(), "the agent has asked a proxy");
+}
+
+#[tokio::test]
+async fn text_travels_in_fewer_messages_than_noise_and_both_arrive_whole() {
+    let text: Vec<u8> = (0..1_500_000u32 / 64)
+        .flat_map(|line| format!("{:<63}\n", format!("<li>line {line} of a page</li>")).into_bytes())
+        .collect();
+    let noise = noise(1, text.len());
+    let bodies = Arc::new((text.clone(), noise.clone()));
+    let upstream = Upstream::start(move |request: Recorded, mut conn: Conn| {
+        let bodies = Arc::clone(&bodies);
+        async move {
+            let (kind, body) = match request.target() {
+                "/text" => ("text/html", &bodies.0),
+                _ => ("application/octet-stream", &bodies.1),
+            };
+            conn.answer("200 OK", &format!("Content-Type: {kind}\r\n"), body).await.then_some(conn)
+        }
+    })
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    let sent = async || local.counters().await.get("sqs:SendMessage").copied().unwrap_or(0);
+    let mut messages = Vec::new();
+    for (target, body) in [("/text", &text), ("/noise", &noise)] {
+        let before = sent().await;
+        let answer = Request::to("web", "GET", target).send(local.public).await;
+        assert_eq!((answer.status, answer.complete), (200, true));
+        assert!(answer.body == *body, "{target} arrived changed");
+        messages.push(sent().await - before);
+    }
+    assert!(messages[0] > 0 && messages[0] * 3 <= messages[1] * 2, "{messages:?}");
+}

@@ -1,0 +1,187 @@
+//! An agent that says exactly what a test tells it to, true or not.
+
+use futures_util::{SinkExt, StreamExt};
+use proto::{
+    body::{Body, Codecs},
+    header::Headers,
+    message::{AgentMessage, Chunk, EdgeMessage, Hello, Reply, Request, VERSION},
+};
+use tokio::{net::TcpStream, time::timeout};
+use tokio_tungstenite::{
+    WebSocketStream, client_async_with_config,
+    tungstenite::{
+        Error, Message,
+        client::IntoClientRequest,
+        http::{HeaderValue, StatusCode, header::AUTHORIZATION},
+        protocol::{
+            WebSocketConfig,
+            frame::{
+                Frame,
+                coding::{Data, OpCode},
+            },
+        },
+    },
+};
+
+use crate::{Local, PATIENCE};
+
+/// A WebSocket to the agents' side of the edge.
+#[derive(Debug)]
+pub struct RawAgent {
+    socket: WebSocketStream<TcpStream>,
+}
+
+impl RawAgent {
+    /// Opens a connection with these credentials, or says with which status it was refused.
+    pub async fn dial(local: &Local, authorization: Option<&str>) -> Result<Self, StatusCode> {
+        let mut request = local.agents.as_str().into_client_request().unwrap();
+        let address = request.uri().authority().unwrap().to_string();
+        if let Some(value) = authorization {
+            request.headers_mut().insert(AUTHORIZATION, HeaderValue::from_str(value).unwrap());
+        }
+        let stream = TcpStream::connect(address).await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        // Longer than what is allowed, so that it is the edge that minds.
+        let config = WebSocketConfig::default().max_frame_size(Some(1 << 20)).max_message_size(Some(1 << 20));
+        match timeout(PATIENCE, client_async_with_config(request, stream, Some(config))).await.unwrap() {
+            Ok((socket, _)) => Ok(Self { socket }),
+            Err(Error::Http(response)) => Err(response.status()),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Opens a connection with the run's own token, and these tunnels on it.
+    pub async fn open(local: &Local, tunnels: &[&str]) -> Self {
+        let token = std::fs::read_to_string(&local.token).unwrap();
+        let mut agent = Self::dial(local, Some(&format!("Bearer {}", token.trim()))).await.unwrap();
+        agent.hello(tunnels).await;
+        agent
+    }
+
+    /// Says `hello` and waits for a `welcome` that has every one of the tunnels.
+    pub async fn hello(&mut self, tunnels: &[&str]) {
+        let hello = Hello {
+            seq: 1,
+            version: VERSION,
+            agent: "raw".parse().unwrap(),
+            software: "test".into(),
+            tunnels: tunnels.iter().map(|&name| name.to_owned()).collect(),
+            codecs: Codecs::default(),
+        };
+        self.say(AgentMessage::Hello(hello)).await;
+        loop {
+            let text = self.hear().await;
+            if let EdgeMessage::Welcome(welcome) = EdgeMessage::decode(&text).unwrap() {
+                assert_eq!(welcome.tunnels.len(), tunnels.len(), "{:?}", welcome.refused);
+                return;
+            }
+        }
+    }
+
+    /// Sends a message.
+    pub async fn say(&mut self, message: AgentMessage<'_>) {
+        self.say_text(&message.encode()).await;
+    }
+
+    /// Sends a text, in frames that the edge takes.
+    pub async fn say_text(&mut self, text: &str) {
+        let pieces: Vec<&[u8]> = text.as_bytes().chunks(proto::limits::FRAME_BYTES).collect();
+        for (index, piece) in pieces.iter().enumerate() {
+            let opcode = if index == 0 { Data::Text } else { Data::Continue };
+            self.say_frame(opcode, piece, index + 1 == pieces.len()).await;
+        }
+    }
+
+    /// Sends one frame; a failure shows in what is heard next.
+    pub async fn say_frame(&mut self, opcode: Data, payload: &[u8], last: bool) {
+        let frame = Frame::message(payload.to_vec(), OpCode::Data(opcode), last);
+        drop(self.socket.send(Message::Frame(frame)).await);
+    }
+
+    /// The next text message.
+    pub async fn hear(&mut self) -> String {
+        loop {
+            match timeout(PATIENCE, self.socket.next()).await.expect("a message in time") {
+                Some(Ok(Message::Text(text))) => return text.to_string(),
+                Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                other => panic!("not a message: {other:?}"),
+            }
+        }
+    }
+
+    /// The next public request; everything else before it is skipped.
+    pub async fn request(&mut self) -> Call {
+        loop {
+            let text = self.hear().await;
+            if let EdgeMessage::Request(request) = EdgeMessage::decode(&text).unwrap() {
+                return Call::of(&request);
+            }
+        }
+    }
+
+    /// Waits for the `cancel` of a request.
+    pub async fn cancelled(&mut self, call: &Call) {
+        loop {
+            let text = self.hear().await;
+            if let EdgeMessage::Cancel(cancel) = EdgeMessage::decode(&text).unwrap() {
+                assert_eq!(cancel.request_id.as_str(), call.request_id);
+                return;
+            }
+        }
+    }
+
+    /// The code with which the edge closes the connection; `None` where it is cut.
+    pub async fn closed(&mut self) -> Option<u16> {
+        loop {
+            match timeout(PATIENCE, self.socket.next()).await.expect("an end in time") {
+                Some(Ok(Message::Close(frame))) => return frame.map(|frame| frame.code.into()),
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return None,
+            }
+        }
+    }
+}
+
+/// A public request, as much of it as a test needs.
+#[derive(Debug, Clone)]
+pub struct Call {
+    /// Its id.
+    pub request_id: String,
+    /// The task token to answer with.
+    pub token: String,
+    /// The request-target.
+    pub target: String,
+}
+
+impl Call {
+    fn of(request: &Request<'_>) -> Self {
+        Self {
+            request_id: request.request_id.as_str().to_owned(),
+            token: request.token.to_string(),
+            target: request.target.as_str().to_owned(),
+        }
+    }
+
+    /// A `reply` of status 200 with this body.
+    #[must_use]
+    pub fn reply<'a>(&'a self, body: &'a str, end: bool) -> AgentMessage<'a> {
+        AgentMessage::Reply(Reply {
+            token: self.token.as_str().into(),
+            status: 200,
+            headers: Headers::new(),
+            body: Some(Body::Text(body.into())),
+            end,
+        })
+    }
+
+    /// A `chunk` with this body.
+    #[must_use]
+    pub fn chunk<'a>(&'a self, seq: u32, body: &'a str, end: bool) -> AgentMessage<'a> {
+        AgentMessage::Chunk(Chunk {
+            token: self.token.as_str().into(),
+            seq,
+            body: Some(Body::Text(body.into())),
+            end,
+        })
+    }
+}

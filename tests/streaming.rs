@@ -1,0 +1,376 @@
+//! Bodies on their way: what is flushed arrives at once, memory stays bounded, a slow client slows its
+//! upstream, and whatever is broken off looks broken.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use proto::limits;
+use rustix::process::Signal;
+use sha2::{Digest, Sha256};
+use tests::{
+    Local, PATIENCE,
+    client::{Connection, Request},
+    noise, peak_resident_bytes,
+    upstream::{Conn, Upstream},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+    sync::{Notify, Semaphore, mpsc},
+    time::timeout,
+};
+
+const MIB: usize = 1024 * 1024;
+
+fn chunked(bytes: &[u8]) -> Vec<u8> {
+    [format!("{:x}\r\n", bytes.len()).as_bytes(), bytes, b"\r\n"].concat()
+}
+
+/// Bytes that a position in a stream has, so that no piece can stand for another.
+fn piece(index: usize) -> Vec<u8> {
+    noise(index as u64 + 1, MIB)
+}
+
+#[tokio::test]
+async fn each_flush_arrives_before_the_next_is_made_and_the_head_before_all() {
+    let go = Arc::new(Semaphore::new(0));
+    let allowed = Arc::clone(&go);
+    let upstream = Upstream::start(move |request, mut conn: Conn| {
+        let allowed = Arc::clone(&allowed);
+        async move {
+            let is_chunked = request.target() == "/sse";
+            let framing = if is_chunked { "Transfer-Encoding: chunked" } else { "Content-Length: 130" };
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{framing}\r\n\r\n");
+            assert!(conn.write(head).await);
+            for event in 0..10 {
+                allowed.acquire().await.unwrap().forget();
+                let event = format!("data: ev {event:02}\n\n");
+                let event = if is_chunked { chunked(event.as_bytes()) } else { event.into_bytes() };
+                assert!(conn.write(event).await);
+            }
+            allowed.acquire().await.unwrap().forget();
+            if is_chunked {
+                assert!(conn.write("0\r\n\r\n").await);
+            }
+            Some(conn)
+        }
+    })
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    for target in ["/sse", "/length"] {
+        let mut connection = Connection::open(local.public).await;
+        connection.begin(&Request::to("web", "GET", target)).await;
+        let head = connection.head().await;
+        assert_eq!(head.status, 200);
+        assert_eq!(head.field("content-type").unwrap(), "text/event-stream");
+        for event in 0..10 {
+            // The upstream writes this event only now: whoever held it back would hold it for ever.
+            go.add_permits(1);
+            let event = format!("data: ev {event:02}\n\n").into_bytes();
+            let came = match target {
+                "/sse" => connection.chunk().await.unwrap(),
+                _ => connection.bytes(event.len()).await,
+            };
+            assert_eq!(came, event, "{target}");
+        }
+        go.add_permits(1);
+        if target == "/sse" {
+            assert_eq!(connection.chunk().await.unwrap(), b"", "the end comes too");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_mebibytes_pass_whole_and_nobody_holds_more_than_64() {
+    const PIECES: usize = 100;
+    let upstream = Upstream::start(|_, mut conn: Conn| async move {
+        let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n", PIECES * MIB);
+        assert!(conn.write(head).await);
+        for index in 0..PIECES {
+            assert!(conn.write(piece(index)).await);
+        }
+        Some(conn)
+    })
+    .await;
+    let local = Local::start(&[]);
+    let agent = local.agent("web", &upstream.address());
+    let mut connection = Connection::open(local.public).await;
+    connection.begin(&Request::to("web", "GET", "/")).await;
+    assert_eq!(connection.head().await.field("content-length").unwrap(), (PIECES * MIB).to_string());
+    let (mut sent, mut came) = (Sha256::new(), Sha256::new());
+    for index in 0..PIECES {
+        sent.update(piece(index));
+        came.update(connection.bytes(MIB).await);
+    }
+    assert_eq!(sent.finalize(), came.finalize());
+    let mut processes = local.function_processes();
+    processes.push(("agentd".to_owned(), agent.process().id()));
+    for name in ["agentd", "ingress", "response"] {
+        assert!(processes.iter().any(|(own, _)| own == name), "{processes:?}");
+    }
+    for (name, pid) in processes {
+        let peak = peak_resident_bytes(pid).unwrap();
+        assert!(peak < 64 * 1024 * 1024, "{name} had {} KiB resident", peak / 1024);
+    }
+}
+
+/// What the kernel may keep for one TCP connection on its way: the largest buffers of both ends.
+fn kernel_bytes_for_a_connection() -> usize {
+    ["tcp_rmem", "tcp_wmem"]
+        .map(|name| {
+            let text = std::fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap();
+            text.split_whitespace().last().unwrap().parse::<usize>().unwrap()
+        })
+        .iter()
+        .sum()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_does_not_read_stalls_its_upstream_and_loses_nothing() {
+    // Without an end: whatever is bounded stalls it, and whatever is not never does.
+    let written = Arc::new(AtomicUsize::new(0));
+    let stalled = Arc::new(Notify::new());
+    let finish = Arc::new(AtomicBool::new(false));
+    let (counter, full, stop) = (Arc::clone(&written), Arc::clone(&stalled), Arc::clone(&finish));
+    let upstream = Upstream::start(move |_, mut conn: Conn| {
+        let (counter, full, stop) = (Arc::clone(&counter), Arc::clone(&full), Arc::clone(&stop));
+        async move {
+            assert!(conn.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await);
+            let mut index = 0;
+            while !stop.load(Ordering::Acquire) {
+                let bytes = chunked(&piece(index));
+                let mut write = std::pin::pin!(conn.write(bytes));
+                while timeout(Duration::from_millis(700), &mut write).await.is_err() {
+                    full.notify_one();
+                }
+                index += 1;
+                counter.fetch_add(MIB, Ordering::AcqRel);
+            }
+            assert!(conn.write("0\r\n\r\n").await);
+            Some(conn)
+        }
+    })
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    let mut connection = Connection::open(local.public).await;
+    connection.begin(&Request::to("web", "GET", "/")).await;
+    assert_eq!(connection.head().await.status, 200);
+    timeout(PATIENCE, stalled.notified()).await.expect("the upstream is slowed down");
+    // The window, what ingress takes before it returns credit, and the two connections on which
+    // bytes follow each other without a window of ours: upstream to agent, and edge to client
+    // with the Runtime API before it. Reads are up to 128 KiB each.
+    let window = (limits::CHUNK_WINDOW + limits::CREDIT_EVERY + 2) as usize * limits::CHUNK_BYTES;
+    let bound = window + 3 * kernel_bytes_for_a_connection() + 8 * 128 * 1024;
+    let at_most = written.load(Ordering::Acquire);
+    assert!(at_most <= bound, "{at_most} bytes were taken for a client that reads none; bound {bound}");
+    // Somebody else is not kept waiting by it.
+    finish.store(true, Ordering::Release);
+    let answer = connection.chunked_body().await;
+    let whole = written.load(Ordering::Acquire);
+    assert_eq!(answer.len(), whole);
+    for (index, own) in answer.chunks(MIB).enumerate() {
+        assert_eq!(Sha256::digest(own), Sha256::digest(piece(index)), "{index}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_endless_download_does_not_delay_others_and_ends_with_its_client() {
+    let closed = Arc::new(Mutex::new(Vec::new()));
+    let ends = Arc::clone(&closed);
+    let upstream = Upstream::start(move |request, mut conn: Conn| {
+        let ends = Arc::clone(&ends);
+        async move {
+            if request.target() == "/endless" {
+                assert!(conn.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await);
+                let bytes = chunked(&noise(1, 256 * 1024));
+                while conn.write(&bytes).await {}
+                ends.lock().unwrap().push(request.target().to_owned());
+                return None;
+            }
+            conn.answer("200 OK", "", request.target().as_bytes()).await.then_some(conn)
+        }
+    })
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+
+    // One that is read as fast as it comes, and one that is not read at all.
+    let mut fast = Connection::open(local.public).await;
+    fast.begin(&Request::to("web", "GET", "/endless")).await;
+    assert_eq!(fast.head().await.status, 200);
+    let (seen, saw) = mpsc::unbounded_channel();
+    let mut saw: mpsc::UnboundedReceiver<usize> = saw;
+    let reader = tokio::spawn(async move {
+        while let Some(chunk) = fast.chunk().await {
+            if seen.send(chunk.len()).is_err() {
+                return;
+            }
+        }
+    });
+    let mut unread = Connection::open(local.public).await;
+    unread.begin(&Request::to("web", "GET", "/endless")).await;
+    assert_eq!(unread.head().await.status, 200);
+    for index in 0..10 {
+        // It is under way before and after: each small request has gone past it.
+        saw.recv().await.unwrap();
+        let target = format!("/small-{index}");
+        let answer = Request::to("web", "GET", &target).send(local.public).await;
+        assert_eq!((answer.status, answer.text()), (200, target));
+        while saw.try_recv().is_ok() {}
+        saw.recv().await.unwrap();
+    }
+    reader.abort();
+    drop(reader.await);
+    drop(unread);
+    tests::eventually("both endless ones have ended", async || closed.lock().unwrap().len() == 2).await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_ends_the_call_to_its_upstream_within_a_second() {
+    let (ended, mut ends) = mpsc::unbounded_channel();
+    let (begun, mut begins) = mpsc::unbounded_channel();
+    let upstream = Upstream::start(move |request, mut conn: Conn| {
+        let (ended, begun) = (ended.clone(), begun.clone());
+        async move {
+            match request.target() {
+                "/" => return conn.answer("200 OK", "", b"next").await.then_some(conn),
+                "/middle" => {
+                    assert!(conn.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await);
+                    assert!(conn.write(chunked(b"one")).await);
+                }
+                "/length" => {
+                    assert!(conn.write("HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\none").await);
+                }
+                _ => {}
+            }
+            begun.send(()).unwrap();
+            conn.closed().await;
+            ended.send(Instant::now()).unwrap();
+            None
+        }
+    })
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    for round in 0..3 {
+        for target in ["/middle", "/length", "/before-the-head"] {
+            let mut connection = Connection::open(local.public).await;
+            connection.begin(&Request::to("web", "GET", target)).await;
+            begins.recv().await.unwrap();
+            if target != "/before-the-head" {
+                assert_eq!(connection.head().await.status, 200);
+                assert!(!connection.bytes(3).await.is_empty());
+            }
+            let left = Instant::now();
+            drop(connection);
+            let end = timeout(PATIENCE, ends.recv()).await.expect("the upstream's connection ends").unwrap();
+            let took = end.saturating_duration_since(left);
+            assert!(took < Duration::from_secs(1), "{round} {target}: {took:?}");
+            let answer = Request::to("web", "GET", "/").send(local.public).await;
+            assert_eq!((answer.status, answer.text().as_str(), answer.complete), (200, "next", true));
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_upstream_may_answer_before_it_has_read_the_upload() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let upstream = tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let mut head = vec![0; 4096];
+                assert!(stream.read(&mut head).await.unwrap() > 0);
+                let answer = b"HTTP/1.1 413 Too Much\r\nConnection: close\r\nContent-Length: 4\r\n\r\nmuch";
+                stream.write_all(answer).await.unwrap();
+                // RFC 9112 §9.6: half of the connection is closed first, so that no reset overtakes the answer.
+                stream.shutdown().await.unwrap();
+                while stream.read(&mut head).await.is_ok_and(|count| count > 0) {}
+            });
+        }
+    });
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &address);
+    for _ in 0..3 {
+        let answer = Request::to("web", "POST", "/").body(noise(1, 4 * MIB)).send(local.public).await;
+        assert_eq!((answer.status, answer.text().as_str(), answer.complete), (413, "much", true));
+        assert_eq!(answer.field("x-tunnel-error"), None, "it is the upstream's own");
+    }
+    upstream.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn duplicated_and_reordered_messages_change_no_byte() {
+    let upstream = Upstream::echo().await;
+    let local = Local::start(&["--chaos", "seed=1,duplicate=0.3,reorder=0.3"]);
+    let _agent = local.agent("web", &upstream.address());
+    let mut clients = tokio::task::JoinSet::new();
+    for client in 0..4u64 {
+        let public = local.public;
+        clients.spawn(async move {
+            for round in 0..5 {
+                let body = noise(client * 100 + round, MIB + round as usize);
+                let target = format!("/{client}/{round}");
+                let answer = Request::to("web", "POST", &target).body(body.clone()).send(public).await;
+                assert_eq!(answer.status, 200, "{target}: {}", answer.text());
+                assert!(answer.complete, "{target}");
+                assert_eq!(answer.field("x-line").unwrap(), format!("POST {target} HTTP/1.1"));
+                assert_eq!(Sha256::digest(&answer.body), Sha256::digest(&body), "{target}");
+            }
+        });
+    }
+    while let Some(client) = clients.join_next().await {
+        client.unwrap();
+    }
+    assert_eq!(upstream.recorded().len(), 20, "each reached the upstream once");
+}
+
+#[tokio::test]
+async fn an_agent_that_dies_in_mid_body_never_makes_a_short_body_look_whole() {
+    let upstream = Upstream::start(|request, mut conn: Conn| async move {
+        match request.target() {
+            "/chunked" => {
+                assert!(conn.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await);
+                assert!(conn.write(chunked(b"half")).await);
+            }
+            _ => assert!(conn.write("HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf").await),
+        }
+        conn.closed().await;
+        None
+    })
+    .await;
+    let local = Local::start(&[]);
+    for target in ["/chunked", "/length"] {
+        let mut agent = local.agent("web", &upstream.address());
+        let mut connection = Connection::open(local.public).await;
+        let request = Request::to("web", "GET", target);
+        connection.begin(&request).await;
+        tests::eventually("the request is at the upstream", async || {
+            upstream.recorded().last().is_some_and(|last| last.target() == target)
+        })
+        .await;
+        let head = connection.head().await;
+        assert_eq!(head.status, 200);
+        let half = match target {
+            "/chunked" => connection.chunk().await.unwrap(),
+            _ => connection.bytes(4).await,
+        };
+        assert_eq!(half, b"half");
+        agent.process().signal(Signal::KILL);
+        assert_eq!(agent.process_mut().wait(), None);
+        match target {
+            "/chunked" => assert_eq!(connection.chunk().await, None, "no last chunk"),
+            _ => assert_eq!(connection.bytes(4).await, b"", "no further byte"),
+        }
+    }
+}
