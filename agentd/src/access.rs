@@ -2,20 +2,19 @@
 //!
 //! No header value, query, body or token is ever in it.
 
-use std::{
-    io::Write as _,
-    time::{Duration, Instant, SystemTime},
-};
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::telemetry::Terminal;
 
 use proto::{error::ErrorCode, id::RequestId, id::TunnelName, target::Target};
 
 /// Where the lines go.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(crate) enum AccessLog {
     /// To the log, as fields.
     Log,
     /// To standard output, for people.
-    People,
+    People(Terminal),
 }
 
 /// How a request ended without a whole response.
@@ -94,7 +93,7 @@ impl AccessLine {
 impl Drop for AccessLine {
     fn drop(&mut self) {
         let elapsed = self.began.elapsed();
-        match self.log {
+        match &self.log {
             AccessLog::Log => tracing::info!(
                 target: "agentd::access",
                 request_id = self.request_id.as_str(),
@@ -107,21 +106,17 @@ impl Drop for AccessLine {
                 error_code = self.error_code(),
                 "request ended"
             ),
-            AccessLog::People => {
-                // Nobody may be reading; that is no reason to fail a request.
-                let _ = writeln!(
-                    std::io::stdout().lock(),
-                    "{}  {}  {} {}  {}  {}{}{}",
-                    time_of_day(),
-                    self.status(),
-                    self.method,
-                    self.path,
-                    readable_bytes(self.bytes),
-                    readable_duration(elapsed),
-                    if self.error_code().is_some() { "  " } else { "" },
-                    self.error_code().unwrap_or_default(),
-                );
-            }
+            AccessLog::People(terminal) => terminal.line(format!(
+                "{}  {}  {} {}  {}  {}{}{}",
+                time_of_day(),
+                self.status(),
+                self.method,
+                self.path,
+                readable_bytes(self.bytes),
+                readable_duration(elapsed),
+                if self.error_code().is_some() { "  " } else { "" },
+                self.error_code().unwrap_or_default(),
+            )),
         }
     }
 }

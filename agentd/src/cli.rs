@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::filter::Targets;
 
 use crate::{
+    background::{self, Forked, StateDir},
     config::{self, Config, ConfigError, Overrides, TunnelConfig, parse_duration, parse_host_header},
     credential::{ENV_CREDENTIALS, ENV_TOKEN},
     driver::{self, Audience, Outcome},
@@ -63,6 +64,24 @@ enum Command {
         #[arg(long, value_name = "FILE", env = "AGENTD_CONFIG", default_value = config::DEFAULT_PATH)]
         config: PathBuf,
     },
+    /// Starts the daemon in the background, where no systemd looks after it.
+    Start {
+        /// The configuration file.
+        #[arg(long, value_name = "FILE", env = "AGENTD_CONFIG", default_value = config::DEFAULT_PATH)]
+        config: PathBuf,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Stops the daemon in the background, after what is in flight.
+    Stop {
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Says whether the daemon runs in the background.
+    Status {
+        #[command(flatten)]
+        place: Place,
+    },
     #[command(flatten)]
     Identity(identity::Command),
     /// Looks after the configuration.
@@ -70,6 +89,13 @@ enum Command {
         #[command(subcommand)]
         command: ConfigCommand,
     },
+}
+
+#[derive(Debug, Args)]
+struct Place {
+    /// Where the pid file and the logs are. Default: the user's own state folder.
+    #[arg(long, value_name = "DIR", env = "AGENTD_STATE_DIR")]
+    state_dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -128,25 +154,75 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
         Command::Http(http) => {
             // What people want to see goes to standard output; the log keeps to what is wrong.
             let level = level.unwrap_or_else(|| Targets::new().with_default(tracing::Level::WARN));
-            telemetry::start(Some(common.log_format.unwrap_or(LogFormat::Human)), level);
+            let _flush = telemetry::start(Some(common.log_format.unwrap_or(LogFormat::Human)), level);
             match http.into_tunnel().and_then(|tunnel| overrides.with_tunnel(tunnel)) {
-                Ok(config) => run(config, Audience::People),
+                Ok(config) => {
+                    let (terminal, _flush) = telemetry::Terminal::open();
+                    run(config, Audience::People(terminal))
+                }
                 Err(error) => bad_config(&error),
             }
         }
         Command::Run { config } => {
             let level = level.unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO));
-            telemetry::start(common.log_format, level);
+            let _flush = telemetry::start(common.log_format, level);
             match config::load(&config, &overrides) {
                 Ok(config) => run(config, Audience::Service),
                 Err(error) => bad_config(&error),
             }
         }
+        Command::Start { config, place } => {
+            let level = level.unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO));
+            match config::load(&config, &overrides) {
+                Ok(config) => start(config, place, common.log_format, level),
+                Err(error) => bad_config(&error),
+            }
+        }
+        Command::Stop { place } => {
+            let grace_period = overrides.grace_period.unwrap_or(config::DEFAULT_GRACE_PERIOD);
+            in_background(place, |state| {
+                match background::stop(state, grace_period)? {
+                    Some(took) => println!("stopped after {:.1} s", took.as_secs_f64()),
+                    None => println!("not running"),
+                }
+                Ok(ExitCode::SUCCESS)
+            })
+        }
+        Command::Status { place } => in_background(place, background::status),
         Command::Identity(command) => identity::run(command),
         Command::Config { command: ConfigCommand::Check { config, json } } => {
             check(&config::load(&config, &overrides), json)
         }
     }
+}
+
+fn in_background(
+    place: Place,
+    act: impl FnOnce(&StateDir) -> Result<ExitCode, background::Error>,
+) -> ExitCode {
+    let environment = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let is_root = rustix::process::geteuid().is_root();
+    let Some(state) = StateDir::find(place.state_dir, environment, is_root) else {
+        return failed("there is no home folder; say --state-dir DIR");
+    };
+    act(&state).unwrap_or_else(|error| failed(&error.to_string()))
+}
+
+fn start(config: Config, place: Place, format: Option<LogFormat>, level: Targets) -> ExitCode {
+    in_background(place, |state| match background::start(state)? {
+        Forked::Starter(pid) => {
+            println!("started with pid {}; log in {}", pid.as_raw_nonzero(), state.log_dir().display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Forked::Daemon(starter) => {
+            // The starter reports the failure, because nobody sees this process any more.
+            let Ok(_flush) = telemetry::start_in(&state.log_dir(), format, level) else {
+                return Ok(ExitCode::from(exit::RUNTIME));
+            };
+            starter.ready();
+            Ok(run(config, Audience::Service))
+        }
+    })
 }
 
 fn run(config: Config, audience: Audience) -> ExitCode {

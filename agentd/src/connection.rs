@@ -399,7 +399,7 @@ impl Connection {
             outbox: self.outbox.clone(),
             codecs: self.codecs.clone(),
             credit: credit_seen,
-            access: self.shared.access,
+            access: self.shared.access.clone(),
         };
         let abort = self.exchanges.spawn(exchange.run());
         self.by_task.insert(abort.id(), request_id.clone());

@@ -31,6 +31,7 @@ use crate::{
     credential::Token,
     link::{DialError, Dialer, Link, Retry},
     systemd::Notifier,
+    telemetry::Terminal,
     tunnel::Tunnels,
     upstream::tls::TlsError,
 };
@@ -72,12 +73,12 @@ pub enum StartError {
 }
 
 /// Who is told what, beside the log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Audience {
     /// A service manager and a log.
     Service,
     /// Somebody at a terminal.
-    People,
+    People(Terminal),
 }
 
 /// Runs the agent until it is stopped.
@@ -89,9 +90,9 @@ pub async fn run(config: Config, audience: Audience) -> Result<Outcome, StartErr
     let signals = Signals::new()?;
     let tunnels = Arc::new(Tunnels::new(&config.tunnels)?);
     let dialer = Dialer::new(config.edge.url.clone(), config.edge.ca_file.as_deref())?;
-    let access = match audience {
+    let access = match &audience {
         Audience::Service => AccessLog::Log,
-        Audience::People => AccessLog::People,
+        Audience::People(terminal) => AccessLog::People(terminal.clone()),
     };
     let (report, reports) = mpsc::channel(REPORTS);
     let driver = Driver {
@@ -474,10 +475,8 @@ impl Driver {
 
     /// Tells whoever sits at the terminal.
     fn tell(&self, text: impl FnOnce() -> String) {
-        use std::io::Write as _;
-        if self.audience == Audience::People {
-            // Nobody may be reading; that is no reason to stop.
-            let _ = writeln!(std::io::stdout().lock(), "{}", text());
+        if let Audience::People(terminal) = &self.audience {
+            terminal.line(text());
         }
     }
 }

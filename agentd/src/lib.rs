@@ -8,6 +8,7 @@
 use std::{ffi::OsString, process::ExitCode};
 
 mod access;
+mod background;
 mod cli;
 pub mod config;
 mod connection;

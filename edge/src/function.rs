@@ -7,6 +7,31 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, Env};
 
+/// What API Gateway is told about an event of the agents' WebSocket API.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Answer {
+    /// 200; on `$connect` anything else refuses the connection.
+    pub status_code: u16,
+    /// A message for the agent, where the route has a response.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub body: Option<String>,
+}
+
+impl Answer {
+    /// An answer with nothing for the agent.
+    #[must_use]
+    pub const fn status(status_code: u16) -> Self {
+        Self { status_code, body: None }
+    }
+
+    /// A message for the agent.
+    #[must_use]
+    pub const fn message(body: String) -> Self {
+        Self { status_code: 200, body: Some(body) }
+    }
+}
+
 /// Runs a function until Lambda ends its process: `prepare` once, then `handle` for each event.
 pub fn run<D, E, R, P, H, F>(prepare: P, handle: H) -> ExitCode
 where

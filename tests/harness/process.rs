@@ -140,8 +140,11 @@ impl Drop for Process {
 pub fn binary(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
-        // target/PROFILE/deps/this-test
-        let folder = std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().to_owned();
+        // target/PROFILE/deps/this-test, or target/PROFILE/this-program
+        let mut folder = std::env::current_exe().unwrap().parent().unwrap().to_owned();
+        if folder.file_name().unwrap() == "deps" {
+            folder.pop();
+        }
         let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         build.current_dir(env!("CARGO_MANIFEST_DIR"));
         build.args(["build", "--quiet", "--locked", "--package", "local", "--package", "agentd"]);

@@ -10,14 +10,17 @@ use tokio::{io::AsyncWriteExt as _, net::TcpListener};
 
 use crate::stage::{Agent, Edge, Line, Manners, Peer, Sent, get, request, with_header};
 
-/// Resident kilobytes and CPU time so far of a process.
+/// Resident kilobytes and CPU time so far of all threads of the agent.
 fn usage(agent: &Agent) -> (u64, Duration) {
     let pid = agent.child.id().unwrap();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     let resident = resident.trim().trim_end_matches(" kB").parse().unwrap();
-    let stat = fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
-    let nanos = stat.split(' ').next().unwrap().parse().unwrap();
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let nanos = threads
+        .map(|thread| fs::read_to_string(thread.unwrap().path().join("schedstat")).unwrap())
+        .map(|stat| stat.split(' ').next().unwrap().parse::<u64>().unwrap())
+        .sum();
     (resident, Duration::from_nanos(nanos))
 }
 

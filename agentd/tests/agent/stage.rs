@@ -464,19 +464,8 @@ impl Agent {
     /// `agentd http` for the tunnel `web`.
     pub(crate) fn http(edge: &Edge, upstream: impl ToString, more: &[&str]) -> Self {
         let mut command = agentd();
-        command
-            .env("AGENTD_TOKEN", TOKEN)
-            .args([
-                "http",
-                &upstream.to_string(),
-                "--name",
-                "web",
-                "--edge",
-                &edge.url,
-                "--log-level",
-                "debug",
-            ])
-            .args(more);
+        command.env("AGENTD_TOKEN", TOKEN).env("AGENTD_LOG_LEVEL", "debug");
+        command.args(["http", &upstream.to_string(), "--name", "web", "--edge", &edge.url]).args(more);
         Self::spawn(command)
     }
 

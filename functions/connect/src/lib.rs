@@ -13,6 +13,7 @@ use edge::{
     aws::Aws,
     config::{ConfigError, Env, env},
     event::{AgentEvent, Authorized},
+    function::Answer,
     registry::{Connection, Registry},
     unix_now,
 };
@@ -22,7 +23,6 @@ use proto::{
     limits,
     message::{AgentMessage, EdgeMessage, Hello, OpenTunnel, Refusal, RefusedTunnel, VERSION, Welcome},
 };
-use serde::Serialize;
 
 /// Everything a connection needs.
 #[derive(Debug)]
@@ -31,17 +31,6 @@ pub struct Connect {
     public_url: String,
     lifetime: Duration,
     heartbeat: Duration,
-}
-
-/// What API Gateway is told. The body goes back to the agent where the route has a response.
-#[derive(Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Answer {
-    /// Anything but 200 on `$connect` refuses the connection.
-    pub status_code: u16,
-    /// A message for the agent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub body: Option<String>,
 }
 
 /// Runs the function until Lambda ends its process.
@@ -76,20 +65,20 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
     let context = event.request_context;
     let Some(authorized) = context.authorizer else {
         tracing::error!(connection_id = %context.connection_id, "connection has no identity; is the authorizer attached?");
-        return Ok(Answer { status_code: 403, body: None });
+        return Ok(Answer::status(403));
     };
     if context.route_key == "$connect" {
-        return Ok(Answer { status_code: 200, body: None });
+        return Ok(Answer::status(200));
     }
     let hello = match AgentMessage::decode(&body.unwrap_or_default()) {
         Ok(AgentMessage::Hello(hello)) if hello.version == VERSION => hello,
         Ok(AgentMessage::Hello(hello)) => {
             tracing::warn!(connection_id = %context.connection_id, version = hello.version, "agent speaks another version");
-            return Ok(Answer { status_code: 400, body: None });
+            return Ok(Answer::status(400));
         }
         Ok(_) | Err(_) => {
             tracing::warn!(connection_id = %context.connection_id, "hello was malformed");
-            return Ok(Answer { status_code: 400, body: None });
+            return Ok(Answer::status(400));
         }
     };
     let now = unix_now();
@@ -128,7 +117,7 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         lifetime_ms: millis(connect.lifetime),
         codecs: Codecs::all(),
     });
-    Ok(Answer { status_code: 200, body: Some(welcome.encode()) })
+    Ok(Answer::message(welcome.encode()))
 }
 
 fn millis(duration: Duration) -> u64 {

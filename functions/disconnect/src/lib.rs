@@ -15,24 +15,16 @@ use edge::{
     aws::Aws,
     config::{ConfigError, Env},
     event::AgentEvent,
+    function::Answer,
     mailbox::Pool,
     registry::Registry,
 };
-use serde::Serialize;
 
 /// Everything a disconnect needs.
 #[derive(Debug)]
 pub struct Disconnect {
     registry: Registry,
     pool: Pool,
-}
-
-/// What API Gateway is told; it does nothing with it.
-#[derive(Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Answer {
-    /// Always 200.
-    pub status_code: u16,
 }
 
 /// Runs the function until Lambda ends its process.
@@ -74,5 +66,5 @@ pub async fn handle(event: AgentEvent, disconnect: &Disconnect) -> Result<Answer
         }
     }
     forgotten.map(drop).or(told.map(drop))?;
-    Ok(Answer { status_code: 200 })
+    Ok(Answer::status(200))
 }

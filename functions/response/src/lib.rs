@@ -14,6 +14,7 @@ use edge::{
     aws::Aws,
     config::{ConfigError, Env},
     event::AgentEvent,
+    function::Answer,
     mailbox::Mailboxes,
     unix_now,
 };
@@ -22,24 +23,12 @@ use proto::{
     message::{AgentMessage, EdgeMessage, Envelope, Failed},
     token::{Claims, TokenError, TokenKeys},
 };
-use serde::Serialize;
 
 /// Everything a message needs.
 #[derive(Debug)]
 pub struct Response {
     keys: TokenKeys,
     mailboxes: Mailboxes,
-}
-
-/// What API Gateway is told. The body goes back to the agent where the route has a response.
-#[derive(Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Answer {
-    /// 200 unless the function itself failed.
-    pub status_code: u16,
-    /// A message for the agent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub body: Option<String>,
 }
 
 /// What to do with a message.
@@ -95,10 +84,10 @@ impl Response {
 pub async fn handle(mut event: AgentEvent, response: &Response) -> Result<Answer, Error> {
     let text = event.body.take().unwrap_or_default();
     match decide(&event, &text, &response.keys, unix_now()) {
-        Decision::Beat(body) => Ok(Answer { status_code: 200, body: Some(body) }),
+        Decision::Beat(body) => Ok(Answer::message(body)),
         Decision::Drop(reason) => {
             tracing::warn!(connection_id = %event.request_context.connection_id, %reason, "agent's message was dropped");
-            Ok(Answer { status_code: 200, body: None })
+            Ok(Answer::status(200))
         }
         Decision::Return(claims) => {
             let sent = response.mailboxes.send(&claims.mailbox, &claims.request_id, text).await;
@@ -111,7 +100,7 @@ pub async fn handle(mut event: AgentEvent, response: &Response) -> Result<Answer
             } else {
                 sent?;
             }
-            Ok(Answer { status_code: 200, body: None })
+            Ok(Answer::status(200))
         }
     }
 }

@@ -61,7 +61,7 @@ li:not(:last-child)::after{content:'';position:absolute;left:1.34rem;top:1.9rem;
 table{width:100%;border-collapse:collapse;margin:.4rem 0 0;font-size:.875rem}\
 td{padding:.15rem 0;vertical-align:top}\
 td+td{text-align:right;color:var(--soft);font-variant-numeric:tabular-nums;white-space:nowrap}\
-pre{margin:.5rem 0;padding:.8rem 1rem;background:var(--code);border:1px solid var(--line);border-radius:.5rem;overflow-x:auto;font:.875rem/1.5 ui-monospace,monospace;user-select:all}\
+pre{margin:.5rem 0;padding:.8rem 1rem;background:var(--code);border:1px solid var(--line);border-radius:.5rem;white-space:pre-wrap;overflow-wrap:anywhere;font:.875rem/1.5 ui-monospace,monospace;user-select:all}\
 code{font:.9em ui-monospace,monospace}\
 a{color:var(--mark)}";
 

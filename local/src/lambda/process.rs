@@ -1,6 +1,6 @@
 //! Processes of functions: started, frozen, thawed, ended, and their output forwarded.
 //!
-//! What enters is a [`Launch`]; what leaves is a running [`Child`] in a process group of its own,
+//! What enters is a `Launch`; what leaves is a running [`Child`] in a process group of its own,
 //! whose output goes to this process's standard error, line by line.
 
 use std::{collections::BTreeMap, io, path::PathBuf, process::Stdio, sync::mpsc, thread};

@@ -1,0 +1,378 @@
+//! The measurements: enter a plan and a report, leave figures in the report.
+
+use std::{
+    cell::Cell,
+    net::SocketAddr,
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use tests::{Agent, Local};
+use tokio::task::LocalSet;
+
+use crate::{
+    client::{Client, Target},
+    compression,
+    figures::{Goal, Report, Unit},
+    upstream::{self, Upstream},
+    usage::{self, Cpu},
+};
+
+const MIB: usize = 1 << 20;
+
+/// How much is measured.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) rounds: usize,
+    /// Requests one after the other.
+    requests: usize,
+    /// How long a load lasts.
+    load: Duration,
+    /// Clients at the same time, beside 32.
+    steps: &'static [usize],
+    /// How often the first byte is waited for.
+    first_bytes: usize,
+    /// Size and how often.
+    downloads: &'static [(usize, usize)],
+    uploads: &'static [(usize, usize)],
+}
+
+impl Plan {
+    pub(crate) const fn full(rounds: usize) -> Self {
+        Self {
+            rounds,
+            requests: 1500,
+            load: Duration::from_secs(5),
+            steps: &[1, 4, 8, 16, 64, 128],
+            first_bytes: 20,
+            downloads: &[(MIB, 10), (10 * MIB, 4), (100 * MIB, 1)],
+            uploads: &[(MIB, 8), (4 * MIB, 5)],
+        }
+    }
+
+    pub(crate) const fn quick() -> Self {
+        Self {
+            rounds: 1,
+            requests: 500,
+            load: Duration::from_secs(3),
+            steps: &[64],
+            first_bytes: 10,
+            downloads: &[(MIB, 5), (10 * MIB, 2)],
+            uploads: &[(MIB, 4), (4 * MIB, 3)],
+        }
+    }
+}
+
+/// The two ways to the same upstream.
+struct Ways {
+    direct: Target,
+    tunnel: Target,
+}
+
+/// Everything that runs.
+struct Stage {
+    local: Local,
+    agent: Agent,
+    ways: Ways,
+    _upstream: Upstream,
+}
+
+impl Stage {
+    fn start() -> anyhow::Result<Self> {
+        let upstream = Upstream::start()?;
+        let local = Local::start(&[]);
+        let agent = local.agent_with(
+            &format!(
+                "[[tunnel]]\nname = \"bench\"\nupstream = \"127.0.0.1:{}\"\nmax_concurrent = 256\n",
+                upstream.port
+            ),
+            &["bench"],
+        );
+        let ways = Ways {
+            direct: Target {
+                address: SocketAddr::from(([127, 0, 0, 1], upstream.port)),
+                host: "localhost".to_owned(),
+            },
+            tunnel: Target { address: local.public, host: "bench.localhost".to_owned() },
+        };
+        Ok(Self { local, agent, ways, _upstream: upstream })
+    }
+}
+
+/// Measures everything, or what is named in `only`.
+pub(crate) async fn run(plan: &Plan, only: &[String], report: &mut Report) -> anyhow::Result<()> {
+    let wanted = |part: &str| only.is_empty() || only.iter().any(|only| part.contains(only.as_str()));
+    let stage = Stage::start()?;
+    let (direct, tunnel) = (&stage.ways.direct, &stage.ways.tunnel);
+    // The first requests start processes; that is measured by itself.
+    for way in [direct, tunnel] {
+        delays(way, 200).await?;
+    }
+    let mut fresh = Some(usage::memory(&stage.local, &stage.agent));
+    for round in 1..=plan.rounds {
+        eprintln!("round {round} of {}", plan.rounds);
+        if wanted("latency") {
+            let mut by_way = (delays(direct, plan.requests).await?, delays(tunnel, plan.requests).await?);
+            report.note_delays(
+                "latency: 13 B, one client",
+                &mut by_way.0,
+                &mut by_way.1,
+                [Some(2.5), Some(5.0), None],
+            );
+        }
+        if wanted("load") {
+            load(&stage, plan, report).await?;
+        }
+        if wanted("events") {
+            let mut by_way = (event_delays(direct).await?, event_delays(tunnel).await?);
+            let name = format!("events: delay of {} events, 10 ms apart", upstream::EVENTS);
+            report.note_delays(&name, &mut by_way.0, &mut by_way.1, [None, Some(10.0), None]);
+        }
+        if wanted("first-byte") {
+            let mut by_way =
+                (first_bytes(direct, plan.first_bytes).await?, first_bytes(tunnel, plan.first_bytes).await?);
+            let goals = [Some(10.0), None, None];
+            report.note_delays("first-byte: of a trickling body", &mut by_way.0, &mut by_way.1, goals);
+        }
+        if wanted("download") {
+            for &(bytes, times) in plan.downloads {
+                let rates = (download(direct, bytes, times).await?, download(tunnel, bytes, times).await?);
+                let goal = (bytes == 10 * MIB).then_some(Goal::AtLeast(40.0));
+                let name = format!("download: {} MiB", bytes / MIB);
+                report.note(name, Unit::Throughput, goal, Some(rates.0), rates.1);
+            }
+        }
+        if wanted("upload") {
+            for &(bytes, times) in plan.uploads {
+                let rates = (upload(direct, bytes, times).await?, upload(tunnel, bytes, times).await?);
+                let goal = (bytes == 4 * MIB).then_some(Goal::AtLeast(25.0));
+                let name = format!("upload: {} MiB", bytes / MIB);
+                report.note(name, Unit::Throughput, goal, Some(rates.0), rates.1);
+            }
+        }
+        if wanted("start") {
+            starts(report)?;
+        }
+        if wanted("compression") {
+            compression::measure(report)?;
+        }
+        if let (true, Some(fresh)) = (wanted("memory"), fresh.take()) {
+            for (name, megabytes) in fresh {
+                let goal = match name.as_str() {
+                    "local" => None,
+                    "agentd" => Some(Goal::AtMost(10.0)),
+                    _ => Some(Goal::AtMost(25.0)),
+                };
+                let name = format!("memory: {name}, idle after 200 requests");
+                report.note(name, Unit::Memory, goal, None, megabytes);
+            }
+        }
+    }
+    if wanted("memory") {
+        for (name, megabytes) in usage::memory(&stage.local, &stage.agent) {
+            report.note(format!("memory: {name}, idle at the end"), Unit::Memory, None, None, megabytes);
+        }
+    }
+    Ok(())
+}
+
+/// How long each of `count` requests took, in milliseconds, one after the other.
+async fn delays(way: &Target, count: usize) -> anyhow::Result<Vec<f64>> {
+    let mut client = Client::connect(way).await?;
+    for _ in 0..count / 10 {
+        client.call("/hello", None).await?;
+    }
+    let mut delays = Vec::with_capacity(count);
+    for _ in 0..count {
+        let begun = Instant::now();
+        let body = client.call("/hello", None).await?;
+        delays.push(millis(begun.elapsed()));
+        anyhow::ensure!(body == "Hello, bench!", "a wrong answer");
+    }
+    Ok(delays)
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// What a load came to.
+#[derive(Debug, Default)]
+struct Loaded {
+    answered: Cell<u64>,
+    errors: Cell<u64>,
+}
+
+/// Has `clients` send one request after the other for as long as `time`; every answer must be its own.
+async fn flood(way: &Target, clients: usize, time: Duration) -> (f64, u64) {
+    let loaded = Rc::new(Loaded::default());
+    let begun = Instant::now();
+    let set = LocalSet::new();
+    for client in 0..clients {
+        let (way, loaded) = (way.clone(), Rc::clone(&loaded));
+        set.spawn_local(async move {
+            let mut connected = None;
+            let mut number = 0_u64;
+            while begun.elapsed() < time {
+                number += 1;
+                let own = Bytes::from(format!("client {client}, request {number}"));
+                match ask(&way, &mut connected, &own).await {
+                    Ok(()) => loaded.answered.set(loaded.answered.get() + 1),
+                    Err(error) => {
+                        loaded.errors.set(loaded.errors.get() + 1);
+                        eprintln!("error: {error:#}");
+                        connected = None;
+                    }
+                }
+            }
+        });
+    }
+    set.await;
+    (loaded.answered.get() as f64 / begun.elapsed().as_secs_f64(), loaded.errors.get())
+}
+
+async fn ask(way: &Target, connected: &mut Option<Client>, own: &Bytes) -> anyhow::Result<()> {
+    let client = match connected {
+        Some(client) => client,
+        None => connected.insert(Client::connect(way).await?),
+    };
+    let answer = client.call("/echo", Some(own.clone())).await?;
+    anyhow::ensure!(answer == own, "somebody else's answer");
+    Ok(())
+}
+
+async fn load(stage: &Stage, plan: &Plan, report: &mut Report) -> anyhow::Result<()> {
+    let (direct, tunnel) = (&stage.ways.direct, &stage.ways.tunnel);
+    // Processes for that many clients are there before it counts.
+    flood(tunnel, 32, plan.load / 3).await;
+    let direct_rate = flood(direct, 32, plan.load / 3).await.0;
+    let before = Cpu::now(&stage.local, &stage.agent);
+    let (rate, mut errors) = flood(tunnel, 32, plan.load).await;
+    let used = Cpu::now(&stage.local, &stage.agent).since(&before);
+    report.note("load: 32 clients", Unit::PerSecond, Some(Goal::AtLeast(1000.0)), Some(direct_rate), rate);
+    let answered = rate * plan.load.as_secs_f64();
+    let mut total = 0.0;
+    for (name, time) in used {
+        let micros = time.as_secs_f64() * 1e6 / answered;
+        total += micros;
+        if micros >= 1.0 {
+            report.note(format!("load: CPU for a request, {name}"), Unit::Micros, None, None, micros);
+        }
+    }
+    report.note("load: CPU for a request, all of it", Unit::Micros, None, None, total);
+    for &clients in plan.steps {
+        let time = plan.load / 2;
+        flood(tunnel, clients, time / 3).await;
+        let direct_rate = flood(direct, clients, time / 3).await.0;
+        let (rate, failed) = flood(tunnel, clients, time).await;
+        errors += failed;
+        report.note(format!("load: {clients} clients"), Unit::PerSecond, None, Some(direct_rate), rate);
+    }
+    let goal = Some(Goal::AtMost(0.0));
+    // Counts are whole numbers far below what a float holds.
+    report.note("load: errors and wrong answers", Unit::Count, goal, None, errors as f64);
+    Ok(())
+}
+
+/// How long each event was on its way, in milliseconds.
+async fn event_delays(way: &Target) -> anyhow::Result<Vec<f64>> {
+    let mut client = Client::connect(way).await?;
+    let mut body = client.begin("/events", None).await?.into_body();
+    let mut delays = Vec::with_capacity(upstream::EVENTS);
+    let mut text = String::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame?;
+        let now = upstream::now_ns();
+        text.push_str(std::str::from_utf8(frame.data_ref().context("no data")?)?);
+        while let Some(end) = text.find("\n\n") {
+            let sent: u64 = text[..end].trim_start_matches("data: ").parse()?;
+            delays.push(now.saturating_sub(sent) as f64 / 1e6);
+            text.drain(..end + 2);
+        }
+    }
+    anyhow::ensure!(delays.len() == upstream::EVENTS, "{} events came", delays.len());
+    Ok(delays)
+}
+
+/// How long the first byte of the body took, in milliseconds.
+async fn first_bytes(way: &Target, count: usize) -> anyhow::Result<Vec<f64>> {
+    let mut client = Client::connect(way).await?;
+    let mut delays = Vec::with_capacity(count);
+    for _ in 0..count {
+        let begun = Instant::now();
+        let mut body = client.begin("/trickle", None).await?.into_body();
+        body.frame().await.context("no body")??;
+        delays.push(millis(begun.elapsed()));
+        body.collect().await?;
+    }
+    Ok(delays)
+}
+
+/// 10^6 bytes in a second; every byte is checked.
+async fn download(way: &Target, bytes: usize, times: usize) -> anyhow::Result<f64> {
+    let pattern = upstream::pattern();
+    let mut client = Client::connect(way).await?;
+    let path = format!("/body/{bytes}");
+    let begun = Instant::now();
+    for _ in 0..times {
+        let mut body = client.begin(&path, None).await?.into_body();
+        let mut got = 0;
+        while let Some(frame) = body.frame().await {
+            let frame = frame?;
+            let mut data = &frame.data_ref().context("no data")?[..];
+            while !data.is_empty() {
+                let at = got % pattern.len();
+                let (now, later) = data.split_at(data.len().min(pattern.len() - at));
+                anyhow::ensure!(pattern[at..at + now.len()] == *now, "a wrong byte after {got}");
+                got += now.len();
+                data = later;
+            }
+        }
+        anyhow::ensure!(got == bytes, "{got} bytes of {bytes} came");
+    }
+    Ok((bytes * times) as f64 / 1e6 / begun.elapsed().as_secs_f64())
+}
+
+/// 10^6 bytes in a second.
+async fn upload(way: &Target, bytes: usize, times: usize) -> anyhow::Result<f64> {
+    let body = Bytes::from(tests::noise(2, bytes));
+    let mut client = Client::connect(way).await?;
+    let begun = Instant::now();
+    for _ in 0..times {
+        let answer = client.call("/sink", Some(body.clone())).await?;
+        anyhow::ensure!(answer == bytes.to_string(), "{answer:?} bytes of {bytes} came");
+    }
+    Ok((bytes * times) as f64 / 1e6 / begun.elapsed().as_secs_f64())
+}
+
+/// How long each function's process takes from its start until it asks for its first event.
+fn starts(report: &mut Report) -> anyhow::Result<()> {
+    let local = Local::start(&["--log-level", "debug"]);
+    let agent = local.agent("bench", "127.0.0.1:9");
+    let ready = |function: &str| {
+        let line = local.process().wait_for_line(|line| {
+            line.contains("process is ready") && line.contains(&format!("function=\"{function}\""))
+        });
+        let micros = line.split("init_us=").nth(1).and_then(|rest| rest.split_whitespace().next());
+        micros.and_then(|micros| micros.parse::<f64>().ok()).context("no time in the line")
+    };
+    let mut note = |function: &str| -> anyhow::Result<()> {
+        let goal = Some(Goal::AtMost(25.0));
+        report.note(
+            format!("start: {function}, spawned to ready"),
+            Unit::Millis,
+            goal,
+            None,
+            ready(function)? / 1e3,
+        );
+        Ok(())
+    };
+    for function in ["authorizer", "connect", "response", "ingress"] {
+        note(function)?;
+    }
+    drop(agent);
+    note("disconnect")
+}

@@ -1,0 +1,176 @@
+//! The upstream, in a process of its own: `/hello`, `/echo`, `/events`, `/trickle`, `/body/BYTES`, `/sink`.
+
+use std::{
+    convert::Infallible,
+    io::{BufRead, BufReader, Write},
+    process::{Child, Command, Stdio},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::Context;
+use bytes::Bytes;
+use futures_util::stream;
+use http::{Request, Response, header};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
+use hyper::{
+    body::{Frame, Incoming},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::TcpListener,
+    sync::oneshot,
+    time::{self, MissedTickBehavior},
+};
+
+/// How many events `/events` sends, and how far apart.
+pub(crate) const EVENTS: usize = 180;
+pub(crate) const EVENT_INTERVAL: Duration = Duration::from_millis(10);
+
+/// How many bytes `/trickle` sends one by one, and how far apart.
+const TRICKLE: usize = 5;
+const TRICKLE_INTERVAL: Duration = Duration::from_millis(20);
+
+/// What the bodies of `/body` repeat.
+pub(crate) const PATTERN_BYTES: usize = 1 << 20;
+
+/// How much of a body is written at a time.
+const WRITE_BYTES: usize = 64 * 1024;
+
+/// A running upstream. Ends when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Upstream {
+    child: Child,
+    pub(crate) port: u16,
+}
+
+impl Upstream {
+    pub(crate) fn start() -> anyhow::Result<Self> {
+        let mut child = Command::new(std::env::current_exe()?)
+            .arg("upstream")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("starting the upstream")?;
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().context("its output")?).read_line(&mut line)?;
+        Ok(Self { child, port: line.trim().parse().context("the upstream's port")? })
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// The bytes that `/body` repeats: nothing compresses them.
+pub(crate) fn pattern() -> Bytes {
+    tests::noise(1, PATTERN_BYTES).into()
+}
+
+/// Nanoseconds since 1970: the only clock that two processes share without more ado.
+pub(crate) fn now_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or_default()
+}
+
+/// Is the upstream until standard input ends.
+pub(crate) async fn serve() -> anyhow::Result<()> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    {
+        let mut stdout = std::io::stdout().lock();
+        writeln!(stdout, "{}", listener.local_addr()?.port())?;
+        stdout.flush()?;
+    }
+    let pattern = pattern();
+    let accept = async {
+        loop {
+            let Ok((stream, _)) = listener.accept().await else { continue };
+            // Without it, delayed acknowledgements would be measured.
+            drop(stream.set_nodelay(true));
+            let pattern = pattern.clone();
+            let service = service_fn(move |request| answer(request, pattern.clone()));
+            let connection = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .serve_connection(TokioIo::new(stream), service);
+            tokio::spawn(connection);
+        }
+    };
+    // The end of the input is the end of whoever measures.
+    let (ended, end) = oneshot::channel();
+    std::thread::spawn(move || {
+        drop(std::io::stdin().lock().read_until(0, &mut Vec::new()));
+        let _ = ended.send(());
+    });
+    tokio::select! {
+        () = accept => {}
+        _ = end => {}
+    }
+    Ok(())
+}
+
+type Body = BoxBody<Bytes, Infallible>;
+
+async fn answer(request: Request<Incoming>, pattern: Bytes) -> anyhow::Result<Response<Body>> {
+    let path = request.uri().path().to_owned();
+    let whole = |bytes: Bytes| Response::new(Full::new(bytes).boxed());
+    Ok(match path.as_str() {
+        "/hello" => whole(Bytes::from_static(b"Hello, bench!")),
+        "/echo" => whole(request.into_body().collect().await?.to_bytes()),
+        "/sink" => {
+            let mut body = request.into_body();
+            let mut length = 0;
+            while let Some(frame) = body.frame().await {
+                length += frame?.data_ref().map_or(0, Bytes::len);
+            }
+            whole(length.to_string().into())
+        }
+        "/events" => {
+            let events = every(EVENT_INTERVAL, EVENTS, || format!("data: {}\n\n", now_ns()).into());
+            let mut response = Response::new(events);
+            response
+                .headers_mut()
+                .insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream"));
+            response
+        }
+        "/trickle" => Response::new(every(TRICKLE_INTERVAL, TRICKLE, || Bytes::from_static(b"."))),
+        _ => match path.strip_prefix("/body/").and_then(|bytes| bytes.parse::<usize>().ok()) {
+            Some(length) => {
+                let pieces = (0..length.div_ceil(WRITE_BYTES)).map(move |index| {
+                    let from = index * WRITE_BYTES % PATTERN_BYTES;
+                    let bytes = WRITE_BYTES.min(length - index * WRITE_BYTES);
+                    Ok(Frame::data(pattern.slice(from..from + bytes)))
+                });
+                let mut response = Response::new(StreamBody::new(stream::iter(pieces)).boxed());
+                response.headers_mut().insert(header::CONTENT_LENGTH, length.into());
+                response.headers_mut().insert(
+                    header::CONTENT_TYPE,
+                    header::HeaderValue::from_static("application/octet-stream"),
+                );
+                response
+            }
+            None => {
+                let mut response = whole(Bytes::new());
+                *response.status_mut() = http::StatusCode::NOT_FOUND;
+                response
+            }
+        },
+    })
+}
+
+/// A body of `count` pieces, the first at once and each other one `interval` after the one before.
+fn every(interval: Duration, count: usize, piece: impl Fn() -> Bytes + Send + Sync + 'static) -> Body {
+    let mut ticks = time::interval(interval);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let pieces = stream::unfold((ticks, piece, 0), move |(mut ticks, piece, sent)| async move {
+        if sent == count {
+            return None;
+        }
+        ticks.tick().await;
+        Some((Ok(Frame::data(piece())), (ticks, piece, sent + 1)))
+    });
+    StreamBody::new(pieces).boxed()
+}
