@@ -2,11 +2,15 @@
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tests::{
     Local,
     client::{Answer, Connection, Request},
@@ -18,6 +22,7 @@ use tokio::{
     net::{TcpListener, TcpStream, UnixListener},
     sync::Semaphore,
 };
+use tokio_rustls::TlsAcceptor;
 
 fn assert_error(answer: &Answer, status: u16, code: &str, what: &str) {
     let seen = (answer.status, answer.field("x-tunnel-error"));
@@ -581,6 +586,68 @@ async fn an_upstream_on_a_unix_socket_is_served() {
     for _ in 0..2 {
         let answer = Request::to("web", "GET", "/x//y").send(local.public).await;
         assert_eq!((answer.status, answer.text().as_str()), (200, "unix"), "{}", answer.text());
+    }
+    serving.abort();
+}
+
+/// A certificate for `localhost` and the authority that signed it, as the agent's own tests have them.
+fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../agentd/tests/fixtures").join(name)
+}
+
+#[tokio::test]
+async fn an_https_upstream_is_checked_and_asked_for_by_its_name() {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let chain = CertificateDer::pem_file_iter(fixture("localhost.pem")).unwrap();
+    let key = PrivateKeyDer::from_pem_file(fixture("localhost.key")).unwrap();
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain.map(Result::unwrap).collect(), key)
+        .unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let serving = tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            // An agent that does not trust the certificate breaks the handshake off.
+            let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+            let name = stream.get_ref().1.server_name().unwrap_or("none").to_owned();
+            let mut head = vec![0; 4096];
+            let count = stream.read(&mut head).await.unwrap();
+            assert!(head[..count].starts_with(b"GET /x?y HTTP/1.1\r\n"));
+            let answer = format!("HTTP/1.1 200 OK\r\nX-Name: {name}\r\nContent-Length: 3\r\n\r\ntls");
+            stream.write_all(answer.as_bytes()).await.unwrap();
+            stream.shutdown().await.unwrap();
+        }
+    });
+    let local = Local::start(&[]);
+    let ca = fixture("ca.pem").canonicalize().unwrap();
+    let ca = ca.display();
+    let tunnels = [
+        ("own-ca", format!("upstream = \"https://localhost:{port}\"\nca_file = \"{ca}\"")),
+        (
+            "own-name",
+            format!(
+                "upstream = \"https://127.0.0.1:{port}\"\nca_file = \"{ca}\"\nserver_name = \"localhost\""
+            ),
+        ),
+        ("no-ca", format!("upstream = \"https://localhost:{port}\"")),
+        ("wrong-name", format!("upstream = \"https://127.0.0.1:{port}\"\nca_file = \"{ca}\"")),
+    ];
+    let names = tunnels.each_ref().map(|(name, _)| *name);
+    let text = tunnels.each_ref().map(|(name, rest)| format!("[[tunnel]]\nname = \"{name}\"\n{rest}\n\n"));
+    let _agent = local.agent_with(&text.concat(), &names);
+    for name in ["own-ca", "own-name"] {
+        let answer = Request::to(name, "GET", "/x?y").send(local.public).await;
+        assert_eq!((answer.status, answer.text().as_str()), (200, "tls"), "{name}");
+        assert_eq!(answer.field("x-name").unwrap(), "localhost", "{name}: SNI");
+    }
+    for name in ["no-ca", "wrong-name"] {
+        let answer = Request::to(name, "GET", "/x?y").send(local.public).await;
+        assert_error(&answer, 502, "upstream_tls", name);
     }
     serving.abort();
 }
