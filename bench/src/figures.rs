@@ -154,6 +154,7 @@ impl Report {
         text.push_str("|---|---|---:|---:|---:|---:|---|---|\n");
         for row in self.rows() {
             let compared = match (row.added, row.ratio) {
+                (Some(added), _) if added < 0.0 => number(added),
                 (Some(added), _) => format!("+{}", number(added)),
                 (None, Some(ratio)) => format!("× {ratio:.3}"),
                 (None, None) => String::new(),

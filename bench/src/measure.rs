@@ -104,7 +104,7 @@ impl Stage {
 
 /// Measures everything, or what is named in `only`.
 pub(crate) async fn run(plan: &Plan, only: &[String], report: &mut Report) -> anyhow::Result<()> {
-    let wanted = |part: &str| only.is_empty() || only.iter().any(|only| part.contains(only.as_str()));
+    let wanted = |part: &str| only.is_empty() || only.iter().any(|only| part == only);
     let stage = Stage::start()?;
     let (direct, tunnel) = (&stage.ways.direct, &stage.ways.tunnel);
     // The first requests start processes; that is measured by itself.
