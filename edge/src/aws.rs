@@ -72,10 +72,19 @@ impl Aws {
         aws_sdk_dynamodb::Client::new(&self.shared)
     }
 
+    /// For receiving: long polls last up to 20 s.
+    pub(crate) fn sqs_receiver(&self) -> aws_sdk_sqs::Client {
+        self.sqs_with(Duration::from_secs(30))
+    }
+
+    /// For everything else. A message that is sent is numbered, so a second copy does no harm; and all
+    /// four attempts fit the life of the function that sends, ten seconds.
     pub(crate) fn sqs(&self) -> aws_sdk_sqs::Client {
-        // Long polls last up to 20 s.
-        let config = aws_sdk_sqs::config::Builder::from(&self.shared)
-            .timeout_config(timeouts(Duration::from_secs(30)));
+        self.sqs_with(Duration::from_secs(2))
+    }
+
+    fn sqs_with(&self, attempt: Duration) -> aws_sdk_sqs::Client {
+        let config = aws_sdk_sqs::config::Builder::from(&self.shared).timeout_config(timeouts(attempt));
         aws_sdk_sqs::Client::from_conf(config.build())
     }
 

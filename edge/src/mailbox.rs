@@ -60,6 +60,7 @@ pub struct Letter {
 #[derive(Debug, Clone)]
 pub struct Mailboxes {
     sqs: aws_sdk_sqs::Client,
+    receiver: aws_sdk_sqs::Client,
     url_prefix: String,
 }
 
@@ -79,7 +80,11 @@ impl Mailboxes {
     ///
     /// When it is not set.
     pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Self, ConfigError> {
-        Ok(Self { sqs: aws.sqs(), url_prefix: env.required(env::MAILBOX_URL_PREFIX)? })
+        Ok(Self {
+            sqs: aws.sqs(),
+            receiver: aws.sqs_receiver(),
+            url_prefix: env.required(env::MAILBOX_URL_PREFIX)?,
+        })
     }
 
     fn url(&self, mailbox: &MailboxId) -> String {
@@ -123,7 +128,7 @@ impl Mailboxes {
     pub async fn receive(&self, lease: &Lease, wait: Duration) -> Result<Vec<Letter>, Error> {
         let wait = wait.min(limits::MAILBOX_WAIT).as_secs_f64().ceil().max(1.0);
         let output = self
-            .sqs
+            .receiver
             .receive_message()
             .queue_url(&lease.queue_url)
             .max_number_of_messages(10)

@@ -120,8 +120,12 @@ impl Runtime {
             .body(Body::new(body))
             .expect("the request's parts are fixed texts and an id that came as a header");
         match self.client.call(request).await {
-            // Read to its end, so that the connection can be used again.
-            Ok(response) => drop(response.into_body().collect().await),
+            Ok(response) => {
+                // Read to its end, so that the connection can be used again. It is back in its pool when its
+                // own task has run once more: a call before that would open another connection.
+                drop(response.into_body().collect().await);
+                tokio::task::yield_now().await;
+            }
             Err(error) => tracing::debug!(%error, "answer was not taken to its end"),
         }
     }
