@@ -371,13 +371,9 @@ impl<'a> Exchange<'a> {
         bytes.extend_from_slice(&body.unwrap_or_default());
         let pieces = answering.begin(bytes);
         if reply.end {
-            // There is room for another piece once the end is on its way (or nobody wants it any more):
-            // only then the message is deleted, because the public client waits for the one and nobody
-            // for the other.
-            if pieces.send(Piece::End).await.is_ok() {
-                drop(pieces.reserve().await);
-            }
-            self.settle().await;
+            // Sent while the message is being deleted.
+            let end = async { drop(pieces.send(Piece::End).await) };
+            tokio::join!(end, self.settle());
             return;
         }
 
