@@ -93,14 +93,7 @@ async fn a_slow_upstream_is_504_and_its_connection_is_closed() {
 
 #[tokio::test]
 async fn a_tunnel_past_its_concurrency_is_429_and_others_notice_nothing() {
-    let upstream = Upstream::start(|request, mut conn: Conn| async move {
-        if request.target() == "/hang" {
-            conn.closed().await;
-            return None;
-        }
-        conn.answer("200 OK", "", b"ok").await.then_some(conn)
-    })
-    .await;
+    let upstream = Upstream::hanging_at("/hang").await;
     let local = Local::start(&[]);
     let address = upstream.address();
     let tunnels = format!(
@@ -139,14 +132,7 @@ async fn a_websocket_handshake_is_refused_in_a_clean_way() {
 
 #[tokio::test]
 async fn a_killed_agent_ends_its_requests_soon_and_the_name_is_back_with_the_agent() {
-    let upstream = Upstream::start(|request, mut conn: Conn| async move {
-        if request.target() == "/hang" {
-            conn.closed().await;
-            return None;
-        }
-        conn.answer("200 OK", "", b"ok").await.then_some(conn)
-    })
-    .await;
+    let upstream = Upstream::hanging_at("/hang").await;
     let local = Local::start(&[]);
     let mut agent = local.agent("web", &upstream.address());
     let mut hanging = Vec::new();

@@ -163,6 +163,18 @@ impl Upstream {
         .await
     }
 
+    /// One that answers every request but those for `target`, which it keeps until the agent closes.
+    pub async fn hanging_at(target: &'static str) -> Self {
+        Self::start(move |request, mut conn: Conn| async move {
+            if request.target() == target {
+                conn.closed().await;
+                return None;
+            }
+            conn.answer("200 OK", "", b"ok").await.then_some(conn)
+        })
+        .await
+    }
+
     /// Its address, as an agent's configuration wants it.
     #[must_use]
     pub fn address(&self) -> String {
