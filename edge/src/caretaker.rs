@@ -131,7 +131,8 @@ impl Caretaker {
             .await;
         match result {
             Ok(output) => {
-                let created = output.attributes().and_then(|all| all.get(&QueueAttributeName::CreatedTimestamp));
+                let created =
+                    output.attributes().and_then(|all| all.get(&QueueAttributeName::CreatedTimestamp));
                 Ok(created.and_then(|text| text.parse().ok()))
             }
             Err(error) if error.as_service_error().is_some_and(|error| error.is_queue_does_not_exist()) => {
@@ -202,7 +203,9 @@ impl Caretaker {
         let url = self.pool.mailboxes.url(mailbox);
         match self.pool.mailboxes.sqs.delete_queue().queue_url(url).send().await {
             Ok(_) => Ok(()),
-            Err(error) if error.as_service_error().is_some_and(|error| error.is_queue_does_not_exist()) => Ok(()),
+            Err(error) if error.as_service_error().is_some_and(|error| error.is_queue_does_not_exist()) => {
+                Ok(())
+            }
             Err(error) => Err(classify("DeleteQueue", error)),
         }
     }

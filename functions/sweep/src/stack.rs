@@ -104,7 +104,8 @@ mod tests {
 
     #[test]
     fn the_answer_says_how_it_went() {
-        let answer = serde_json::to_string(&answer_to(&event(None), &Ok(Report { made: 3, ..Report::default() })));
+        let answer =
+            serde_json::to_string(&answer_to(&event(None), &Ok(Report { made: 3, ..Report::default() })));
         assert_eq!(
             answer.unwrap(),
             r#"{"Status":"SUCCESS","Reason":"3 mailboxes made, 0 deleted","PhysicalResourceId":"mailboxes","StackId":"s","RequestId":"r","LogicalResourceId":"l"}"#
