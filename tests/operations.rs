@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use tests::{Local, client::Request, eventually, upstream::Upstream};
+use tests::{Local, client::Request, eventually, noise, upstream::Upstream};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -67,13 +67,15 @@ async fn metrics_say_how_requests_ended_and_one_id_is_found_everywhere() {
 #[tokio::test]
 async fn a_request_that_the_agent_breaks_off_is_counted_as_broken() {
     let upstream = Upstream::start(|_, mut conn| async move {
-        conn.write("HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nonly this").await;
+        conn.write("HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n").await;
+        conn.write(noise(1, 500_000)).await;
         None
     })
     .await;
     let local = Local::start(&[]);
     let _agent = local.agent("web", &upstream.address());
-    assert!(!Request::to("web", "GET", "/").send(local.public).await.complete);
+    let answer = Request::to("web", "GET", "/").send(local.public).await;
+    assert!(answer.status == 200 && !answer.complete, "{}", answer.status);
     eventually("it is counted", async || local.metrics().await.contains_key("Requests Outcome=broken")).await;
 }
 

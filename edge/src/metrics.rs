@@ -276,6 +276,23 @@ mod tests {
     }
 
     #[test]
+    fn the_guide_has_every_metric_and_no_other() {
+        let guide = include_str!("../../docs/operations.md");
+        let (_, table) = guide.split_once("| metric | unit | dimension |").unwrap();
+        let (table, _) = table.split_once("\n\n").unwrap();
+        let rows: Vec<Vec<&str>> = table
+            .lines()
+            .skip(2)
+            .map(|row| row.split('|').map(|cell| cell.trim().trim_matches('`')).take(4).collect())
+            .collect();
+        let expected: Vec<Vec<&str>> = Metric::ALL
+            .iter()
+            .map(|metric| vec!["", metric.name(), metric.unit(), metric.dimension().unwrap_or_default()])
+            .collect();
+        assert_eq!(rows, expected);
+    }
+
+    #[test]
     fn each_kind_of_metric_alone_makes_a_whole_line() {
         for &metric in Metric::ALL {
             let mut line = Line::of(Some("t"));

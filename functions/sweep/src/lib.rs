@@ -210,10 +210,19 @@ async fn act(caretaker: &Caretaker, plan: Plan, rules: Rules, now: u64) -> (usiz
 
 /// Deletes every mailbox's queue, leased or not. The rows go with their table.
 async fn clear(sweep: &Sweep) -> Result<Report, Error> {
-    let queues = sweep.caretaker.queues().await?;
-    let all = queues.len();
-    let deleted =
-        each(&queues, |mailbox| async { sweep.caretaker.delete_queue(mailbox).await.map(|()| true) }).await;
+    let mut seen = BTreeSet::new();
+    let mut deleted = 0;
+    // A process that is just ending may make one more; and a list shows for a minute what is gone.
+    loop {
+        let queues = sweep.caretaker.queues().await?;
+        let new: Vec<MailboxId> = queues.into_iter().filter(|queue| seen.insert(queue.clone())).collect();
+        if new.is_empty() {
+            break;
+        }
+        deleted +=
+            each(&new, |mailbox| async { sweep.caretaker.delete_queue(mailbox).await.map(|()| true) }).await;
+    }
+    let all = seen.len();
     tracing::info!(deleted, all, "mailboxes were deleted with their stack");
     if deleted < all {
         // Whoever deletes the stack is told, and can try again.
