@@ -20,7 +20,6 @@ pub const PRICES: &str = include_str!("../prices.toml");
 pub const CALLS: &str = include_str!("../calls.toml");
 
 const SERVERLESS: &str = include_str!("../../serverless.yml");
-const OPERATIONS: &str = include_str!("../../resources/operations.yml");
 
 /// The calls of AWS by name, as `local` counts them: for one of something.
 pub type Calls = BTreeMap<String, f64>;
@@ -116,7 +115,6 @@ pub struct Model {
     measured: Measured,
     /// In GB, by function.
     memory: BTreeMap<String, f64>,
-    alarms: usize,
 }
 
 impl Model {
@@ -130,7 +128,6 @@ impl Model {
             prices: toml::from_str(PRICES).context("prices.toml")?,
             measured: toml::from_str(CALLS).context("calls.toml")?,
             memory: memory(SERVERLESS)?,
-            alarms: OPERATIONS.matches("AWS::CloudWatch::Alarm").count(),
         })
     }
 
@@ -260,15 +257,6 @@ impl Model {
         usage
     }
 
-    /// The dashboard, its metrics and the alarms.
-    fn watching(&self) -> Usage {
-        let mut usage = Usage::default();
-        usage.add("metric_month", metrics() as f64);
-        usage.add("alarm_month", self.alarms as f64);
-        usage.add("dashboard_month", 1.0);
-        usage
-    }
-
     fn scenario(&self, front: Front, agents: f64, requests: f64, bytes: f64) -> f64 {
         let mut usage = self.standing(front);
         usage.add_all(&self.idle_agent(), agents);
@@ -346,16 +334,17 @@ pub fn page() -> anyhow::Result<String> {
     writeln!(
         out,
         "Every month, with no agent and no request: **${:.2}** (the key of the task tokens in Secrets Manager, and a sweep\n\
-         every {} minutes), with a front of your own domain ${:.2} (its secret). Watching costs ${:.2} more at list price: one\n\
-         dashboard, {} alarms, {} metrics while they have data; CloudWatch's free tier covers the dashboard, ten alarms and ten\n\
-         metrics. Tracing (`tracing`, X-Ray) adds up to ${:.2} for a million requests, since it records the first request of\n\
-         each second and one in twenty of the others.\n",
+         every {} minutes), with a front of your own domain ${:.2} (its secret). Watching costs more at list price:\n\
+         the dashboard ${:.2}, {} metrics while they have data ${:.2}, each alarm ${:.2}; CloudWatch's free tier covers three dashboards,\n\
+         ten metrics and ten alarms. Tracing (`tracing`, X-Ray) adds up to ${:.2} for a million requests, since it records the first\n\
+         request of each second and one in twenty of the others.\n",
         model.usd(&model.standing(Front::None)),
         limits::SWEEP_INTERVAL.as_secs() / 60,
         model.usd(&model.standing(Front::CloudFront)),
-        model.usd(&model.watching()),
-        model.alarms,
+        model.unit_price("dashboard_month"),
         metrics(),
+        metrics() as f64 * model.unit_price("metric_month"),
+        model.unit_price("alarm_month"),
         model.unit_price("trace") * 1e6
     )?;
     for front in Front::ALL {
@@ -442,8 +431,9 @@ mod tests {
             }
         }
         used.add_all(&model.idle_agent(), 1.0);
-        used.add_all(&model.watching(), 1.0);
-        used.add("trace", 1.0);
+        for named in ["dashboard_month", "metric_month", "alarm_month", "trace"] {
+            used.add(named, 1.0);
+        }
         for (name, price) in &model.prices {
             assert!(used.0.contains_key(name.as_str()), "{name} is a price of nothing");
             assert!(price.usd > 0.0 && price.per >= 1.0 && price.source.len() > 10, "{name}");
