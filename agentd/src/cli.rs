@@ -29,7 +29,7 @@ mod exit {
     version,
     propagate_version = true,
     max_term_width = 100,
-    after_long_help = reference::MORE
+    after_long_help = reference::exit_codes()
 )]
 struct Cli {
     #[command(flatten)]
