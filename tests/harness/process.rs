@@ -147,7 +147,10 @@ pub fn binary(name: &str) -> PathBuf {
         }
         let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         build.current_dir(env!("CARGO_MANIFEST_DIR"));
-        build.args(["build", "--quiet", "--locked", "--package", "local", "--package", "agentd"]);
+        // With a test among what is built, dependencies get the features that the whole workspace's tests
+        // have given them: they are there already and not built a second time.
+        build.args(["build", "--quiet", "--locked", "--workspace"]);
+        build.args(["--bin", "local", "--bin", "agentd", "--test", "round_trip"]);
         build.arg("--target-dir").arg(folder.parent().unwrap());
         if folder.file_name().unwrap() == "release" {
             build.arg("--release");
