@@ -168,30 +168,6 @@ async fn a_websocket_handshake_is_refused_in_a_clean_way() {
 }
 
 #[tokio::test]
-async fn a_killed_agent_ends_its_requests_soon_and_the_name_is_back_with_the_agent() {
-    let upstream = Upstream::hanging_at("/hang").await;
-    let local = Local::start(&[]);
-    let mut agent = local.agent("web", &upstream.address());
-    let mut hanging = Vec::new();
-    for _ in 0..10 {
-        let mut connection = Connection::open(local.public).await;
-        connection.begin(&Request::to("web", "GET", "/hang")).await;
-        hanging.push(connection);
-    }
-    tests::eventually("all are at the upstream", async || upstream.recorded().len() == 10).await;
-    agent.process().signal(Signal::KILL);
-    assert_eq!(agent.process_mut().wait(), None);
-    let killed = Instant::now();
-    for mut connection in hanging {
-        let answer = connection.answer("GET").await;
-        assert_problem(&answer, 502, "agent_lost");
-    }
-    assert!(killed.elapsed() < Duration::from_secs(10), "{:?}", killed.elapsed());
-    let _again = local.agent("web", &upstream.address());
-    assert_eq!(Request::to("web", "GET", "/").send(local.public).await.status, 200);
-}
-
-#[tokio::test]
 async fn ctrl_c_ends_every_child_and_the_ports_are_free_again() {
     let mut local = Local::start_with(&[]);
     let _ = local.process().wait_for_line(|line| line.contains("tunnel is open"));

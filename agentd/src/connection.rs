@@ -89,6 +89,8 @@ pub(crate) enum Command {
     /// Serve no new request, finish those in flight, then close. `quiet` is how long to wait for
     /// requests that were dispatched just before.
     Retire { quiet: Duration },
+    /// Answer with [`Report::Alive`]: the loop still turns.
+    Prove,
 }
 
 /// What the driver must know.
@@ -98,6 +100,8 @@ pub(crate) enum Report {
     Welcomed(Welcome),
     /// The connection should be replaced.
     Replace,
+    /// The loop that notices a dead link turns, as [`Command::Prove`] asks.
+    Alive,
     /// The connection has ended.
     Ended(End),
 }
@@ -208,6 +212,9 @@ pub(crate) async fn run(
                     connection.names = names;
                 }
                 Some(Command::Retire { quiet }) => connection.retire(quiet),
+                Some(Command::Prove) => {
+                    let _ = reports.send((serial, Report::Alive)).await;
+                }
                 // The driver has gone, and nobody is left to serve for.
                 None => break End::Retired,
             },

@@ -102,6 +102,17 @@ pub const MAILBOX_LEASE: Duration = Duration::from_secs(40 * 60);
 /// (SQS API Reference, "CreateQueue": wait at least one second).
 pub const MAILBOX_WARM_UP: Duration = Duration::from_secs(1);
 
+/// How many free mailboxes are kept ready: so many processes of `ingress` can start at the same time
+/// without one of them waiting for a queue to be made.
+pub const MAILBOXES_KEPT: usize = 64;
+
+/// How long a mailbox has been free before it may be deleted as surplus, so that a daily peak does not
+/// make and delete the same number of queues several times an hour.
+pub const MAILBOX_IDLE: Duration = Duration::from_secs(60 * 60);
+
+/// How often the mailboxes are swept and the agents counted.
+pub const SWEEP_INTERVAL: Duration = Duration::from_secs(5 * 60);
+
 /// How many chunks of one response the agent may have sent without credit for them.
 ///
 /// With [`CHUNK_BYTES`] this bounds what waits for one slow public client to about 3 MB, and lets

@@ -12,6 +12,7 @@
 
 pub mod client;
 pub mod process;
+pub mod proxy;
 pub mod raw_agent;
 pub mod upstream;
 
@@ -133,13 +134,23 @@ impl Local {
 
     /// How often each AWS call was made so far: `service:Action` to a number.
     pub async fn counters(&self) -> BTreeMap<String, u64> {
+        let counts: Counts = serde_json::from_str(&self.own("counters").await).unwrap();
+        counts.actions
+    }
+
+    /// What CloudWatch would show of the functions' metrics, by name and dimension.
+    pub async fn metrics(&self) -> BTreeMap<String, Series> {
+        serde_json::from_str(&self.own("metrics").await).unwrap()
+    }
+
+    /// What `local` tells about itself under a path.
+    pub async fn own(&self, path: &str) -> String {
         // It answers under its own name only.
         let request =
-            client::Request::new("GET", "/_local/counters").field("Host", &self.endpoint.to_string());
+            client::Request::new("GET", &format!("/_local/{path}")).field("Host", &self.endpoint.to_string());
         let answer = request.send(self.endpoint).await;
         assert_eq!(answer.status, 200, "{}", answer.text());
-        let counts: Counts = serde_json::from_slice(&answer.body).unwrap();
-        counts.actions
+        answer.text()
     }
 
     /// The processes of the functions, by function: Linux process ids.
@@ -164,6 +175,19 @@ impl Local {
         }
         found
     }
+}
+
+/// The values of one metric.
+#[derive(Debug, Clone, Copy, serde::Deserialize)]
+pub struct Series {
+    /// How many there were.
+    pub count: u64,
+    /// Their sum.
+    pub sum: f64,
+    /// The largest.
+    pub max: f64,
+    /// The last.
+    pub last: f64,
 }
 
 #[derive(serde::Deserialize)]

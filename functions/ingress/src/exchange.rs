@@ -12,12 +12,13 @@
 //! asked how far it is (`probe`), because nothing would show that the last piece was lost. What is known
 //! to have been sent and does not come breaks the response off.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{cell::Cell, collections::VecDeque, time::Duration};
 
 use edge::{
     Error,
     agent_link::Posted,
     mailbox::{Lease, Letter},
+    metrics::{self, Counted, Line, Metric, OUTCOME, outcome},
     unix_now, unix_now_ms,
     workflow::{RunInput, RunOutcome},
 };
@@ -31,7 +32,7 @@ use proto::{
     chunk::{Accepted, Reassembler},
     error::ErrorCode,
     header::value_to_text,
-    id::{ConnectionId, RequestId},
+    id::{ConnectionId, RequestId, TunnelName},
     limits,
     message::{AgentMessage, Cancel, Credit, EdgeMessage, Probe, Reply, Request, RequestChunk, notice},
     token::Claims,
@@ -73,9 +74,45 @@ pub async fn serve(
     let ends_at = Instant::now()
         + Duration::from_millis(invocation.deadline_ms.saturating_sub(unix_now_ms()))
             .saturating_sub(DEADLINE_MARGIN);
-    let exchange = carry(ingress, &lease, &request_id, &invocation.event, ends_at, answers);
+    let record = Record::begin();
+    let exchange = carry(ingress, &lease, &request_id, &invocation.event, ends_at, answers, &record);
     tokio::join!(exchange, respond);
+    record.write(&request_id);
     Ok(lease)
+}
+
+/// What becomes of a request, for the one line that is written about it.
+struct Record {
+    begun: Instant,
+    tunnel: Cell<Option<TunnelName>>,
+    outcome: Cell<&'static str>,
+    /// From the event to the head of the upstream's response.
+    latency: Cell<Option<Duration>>,
+}
+
+impl Record {
+    fn begin() -> Self {
+        Self {
+            begun: Instant::now(),
+            tunnel: Cell::new(None),
+            outcome: Cell::new(outcome::CLIENT_GONE),
+            latency: Cell::new(None),
+        }
+    }
+
+    fn write(self, request_id: &RequestId) {
+        let mut line = Line::begin();
+        line.add(Metric::Requests, 1.0);
+        line.member(OUTCOME, self.outcome.get());
+        if let Some(latency) = self.latency.get() {
+            line.add(Metric::Latency, latency.as_secs_f64() * 1000.0);
+        }
+        line.member("request_id", request_id.as_str());
+        if let Some(tunnel) = self.tunnel.take() {
+            line.member("tunnel_id", tunnel.as_str());
+        }
+        line.write();
+    }
 }
 
 async fn keep_lease(ingress: &Ingress, lease: Lease) -> anyhow::Result<Lease> {
@@ -99,10 +136,12 @@ struct Answering<'a> {
     html: bool,
     head_only: bool,
     answers: oneshot::Sender<Answer>,
+    record: &'a Record,
 }
 
 impl Answering<'_> {
     async fn fail(self, code: ErrorCode) {
+        self.record.outcome.set(code.as_str());
         if code.status().is_server_error() {
             tracing::info!(request_id = %self.request_id, error_code = %code, "request was not answered by its upstream");
         }
@@ -115,6 +154,8 @@ impl Answering<'_> {
     }
 
     fn begin(self, first: Vec<u8>) -> Pieces {
+        self.record.outcome.set(outcome::ANSWERED);
+        self.record.latency.set(Some(self.record.begun.elapsed()));
         let (answer, pieces) = Answer::new(first);
         drop(self.answers.send(answer));
         pieces
@@ -128,8 +169,9 @@ async fn carry(
     event: &[u8],
     ends_at: Instant,
     answers: oneshot::Sender<Answer>,
+    record: &Record,
 ) {
-    let mut answering = Answering { request_id, html: false, head_only: false, answers };
+    let mut answering = Answering { request_id, html: false, head_only: false, answers, record };
     let mut event: FrontEvent = match serde_json::from_slice(event) {
         Ok(event) => event,
         Err(error) => {
@@ -144,6 +186,7 @@ async fn carry(
         Err(code) => return answering.fail(code).await,
     };
     drop(event);
+    record.tunnel.set(Some(request.tunnel.clone()));
 
     let reply_by = (Instant::now() + ingress.config.reply_timeout).min(ends_at);
     // Valid as long as an answer may go on. Nothing is gained by a shorter life: a reply to a request
@@ -184,6 +227,7 @@ async fn carry(
             return answering.fail(ErrorCode::EdgeBusy).await;
         }
         Err(error) => {
+            metrics::count(Counted::RunFailures);
             tracing::error!(%request_id, tunnel_id = %request.tunnel, %error, "run failed");
             return answering.fail(ErrorCode::EdgeFailed).await;
         }
@@ -338,6 +382,7 @@ impl<'a> Exchange<'a> {
     }
 
     async fn run(mut self, first: Letter, answering: Answering<'_>, reply_by: Instant, ends_at: Instant) {
+        let record = answering.record;
         let mut receiving: Option<Receiving<'a>> = None;
         let mut stop = self.take(vec![first]).err();
 
@@ -380,6 +425,9 @@ impl<'a> Exchange<'a> {
                 };
                 let finish = self.finish(stop, receiving);
                 tokio::join!(answering.fail(code), finish);
+                if stop == Stop::ClientGone {
+                    record.outcome.set(outcome::CLIENT_GONE);
+                }
                 return;
             }
         };
@@ -426,6 +474,9 @@ impl<'a> Exchange<'a> {
                     let Ok(permit) = permit else { break Stop::ClientGone };
                     let Some((seq, piece)) = next.pop_front() else { continue };
                     let last = !matches!(piece, Piece::Data(_));
+                    if matches!(piece, Piece::Broken) {
+                        record.outcome.set(outcome::BROKEN);
+                    }
                     permit.send(piece);
                     if last {
                         drop(receiving);
@@ -456,6 +507,7 @@ impl<'a> Exchange<'a> {
             }
         };
         tracing::info!(request_id = %self.request_id, tunnel_id = %self.request.tunnel, reason = ?stop, "response was broken off");
+        record.outcome.set(if stop == Stop::ClientGone { outcome::CLIENT_GONE } else { outcome::BROKEN });
         let broken = async {
             if stop != Stop::ClientGone {
                 drop(pieces.send(Piece::Broken).await);

@@ -119,6 +119,7 @@ async fn serve(ingress: Ingress) -> anyhow::Result<()> {
             return Err(error.into());
         }
     };
+    edge::metrics::cold_start();
     loop {
         let invocation = runtime.next().await?;
         lease = exchange::serve(&ingress, &runtime, invocation, lease).await?;
