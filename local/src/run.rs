@@ -221,11 +221,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         public_url: &public_url,
         token_key: STANDARD.encode(lambda::random_bytes::<32>()),
         log_level: options.log_level,
-<<<<<<< HEAD
         choices: choices(&Env::process())?,
-=======
         mailboxes: options.mailboxes,
->>>>>>> main
     };
     let lambda = start_lambda(&settings)?;
     tokio::spawn(seed_mailboxes(aws.clone(), lambda.clone(), options.mailboxes));
@@ -374,7 +371,7 @@ struct Settings<'a> {
     public_url: &'a str,
     token_key: String,
     log_level: LogLevel,
-<<<<<<< HEAD
+    mailboxes: usize,
     choices: Vec<(&'static str, String)>,
 }
 
@@ -384,9 +381,6 @@ fn choices(own: &Env<'_>) -> anyhow::Result<Vec<(&'static str, String)>> {
     own.secs(env::REPLY_TIMEOUT_SECS, limits::REPLY_TIMEOUT, limits::REPLY_TIMEOUT_MAX)?;
     let names = [env::TRUST_FORWARDED, env::REPLY_TIMEOUT_SECS];
     Ok(names.into_iter().filter_map(|name| Some((name, own.optional(name)?))).collect())
-=======
-    mailboxes: usize,
->>>>>>> main
 }
 
 impl Settings<'_> {
