@@ -85,7 +85,8 @@ fn with_own_token(local: &Local, agent: &Agent, tunnels: &str) -> String {
 
 fn issue(local: &Local, agent: &Agent) {
     let key = local.key.to_str().unwrap();
-    let arguments = ["token", "issue", "--key", key, "--owner", "developer", "--tunnel", "*", "--expires", "1h"];
+    let arguments =
+        ["token", "issue", "--key", key, "--owner", "developer", "--tunnel", "*", "--expires", "1h"];
     let mut process = tests::process::Process::start("agentd", &arguments, &[]);
     assert_eq!(process.wait(), Some(0), "{}", process.printed());
     let token = process.printed().lines().find(|line| line.matches('.').count() == 2).unwrap().to_owned();
@@ -165,8 +166,9 @@ async fn tunnels_come_change_and_go_without_touching_what_is_in_flight() {
 
     // `slow` goes while three of its requests are in flight: they stay.
     agent.write_tunnels(&local, &tunnel("web", &two));
-    agent.process().signal(Signal::HUP);
-    tests::eventually("the tunnel is gone", async || status_of(&local, "slow").await == 503).await;
+    let (code, printed) = agent.ask(&["reload", "--json"]);
+    assert!(code == Some(0) && printed.contains("\"confirmed\":true"), "{printed}");
+    assert_eq!(status_of(&local, "slow").await, 503);
     assert_eq!(status_of(&local, "web").await, 200);
     release.notify_waiters();
     for connection in &mut halves {
