@@ -214,7 +214,7 @@ async fn a_bad_file_keeps_the_old_configuration_and_says_why() {
     let (code, printed) = agent.ask(&["reload", "--json"]);
     assert_eq!(code, Some(0), "{printed}");
     assert!(printed.contains("\"reconnects\":true") && printed.contains("\"confirmed\":false"), "{printed}");
-    agent.process().wait_for_line(|line| line.contains("stays in service"));
+    agent.process().wait_for_line(|line| line.contains("stays in use"));
     assert_eq!(status_of(&local, "web").await, 200);
     issue(&local, &agent);
     let (code, printed) = agent.ask(&["reload", "--json"]);

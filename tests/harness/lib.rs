@@ -11,6 +11,7 @@
 )]
 
 pub mod client;
+pub mod operator;
 pub mod process;
 pub mod proxy;
 pub mod raw_agent;
@@ -117,9 +118,21 @@ impl Local {
     /// The same with more in its environment.
     #[must_use]
     pub fn agent_in(&self, environment: &[(&str, &str)], tunnels: &str, names: &[&str]) -> Agent {
+        self.agent_of(&self.token, environment, tunnels, names)
+    }
+
+    /// The same with another token.
+    #[must_use]
+    pub fn agent_of(
+        &self,
+        token: &Path,
+        environment: &[(&str, &str)],
+        tunnels: &str,
+        names: &[&str],
+    ) -> Agent {
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("agentd.toml");
-        std::fs::write(&config, self.config(tunnels)).unwrap();
+        std::fs::write(&config, self.config_of(token, tunnels)).unwrap();
         let socket = dir.path().join("control.sock");
         let mut environment = environment.to_vec();
         environment.push(("AGENTD_CONTROL_SOCKET", socket.to_str().unwrap()));
@@ -134,12 +147,12 @@ impl Local {
     /// table goes to the front.
     #[must_use]
     pub fn config(&self, tunnels: &str) -> String {
+        self.config_of(&self.token, tunnels)
+    }
+
+    fn config_of(&self, token: &Path, tunnels: &str) -> String {
         let (top, tables) = tunnels.split_at(tunnels.find('[').unwrap_or(tunnels.len()));
-        format!(
-            "{top}\n[edge]\nurl = \"{}\"\ntoken_file = \"{}\"\n\n{tables}",
-            self.agents,
-            self.token.display()
-        )
+        format!("{top}\n[edge]\nurl = \"{}\"\ntoken_file = \"{}\"\n\n{tables}", self.agents, token.display())
     }
 
     /// How often each AWS call was made so far: `service:Action` to a number.
