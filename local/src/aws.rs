@@ -533,7 +533,7 @@ impl Shared {
         let Some(id) = path.strip_prefix("/@connections/") else {
             return rest_error(StatusCode::FORBIDDEN, "ForbiddenException", "Forbidden");
         };
-        if let Err(denied) = allow(function, Action::ManageConnections) {
+        if let Err(denied) = allow(function, Action::ManageConnections(method)) {
             return denied.rest();
         }
         let Ok(id) = id.parse::<ConnectionId>() else {

@@ -16,7 +16,7 @@ use std::{
 
 use ::edge::config::env;
 use anyhow::{Context, bail};
-use authorizer::config::ENV_JWKS;
+use authorizer::config::{ENV_JWKS, ENV_JWKS_FILE, ENV_JWKS_URL};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use proto::limits;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
@@ -41,6 +41,7 @@ use crate::{
     lambda::{self, FunctionConfig, Lambda, LambdaConfig, Launcher, Register, process},
     public::{self, Arrivals, Front},
     sqs::QueueAttributes,
+    stack::{Keys, stack},
     states::definition::Definition,
 };
 
@@ -324,14 +325,14 @@ async fn start_aws(options: &Options, folder: &Folder) -> anyhow::Result<Arc<Aws
         let gone = format!("{{\"TableName\":\"{MAILBOXES_TABLE}\"}}");
         let _ = tables.call("DeleteTable", gone.into()).await;
     }
-    let connections = Table {
-        name: CONNECTIONS_TABLE,
-        partition_key: "tunnel",
-        sort_key: Some("connection_id"),
-        expiry: Some("expires_at"),
+    let table = |name, keys: &'static Keys| Table {
+        name,
+        partition_key: &keys.partition,
+        sort_key: Some(&keys.sort),
+        expiry: keys.expiry.as_deref(),
     };
-    let mailboxes =
-        Table { name: MAILBOXES_TABLE, partition_key: "pool", sort_key: Some("mailbox"), expiry: None };
+    let connections = table(CONNECTIONS_TABLE, &stack().connections);
+    let mailboxes = table(MAILBOXES_TABLE, &stack().mailboxes);
     for table in [connections, mailboxes] {
         tables.create_table(table).await.context("creating the tables")?;
     }
@@ -342,11 +343,17 @@ async fn start_aws(options: &Options, folder: &Folder) -> anyhow::Result<Arc<Aws
 fn create_machine(aws: &Aws) -> anyhow::Result<Arc<str>> {
     let endpoint = aws.endpoint();
     let host = endpoint.strip_prefix("http://").unwrap_or(&endpoint);
-    let substitutions = BTreeMap::from([
-        ("ConnectionsTable".to_owned(), CONNECTIONS_TABLE.to_owned()),
-        ("AgentApiEndpoint".to_owned(), host.to_owned()),
-        ("AgentApiStage".to_owned(), agents::STAGE.to_owned()),
+    let values = BTreeMap::from([
+        ("ConnectionsTable", CONNECTIONS_TABLE),
+        ("AgentApiEndpoint", host),
+        ("AgentApiStage", agents::STAGE),
     ]);
+    let mut substitutions = BTreeMap::new();
+    for name in &stack().workflow.substitutions {
+        let value = values.get(name.as_str());
+        let value = value.with_context(|| format!("{MACHINE} is deployed with the unknown {name}"))?;
+        substitutions.insert(name.clone(), (*value).to_owned());
+    }
     let definition = Definition::parse(MACHINE_DEFINITION, &substitutions)
         .with_context(|| format!("reading the state machine {MACHINE}"))?;
     Ok(aws.states().create(MACHINE, definition))
@@ -364,61 +371,62 @@ struct Settings<'a> {
 }
 
 impl Settings<'_> {
-    /// Only what the function needs: what it does not have, it cannot leak.
-    fn of(&self, function: Function) -> FunctionConfig {
+    /// A function as it is deployed. It gets the variables of its deployment and no others, but for keys of this
+    /// machine and times that a fast clock shortens: what it does not have, it cannot leak.
+    fn of(&self, function: Function) -> anyhow::Result<FunctionConfig> {
+        let name = function.name();
+        let deployed = stack().functions.get(name);
+        let deployed = deployed.with_context(|| format!("serverless.yml has no function {name}"))?;
+        let values = self.values();
+        let mut environment = BTreeMap::new();
+        for variable in &deployed.variables {
+            let value = values.get(variable.as_str());
+            let value = value.with_context(|| format!("{name} is deployed with the unknown {variable}"))?;
+            environment.insert(variable.clone(), value.clone());
+        }
         let clock = self.aws.clock();
         // Whole seconds, and never none.
         let seconds = |duration: Duration| clock.scale(duration).as_secs().max(1).to_string();
-        let mailbox_prefix = self.aws.services().sqs.url(MAILBOX_PREFIX);
-        let connections = || (env::CONNECTIONS_TABLE, CONNECTIONS_TABLE.to_owned());
-        let mailboxes = || {
-            vec![
-                (env::MAILBOXES_TABLE, MAILBOXES_TABLE.to_owned()),
-                (env::MAILBOX_URL_PREFIX, mailbox_prefix.clone()),
-                (env::MAILBOX_LEASE_SECS, seconds(limits::MAILBOX_LEASE)),
-            ]
+        let lease = || (env::MAILBOX_LEASE_SECS, seconds(limits::MAILBOX_LEASE));
+        let mut own = match function {
+            Function::Authorizer => vec![(ENV_JWKS, self.identity.jwks.clone())],
+            Function::Connect => vec![
+                (env::CONNECTION_LIFETIME_SECS, seconds(limits::CONNECTION_LIFETIME)),
+                (env::HEARTBEAT_MS, clock.scale(limits::HEARTBEAT_INTERVAL).as_millis().max(1).to_string()),
+            ],
+            Function::Disconnect | Function::Ingress => vec![lease()],
+            Function::Response => Vec::new(),
         };
-        let token_keys = || (env::TOKEN_KEYS, self.token_key.clone());
-        let (timeout_secs, mut variables) = match function {
-            Function::Authorizer => (5, vec![(ENV_JWKS, self.identity.jwks.clone())]),
-            Function::Connect => (
-                10,
-                vec![
-                    connections(),
-                    (env::PUBLIC_URL, self.public_url.to_owned()),
-                    (env::CONNECTION_LIFETIME_SECS, seconds(limits::CONNECTION_LIFETIME)),
-                    (
-                        env::HEARTBEAT_MS,
-                        clock.scale(limits::HEARTBEAT_INTERVAL).as_millis().max(1).to_string(),
-                    ),
-                ],
-            ),
-            Function::Disconnect => (10, [vec![connections()], mailboxes()].concat()),
-            Function::Ingress => (
-                900,
-                [
-                    vec![
-                        token_keys(),
-                        (env::STATE_MACHINE_ARN, self.machine.to_owned()),
-                        (env::AGENT_ENDPOINT, self.aws.connections_endpoint()),
-                        (env::DOMAIN, DOMAIN.to_owned()),
-                        (env::FRONT_SECRET, self.front_secret.to_owned()),
-                        (env::FRONT_ONLY, "true".to_owned()),
-                    ],
-                    mailboxes(),
-                ]
-                .concat(),
-            ),
-            Function::Response => (10, vec![token_keys(), (env::MAILBOX_URL_PREFIX, mailbox_prefix.clone())]),
-        };
-        let own = format!("edge={level},{}", function.name(), level = self.log_level.as_str());
-        variables.push(("AWS_LAMBDA_LOG_LEVEL", filter(self.log_level, &own)));
-        FunctionConfig {
-            name: function.name(),
-            timeout: Duration::from_secs(timeout_secs),
+        let level = format!("edge={level},{name}", level = self.log_level.as_str());
+        own.push(("AWS_LAMBDA_LOG_LEVEL", filter(self.log_level, &level)));
+        environment.extend(own.into_iter().map(|(name, value)| (name.to_owned(), value)));
+        Ok(FunctionConfig {
+            name,
+            timeout: deployed.timeout,
+            memory_mb: deployed.memory_mb,
             concurrency: CONCURRENCY,
-            environment: variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
-        }
+            environment,
+        })
+    }
+
+    /// What the variables of a deployment are here.
+    fn values(&self) -> BTreeMap<&'static str, String> {
+        BTreeMap::from([
+            (env::CONNECTIONS_TABLE, CONNECTIONS_TABLE.to_owned()),
+            (env::MAILBOXES_TABLE, MAILBOXES_TABLE.to_owned()),
+            (env::MAILBOX_URL_PREFIX, self.aws.services().sqs.url(MAILBOX_PREFIX)),
+            (env::TOKEN_KEYS, self.token_key.clone()),
+            (env::STATE_MACHINE_ARN, self.machine.to_owned()),
+            (env::AGENT_ENDPOINT, self.aws.connections_endpoint()),
+            (env::DOMAIN, DOMAIN.to_owned()),
+            (env::PUBLIC_URL, self.public_url.to_owned()),
+            (env::FRONT_SECRET, self.front_secret.to_owned()),
+            (env::FRONT_ONLY, "true".to_owned()),
+            (env::REPLY_TIMEOUT_SECS, limits::REPLY_TIMEOUT.as_secs().to_string()),
+            // The key set is in a variable instead.
+            (ENV_JWKS_FILE, String::new()),
+            (ENV_JWKS_URL, String::new()),
+        ])
     }
 }
 
@@ -442,7 +450,8 @@ fn start_lambda(settings: &Settings<'_>) -> anyhow::Result<Lambda> {
             })
         }),
     };
-    let functions = Function::ALL.into_iter().map(|function| settings.of(function)).collect();
+    let functions = Function::ALL.into_iter().map(|function| settings.of(function));
+    let functions = functions.collect::<anyhow::Result<_>>()?;
     Lambda::start(functions, config).context("starting the functions")
 }
 
