@@ -58,6 +58,7 @@ fn value(name: &str) -> String {
             root().join("functions/authorizer/tests/fixtures/agentd-ed.jwks.json").to_str().unwrap().into()
         }
         authorizer::config::ENV_JWKS_URL => String::new(),
+        env::LIMITS => "tunnel_requests=50".into(),
         _ => "x".into(),
     }
 }
@@ -82,6 +83,7 @@ fn asked(function: &str) -> BTreeSet<String> {
         "disconnect" => disconnect::Disconnect::from_env(&env).map(drop).map_err(|error| error.to_string()),
         "ingress" => ingress::Ingress::from_env(&env).map(drop).map_err(|error| error.to_string()),
         "response" => response::Response::from_env(&env).map(drop).map_err(|error| error.to_string()),
+        "revoke" => revoke::Revoke::from_env(&env).map(drop).map_err(|error| error.to_string()),
         "sweep" => sweep::Sweep::from_env(&env).map(drop).map_err(|error| error.to_string()),
         other => Err(format!("{other} is not known to this test")),
     };

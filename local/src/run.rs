@@ -32,7 +32,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     agents::{self, AgentApi},
-    aws::{Aws, Options as AwsOptions},
+    aws::{Aws, Options as AwsOptions, policy::OPERATOR},
     chaos::Fault,
     cli::{Function, LatencyProfile, LogLevel, Options},
     demo::{self, Demo},
@@ -44,6 +44,10 @@ use crate::{
     stack::{Keys, stack},
     states::definition::Definition,
 };
+
+/// The file with the access key of whoever runs this edge: with it, and any secret key, AWS's own clients
+/// do here what they do in an account (`aws lambda invoke --endpoint-url …`).
+const OPERATOR_FILE: &str = "operator";
 
 const CONNECTIONS_TABLE: &str = "connections";
 const MAILBOXES_TABLE: &str = "mailboxes";
@@ -119,6 +123,7 @@ pub fn function(function: Function) -> ExitCode {
         Function::Disconnect => disconnect::run(),
         Function::Ingress => ingress::run(),
         Function::Response => response::run(),
+        Function::Revoke => revoke::run(),
         Function::Sweep => sweep::run(),
     }
 }
@@ -221,11 +226,16 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         front_secret: &front_secret,
         public_url: &public_url,
         token_key: STANDARD.encode(lambda::random_bytes::<32>()),
+        limits: &options.limits,
         log_level: options.log_level,
         choices: choices(&Env::process())?,
         mailboxes: options.mailboxes,
     };
     let lambda = start_lambda(&settings)?;
+    aws.serve_functions(&lambda);
+    let operator = format!("LOCAL{}", lambda::random_hex::<16>().to_ascii_uppercase());
+    aws.callers().register(&operator, OPERATOR, "operator");
+    identity::write_private(&folder.path().join(OPERATOR_FILE), operator.as_bytes())?;
     tokio::spawn(seed_mailboxes(aws.clone(), lambda.clone(), options.mailboxes));
     tokio::spawn(sweep_mailboxes(aws.clock().scale(limits::SWEEP_INTERVAL), lambda.clone()));
     for function in [Function::Authorizer, Function::Connect, Function::Response] {
@@ -377,6 +387,7 @@ struct Settings<'a> {
     front_secret: &'a str,
     public_url: &'a str,
     token_key: String,
+    limits: &'a str,
     log_level: LogLevel,
     mailboxes: usize,
     choices: Vec<(&'static str, String)>,
@@ -416,7 +427,7 @@ impl Settings<'_> {
             ],
             Function::Disconnect => vec![lease()],
             Function::Ingress => [vec![lease()], self.choices.clone()].concat(),
-            Function::Response => Vec::new(),
+            Function::Response | Function::Revoke => Vec::new(),
             Function::Sweep => vec![
                 lease(),
                 (env::MAILBOXES_KEPT, self.mailboxes.to_string()),
@@ -435,6 +446,7 @@ impl Settings<'_> {
                 | Function::Connect
                 | Function::Disconnect
                 | Function::Response
+                | Function::Revoke
                 | Function::Sweep => deployed.timeout,
             },
             memory_mb: deployed.memory_mb,
@@ -457,6 +469,7 @@ impl Settings<'_> {
             (env::FRONT_SECRET, self.front_secret.to_owned()),
             (env::FRONT_ONLY, "true".to_owned()),
             (env::METRICS_NAMESPACE, METRICS_NAMESPACE.to_owned()),
+            (env::LIMITS, self.limits.to_owned()),
             (env::REPLY_TIMEOUT_SECS, limits::REPLY_TIMEOUT.as_secs().to_string()),
             // The key set is in a variable instead.
             (ENV_JWKS_FILE, String::new()),

@@ -3,8 +3,6 @@
 
 use std::fmt;
 
-use http::Method;
-
 use crate::stack::{Permission, Resource, stack};
 
 /// A function that may call everything: `local` itself and tests.
@@ -30,8 +28,10 @@ pub enum Action<'a> {
     DynamoDb(&'a str, Table),
     /// An action of Step Functions.
     States(&'a str),
-    /// A method of `@connections`.
-    ManageConnections(&'a Method),
+    /// A method under `@connections`.
+    ManageConnections(&'a str),
+    /// An action of Lambda.
+    Lambda(&'a str),
 }
 
 impl fmt::Display for Action<'_> {
@@ -47,8 +47,9 @@ impl fmt::Display for Action<'_> {
             Self::DynamoDb(operation, Table::Other) => write!(f, "dynamodb:{operation}"),
             Self::States(action) => write!(f, "states:{action}"),
             Self::ManageConnections(method) => {
-                write!(f, "execute-api:ManageConnections on resource: {method}")
+                write!(f, "execute-api:ManageConnections on resource: {method}/@connections")
             }
+            Self::Lambda(action) => write!(f, "lambda:{action}"),
         }
     }
 }
@@ -100,9 +101,11 @@ pub fn permission(action: Action<'_>) -> Option<Permission> {
             };
             (format!("dynamodb:{operation}"), resource)
         }
+        // Only operators invoke and configure functions.
+        Action::Lambda(_) => return None,
         Action::States(action) => (format!("states:{action}"), Resource::PublicRequest),
         Action::ManageConnections(method) => {
-            ("execute-api:ManageConnections".to_owned(), Resource::Link(method.to_string()))
+            ("execute-api:ManageConnections".to_owned(), Resource::Link(method.to_owned()))
         }
     };
     Some(Permission { action, resource })
@@ -119,16 +122,21 @@ mod tests {
         assert!(!allows("ingress", Action::DynamoDb("Query", Table::Connections)));
         assert!(!allows("ingress", Action::Sqs("SendMessage")));
         assert!(allows("response", Action::Sqs("SendMessage")));
-        assert!(allows("ingress", Action::ManageConnections(&Method::POST)));
-        assert!(!allows("ingress", Action::ManageConnections(&Method::DELETE)));
-        assert!(!allows("response", Action::ManageConnections(&Method::POST)));
+        assert!(allows("ingress", Action::ManageConnections("POST")));
         assert!(!allows("connect", Action::DynamoDb("GetItem", Table::Other)));
+        assert!(!allows("response", Action::DynamoDb("GetItem", Table::Connections)));
+        assert!(!allows("response", Action::ManageConnections("POST")));
+        assert!(!allows("ingress", Action::ManageConnections("DELETE")));
+        assert!(allows("revoke", Action::ManageConnections("DELETE")));
+        assert!(!allows("revoke", Action::Sqs("SendMessage")));
+        assert!(!allows("disconnect", Action::ManageConnections("DELETE")));
         assert!(!allows("connect", Action::DynamoDb("Scan", Table::Connections)));
         assert!(allows("disconnect", Action::Sqs("SendMessageBatch")));
         for action in [
-            Action::ManageConnections(&Method::GET),
+            Action::ManageConnections("DELETE"),
             Action::Sqs("SendMessage"),
             Action::States("StartSyncExecution"),
+            Action::Lambda("InvokeFunction"),
         ] {
             assert!(!allows("authorizer", action) && !allows("somebody", action) && allows(OPERATOR, action));
         }
