@@ -22,6 +22,7 @@ use aws_smithy_types::config_bag::ConfigBag;
 use crate::{
     Error,
     config::{ConfigError, Env},
+    metrics::{self, Counted},
 };
 
 /// What every client of one function shares.
@@ -151,6 +152,7 @@ where
             || code.contains("ProvisionedThroughputExceeded")
     });
     if throttled {
+        metrics::count(Counted::Throttles);
         Error::Throttled { call }
     } else {
         // The SDK's own text is "service error"; the code and message are below it.

@@ -49,6 +49,12 @@ pub mod env {
     pub const CONNECTION_LIFETIME_SECS: &str = "TUNNEL_CONNECTION_LIFETIME_SECS";
     /// How often an agent sends a heartbeat, in milliseconds.
     pub const HEARTBEAT_MS: &str = "TUNNEL_HEARTBEAT_MS";
+    /// The namespace of the metrics; without it none are written.
+    pub const METRICS_NAMESPACE: &str = "TUNNEL_METRICS_NAMESPACE";
+    /// How many free mailboxes `sweep` keeps ready.
+    pub const MAILBOXES_KEPT: &str = "TUNNEL_MAILBOXES_KEPT";
+    /// How long a mailbox has been free before it may count as surplus, in seconds.
+    pub const MAILBOX_IDLE_SECS: &str = "TUNNEL_MAILBOX_IDLE_SECS";
 }
 
 /// Reads variables through a lookup function.
@@ -99,6 +105,17 @@ impl<'a> Env<'a> {
         let secs = text.parse::<u64>().ok().filter(|&secs| secs > 0 && secs <= max.as_secs());
         secs.map(Duration::from_secs)
             .ok_or(ConfigError { name, problem: "is not a number of seconds in its range" })
+    }
+
+    /// A number between 1 and `max`.
+    ///
+    /// # Errors
+    ///
+    /// When it is anything else.
+    pub fn count(&self, name: &'static str, default: usize, max: usize) -> Result<usize, ConfigError> {
+        let Some(text) = self.optional(name) else { return Ok(default) };
+        let count = text.parse::<usize>().ok().filter(|&count| count > 0 && count <= max);
+        count.ok_or(ConfigError { name, problem: "is not a number in its range" })
     }
 
     /// The keys of task tokens.

@@ -5,7 +5,10 @@ use std::process::ExitCode;
 use lambda_runtime::{Diagnostic, LambdaEvent, service_fn};
 use serde::{Deserialize, Serialize};
 
-use crate::config::{ConfigError, Env};
+use crate::{
+    config::{ConfigError, Env},
+    metrics,
+};
 
 /// What API Gateway is told about an event of the agents' WebSocket API.
 #[derive(Debug, PartialEq, Eq, Serialize)]
@@ -47,10 +50,13 @@ where
         // One event at a time: a second thread would only cost memory.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| error.to_string())?;
+        metrics::cold_start();
         let service = service_fn(|event: LambdaEvent<E>| {
             let answer = handle(event.payload, std::sync::Arc::clone(&deps));
             async {
-                answer.await.map_err(|error| {
+                let answer = answer.await;
+                metrics::flush();
+                answer.map_err(|error| {
                     tracing::error!(%error, "event was not handled");
                     // The name, not the text, is for whoever invoked the function.
                     Diagnostic {

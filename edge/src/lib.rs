@@ -5,14 +5,17 @@
 //! back, and the [`workflow`] of one public request. What to do with them is decided in the functions.
 //!
 //! [`config`] reads the environment of a function, [`event`] is what API Gateway hands to the functions
-//! behind the agents' WebSocket API, and [`telemetry`] is how a function logs.
+//! behind the agents' WebSocket API, [`telemetry`] is how a function logs,
+//! and [`metrics`] is what it tells the dashboard. [`caretaker`] looks after the mailboxes for `sweep`.
 
 pub mod agent_link;
 pub mod aws;
+pub mod caretaker;
 pub mod config;
 pub mod event;
 pub mod function;
 pub mod mailbox;
+pub mod metrics;
 pub mod registry;
 pub mod telemetry;
 pub mod workflow;

@@ -25,7 +25,10 @@ use crate::{
     unix_now,
 };
 
-const POOL: &str = "mailboxes";
+pub(crate) const POOL: &str = "mailboxes";
+
+/// How many hexadecimal digits name a mailbox.
+pub(crate) const NAME_LENGTH: usize = 24;
 
 /// How many free mailboxes a process that takes one leaves behind, so that the next need not wait
 /// for a new one.
@@ -59,7 +62,7 @@ pub struct Letter {
 /// Every mailbox of the edge.
 #[derive(Debug, Clone)]
 pub struct Mailboxes {
-    sqs: aws_sdk_sqs::Client,
+    pub(crate) sqs: aws_sdk_sqs::Client,
     receiver: aws_sdk_sqs::Client,
     url_prefix: String,
 }
@@ -67,9 +70,9 @@ pub struct Mailboxes {
 /// The pool from which mailboxes are leased.
 #[derive(Debug, Clone)]
 pub struct Pool {
-    mailboxes: Mailboxes,
-    dynamodb: aws_sdk_dynamodb::Client,
-    table: String,
+    pub(crate) mailboxes: Mailboxes,
+    pub(crate) dynamodb: aws_sdk_dynamodb::Client,
+    pub(crate) table: String,
     lease: Duration,
 }
 
@@ -87,8 +90,13 @@ impl Mailboxes {
         })
     }
 
-    fn url(&self, mailbox: &MailboxId) -> String {
+    pub(crate) fn url(&self, mailbox: &MailboxId) -> String {
         format!("{}{mailbox}", self.url_prefix)
+    }
+
+    /// What precedes a mailbox's id in the name of its queue.
+    pub(crate) fn queue_prefix(&self) -> &str {
+        self.url_prefix.rsplit('/').next().unwrap_or_default()
     }
 
     /// Puts an agent's message for `request` into `mailbox`.
@@ -393,18 +401,22 @@ impl Pool {
     }
 
     /// Makes a queue with a name nobody has used.
-    async fn create(&self, random: [u8; 16]) -> Result<MailboxId, Error> {
+    pub(crate) async fn create(&self, random: [u8; 16]) -> Result<MailboxId, Error> {
         let mailbox: MailboxId = name(random).parse().expect("hexadecimal digits are a mailbox id");
-        let url = self.mailboxes.url(&mailbox);
-        let request =
-            self.mailboxes.sqs.create_queue().queue_name(url.rsplit('/').next().unwrap_or_default());
+        let queue = format!("{}{mailbox}", self.mailboxes.queue_prefix());
+        let request = self.mailboxes.sqs.create_queue().queue_name(queue);
         let retention = limits::MAILBOX_RETENTION.as_secs().to_string();
         let request = request.attributes(QueueAttributeName::MessageRetentionPeriod, retention);
         request.send().await.map_err(|error| classify("CreateQueue", error))?;
         Ok(mailbox)
     }
 
-    async fn put(&self, mailbox: &MailboxId, leased_until: u64, holder: Option<&str>) -> Result<(), Error> {
+    pub(crate) async fn put(
+        &self,
+        mailbox: &MailboxId,
+        leased_until: u64,
+        holder: Option<&str>,
+    ) -> Result<(), Error> {
         let request = self.dynamodb.put_item().table_name(&self.table);
         let request = request.item("pool", text(POOL)).item("mailbox", text(mailbox.as_str()));
         let mut request = request.item("leased_until", number(leased_until));
@@ -417,7 +429,7 @@ impl Pool {
 }
 
 fn name(random: [u8; 16]) -> String {
-    RequestId::from_random(random).as_str()[..24].to_owned()
+    RequestId::from_random(random).as_str()[..NAME_LENGTH].to_owned()
 }
 
 fn attribute(value: &str) -> MessageAttributeValue {
@@ -432,10 +444,10 @@ fn seconds(duration: Duration) -> i32 {
     i32::try_from(duration.as_secs()).expect("limits are a few minutes")
 }
 
-fn text(value: &str) -> AttributeValue {
+pub(crate) fn text(value: &str) -> AttributeValue {
     AttributeValue::S(value.to_owned())
 }
 
-fn number(value: u64) -> AttributeValue {
+pub(crate) fn number(value: u64) -> AttributeValue {
     AttributeValue::N(value.to_string())
 }

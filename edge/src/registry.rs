@@ -120,6 +120,38 @@ impl Registry {
         Ok(tunnels)
     }
 
+    /// How many agents serve a tunnel now. Reads the whole table.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn agents(&self, now: u64) -> Result<usize, Error> {
+        let mut agents = BTreeSet::new();
+        let mut from = None;
+        loop {
+            let page = self
+                .client
+                .scan()
+                .table_name(&self.table)
+                .filter_expression("expires_at > :now AND attribute_exists(agent)")
+                .projection_expression("#owner, agent")
+                .expression_attribute_names("#owner", "owner")
+                .expression_attribute_values(":now", number(now))
+                .set_exclusive_start_key(from)
+                .send()
+                .await
+                .map_err(|error| classify("Scan", error))?;
+            agents.extend(page.items().iter().filter_map(|item| {
+                let part = |name| item.get(name).and_then(|value| value.as_s().ok()).cloned();
+                Some((part("owner")?, part("agent")?))
+            }));
+            from = page.last_evaluated_key;
+            if from.is_none() {
+                return Ok(agents.len());
+            }
+        }
+    }
+
     async fn open(
         &self,
         connection: &Connection,

@@ -440,6 +440,7 @@ impl Shared {
                 self.services.counters.reset();
                 json(Ok(b"{}".to_vec()))
             }
+            (&Method::GET, "metrics") => json(serde_json::to_vec(&self.services.metrics.snapshot())),
             (&Method::GET, "traces") => json(serde_json::to_vec(&self.states.traces())),
             (&Method::GET, _) if path.starts_with("traces/") => {
                 match self.states.trace(&path["traces/".len()..]) {

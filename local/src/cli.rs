@@ -4,6 +4,8 @@ use std::{ffi::OsString, net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use proto::limits;
+
 use crate::chaos::ChaosConfig;
 
 /// Runs the whole edge on this machine, without AWS.
@@ -35,9 +37,12 @@ pub struct Options {
     #[arg(long, value_name = "PROFILE", value_enum, default_value_t)]
     pub latency: LatencyProfile,
     /// What goes wrong, as key=value,…: seed, clock, duplicate, reorder, drop_link, gone, throttle,
-    /// kill_function, delay
+    /// kill_function, lose, delay
     #[arg(long, value_name = "FAULTS", default_value = "")]
     pub chaos: ChaosConfig,
+    /// How many free mailboxes are kept ready
+    #[arg(long, value_name = "COUNT", default_value_t = limits::MAILBOXES_KEPT)]
+    pub mailboxes: usize,
     /// Keep keys, token and tables here from one run to the next
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
@@ -118,12 +123,14 @@ pub enum Function {
     Ingress,
     /// Takes an agent's message.
     Response,
+    /// Looks after the mailboxes.
+    Sweep,
 }
 
 impl Function {
     /// Every function.
-    pub const ALL: [Self; 5] =
-        [Self::Authorizer, Self::Connect, Self::Disconnect, Self::Ingress, Self::Response];
+    pub const ALL: [Self; 6] =
+        [Self::Authorizer, Self::Connect, Self::Disconnect, Self::Ingress, Self::Response, Self::Sweep];
 
     /// The function's name.
     #[must_use]
@@ -134,6 +141,7 @@ impl Function {
             Self::Disconnect => "disconnect",
             Self::Ingress => "ingress",
             Self::Response => "response",
+            Self::Sweep => "sweep",
         }
     }
 }

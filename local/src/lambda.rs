@@ -50,6 +50,9 @@ pub type Begun = Arc<dyn Fn(&str, &'static str, &str) + Send + Sync>;
 /// Is told of a process that has ended: its access key.
 pub type Ended = Arc<dyn Fn(&str) + Send + Sync>;
 
+/// Is told of each line on a function's standard output; says whether it has taken it.
+pub type Printed = Arc<dyn Fn(&'static str, &[u8]) -> bool + Send + Sync>;
+
 /// Is told of each process.
 #[derive(Clone)]
 pub struct Register {
@@ -57,12 +60,14 @@ pub struct Register {
     pub begun: Begun,
     /// When it is gone.
     pub ended: Ended,
+    /// What it prints.
+    pub printed: Printed,
 }
 
 impl Default for Register {
     /// Tells nobody.
     fn default() -> Self {
-        Self { begun: Arc::new(|_, _, _| {}), ended: Arc::new(|_| {}) }
+        Self { begun: Arc::new(|_, _, _| {}), ended: Arc::new(|_| {}), printed: Arc::new(|_, _| false) }
     }
 }
 
@@ -253,8 +258,11 @@ impl Lambda {
     ///
     /// Outside of a tokio runtime.
     pub fn start(functions: Vec<FunctionConfig>, config: LambdaConfig) -> io::Result<Self> {
-        let spawner =
-            Arc::new(process::Spawner::start(config.launcher.clone(), tokio::runtime::Handle::current())?);
+        let spawner = Arc::new(process::Spawner::start(
+            config.launcher.clone(),
+            config.register.printed.clone(),
+            tokio::runtime::Handle::current(),
+        )?);
         let pools = functions
             .into_iter()
             .map(|function| {

@@ -7,7 +7,8 @@
 //!   agents;
 //! * [`lambda`] runs the functions as processes of this same program, over the real Runtime API;
 //! * [`aws`] answers the SDKs: queues, tables, the state machine and `@connections`;
-//! * [`chaos`], [`clock`] and [`latency`] are what AWS does on bad days.
+//! * [`chaos`], [`clock`] and [`latency`] are what AWS does on bad days; [`metrics`] is what
+//!   CloudWatch would show.
 //!
 //! [`cli`] says how it is called; [`run`] puts it together and takes it apart again.
 
@@ -24,6 +25,7 @@ pub mod dynamodb;
 pub mod identity;
 pub mod lambda;
 pub mod latency;
+pub mod metrics;
 pub mod public;
 pub mod run;
 pub mod services;

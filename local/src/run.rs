@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use ::edge::config::env;
+use ::edge::config::{Env, env};
 use anyhow::{Context, bail};
 use authorizer::config::ENV_JWKS;
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -52,8 +52,11 @@ const MACHINE_DEFINITION: &str = include_str!("../../statemachines/public_reques
 /// What precedes a mailbox's id in the name of its queue.
 const MAILBOX_PREFIX: &str = "tunnel-local-mailbox-";
 
-/// How many mailboxes there are from the beginning, so that the first requests need not make any.
-const MAILBOXES: usize = 64;
+/// The namespace of the functions' metrics.
+const METRICS_NAMESPACE: &str = "tunnel/local";
+
+/// What EventBridge sends to a function that it runs on a schedule, as far as anybody reads it.
+const SCHEDULED_EVENT: &str = r#"{"source":"aws.events","detail-type":"Scheduled Event","detail":{}}"#;
 
 /// The tunnel that is there from the beginning.
 const DEMO: &str = "demo";
@@ -69,6 +72,9 @@ const AGENT_TIME: Duration = Duration::from_secs(3);
 
 /// How many invocations of one function may run at the same time.
 const CONCURRENCY: usize = 1000;
+
+/// The shortest time that a fast clock leaves a response: `ingress` keeps some seconds of it for its end.
+const SHORTEST_RESPONSE: Duration = Duration::from_secs(10);
 
 /// What each call inside one AWS region costs with `--latency aws`: single-digit milliseconds for
 /// tables and queues (no figure is guaranteed by AWS).
@@ -112,6 +118,7 @@ pub fn function(function: Function) -> ExitCode {
         Function::Disconnect => disconnect::run(),
         Function::Ingress => ingress::run(),
         Function::Response => response::run(),
+        Function::Sweep => sweep::run(),
     }
 }
 
@@ -214,9 +221,12 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         public_url: &public_url,
         token_key: STANDARD.encode(lambda::random_bytes::<32>()),
         log_level: options.log_level,
+        choices: choices(&Env::process())?,
+        mailboxes: options.mailboxes,
     };
     let lambda = start_lambda(&settings)?;
-    tokio::spawn(seed_mailboxes(aws.clone(), lambda.clone()));
+    tokio::spawn(seed_mailboxes(aws.clone(), lambda.clone(), options.mailboxes));
+    tokio::spawn(sweep_mailboxes(aws.clock().scale(limits::SWEEP_INTERVAL), lambda.clone()));
     for function in [Function::Authorizer, Function::Connect, Function::Response] {
         lambda.warm(function.name(), 1);
     }
@@ -361,6 +371,16 @@ struct Settings<'a> {
     public_url: &'a str,
     token_key: String,
     log_level: LogLevel,
+    mailboxes: usize,
+    choices: Vec<(&'static str, String)>,
+}
+
+/// What an operator may choose for `ingress`: here too from the environment, under the same names.
+fn choices(own: &Env<'_>) -> anyhow::Result<Vec<(&'static str, String)>> {
+    own.trust()?;
+    own.secs(env::REPLY_TIMEOUT_SECS, limits::REPLY_TIMEOUT, limits::REPLY_TIMEOUT_MAX)?;
+    let names = [env::TRUST_FORWARDED, env::REPLY_TIMEOUT_SECS];
+    Ok(names.into_iter().filter_map(|name| Some((name, own.optional(name)?))).collect())
 }
 
 impl Settings<'_> {
@@ -395,7 +415,7 @@ impl Settings<'_> {
             ),
             Function::Disconnect => (10, [vec![connections()], mailboxes()].concat()),
             Function::Ingress => (
-                900,
+                clock.scale(limits::RESPONSE_DURATION).max(SHORTEST_RESPONSE).as_secs(),
                 [
                     vec![
                         token_keys(),
@@ -406,11 +426,25 @@ impl Settings<'_> {
                         (env::FRONT_ONLY, "true".to_owned()),
                     ],
                     mailboxes(),
+                    self.choices.clone(),
                 ]
                 .concat(),
             ),
             Function::Response => (10, vec![token_keys(), (env::MAILBOX_URL_PREFIX, mailbox_prefix.clone())]),
+            Function::Sweep => (
+                120,
+                [
+                    vec![
+                        connections(),
+                        (env::MAILBOXES_KEPT, self.mailboxes.to_string()),
+                        (env::MAILBOX_IDLE_SECS, seconds(limits::MAILBOX_IDLE)),
+                    ],
+                    mailboxes(),
+                ]
+                .concat(),
+            ),
         };
+        variables.push((env::METRICS_NAMESPACE, METRICS_NAMESPACE.to_owned()));
         let own = format!("edge={level},{}", function.name(), level = self.log_level.as_str());
         variables.push(("AWS_LAMBDA_LOG_LEVEL", filter(self.log_level, &own)));
         FunctionConfig {
@@ -425,7 +459,7 @@ impl Settings<'_> {
 fn start_lambda(settings: &Settings<'_>) -> anyhow::Result<Lambda> {
     let aws = settings.aws;
     let services = aws.services().clone();
-    let (begun, ended) = (aws.clone(), aws.clone());
+    let (begun, ended, printed) = (aws.clone(), aws.clone(), services.clone());
     let config = LambdaConfig {
         launcher: Launcher::current_program().context("finding this program")?,
         aws_endpoint: aws.endpoint(),
@@ -434,6 +468,7 @@ fn start_lambda(settings: &Settings<'_>) -> anyhow::Result<Lambda> {
                 begun.callers().register(key, function, environment);
             }),
             ended: Arc::new(move |key| ended.callers().forget(key)),
+            printed: Arc::new(move |function, line| printed.metrics.take(function, line)),
         },
         kill_chance: Arc::new(move || {
             services.chaos.strikes(Fault::KillFunction).then(|| {
@@ -447,11 +482,11 @@ fn start_lambda(settings: &Settings<'_>) -> anyhow::Result<Lambda> {
 }
 
 /// Makes the first mailboxes, and the first process that leases one.
-async fn seed_mailboxes(aws: Arc<Aws>, lambda: Lambda) {
+async fn seed_mailboxes(aws: Arc<Aws>, lambda: Lambda, count: usize) {
     let services = aws.services();
     let attributes = QueueAttributes { retention: limits::MAILBOX_RETENTION, ..QueueAttributes::default() };
-    let mut mailboxes = Vec::with_capacity(MAILBOXES);
-    for _ in 0..MAILBOXES {
+    let mut mailboxes = Vec::with_capacity(count);
+    for _ in 0..count {
         let mailbox = lambda::random_hex::<12>();
         match services.sqs.create(&format!("{MAILBOX_PREFIX}{mailbox}"), attributes.clone()) {
             Ok(_) => mailboxes.push(mailbox),
@@ -471,6 +506,22 @@ async fn seed_mailboxes(aws: Arc<Aws>, lambda: Lambda) {
         }
     }
     lambda.warm(Function::Ingress.name(), 1);
+}
+
+/// Has `sweep` run whenever its time has come.
+async fn sweep_mailboxes(interval: Duration, lambda: Lambda) {
+    let mut interval = time::interval(interval.max(Duration::from_millis(100)));
+    interval.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
+    // The first tick is now, and there is nothing to look after yet.
+    interval.tick().await;
+    loop {
+        interval.tick().await;
+        match lambda.invoke(Function::Sweep.name(), SCHEDULED_EVENT.into()).await {
+            Ok(report) => tracing::debug!(report = %String::from_utf8_lossy(&report), "mailboxes were swept"),
+            Err(lambda::InvokeError::ShuttingDown) => return,
+            Err(error) => tracing::warn!(%error, "mailboxes were not swept"),
+        }
+    }
 }
 
 /// The lines that scripts read.
@@ -508,7 +559,7 @@ fn start_agent(
         .kill_on_drop(true)
         .spawn()
         .context("starting the agent")?;
-    process::forward_output("agent", &mut child);
+    process::forward_output("agent", &mut child, None);
     Ok(child)
 }
 

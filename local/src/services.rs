@@ -12,6 +12,7 @@ use crate::{
     counters::Counters,
     dynamodb::{Answer, Dynamodb},
     latency::{Hop, Latency},
+    metrics::Metrics,
     sqs::Sqs,
 };
 
@@ -29,6 +30,8 @@ pub struct Services {
     pub connections: Connections,
     /// How often what was called.
     pub counters: Counters,
+    /// What functions say about themselves.
+    pub metrics: Metrics,
     /// What goes wrong.
     pub chaos: Arc<Chaos>,
     /// How long calls take.
@@ -53,6 +56,7 @@ impl Services {
             dynamodb: Dynamodb::new(Arc::clone(&chaos)),
             connections: Connections::default(),
             counters: Counters::default(),
+            metrics: Metrics::default(),
             chaos,
             latency,
         }

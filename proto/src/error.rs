@@ -140,6 +140,23 @@ mod tests {
     }
 
     #[test]
+    fn the_guide_has_every_code_and_no_other() {
+        let guide = include_str!("../../docs/troubleshooting.md");
+        let rows: Vec<(&str, &str)> = guide
+            .lines()
+            .filter_map(|line| line.strip_prefix("| `")?.split_once("` | "))
+            .filter_map(|(code, rest)| Some((code, rest.split_once(" |")?.0)))
+            .filter(|(_, status)| status.parse::<u16>().is_ok())
+            .collect();
+        let codes: Vec<_> = rows.iter().map(|(code, _)| ErrorCode::from_wire(code)).collect();
+        let expected: Vec<_> = ErrorCode::ALL.iter().map(|&code| Some(code)).collect();
+        assert_eq!(codes, expected, "docs/troubleshooting.md, in the order of the table");
+        for (&code, (_, status)) in ErrorCode::ALL.iter().zip(rows) {
+            assert_eq!(code.status().as_str(), status, "{code}");
+        }
+    }
+
+    #[test]
     fn the_sentences_name_the_real_limits() {
         let limit = crate::limits::REQUEST_BODY_BYTES.to_string();
         assert!(ErrorCode::RequestTooLarge.sentence().contains(&limit), "{limit}");

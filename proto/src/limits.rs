@@ -102,6 +102,17 @@ pub const MAILBOX_LEASE: Duration = Duration::from_secs(40 * 60);
 /// (SQS API Reference, "CreateQueue": wait at least one second).
 pub const MAILBOX_WARM_UP: Duration = Duration::from_secs(1);
 
+/// How many free mailboxes are kept ready: so many processes of `ingress` can start at the same time
+/// without one of them waiting for a queue to be made.
+pub const MAILBOXES_KEPT: usize = 64;
+
+/// How long a mailbox has been free before it may be deleted as surplus, so that a daily peak does not
+/// make and delete the same number of queues several times an hour.
+pub const MAILBOX_IDLE: Duration = Duration::from_secs(60 * 60);
+
+/// How often the mailboxes are swept and the agents counted.
+pub const SWEEP_INTERVAL: Duration = Duration::from_secs(5 * 60);
+
 /// How many chunks of one response the agent may have sent without credit for them.
 ///
 /// With [`CHUNK_BYTES`] this bounds what waits for one slow public client to about 3 MB, and lets
@@ -110,6 +121,18 @@ pub const CHUNK_WINDOW: u32 = 32;
 
 /// After how many written chunks `ingress` returns credit: a quarter of [`CHUNK_WINDOW`].
 pub const CREDIT_EVERY: u32 = CHUNK_WINDOW / 4;
+
+/// After how long without news of a response `ingress` asks the agent how far it is, and then again.
+///
+/// Nothing of it is paid while an answer flows; a stream of events that is silent pays for one small
+/// message each way.
+pub const PROBE_AFTER: Duration = Duration::from_secs(10);
+
+/// How long a piece may be missing that is known to have been sent before the response is broken off.
+///
+/// Longer than [`MAILBOX_VISIBILITY`], so that it may still come when only its receive was lost. With
+/// [`PROBE_AFTER`] a response whose last piece was lost ends within 45 seconds.
+pub const PIECE_MISSING: Duration = Duration::from_secs(35);
 
 /// How many body messages of one upload `ingress` posts at the same time.
 pub const UPLOAD_PARALLEL: usize = 4;
@@ -180,6 +203,11 @@ mod tests {
     #[test]
     fn chunks_outlive_the_slowest_response() {
         assert!(MAILBOX_RETENTION > RESPONSE_DURATION);
+    }
+
+    #[test]
+    fn a_piece_is_given_up_only_when_it_cannot_come_any_more() {
+        assert!(PIECE_MISSING > MAILBOX_VISIBILITY);
     }
 
     #[test]

@@ -12,6 +12,7 @@
 
 pub mod client;
 pub mod process;
+pub mod proxy;
 pub mod raw_agent;
 pub mod upstream;
 
@@ -55,10 +56,16 @@ impl Local {
     /// Starts it.
     #[must_use]
     pub fn start_with(more: &[&str]) -> Self {
+        Self::start_in(&[], more)
+    }
+
+    /// Starts it with more in its environment.
+    #[must_use]
+    pub fn start_in(environment: &[(&str, &str)], more: &[&str]) -> Self {
         let state = tempfile::tempdir().unwrap();
         let dir = state.path().to_str().unwrap();
         let common = ["--public", "127.0.0.1:0", "--agents", "127.0.0.1:0", "--state-dir", dir];
-        let process = Process::start("local", &[&common, more].concat(), &[]);
+        let process = Process::start("local", &[&common, more].concat(), environment);
         let value = |name: &str| {
             let line = process.wait_for_line(|line| line.split_whitespace().next() == Some(name));
             line.split_whitespace().nth(1).unwrap().to_owned()
@@ -127,13 +134,23 @@ impl Local {
 
     /// How often each AWS call was made so far: `service:Action` to a number.
     pub async fn counters(&self) -> BTreeMap<String, u64> {
+        let counts: Counts = serde_json::from_str(&self.own("counters").await).unwrap();
+        counts.actions
+    }
+
+    /// What CloudWatch would show of the functions' metrics, by name and dimension.
+    pub async fn metrics(&self) -> BTreeMap<String, Series> {
+        serde_json::from_str(&self.own("metrics").await).unwrap()
+    }
+
+    /// What `local` tells about itself under a path.
+    pub async fn own(&self, path: &str) -> String {
         // It answers under its own name only.
         let request =
-            client::Request::new("GET", "/_local/counters").field("Host", &self.endpoint.to_string());
+            client::Request::new("GET", &format!("/_local/{path}")).field("Host", &self.endpoint.to_string());
         let answer = request.send(self.endpoint).await;
         assert_eq!(answer.status, 200, "{}", answer.text());
-        let counts: Counts = serde_json::from_slice(&answer.body).unwrap();
-        counts.actions
+        answer.text()
     }
 
     /// The processes of the functions, by function: Linux process ids.
@@ -158,6 +175,19 @@ impl Local {
         }
         found
     }
+}
+
+/// The values of one metric.
+#[derive(Debug, Clone, Copy, serde::Deserialize)]
+pub struct Series {
+    /// How many there were.
+    pub count: u64,
+    /// Their sum.
+    pub sum: f64,
+    /// The largest.
+    pub max: f64,
+    /// The last.
+    pub last: f64,
 }
 
 #[derive(serde::Deserialize)]

@@ -121,6 +121,7 @@ fn refuse(arn: Option<&str>, Refusal { reason, key_id, owner }: &Refusal) -> Pol
     let (key_id, owner) =
         (key_id.as_ref().map(tracing::field::display), owner.as_ref().map(tracing::field::display));
     tracing::warn!(%reason, key_id, owner, "agent connection refused");
+    edge::metrics::count(edge::metrics::Counted::TokensRefused);
     Policy::deny(arn)
 }
 
@@ -136,8 +137,11 @@ pub fn run() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    edge::metrics::cold_start();
     let serve = lambda_runtime::run(service_fn(async |event: LambdaEvent<Box<RawValue>>| {
-        authorizer.answer(event.payload.get(), edge::unix_now()).await
+        let answer = authorizer.answer(event.payload.get(), edge::unix_now()).await;
+        edge::metrics::flush();
+        answer
     }));
     match runtime.block_on(serve) {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,7 +6,7 @@
 //! [`runtime`] is the streaming side of Lambda's Runtime API.
 //!
 //! Permissions it needs: start the state machine, receive and delete in mailboxes, create them, read
-//! and write the mailboxes table, post to `@connections` and ask for them.
+//! and write the mailboxes table, post to `@connections`.
 
 pub mod answer;
 pub mod event;
@@ -119,6 +119,7 @@ async fn serve(ingress: Ingress) -> anyhow::Result<()> {
             return Err(error.into());
         }
     };
+    edge::metrics::cold_start();
     loop {
         let invocation = runtime.next().await?;
         lease = exchange::serve(&ingress, &runtime, invocation, lease).await?;

@@ -16,6 +16,7 @@ use edge::{
     event::AgentEvent,
     function::Answer,
     mailbox::Mailboxes,
+    metrics::{self, Counted},
     unix_now,
 };
 use proto::{
@@ -87,9 +88,13 @@ pub async fn handle(mut event: AgentEvent, response: &Response) -> Result<Answer
         Decision::Beat(body) => Ok(Answer::message(body)),
         Decision::Drop(reason) => {
             tracing::warn!(connection_id = %event.request_context.connection_id, %reason, "agent's message was dropped");
+            if matches!(reason, Refused::Token(_) | Refused::ForeignTunnel) {
+                metrics::count(Counted::TokensRefused);
+            }
             Ok(Answer::status(200))
         }
         Decision::Return(claims) => {
+            tracing::trace!(request_id = %claims.request_id, tunnel_id = %claims.tunnel, body_bytes = text.len(), "agent's message was returned");
             let sent = response.mailboxes.send(&claims.mailbox, &claims.request_id, text).await;
             if let Err(Error::Refused { .. }) = sent {
                 // A character that no mailbox takes. Whoever waits is told at once.

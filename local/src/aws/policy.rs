@@ -92,6 +92,14 @@ pub fn allows(function: &str, action: Action<'_>) -> bool {
                 | Action::DynamoDb("Query", Table::Mailboxes)
                 | Action::Sqs("SendMessage" | "SendMessageBatch")
         ),
+        "sweep" => match action {
+            Action::Sqs(action) => {
+                matches!(action, "ListQueues" | "GetQueueAttributes" | "CreateQueue" | "DeleteQueue")
+            }
+            Action::DynamoDb("Query" | "PutItem" | "UpdateItem" | "DeleteItem", Table::Mailboxes)
+            | Action::DynamoDb("Scan", Table::Connections) => true,
+            Action::DynamoDb(..) | Action::States(_) | Action::ManageConnections => false,
+        },
         _ => false,
     }
 }

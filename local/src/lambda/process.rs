@@ -12,6 +12,8 @@ use tokio::{
     runtime::Handle,
 };
 
+use super::Printed;
+
 /// The most bytes of one line of a function's output; the rest of a longer one is a line of its own.
 const LINE_BYTES: u64 = 16 * 1024;
 
@@ -60,13 +62,13 @@ pub(super) struct Spawner {
 
 impl Spawner {
     /// Starts the thread. It ends when the spawner is dropped.
-    pub(super) fn start(launcher: Launcher, runtime: Handle) -> io::Result<Self> {
+    pub(super) fn start(launcher: Launcher, printed: Printed, runtime: Handle) -> io::Result<Self> {
         let (launches, inbox) = mpsc::channel::<Launch>();
         thread::Builder::new().name("spawn".to_owned()).spawn(move || {
             let _runtime = runtime.enter();
             while let Ok(launch) = inbox.recv() {
                 let Launch { function, environment, started } = launch;
-                started(spawn(&launcher, function, environment));
+                started(spawn(&launcher, function, environment, printed.clone()));
             }
         })?;
         Ok(Self { launches })
@@ -80,7 +82,12 @@ impl Spawner {
     }
 }
 
-fn spawn(launcher: &Launcher, function: &'static str, environment: BTreeMap<String, String>) -> Launched {
+fn spawn(
+    launcher: &Launcher,
+    function: &'static str,
+    environment: BTreeMap<String, String>,
+    printed: Printed,
+) -> Launched {
     let mut child = Command::new(&launcher.program)
         .args(&launcher.arguments)
         .arg(function)
@@ -92,7 +99,7 @@ fn spawn(launcher: &Launcher, function: &'static str, environment: BTreeMap<Stri
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()?;
-    forward_output(function, &mut child);
+    forward_output(function, &mut child, Some(printed));
     let pid = child
         .id()
         .and_then(|id| i32::try_from(id).ok())
@@ -101,17 +108,18 @@ fn spawn(launcher: &Launcher, function: &'static str, environment: BTreeMap<Stri
     Ok((child, pid))
 }
 
-/// Has what a child writes appear on standard error, each line marked with `name`.
-pub(crate) fn forward_output(name: &'static str, child: &mut Child) {
+/// Has what a child writes appear on standard error, each line marked with `name`, but for the lines of
+/// its standard output that `taken` takes.
+pub(crate) fn forward_output(name: &'static str, child: &mut Child, taken: Option<Printed>) {
     if let Some(output) = child.stdout.take() {
-        tokio::spawn(forward_lines(name, output));
+        tokio::spawn(forward_lines(name, output, taken));
     }
     if let Some(output) = child.stderr.take() {
-        tokio::spawn(forward_lines(name, output));
+        tokio::spawn(forward_lines(name, output, None));
     }
 }
 
-async fn forward_lines(name: &'static str, output: impl AsyncRead + Unpin) {
+async fn forward_lines(name: &'static str, output: impl AsyncRead + Unpin, taken: Option<Printed>) {
     let mut reader = BufReader::new(output);
     let mut line = Vec::with_capacity(256);
     loop {
@@ -121,6 +129,9 @@ async fn forward_lines(name: &'static str, output: impl AsyncRead + Unpin) {
         match (&mut reader).take(LINE_BYTES).read_until(b'\n', &mut line).await {
             Ok(0) | Err(_) => return,
             Ok(_) => {
+                if taken.as_ref().is_some_and(|taken| taken(name, &line[name.len() + 2..])) {
+                    continue;
+                }
                 if line.last() != Some(&b'\n') {
                     line.push(b'\n');
                 }

@@ -1,0 +1,174 @@
+//! Manual pages and completions, made from the command line's own description.
+
+use std::{
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use clap::Subcommand;
+use clap_complete::Shell;
+use clap_mangen::{
+    Man,
+    roff::{Roff, bold, roman},
+};
+
+/// The manual's name, at the foot of each page.
+const MANUAL: &str = "Tunnel agent";
+
+/// What the manual says beyond options: a section's title, and what is explained in it.
+const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
+    (
+        "Exit status",
+        &[
+            ("0", "done"),
+            ("1", "failed"),
+            ("2", "wrong usage"),
+            ("77", "the edge refuses the token, or all of the tunnels"),
+            ("78", "the configuration is not valid"),
+        ],
+    ),
+    (
+        "Signals",
+        &[(
+            "SIGTERM, SIGINT",
+            "stop after what is in flight, within the grace period; a second one stops at once",
+        )],
+    ),
+    (
+        "Files",
+        &[
+            ("/etc/agentd/agentd.toml", "the configuration of agentd.service"),
+            ("/etc/agentd/token", "its token, mode 600, which systemd hands over"),
+            (
+                "/etc/agentd/NAME.toml, /etc/agentd/NAME.token",
+                "the same for the instance agentd@NAME.service",
+            ),
+            (
+                "/etc/default/agentd, /etc/default/agentd-NAME",
+                "further environment, such as AGENTD_LOG_LEVEL",
+            ),
+            ("/usr/share/doc/agentd/examples/agentd.toml", "every key of the configuration, explained"),
+        ],
+    ),
+];
+
+/// The exit codes, for the help.
+pub(crate) fn exit_codes() -> String {
+    let (title, codes) = SECTIONS[0];
+    let lines = codes.iter().map(|(code, meaning)| format!("\n  {code:<3} {meaning}"));
+    std::iter::once(format!("{title}:")).chain(lines).collect()
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Prints the completion script for a shell.
+    Completion {
+        /// The shell.
+        shell: Shell,
+    },
+    /// Writes the manual pages into a folder.
+    #[command(hide = true)]
+    Manual {
+        /// The folder; it must exist.
+        dir: PathBuf,
+    },
+}
+
+/// Runs a command; `program` describes the whole command line.
+pub(crate) fn run(command: &Command, mut program: clap::Command) -> ExitCode {
+    let done = match command {
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut program, "agentd", &mut script);
+            std::io::stdout().write_all(&script)
+        }
+        Command::Manual { dir } => write_manual(program, dir),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("agentd: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Writes `agentd.8`, and a page for each command, such as `agentd-run.8`.
+fn write_manual(program: clap::Command, dir: &Path) -> std::io::Result<()> {
+    fn pages(command: &clap::Command, dir: &Path) -> std::io::Result<()> {
+        for command in command.get_subcommands().filter(|command| !command.is_hide_set()) {
+            pages(command, dir)?;
+            Man::new(command.clone()).section("8").manual(MANUAL).generate_to(dir)?;
+        }
+        Ok(())
+    }
+    // The manual has a section for what the help appends.
+    let mut program = program.disable_help_subcommand(true).after_long_help(None::<&str>);
+    program.build();
+    pages(&program, dir)?;
+    let man = Man::new(program).section("8").manual(MANUAL);
+    let mut page = Vec::new();
+    man.render(&mut page)?;
+    let mut roff = Roff::new();
+    for (title, lines) in SECTIONS {
+        roff.control("SH", [title.to_uppercase().as_str()]);
+        for (what, meaning) in lines {
+            roff.control("TP", []).text([bold(*what)]).text([roman(*meaning)]);
+        }
+    }
+    roff.to_writer(&mut page)?;
+    std::fs::write(dir.join(man.get_filename()), page)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Parser, Subcommand};
+
+    use super::*;
+
+    #[derive(Parser)]
+    #[command(name = "agentd", version, after_long_help = exit_codes())]
+    struct Program {
+        #[command(subcommand)]
+        _command: Outer,
+    }
+
+    #[derive(Subcommand)]
+    enum Outer {
+        /// Has an inner one.
+        Config {
+            #[command(subcommand)]
+            _command: Inner,
+        },
+        #[command(flatten)]
+        Reference(Command),
+    }
+
+    #[derive(Subcommand)]
+    enum Inner {
+        /// Checks.
+        Check,
+    }
+
+    #[test]
+    fn every_command_that_is_shown_has_a_page() {
+        use clap::CommandFactory as _;
+        let dir = tempfile::tempdir().unwrap();
+        write_manual(Program::command(), dir.path()).unwrap();
+        let mut pages: Vec<_> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        pages.sort();
+        assert_eq!(pages, ["agentd-completion.8", "agentd-config-check.8", "agentd-config.8", "agentd.8"]);
+        let page = std::fs::read_to_string(dir.path().join("agentd.8")).unwrap();
+        for wanted in
+            [".TH agentd 8", ".SH \"EXIT STATUS\"", "the configuration is not valid", "agentd\\-config(8)"]
+        {
+            assert!(page.contains(wanted), "{wanted} is not in {page}");
+        }
+        assert!(!page.contains("EXTRA"), "{page}");
+        assert!(exit_codes().contains("\n  78  the configuration"));
+    }
+}

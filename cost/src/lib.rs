@@ -1,0 +1,452 @@
+//! What the edge costs: enter the calls that `local` counted (`calls.toml`) and list prices (`prices.toml`),
+//! leaves `docs/cost.md`.
+//!
+//! What `local` cannot count is said here: how long functions run in AWS ([`ASSUMED`]) and how calls are
+//! metered (messages by 32 KB, queue requests by 64 KB, runs by 100 ms). Free tiers are left out.
+
+use std::{collections::BTreeMap, fmt::Write as _};
+
+use anyhow::{Context as _, ensure};
+use edge::metrics::Metric;
+use proto::limits;
+use serde::{Deserialize, Serialize};
+
+pub mod measure;
+
+/// The prices of this version.
+pub const PRICES: &str = include_str!("../prices.toml");
+
+/// The calls of this version.
+pub const CALLS: &str = include_str!("../calls.toml");
+
+const SERVERLESS: &str = include_str!("../../serverless.yml");
+
+/// The calls of AWS by name, as `local` counts them: for one of something.
+pub type Calls = BTreeMap<String, f64>;
+
+/// What `local` counted.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// One small request, answered by one message.
+    pub small_request: Calls,
+    /// One gigabyte (10^9 bytes) of a response that does not compress.
+    pub download_gb: Calls,
+    /// One agent that connects with one tunnel.
+    pub connect: Calls,
+    /// One that leaves.
+    pub disconnect: Calls,
+    /// One sweep with nothing to do.
+    pub sweep: Calls,
+}
+
+/// One list price.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Price {
+    usd: f64,
+    per: f64,
+    unit: String,
+    source: String,
+}
+
+/// How long things take in AWS. Not measured there.
+pub struct Assumed {
+    /// What the upstream takes.
+    pub upstream_ms: f64,
+    /// What the way there and back takes, with 8 ms for each call inside a region.
+    pub way_ms: f64,
+    /// What one invocation of another function takes.
+    pub function_ms: f64,
+    /// How fast a public client takes a download, in bytes a second.
+    pub download_rate: f64,
+    /// The line that `ingress` writes about a request, with what CloudWatch adds to each.
+    pub log_bytes: f64,
+}
+
+/// The assumptions, in one place.
+pub const ASSUMED: Assumed =
+    Assumed { upstream_ms: 100.0, way_ms: 60.0, function_ms: 15.0, download_rate: 10e6, log_bytes: 450.0 };
+
+const MONTH_DAYS: f64 = 30.0;
+const MONTH_SECONDS: f64 = MONTH_DAYS * 24.0 * 60.0 * 60.0;
+
+/// How public requests come in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Front {
+    /// The Function URL itself.
+    None,
+    /// CloudFront.
+    CloudFront,
+    /// API Gateway HTTP API.
+    HttpApi,
+}
+
+impl Front {
+    /// Every front.
+    pub const ALL: [Self; 3] = [Self::None, Self::CloudFront, Self::HttpApi];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::CloudFront => "cloudfront",
+            Self::HttpApi => "httpapi",
+        }
+    }
+}
+
+/// How much of what is used, by the name of its price.
+#[derive(Debug, Default, Clone)]
+struct Usage(BTreeMap<&'static str, f64>);
+
+impl Usage {
+    fn add(&mut self, price: &'static str, quantity: f64) {
+        *self.0.entry(price).or_default() += quantity;
+    }
+
+    fn add_all(&mut self, other: &Self, times: f64) {
+        for (price, quantity) in &other.0 {
+            self.add(price, quantity * times);
+        }
+    }
+}
+
+/// Prices, calls and the settings of the deployment.
+pub struct Model {
+    prices: BTreeMap<String, Price>,
+    measured: Measured,
+    /// In GB, by function.
+    memory: BTreeMap<String, f64>,
+}
+
+impl Model {
+    /// Reads everything that is part of this version.
+    ///
+    /// # Errors
+    ///
+    /// When a file is not what it should be.
+    pub fn load() -> anyhow::Result<Self> {
+        Ok(Self {
+            prices: toml::from_str(PRICES).context("prices.toml")?,
+            measured: toml::from_str(CALLS).context("calls.toml")?,
+            memory: memory(SERVERLESS)?,
+        })
+    }
+
+    fn usd(&self, usage: &Usage) -> f64 {
+        usage.0.iter().map(|(price, quantity)| quantity * self.unit_price(price)).sum()
+    }
+
+    fn unit_price(&self, name: &str) -> f64 {
+        let price = self.prices.get(name).unwrap_or_else(|| panic!("prices.toml has no {name}"));
+        price.usd / price.per
+    }
+
+    fn invocation(&self, usage: &mut Usage, function: &str, times: f64, ms: f64) {
+        usage.add("lambda_request", times);
+        usage.add("lambda_gb_second", times * self.memory[function] * ms / 1000.0);
+    }
+
+    /// What the tables, queues and agents' connections of some calls are metered as. `sqs_units` is how many
+    /// 64 KB a queue's message has, `post_units` how many 32 KB a message to an agent.
+    fn calls(&self, calls: &Calls, sqs_units: f64, post_units: f64) -> Usage {
+        let mut usage = Usage::default();
+        for (call, &count) in calls {
+            match call.as_str() {
+                // Strongly consistent, and less than 4 KB.
+                "dynamodb:Query" | "dynamodb:GetItem" | "dynamodb:Scan" => usage.add("dynamodb_read", count),
+                "dynamodb:PutItem" | "dynamodb:UpdateItem" | "dynamodb:DeleteItem" => {
+                    usage.add("dynamodb_write", count);
+                }
+                "sqs:SendMessage" => usage.add("sqs_request", count * sqs_units),
+                call if call.starts_with("sqs:") => usage.add("sqs_request", count),
+                "apigateway:invoke POST" | "execute-api POST" => {
+                    usage.add("websocket_message", count * post_units);
+                }
+                // Asking for a connection is not metered as a message.
+                "apigateway:invoke GET" | "execute-api GET" => {}
+                "states:StartSyncExecution" => usage.add("express_request", count),
+                other => panic!("calls.toml has {other}, which has no price here"),
+            }
+        }
+        usage
+    }
+
+    fn small_request(&self, front: Front) -> Usage {
+        let calls = &self.measured.small_request;
+        let ms = ASSUMED.upstream_ms + ASSUMED.way_ms;
+        let mut usage = self.calls(calls, 1.0, 1.0);
+        self.invocation(&mut usage, "ingress", 1.0, ms);
+        // Each message of the agent is one that API Gateway meters and one invocation.
+        let replies = calls.get("sqs:SendMessage").copied().unwrap_or_default();
+        usage.add("websocket_message", replies);
+        self.invocation(&mut usage, "response", replies, ASSUMED.function_ms);
+        usage.add("express_gb_second", (ms / 100.0).ceil() * 0.1 * 64.0 / 1024.0);
+        usage.add("logs_gb", ASSUMED.log_bytes / 1e9);
+        match front {
+            Front::None => {}
+            Front::CloudFront => {
+                usage.add("cloudfront_request", 1.0);
+                usage.add("cloudfront_function", 1.0);
+            }
+            Front::HttpApi => usage.add("httpapi_request", 1.0),
+        }
+        usage
+    }
+
+    /// One GB of one long response; over a front with a limit, of as many as it takes.
+    fn download_gb(&self, front: Front) -> Usage {
+        let calls = &self.measured.download_gb;
+        let message = (limits::CHUNK_BYTES / 3 * 4 + limits::ENVELOPE_BYTES / 2) as f64;
+        // Credit is small; the rest of what goes to the agent is one request.
+        let messages = calls.get("sqs:SendMessage").copied().unwrap_or_default();
+        let mut others = calls.clone();
+        // Metered by what it brings, below.
+        others.remove("sqs:ReceiveMessage");
+        let mut usage = self.calls(&others, (message / 65_536.0).ceil(), 1.0);
+        usage.add("websocket_message", messages * (message / 32_768.0).ceil());
+        self.invocation(&mut usage, "response", messages, ASSUMED.function_ms);
+        usage.add("sqs_request", messages * (message / 65_536.0).ceil());
+        usage.add("lambda_gb_second", self.memory["ingress"] * 1e9 / ASSUMED.download_rate);
+        match front {
+            Front::None => {
+                usage.add("lambda_streamed_gb", 1.0);
+                usage.add("internet_gb", 1.0);
+            }
+            Front::CloudFront => {
+                usage.add("lambda_streamed_gb", 1.0);
+                usage.add("cloudfront_gb", 1.0);
+            }
+            Front::HttpApi => {
+                // In responses of 10 MB, the most it carries: metered by 512 KB, and each a request of its own.
+                usage.add("httpapi_request", 1e9 / 524_288.0 - 100.0);
+                usage.add_all(&self.small_request(front), 100.0);
+                usage.add("lambda_streamed_gb", 0.4);
+                usage.add("internet_gb", 1.0);
+            }
+        }
+        usage
+    }
+
+    /// An agent that stays connected for a month and serves nobody.
+    fn idle_agent(&self) -> Usage {
+        let mut usage = Usage::default();
+        usage.add("websocket_minute", MONTH_SECONDS / 60.0);
+        let beats = MONTH_SECONDS / limits::HEARTBEAT_INTERVAL.as_secs_f64();
+        // A heartbeat and its answer.
+        usage.add("websocket_message", beats * 2.0);
+        self.invocation(&mut usage, "response", beats, 2.0);
+        let life = (limits::CONNECTION_LIFETIME - limits::REPLACE_AHEAD).as_secs_f64();
+        let connections = MONTH_SECONDS / life;
+        usage.add_all(&self.calls(&self.measured.connect, 1.0, 1.0), connections);
+        usage.add_all(&self.calls(&self.measured.disconnect, 1.0, 1.0), connections);
+        // `hello` and `welcome`, when it comes and when it leaves service.
+        usage.add("websocket_message", connections * 4.0);
+        self.invocation(&mut usage, "authorizer", connections, ASSUMED.function_ms);
+        self.invocation(&mut usage, "connect", connections * 3.0, ASSUMED.function_ms);
+        self.invocation(&mut usage, "disconnect", connections, ASSUMED.function_ms);
+        usage
+    }
+
+    /// What there is every month without any agent and request.
+    fn standing(&self, front: Front) -> Usage {
+        let mut usage = Usage::default();
+        let sweeps = MONTH_SECONDS / limits::SWEEP_INTERVAL.as_secs_f64();
+        usage.add_all(&self.calls(&self.measured.sweep, 1.0, 1.0), sweeps);
+        self.invocation(&mut usage, "sweep", sweeps, 50.0);
+        usage.add("logs_gb", sweeps * 2.0 * ASSUMED.log_bytes / 1e9);
+        usage.add("secret_month", if front == Front::None { 1.0 } else { 2.0 });
+        usage
+    }
+
+    fn scenario(&self, front: Front, agents: f64, requests: f64, bytes: f64) -> f64 {
+        let mut usage = self.standing(front);
+        usage.add_all(&self.idle_agent(), agents);
+        usage.add_all(&self.small_request(front), requests);
+        let out = if front == Front::CloudFront { "cloudfront_gb" } else { "internet_gb" };
+        usage.add(out, requests * bytes / 1e9);
+        self.usd(&usage)
+    }
+}
+
+/// How many metrics have data in a month: every one, and of the requests those of four outcomes.
+fn metrics() -> usize {
+    Metric::ALL.len() + 3
+}
+
+/// The memory of each function, out of `serverless.yml`, in GB.
+fn memory(text: &str) -> anyhow::Result<BTreeMap<String, f64>> {
+    let (_, functions) = text.split_once("\nfunctions:\n").context("serverless.yml has no functions")?;
+    let functions = functions.split("\nresources:").next().unwrap_or_default();
+    let mut memory = BTreeMap::new();
+    let mut function = "";
+    for line in functions.lines() {
+        if let Some(name) = line.strip_prefix("  ").and_then(|line| line.strip_suffix(':'))
+            && !name.starts_with(' ')
+        {
+            function = name;
+        } else if let Some(mb) = line.trim().strip_prefix("memorySize: ") {
+            memory.insert(function.to_owned(), mb.trim().parse::<f64>()? / 1024.0);
+        }
+    }
+    ensure!(memory.len() == 6, "serverless.yml says the memory of {} functions", memory.len());
+    Ok(memory)
+}
+
+/// Makes `docs/cost.md`.
+///
+/// # Errors
+///
+/// When one of the files is not what it should be.
+pub fn page() -> anyhow::Result<String> {
+    let model = Model::load()?;
+    let mut page = String::new();
+    let out = &mut page;
+    writeln!(
+        out,
+        "# What it costs\n\n\
+         Computed by `cargo run -p cost` from the calls that `local` counts (`cost/calls.toml`) and AWS's list prices\n\
+         (`cost/prices.toml`); a test keeps this page equal to what the program prints. US dollars, region us-east-1, no free\n\
+         tier, no taxes. Nothing was measured on a bill.\n"
+    )?;
+    writeln!(
+        out,
+        "Assumed where AWS alone could tell: the upstream takes {} ms and the way there and back {} ms; another function runs\n\
+         for {} ms; a download is taken at {} MB/s and does not compress; the line written about a request has {} bytes.\n",
+        ASSUMED.upstream_ms,
+        ASSUMED.way_ms,
+        ASSUMED.function_ms,
+        ASSUMED.download_rate / 1e6,
+        ASSUMED.log_bytes
+    )?;
+    writeln!(out, "## In one table\n")?;
+    writeln!(out, "| front | a million small requests | a GB downloaded |\n|---|---:|---:|")?;
+    for front in Front::ALL {
+        let million = model.usd(&model.small_request(front)) * 1e6;
+        let gb = model.usd(&model.download_gb(front));
+        writeln!(out, "| `{}` | ${million:.2} | ${gb:.3} |", front.name())?;
+    }
+    writeln!(
+        out,
+        "\nAn agent that is connected for a month and serves nobody: **${:.2}**, nearly all of it heartbeats (one in {} s and its\n\
+         answer). `TUNNEL_HEARTBEAT_MS` of `connect` makes them rarer; a dead link is then noticed later.\n",
+        model.usd(&model.idle_agent()),
+        limits::HEARTBEAT_INTERVAL.as_secs()
+    )?;
+    writeln!(
+        out,
+        "Every month, with no agent and no request: **${:.2}** (the key of the task tokens in Secrets Manager, and a sweep\n\
+         every {} minutes), with a front of your own domain ${:.2} (its secret). Watching costs more at list price:\n\
+         the dashboard ${:.2}, {} metrics while they have data ${:.2}, each alarm ${:.2}; CloudWatch's free tier covers three dashboards,\n\
+         ten metrics and ten alarms. Tracing (`tracing`, X-Ray) adds up to ${:.2} for a million requests, since it records the first\n\
+         request of each second and one in twenty of the others.\n",
+        model.usd(&model.standing(Front::None)),
+        limits::SWEEP_INTERVAL.as_secs() / 60,
+        model.usd(&model.standing(Front::CloudFront)),
+        model.unit_price("dashboard_month"),
+        metrics(),
+        metrics() as f64 * model.unit_price("metric_month"),
+        model.unit_price("alarm_month"),
+        model.unit_price("trace") * 1e6
+    )?;
+    for front in Front::ALL {
+        let title = format!("A million small requests, front `{}`", front.name());
+        breakdown(out, &model, &title, &model.small_request(front), 1e6)?;
+    }
+    breakdown(out, &model, "A GB downloaded, front `none`", &model.download_gb(Front::None), 1.0)?;
+    breakdown(out, &model, "An idle agent, for a month", &model.idle_agent(), 1.0)?;
+
+    writeln!(
+        out,
+        "## The two scenarios of the specification\n\n\
+         A month, answers of 20 KB, agents connected all the time, at list price without watching.\n"
+    )?;
+    writeln!(out, "| | estimated there | `none` | `cloudfront` | `httpapi` |\n|---|---:|---:|---:|---:|")?;
+    for (name, estimate, agents, requests) in [
+        ("development: one tunnel, 1,000 requests a day", "$1 to 8", 1.0, 1000.0 * MONTH_DAYS),
+        (
+            "10 tunnels with 1,000 requests a day each, an agent each",
+            "$75 to 150",
+            10.0,
+            10_000.0 * MONTH_DAYS,
+        ),
+    ] {
+        write!(out, "| {name} | {estimate} |")?;
+        for front in Front::ALL {
+            write!(out, " ${:.2} |", model.scenario(front, agents, requests, 20e3))?;
+        }
+        writeln!(out)?;
+    }
+    writeln!(
+        out,
+        "\nWith one agent for all ten tunnels the second is ${:.2} with `none`: an agent serves up to {} tunnels.\n",
+        model.scenario(Front::None, 1.0, 10_000.0 * MONTH_DAYS, 20e3),
+        limits::TUNNELS_PER_CONNECTION
+    )?;
+    writeln!(out, "## Prices\n\n| | price | for | source |\n|---|---:|---|---|")?;
+    for (name, price) in &model.prices {
+        let per = if price.per == 1.0 { "1".to_owned() } else { format!("{:.0} M", price.per / 1e6) };
+        writeln!(out, "| {name} | ${} | {per} {} | {} |", price.usd, price.unit, price.source)?;
+    }
+    Ok(page)
+}
+
+fn breakdown(out: &mut String, model: &Model, title: &str, usage: &Usage, times: f64) -> anyhow::Result<()> {
+    writeln!(out, "## {title}\n\n| what | how much | cost |\n|---|---:|---:|")?;
+    for (name, quantity) in &usage.0 {
+        let unit = &model.prices[*name].unit;
+        let (quantity, usd) = (quantity * times, quantity * times * model.unit_price(name));
+        writeln!(out, "| {unit} | {} | ${usd:.3} |", readable(quantity))?;
+    }
+    writeln!(out, "| **together** | | **${:.2}** |\n", model.usd(usage) * times)?;
+    Ok(())
+}
+
+/// Thousands and millions for people.
+fn readable(quantity: f64) -> String {
+    match quantity {
+        large if large >= 1e6 => format!("{:.2} M", large / 1e6),
+        middle if middle >= 1e4 => format!("{:.1} k", middle / 1e3),
+        small if small >= 10.0 => format!("{small:.0}"),
+        tiny => format!("{tiny:.3}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_is_what_the_program_prints() {
+        let page = page().unwrap();
+        let kept = include_str!("../../docs/cost.md");
+        assert!(page == kept, "docs/cost.md is not up to date: cargo run -p cost > docs/cost.md");
+    }
+
+    #[test]
+    fn every_price_has_a_source_and_is_used() {
+        let model = Model::load().unwrap();
+        let mut used = Usage::default();
+        for front in Front::ALL {
+            for usage in [model.small_request(front), model.download_gb(front), model.standing(front)] {
+                used.add_all(&usage, 1.0);
+            }
+        }
+        used.add_all(&model.idle_agent(), 1.0);
+        for named in ["dashboard_month", "metric_month", "alarm_month", "trace"] {
+            used.add(named, 1.0);
+        }
+        for (name, price) in &model.prices {
+            assert!(used.0.contains_key(name.as_str()), "{name} is a price of nothing");
+            assert!(price.usd > 0.0 && price.per >= 1.0 && price.source.len() > 10, "{name}");
+        }
+        assert!(model.usd(&used).is_finite());
+    }
+
+    #[test]
+    fn the_estimates_of_the_specification_are_beaten() {
+        let model = Model::load().unwrap();
+        for front in Front::ALL {
+            assert!(model.scenario(front, 1.0, 30_000.0, 20e3) < 8.0);
+            assert!(model.scenario(front, 10.0, 300_000.0, 20e3) < 75.0);
+        }
+    }
+}

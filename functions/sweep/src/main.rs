@@ -1,0 +1,5 @@
+//! Lambda `sweep`. See the crate's documentation.
+
+fn main() -> std::process::ExitCode {
+    sweep::run()
+}

@@ -1,0 +1,148 @@
+'use strict';
+
+// The parameters of a deployment: enter what serverless.yml declares and the command line overrides, leave
+// checked values, or one sentence that says what to do.
+
+const fs = require('node:fs');
+const path = require('node:path');
+
+const RETENTION_DAYS = [
+  1, 3, 5, 7, 14, 30, 60, 90, 120, 150, 180, 365, 400, 545, 731, 1096, 1827, 2192, 2557, 2922, 3288, 3653,
+];
+
+const HOST = /^(?=.{1,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}[a-z0-9])?$/;
+
+function fail(name, problem) {
+  throw new Error(`parameter ${name}: ${problem}`);
+}
+
+/** One of the values, or an error that names them. */
+function oneOf(name, value, values) {
+  return values.includes(value) ? value : fail(name, `'${value}' is none of ${values.join(', ')}`);
+}
+
+function flag(name, value) {
+  return oneOf(name, String(value), ['true', 'false']) === 'true';
+}
+
+/** A whole number within its range; `empty` stands for no value. */
+function number(name, value, least, most) {
+  const text = String(value);
+  if (!/^[0-9]{1,9}$/.test(text) || Number(text) < least || Number(text) > most) {
+    fail(name, `'${text}' is not a whole number from ${least} to ${most}`);
+  }
+  return Number(text);
+}
+
+function host(name, value) {
+  if (!HOST.test(value)) fail(name, `'${value}' is not a host name in lower case`);
+}
+
+/** A certificate of ACM in the region where its service looks for it. */
+function certificate(name, value, region, reason) {
+  const arn = /^arn:[a-z-]+:acm:([a-z0-9-]+):[0-9]{12}:certificate\/.+$/.exec(value);
+  if (!arn) fail(name, value ? `'${value}' is not the ARN of an ACM certificate` : `is needed: ${reason}`);
+  if (arn[1] !== region) fail(name, `the certificate is in ${arn[1]} and has to be in ${region}: ${reason}`);
+}
+
+function settings(parameters, { stage, region, root, fronts }) {
+  const { domain, hostedZoneId, agentsDomain, jwks, jwksUrl } = parameters;
+  if (!/^[a-z][a-z0-9-]{0,19}$/.test(stage)) {
+    throw new Error(`stage '${stage}' is not up to 20 lower-case letters, digits and hyphens`);
+  }
+
+  const front = parameters.front || (domain ? 'cloudfront' : 'none');
+  oneOf('front', front, fronts);
+  if (front === 'none') {
+    if (domain) fail('front', 'none serves no domain; leave domain out, or choose another front');
+  } else {
+    if (!domain) fail('domain', `is needed for the front ${front}`);
+    host('domain', domain);
+    const [where, reason] =
+      front === 'cloudfront'
+        ? ['us-east-1', 'CloudFront takes certificates from there only']
+        : [region, 'API Gateway takes certificates from its own region'];
+    certificate('certificateArn', parameters.certificateArn, where, reason);
+  }
+  const edge = parameters.wwwAuthenticateArn;
+  if (edge && !/^arn:[a-z-]+:lambda:us-east-1:[0-9]{12}:function:[^:]+:[0-9]+$/.test(edge)) {
+    fail('wwwAuthenticateArn', 'is not the ARN of a version of a function in us-east-1');
+  }
+  if (edge && front !== 'cloudfront') fail('wwwAuthenticateArn', `has no place in the front ${front}`);
+
+  if (agentsDomain) {
+    host('agentsDomain', agentsDomain);
+    const reason = 'API Gateway takes certificates from its own region';
+    certificate('agentsCertificateArn', parameters.agentsCertificateArn, region, reason);
+  }
+  if (hostedZoneId && !/^Z[A-Z0-9]{1,31}$/.test(hostedZoneId)) {
+    fail('hostedZoneId', `'${hostedZoneId}' is not the id of a Route 53 zone`);
+  }
+  const topic = parameters.alarmTopicArn;
+  if (topic && !/^arn:[a-z-]+:sns:[a-z0-9-]+:[0-9]{12}:[A-Za-z0-9_-]+$/.test(topic)) {
+    fail('alarmTopicArn', `'${topic}' is not the ARN of an SNS topic`);
+  }
+
+  if (jwksUrl) {
+    if (!jwksUrl.startsWith('https://')) fail('jwksUrl', 'is not an https address');
+  } else {
+    publicKeys(path.resolve(root, jwks));
+  }
+  oneOf('tableEncryption', parameters.tableEncryption, ['aws-owned', 'aws-managed']);
+  oneOf('build', parameters.build, ['cargo-lambda', 'none']);
+  const retention = number('logRetentionDays', parameters.logRetentionDays, 1, 3653);
+  return {
+    front,
+    agentsCertificateArn: agentsDomain ? parameters.agentsCertificateArn : { Ref: 'AWS::NoValue' },
+    architecture: oneOf('architecture', parameters.architecture, ['arm64', 'x86_64']),
+    build: parameters.build,
+    // The file goes into the zip of `authorizer`; an empty variable counts as absent.
+    jwks: jwksUrl ? '' : jwks,
+    jwksFile: jwksUrl ? '' : 'jwks.json',
+    jwksUrl,
+    keyGeneration: number('keyGeneration', parameters.keyGeneration, 0, 999_999_999),
+    logRetentionDays: oneOf('logRetentionDays', retention, RETENTION_DAYS),
+    tracing: flag('tracing', parameters.tracing),
+    pointInTimeRecovery: flag('pointInTimeRecovery', parameters.pointInTimeRecovery),
+    reservedConcurrency:
+      parameters.reservedConcurrency === ''
+        ? null
+        : number('reservedConcurrency', parameters.reservedConcurrency, 1, 100_000),
+  };
+}
+
+/** Reads a JWK set, and refuses one that holds a secret. */
+function publicKeys(file) {
+  let text;
+  try {
+    text = fs.readFileSync(file, 'utf8');
+  } catch (error) {
+    if (error.code !== 'ENOENT') throw error;
+    fail('jwks', `there is no ${file}; \`agentd keys new\` makes one, and a signing key beside it`);
+  }
+  let set;
+  try {
+    set = JSON.parse(text);
+  } catch {
+    fail('jwks', `${file} is not JSON`);
+  }
+  if (!Array.isArray(set.keys) || set.keys.length === 0) fail('jwks', `${file} is not a JWK set with keys`);
+  if (set.keys.some((key) => 'd' in key || 'k' in key)) fail('jwks', `${file} holds a private key; keep it`);
+  return text;
+}
+
+module.exports = async ({ options, resolveVariable, resolveConfigurationProperty }) => {
+  const declared = await resolveConfigurationProperty(['params', 'default']);
+  const parameters = {};
+  for (const name of Object.keys(declared)) parameters[name] = await resolveVariable(`param:${name}`);
+  const root = path.dirname(__dirname);
+  const files = fs.readdirSync(path.join(__dirname, 'fronts'));
+  return settings(parameters, {
+    stage: await resolveVariable('sls:stage'),
+    region: options.region || parameters.region,
+    root,
+    fronts: files.filter((file) => file.endsWith('.yml')).map((file) => path.basename(file, '.yml')).sort(),
+  });
+};
+module.exports.settings = settings;
+module.exports.publicKeys = publicKeys;

@@ -1,0 +1,128 @@
+//! What whoever runs the edge sees of it: metrics, one request id everywhere, a pool of mailboxes that
+//! is looked after.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use tests::{Local, client::Request, eventually, noise, upstream::Upstream};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::Semaphore,
+    time::timeout,
+};
+
+/// Opens the agents' address with a token, and returns the status line.
+async fn knock(local: &Local, token: &str) -> String {
+    let address = local.agents.strip_prefix("ws://").unwrap();
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!(
+        "GET / HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nAuthorization: Bearer {token}\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = vec![0; 1024];
+    let read = timeout(tests::PATIENCE, stream.read(&mut answer)).await.unwrap().unwrap();
+    String::from_utf8_lossy(&answer[..read]).lines().next().unwrap_or_default().to_owned()
+}
+
+#[tokio::test]
+async fn metrics_say_how_requests_ended_and_one_id_is_found_everywhere() {
+    let upstream = Upstream::echo().await;
+    // The clock makes `sweep` run, which counts the agents.
+    let local = Local::start(&["--chaos", "clock=100"]);
+    let agent = local.agent("web", &upstream.address());
+    let answered = Request::to("web", "GET", "/").send(local.public).await;
+    assert_eq!(answered.status, 200);
+    assert_eq!(Request::to("nobody", "GET", "/").send(local.public).await.status, 404);
+    assert!(knock(&local, "not.a.token").await.contains("403"));
+    eventually("everything that happened is in the metrics", async || {
+        let metrics = local.metrics().await;
+        let sum = |name: &str| metrics.get(name).map_or(0.0, |series| series.sum);
+        sum("Requests Outcome=answered") == 1.0
+            && sum("Requests Outcome=no_such_tunnel") == 1.0
+            && sum("TokensRefused") == 1.0
+            && metrics.get("AgentsConnected").is_some_and(|series| series.last == 1.0)
+            && metrics.contains_key("MailboxesFree")
+    })
+    .await;
+    let metrics = local.metrics().await;
+    assert_eq!(metrics["Latency"].count, 1, "only what was answered has one");
+    assert!(metrics["Latency"].sum > 0.0 && metrics["Latency"].sum < 60_000.0);
+    // `authorizer`, `connect`, `response`, `ingress` and `sweep` at least.
+    assert!(metrics["ColdStarts"].sum >= 5.0, "{metrics:?}");
+    assert!(!metrics.contains_key("RunFailures") && !metrics.contains_key("Throttles"), "{metrics:?}");
+
+    let id = answered.field("x-tunnel-request-id").unwrap();
+    agent.process().wait_for_line(|line| line.contains(&id));
+    let run = local.own(&format!("traces/{id}")).await;
+    assert!(run.contains("AwaitReply"), "the run goes by the request's id: {run}");
+    assert_eq!(upstream.recorded()[0].all("x-tunnel-request-id"), [id]);
+}
+
+#[tokio::test]
+async fn a_request_that_the_agent_breaks_off_is_counted_as_broken() {
+    let upstream = Upstream::start(|_, mut conn| async move {
+        conn.write("HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n").await;
+        conn.write(noise(1, 500_000)).await;
+        None
+    })
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    let answer = Request::to("web", "GET", "/").send(local.public).await;
+    assert!(answer.status == 200 && !answer.complete, "{}", answer.status);
+    eventually("it is counted", async || local.metrics().await.contains_key("Requests Outcome=broken")).await;
+}
+
+#[tokio::test]
+async fn surplus_mailboxes_are_deleted_and_no_request_notices() {
+    const BURST: usize = 10;
+    const KEPT: &str = "2";
+    let gate = Arc::new(Semaphore::new(0));
+    let arrived = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let upstream = Upstream::start({
+        let (gate, arrived) = (Arc::clone(&gate), Arc::clone(&arrived));
+        move |recorded, mut conn| {
+            let (gate, arrived) = (Arc::clone(&gate), Arc::clone(&arrived));
+            async move {
+                if recorded.target() == "/burst" {
+                    arrived.fetch_add(1, Ordering::SeqCst);
+                    gate.acquire().await.unwrap().forget();
+                }
+                conn.answer("200 OK", "", b"done").await.then_some(conn)
+            }
+        }
+    })
+    .await;
+    // A sweep each half second, leases of four, and surplus after six.
+    let local = Local::start(&["--chaos", "clock=600", "--mailboxes", KEPT]);
+    let _agent = local.agent("web", &upstream.address());
+    let mut burst = tokio::task::JoinSet::new();
+    for _ in 0..BURST {
+        let public = local.public;
+        burst.spawn(async move { Request::to("web", "GET", "/burst").send(public).await.status });
+    }
+    eventually("all of the burst is under way", async || arrived.load(Ordering::SeqCst) == BURST).await;
+    gate.add_permits(BURST);
+    while let Some(status) = burst.join_next().await {
+        assert_eq!(status.unwrap(), 200);
+    }
+    let count = async |call: &str| local.counters().await.get(call).copied().unwrap_or(0);
+    assert!(count("sqs:CreateQueue").await >= BURST as u64 - 2, "each process has a mailbox of its own");
+    // Whoever serves meanwhile keeps its mailbox, or gets another one.
+    eventually("the surplus is gone", async || {
+        assert_eq!(Request::to("web", "GET", "/").send(local.public).await.status, 200);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let (made, deleted) = (count("sqs:CreateQueue").await, count("sqs:DeleteQueue").await);
+        deleted >= BURST as u64 / 2 && made + 2 <= deleted + 5
+    })
+    .await;
+    let metrics = local.metrics().await;
+    assert!(metrics["MailboxesFree"].max >= BURST as f64 / 2.0, "{metrics:?}");
+    assert!(metrics["MailboxesFree"].last >= 1.0, "{metrics:?}");
+}
