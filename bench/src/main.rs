@@ -9,9 +9,12 @@ mod agent;
 mod callgrind;
 mod client;
 mod compression;
+mod designs;
 mod edge;
 mod figures;
+mod hops;
 mod measure;
+mod scale;
 mod upstream;
 mod usage;
 
@@ -40,13 +43,16 @@ struct Options {
     /// Less of everything, one round: two minutes
     #[arg(long)]
     quick: bool,
-    /// Measure only that: latency, load, events, first-byte, download, upload, memory, start, agent,
-    /// compression
+    /// Measure only that: latency, load, events, first-byte, download, upload, memory, start, agent, aws,
+    /// scale, hops, compression
     #[arg(long, value_name = "PART", value_delimiter = ',')]
     only: Vec<String>,
     /// Write the figures here as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Draw where the time of one request goes into this SVG file
+    #[arg(long, value_name = "FILE")]
+    picture: Option<PathBuf>,
     /// The `agentd` to measure alone, instead of the one of this build
     #[arg(long, value_name = "FILE")]
     agentd: Option<PathBuf>,
@@ -108,7 +114,8 @@ async fn run(options: &Options) -> anyhow::Result<()> {
     }
     let plan = if options.quick { Plan::quick() } else { Plan::full(options.rounds) };
     let mut report = Report::new(plan.rounds);
-    measure::run(&plan, &options.only, options.agentd.as_deref(), &mut report).await?;
+    measure::run(&plan, &options.only, options.agentd.as_deref(), options.picture.as_deref(), &mut report)
+        .await?;
     print!("{}", report.table());
     if let Some(path) = &options.json {
         let json = serde_json::to_vec_pretty(&report.json())?;

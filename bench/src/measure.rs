@@ -16,8 +16,9 @@ use tokio::task::LocalSet;
 use crate::{
     agent,
     client::{Client, Target},
-    compression,
+    compression, designs,
     figures::{Goal, Report, Unit},
+    hops, scale,
     upstream::{self, Upstream},
     usage::{self, Cpu},
 };
@@ -40,6 +41,9 @@ pub(crate) struct Plan {
     downloads: &'static [(usize, usize)],
     uploads: &'static [(usize, usize)],
     agent: agent::Plan,
+    /// Requests under the latencies of AWS, for each design.
+    aws: usize,
+    scale: scale::Plan,
 }
 
 impl Plan {
@@ -53,6 +57,8 @@ impl Plan {
             downloads: &[(MIB, 10), (10 * MIB, 4), (100 * MIB, 1)],
             uploads: &[(MIB, 8), (4 * MIB, 5)],
             agent: agent::Plan { load: Duration::from_secs(3), requests: 2000 },
+            aws: 100,
+            scale: scale::Plan { agents: &[1, 10, 50, 100, 200, 500], in_flight: &[1, 10, 100, 300, 1000] },
         }
     }
 
@@ -66,6 +72,8 @@ impl Plan {
             downloads: &[(MIB, 5), (10 * MIB, 2)],
             uploads: &[(MIB, 4), (4 * MIB, 3)],
             agent: agent::Plan { load: Duration::from_secs(2), requests: 1000 },
+            aws: 40,
+            scale: scale::Plan { agents: &[1, 10, 50], in_flight: &[1, 10, 100] },
         }
     }
 }
@@ -102,7 +110,7 @@ impl Stage {
 const PATH: [&str; 7] = ["latency", "load", "events", "first-byte", "download", "upload", "memory"];
 
 /// Every part.
-const PARTS: [&str; 10] = [
+const PARTS: [&str; 13] = [
     "latency",
     "load",
     "events",
@@ -112,6 +120,9 @@ const PARTS: [&str; 10] = [
     "memory",
     "start",
     "agent",
+    "aws",
+    "scale",
+    "hops",
     "compression",
 ];
 
@@ -120,6 +131,7 @@ pub(crate) async fn run(
     plan: &Plan,
     only: &[String],
     agentd: Option<&Path>,
+    picture: Option<&Path>,
     report: &mut Report,
 ) -> anyhow::Result<()> {
     if let Some(unknown) = only.iter().find(|only| !PARTS.contains(&only.as_str())) {
@@ -130,12 +142,24 @@ pub(crate) async fn run(
     if PATH.into_iter().any(wanted) {
         path(plan, &wanted, &upstream, report).await?;
     }
+    let program = agentd.map_or_else(|| tests::process::binary("agentd"), Path::to_owned);
     if wanted("agent") {
-        let program = agentd.map_or_else(|| tests::process::binary("agentd"), Path::to_owned);
         for round in 1..=plan.rounds {
             eprintln!("agent: round {round} of {}", plan.rounds);
             agent::measure(&program, &upstream, &plan.agent, report).await?;
         }
+    }
+    if wanted("aws") {
+        for round in 1..=plan.rounds {
+            eprintln!("aws: round {round} of {}", plan.rounds);
+            designs::measure(&program, &upstream, plan.aws, report).await?;
+        }
+    }
+    if wanted("scale") {
+        scale::measure(&upstream, &plan.scale, report).await?;
+    }
+    if wanted("hops") {
+        hops::measure(&upstream, picture, report).await?;
     }
     for _ in 0..plan.rounds {
         if wanted("start") {
@@ -225,14 +249,19 @@ async fn path(
 
 /// How long each of `count` requests took, in milliseconds, one after the other.
 pub(crate) async fn delays(way: &Target, count: usize) -> anyhow::Result<Vec<f64>> {
+    delays_of(way, "/hello", count).await
+}
+
+/// The same for any target that answers as `/hello` does.
+pub(crate) async fn delays_of(way: &Target, target: &str, count: usize) -> anyhow::Result<Vec<f64>> {
     let mut client = Client::connect(way).await?;
     for _ in 0..count / 10 {
-        client.call("/hello", None).await?;
+        client.call(target, None).await?;
     }
     let mut delays = Vec::with_capacity(count);
     for _ in 0..count {
         let begun = Instant::now();
-        let body = client.call("/hello", None).await?;
+        let body = client.call(target, None).await?;
         delays.push(millis(begun.elapsed()));
         anyhow::ensure!(body == upstream::HELLO, "a wrong answer");
     }

@@ -1,4 +1,4 @@
-//! The upstream, in a process of its own: `/hello`, `/echo`, `/events`, `/hold`, `/trickle`, `/body/BYTES`,
+//! The upstream, in a process of its own: `/hello`, `/stamp`, `/wait/MS`, `/echo`, `/events`, `/hold`, `/trickle`, `/body/BYTES`,
 //! `/sink`.
 
 use std::{
@@ -135,6 +135,11 @@ async fn answer(request: Request<Incoming>, pattern: Bytes) -> anyhow::Result<Re
     Ok(match path.as_str() {
         "/hello" => whole(Bytes::from_static(HELLO.as_bytes())),
         "/echo" => whole(request.into_body().collect().await?.to_bytes()),
+        path if path.starts_with("/wait/") => {
+            time::sleep(Duration::from_millis(path["/wait/".len()..].parse()?)).await;
+            whole(Bytes::from_static(HELLO.as_bytes()))
+        }
+        "/stamp" => whole(now_ns().to_string().into()),
         "/sink" => {
             let mut body = request.into_body();
             let mut length = 0;

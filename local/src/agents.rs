@@ -47,6 +47,7 @@ use crate::{
     clock::Clock,
     connections::{Connections, Handle, Identity, Outgoing},
     lambda::{InvokeError, Lambda},
+    latency::{Hop, Latency},
 };
 
 /// How many messages of one connection are in invocations at the same time; the next one is not read
@@ -70,6 +71,8 @@ const LINGER_BYTES: u64 = 16 * 1024 * 1024;
 /// The agents' API.
 #[derive(Debug)]
 pub struct AgentApi {
+    /// How long hops take.
+    pub latency: Latency,
     /// Where the functions run.
     pub lambda: Lambda,
     /// Where open connections are entered.
@@ -407,6 +410,7 @@ impl Reader<'_> {
                     let work = Work {
                         context: self.session.context.clone(),
                         lambda: api.lambda.clone(),
+                        latency: api.latency.clone(),
                         handle: Arc::downgrade(&self.handle),
                         answers: self.answers.clone(),
                     };
@@ -450,6 +454,7 @@ fn end_of(error: &tungstenite::Error) -> End {
 struct Work {
     context: Arc<Context>,
     lambda: Lambda,
+    latency: Latency,
     handle: std::sync::Weak<Handle>,
     answers: mpsc::Sender<Bytes>,
 }
@@ -460,6 +465,8 @@ impl Work {
         let request = event::random_name();
         let event = self.context.message(route, &request, &message);
         drop(message);
+        self.latency.hop(Hop::Link).await;
+        self.latency.hop(Hop::Invoke).await;
         let answer = match self.lambda.invoke(route.function(), event).await {
             Ok(answer) if route.is_two_way() => match event::read_answer(&answer) {
                 RouteAnswer::Done(body) => body.map(Bytes::from),
