@@ -180,6 +180,9 @@ impl Line {
                     heartbeat_ms: 25_000,
                     lifetime_ms: 7_200_000,
                     codecs: Codecs::all(),
+                    owner: None,
+                    may_open: Vec::new(),
+                    identity_ms: None,
                 })
             }
             AgentMessage::Heartbeat(Heartbeat { seq }) => EdgeMessage::Heartbeat(Heartbeat { seq }),
