@@ -40,6 +40,11 @@ pub struct Options {
     /// kill_function, lose, delay
     #[arg(long, value_name = "FAULTS", default_value = "")]
     pub chaos: ChaosConfig,
+    /// How much one owner and one tunnel may use, as key=number,…: owner_connections, owner_tunnels,
+    /// owner_requests, owner_rate, tunnel_connections, tunnel_requests, tunnel_rate (requests: in flight;
+    /// rate: a minute)
+    #[arg(long, value_name = "LIMITS", default_value = "", value_parser = limits)]
+    pub limits: String,
     /// How many free mailboxes are kept ready
     #[arg(long, value_name = "COUNT", default_value_t = limits::MAILBOXES_KEPT)]
     pub mailboxes: usize,
@@ -123,14 +128,23 @@ pub enum Function {
     Ingress,
     /// Takes an agent's message.
     Response,
+    /// Ends an identity.
+    Revoke,
     /// Looks after the mailboxes.
     Sweep,
 }
 
 impl Function {
     /// Every function.
-    pub const ALL: [Self; 6] =
-        [Self::Authorizer, Self::Connect, Self::Disconnect, Self::Ingress, Self::Response, Self::Sweep];
+    pub const ALL: [Self; 7] = [
+        Self::Authorizer,
+        Self::Connect,
+        Self::Disconnect,
+        Self::Ingress,
+        Self::Response,
+        Self::Revoke,
+        Self::Sweep,
+    ];
 
     /// The function's name.
     #[must_use]
@@ -141,6 +155,7 @@ impl Function {
             Self::Disconnect => "disconnect",
             Self::Ingress => "ingress",
             Self::Response => "response",
+            Self::Revoke => "revoke",
             Self::Sweep => "sweep",
         }
     }
@@ -169,6 +184,12 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Call, clap
         Some(Hidden::Function { name }) => Call::Function(name),
         Some(Hidden::Agent { arguments }) => Call::Agent(arguments),
     })
+}
+
+/// Limits that the functions will take.
+fn limits(text: &str) -> Result<String, String> {
+    let checked = text.parse::<edge::limit::Limits>();
+    checked.map(|_| text.to_owned()).map_err(|problem| format!("the list {problem}"))
 }
 
 /// An address of this machine alone, or a port of it.
@@ -241,6 +262,7 @@ mod tests {
             ("local --chaos wind=1", "unknown key"),
             ("local --chaos gone=2", "probability"),
             ("local --latency moon", "moon"),
+            ("local --limits tunnel_requests=0", "out of range"),
         ] {
             let error = parse(line).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");

@@ -12,7 +12,7 @@ mod runtime_api;
 use std::{
     collections::BTreeMap,
     fmt, io,
-    sync::{Arc, OnceLock, Weak},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, Weak},
     time::Duration,
 };
 
@@ -239,6 +239,34 @@ impl StreamingCall {
 #[derive(Clone)]
 pub struct Lambda {
     pools: Arc<BTreeMap<&'static str, Arc<Pool>>>,
+    functions: Arc<Functions>,
+}
+
+/// The functions as they are configured, to be asked and changed while they run.
+struct Functions {
+    configs: Mutex<BTreeMap<&'static str, FunctionConfig>>,
+    common: LambdaConfig,
+}
+
+/// A [`Lambda`] that does not keep it.
+#[derive(Clone)]
+pub struct WeakLambda {
+    pools: Weak<BTreeMap<&'static str, Arc<Pool>>>,
+    functions: Weak<Functions>,
+}
+
+impl fmt::Debug for WeakLambda {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WeakLambda").finish_non_exhaustive()
+    }
+}
+
+impl WeakLambda {
+    /// The functions, while somebody keeps them.
+    #[must_use]
+    pub fn upgrade(&self) -> Option<Lambda> {
+        Some(Lambda { pools: self.pools.upgrade()?, functions: self.functions.upgrade()? })
+    }
 }
 
 impl fmt::Debug for Lambda {
@@ -263,6 +291,8 @@ impl Lambda {
             config.register.printed.clone(),
             tokio::runtime::Handle::current(),
         )?);
+        let configs = functions.iter().map(|function| (function.name, function.clone())).collect();
+        let common = config.clone();
         let pools = functions
             .into_iter()
             .map(|function| {
@@ -278,9 +308,45 @@ impl Lambda {
                 (name, pool)
             })
             .collect();
-        let lambda = Self { pools: Arc::new(pools) };
+        let functions = Arc::new(Functions { configs: Mutex::new(configs), common });
+        let lambda = Self { pools: Arc::new(pools), functions };
         tokio::spawn(reap(Arc::downgrade(&lambda.pools)));
         Ok(lambda)
+    }
+
+    /// The same without keeping it.
+    #[must_use]
+    pub fn downgrade(&self) -> WeakLambda {
+        WeakLambda { pools: Arc::downgrade(&self.pools), functions: Arc::downgrade(&self.functions) }
+    }
+
+    /// The function's own environment variables; none where there is no such function.
+    #[must_use]
+    pub fn variables(&self, function: &str) -> Option<BTreeMap<String, String>> {
+        self.configs().get(function).map(|config| config.environment.clone())
+    }
+
+    fn configs(&self) -> MutexGuard<'_, BTreeMap<&'static str, FunctionConfig>> {
+        self.functions.configs.lock().expect("nothing panics under this lock")
+    }
+
+    /// Replaces the function's own environment variables: as after a deployment, what is being served is
+    /// finished by the processes there are, and whatever comes next is served by new ones.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such function.
+    pub fn reconfigure(
+        &self,
+        function: &str,
+        variables: BTreeMap<String, String>,
+    ) -> Result<(), InvokeError> {
+        let pool = self.pools.get(function).ok_or(InvokeError::NoSuchFunction)?;
+        let mut configs = self.configs();
+        let config = configs.get_mut(function).ok_or(InvokeError::NoSuchFunction)?;
+        config.environment = variables;
+        pool.reconfigure(environment(config, &self.functions.common));
+        Ok(())
     }
 
     /// Starts processes ahead of need.

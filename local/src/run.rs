@@ -32,7 +32,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     agents::{self, AgentApi},
-    aws::{Aws, Options as AwsOptions},
+    aws::{Aws, Options as AwsOptions, policy::OPERATOR},
     chaos::Fault,
     cli::{Function, LatencyProfile, LogLevel, Options},
     demo::{self, Demo},
@@ -43,6 +43,10 @@ use crate::{
     sqs::QueueAttributes,
     states::definition::Definition,
 };
+
+/// The file with the access key of whoever runs this edge: with it, and any secret key, AWS's own clients
+/// do here what they do in an account (`aws lambda invoke --endpoint-url …`).
+const OPERATOR_FILE: &str = "operator";
 
 const CONNECTIONS_TABLE: &str = "connections";
 const MAILBOXES_TABLE: &str = "mailboxes";
@@ -118,6 +122,7 @@ pub fn function(function: Function) -> ExitCode {
         Function::Disconnect => disconnect::run(),
         Function::Ingress => ingress::run(),
         Function::Response => response::run(),
+        Function::Revoke => revoke::run(),
         Function::Sweep => sweep::run(),
     }
 }
@@ -220,11 +225,16 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         front_secret: &front_secret,
         public_url: &public_url,
         token_key: STANDARD.encode(lambda::random_bytes::<32>()),
+        limits: &options.limits,
         log_level: options.log_level,
         choices: choices(&Env::process())?,
         mailboxes: options.mailboxes,
     };
     let lambda = start_lambda(&settings)?;
+    aws.serve_functions(&lambda);
+    let operator = format!("LOCAL{}", lambda::random_hex::<16>().to_ascii_uppercase());
+    aws.callers().register(&operator, OPERATOR, "operator");
+    identity::write_private(&folder.path().join(OPERATOR_FILE), operator.as_bytes())?;
     tokio::spawn(seed_mailboxes(aws.clone(), lambda.clone(), options.mailboxes));
     tokio::spawn(sweep_mailboxes(aws.clock().scale(limits::SWEEP_INTERVAL), lambda.clone()));
     for function in [Function::Authorizer, Function::Connect, Function::Response] {
@@ -370,6 +380,7 @@ struct Settings<'a> {
     front_secret: &'a str,
     public_url: &'a str,
     token_key: String,
+    limits: &'a str,
     log_level: LogLevel,
     mailboxes: usize,
     choices: Vec<(&'static str, String)>,
@@ -399,12 +410,16 @@ impl Settings<'_> {
             ]
         };
         let token_keys = || (env::TOKEN_KEYS, self.token_key.clone());
+        let agent_endpoint = || (env::AGENT_ENDPOINT, self.aws.connections_endpoint());
+        let limits = || (env::LIMITS, self.limits.to_owned());
         let (timeout_secs, mut variables) = match function {
             Function::Authorizer => (5, vec![(ENV_JWKS, self.identity.jwks.clone())]),
             Function::Connect => (
                 10,
                 vec![
                     connections(),
+                    agent_endpoint(),
+                    limits(),
                     (env::PUBLIC_URL, self.public_url.to_owned()),
                     (env::CONNECTION_LIFETIME_SECS, seconds(limits::CONNECTION_LIFETIME)),
                     (
@@ -420,7 +435,9 @@ impl Settings<'_> {
                     vec![
                         token_keys(),
                         (env::STATE_MACHINE_ARN, self.machine.to_owned()),
-                        (env::AGENT_ENDPOINT, self.aws.connections_endpoint()),
+                        agent_endpoint(),
+                        connections(),
+                        limits(),
                         (env::DOMAIN, DOMAIN.to_owned()),
                         (env::FRONT_SECRET, self.front_secret.to_owned()),
                         (env::FRONT_ONLY, "true".to_owned()),
@@ -430,7 +447,10 @@ impl Settings<'_> {
                 ]
                 .concat(),
             ),
-            Function::Response => (10, vec![token_keys(), (env::MAILBOX_URL_PREFIX, mailbox_prefix.clone())]),
+            Function::Response => {
+                (10, vec![token_keys(), (env::MAILBOX_URL_PREFIX, mailbox_prefix.clone()), agent_endpoint()])
+            }
+            Function::Revoke => (60, vec![connections(), agent_endpoint()]),
             Function::Sweep => (
                 120,
                 [

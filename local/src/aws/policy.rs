@@ -26,8 +26,10 @@ pub enum Action<'a> {
     DynamoDb(&'a str, Table),
     /// An action of Step Functions.
     States(&'a str),
-    /// Anything under `@connections`.
-    ManageConnections,
+    /// A method under `@connections`.
+    ManageConnections(&'a str),
+    /// An action of Lambda.
+    Lambda(&'a str),
 }
 
 impl fmt::Display for Action<'_> {
@@ -42,7 +44,10 @@ impl fmt::Display for Action<'_> {
             }
             Self::DynamoDb(operation, Table::Other) => write!(f, "dynamodb:{operation}"),
             Self::States(action) => write!(f, "states:{action}"),
-            Self::ManageConnections => write!(f, "execute-api:ManageConnections"),
+            Self::ManageConnections(method) => {
+                write!(f, "execute-api:ManageConnections on resource: {method}/@connections")
+            }
+            Self::Lambda(action) => write!(f, "lambda:{action}"),
         }
     }
 }
@@ -77,14 +82,28 @@ pub fn allows(function: &str, action: Action<'_>) -> bool {
                 matches!(action, "ReceiveMessage" | "DeleteMessage" | "DeleteMessageBatch" | "CreateQueue")
             }
             Action::DynamoDb(operation, table) => {
-                table == Table::Mailboxes && matches!(operation, "Query" | "UpdateItem" | "PutItem")
+                match table {
+                    Table::Mailboxes => matches!(operation, "Query" | "UpdateItem" | "PutItem"),
+                    // Where requests are limited; on AWS, writes to rows of counters only.
+                    Table::Connections => matches!(operation, "GetItem" | "UpdateItem"),
+                    Table::Other => false,
+                }
             }
-            Action::ManageConnections => true,
+            Action::ManageConnections(method) => matches!(method, "GET" | "POST"),
+            Action::Lambda(_) => false,
         },
-        "response" => matches!(action, Action::Sqs("SendMessage")),
+        "response" => matches!(action, Action::Sqs("SendMessage") | Action::ManageConnections("DELETE")),
         "connect" => matches!(
             action,
-            Action::DynamoDb("GetItem" | "PutItem" | "UpdateItem" | "DeleteItem", Table::Connections)
+            Action::DynamoDb(
+                "GetItem" | "Query" | "PutItem" | "UpdateItem" | "DeleteItem",
+                Table::Connections
+            ) | Action::ManageConnections("DELETE")
+        ),
+        "revoke" => matches!(
+            action,
+            Action::DynamoDb("GetItem" | "Query" | "PutItem" | "DeleteItem", Table::Connections)
+                | Action::ManageConnections("DELETE")
         ),
         "disconnect" => matches!(
             action,
@@ -98,7 +117,9 @@ pub fn allows(function: &str, action: Action<'_>) -> bool {
             }
             Action::DynamoDb("Query" | "PutItem" | "UpdateItem" | "DeleteItem", Table::Mailboxes)
             | Action::DynamoDb("Scan", Table::Connections) => true,
-            Action::DynamoDb(..) | Action::States(_) | Action::ManageConnections => false,
+            Action::DynamoDb(..) | Action::States(_) | Action::ManageConnections(_) | Action::Lambda(_) => {
+                false
+            }
         },
         _ => false,
     }
@@ -115,12 +136,20 @@ mod tests {
         assert!(!allows("ingress", Action::DynamoDb("Query", Table::Connections)));
         assert!(!allows("ingress", Action::Sqs("SendMessage")));
         assert!(allows("response", Action::Sqs("SendMessage")));
-        assert!(!allows("response", Action::ManageConnections));
+        assert!(!allows("response", Action::DynamoDb("GetItem", Table::Connections)));
+        assert!(!allows("response", Action::ManageConnections("POST")));
+        assert!(!allows("ingress", Action::ManageConnections("DELETE")));
+        assert!(allows("revoke", Action::ManageConnections("DELETE")));
+        assert!(!allows("revoke", Action::Sqs("SendMessage")));
+        assert!(!allows("disconnect", Action::ManageConnections("DELETE")));
         assert!(!allows("connect", Action::DynamoDb("Scan", Table::Connections)));
         assert!(allows("disconnect", Action::Sqs("SendMessageBatch")));
-        for action in
-            [Action::ManageConnections, Action::Sqs("SendMessage"), Action::States("StartSyncExecution")]
-        {
+        for action in [
+            Action::ManageConnections("DELETE"),
+            Action::Sqs("SendMessage"),
+            Action::States("StartSyncExecution"),
+            Action::Lambda("InvokeFunction"),
+        ] {
             assert!(!allows("authorizer", action) && !allows("somebody", action) && allows(OPERATOR, action));
         }
     }

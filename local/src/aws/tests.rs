@@ -352,7 +352,10 @@ async fn connections_answer_the_sdk() {
     let now = i64::try_from(crate::clock::epoch_ms() / 1000).unwrap();
     assert!((now - info.connected_at().unwrap().secs()).abs() < 60);
 
-    link.delete_connection().connection_id(CONNECTION).send().await.unwrap();
+    let denied = link.delete_connection().connection_id(CONNECTION).send().await.unwrap_err();
+    assert_eq!(denied.into_service_error().code(), Some("AccessDeniedException"), "ingress closes nobody");
+    let closer = edge.link("KEYresponse");
+    closer.delete_connection().connection_id(CONNECTION).send().await.unwrap();
     let error = post(b"x".to_vec()).await.unwrap_err();
     assert!(error.as_service_error().unwrap().is_gone_exception(), "{error:?}");
     let error = link.get_connection().connection_id(CONNECTION).send().await.unwrap_err();
