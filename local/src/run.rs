@@ -34,11 +34,12 @@ use crate::{
     agents::{self, AgentApi},
     aws::{Aws, Options as AwsOptions, policy::OPERATOR},
     chaos::Fault,
-    cli::{Function, LatencyProfile, LogLevel, Options},
+    cli::{Function, LogLevel, Options},
     demo::{self, Demo},
     dynamodb::Table,
     identity::{self, Identity},
     lambda::{self, FunctionConfig, Lambda, LambdaConfig, Launcher, Register, process},
+    latency::Profile,
     public::{self, Arrivals, Front},
     sqs::QueueAttributes,
     stack::{Keys, stack},
@@ -80,10 +81,6 @@ const CONCURRENCY: usize = 1000;
 
 /// The shortest time that a fast clock leaves a response: `ingress` keeps some seconds of it for its end.
 const SHORTEST_RESPONSE: Duration = Duration::from_secs(10);
-
-/// What each call inside one AWS region costs with `--latency aws`: single-digit milliseconds for
-/// tables and queues (no figure is guaranteed by AWS).
-const AWS_HOP: Duration = Duration::from_millis(8);
 
 /// How late after its begin an invocation's process may be lost on purpose, in milliseconds.
 const KILL_WITHIN_MS: u64 = 64;
@@ -244,6 +241,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
 
     let stop_agents = CancellationToken::new();
     let api = AgentApi {
+        latency: aws.services().latency.clone(),
         lambda: lambda.clone(),
         connections: aws.services().connections.clone(),
         clock: aws.clock(),
@@ -256,6 +254,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let arrivals = Arrivals::default();
     let gone = aws.clone();
     let front = Front {
+        latency: aws.services().latency.clone(),
         lambda: lambda.clone(),
         secret: front_secret.clone(),
         client_gone: Arc::new(move |access_key| {
@@ -328,12 +327,9 @@ async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
 }
 
 async fn start_aws(options: &Options, folder: &Folder) -> anyhow::Result<Arc<Aws>> {
-    let mut chaos = options.chaos.clone();
-    if options.latency == LatencyProfile::Aws {
-        chaos.delay = chaos.delay.max(AWS_HOP);
-    }
     let aws = Aws::start(AwsOptions {
-        chaos,
+        chaos: options.chaos.clone(),
+        latency: Profile::find(&options.latency)?,
         connections_table: CONNECTIONS_TABLE.to_owned(),
         mailboxes_table: MAILBOXES_TABLE.to_owned(),
     });

@@ -106,6 +106,7 @@ impl Fixture {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let domain = listener.local_addr().unwrap().to_string();
         let api = Arc::new(AgentApi {
+            latency: Latency::default(),
             lambda,
             connections: Connections::default(),
             clock: Clock::new(clock),

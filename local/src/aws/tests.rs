@@ -68,6 +68,7 @@ impl Edge {
     /// An edge with one agent's connection, which serves the tunnel `web`, and one mailbox.
     async fn start() -> Self {
         let aws = Aws::start(Options {
+            latency: None,
             chaos: ChaosConfig::default(),
             connections_table: "connections".into(),
             mailboxes_table: "mailboxes".into(),

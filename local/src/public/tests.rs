@@ -124,6 +124,7 @@ impl Fixture {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let front = Front {
+            latency: Latency::default(),
             lambda: lambda.clone(),
             secret: "s3cret".to_owned(),
             client_gone: Arc::new(move |key| {
