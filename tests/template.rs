@@ -469,7 +469,8 @@ fn the_packaged_state_machine_is_the_file() {
         assert_eq!(machines.len(), 1, "{name}");
         let packaged = machines[0].1;
         assert_eq!(packaged["StateMachineType"], "EXPRESS", "{name}");
-        assert_eq!(packaged["Definition"], machine(), "{name}: osls changed the definition");
+        // Byte for byte: osls drops every `null` of an object, and a run would fail for want of it.
+        assert!(packaged["DefinitionString"] == MACHINE, "{name}: osls changed the definition");
         assert_eq!(names_in(&packaged["DefinitionSubstitutions"]), stack().workflow.substitutions);
         let logging = &packaged["LoggingConfiguration"];
         assert_eq!((&logging["Level"], &logging["IncludeExecutionData"]), (&"ERROR".into(), &false.into()));
