@@ -380,7 +380,8 @@ async fn a_token_that_is_renewed_in_its_file_costs_no_request() {
     let upstream = Upstream::echo().await;
     let local = Local::start(&[]);
     let mut claims = local.claims("alice", "web");
-    let ends_at = unix_now() + 10;
+    // An eighth of it is left for the move.
+    let ends_at = unix_now() + 20;
     claims.exp = ends_at - limits::CLOCK_SKEW.as_secs();
     let file = local.token_file(&local.sign(&claims));
     let tunnel = format!("[[tunnel]]\nname = \"web\"\nupstream = \"{}\"\n", upstream.address());

@@ -28,7 +28,7 @@ use crate::{
     clock::Clock,
     connections::{ConnectionInfo, PostOutcome},
     lambda::{InvokeError, Lambda, WeakLambda},
-    latency::Latency,
+    latency::{Latency, Profile},
     services::{Post, Services, percent_decode},
     sqs::{Attribute, NewMessage, SqsError, SqsErrorKind},
     states::{AcceptedRun, RunResult, States, interpreter::Outcome},
@@ -83,6 +83,8 @@ impl Callers {
 pub struct Options {
     /// What goes wrong.
     pub chaos: ChaosConfig,
+    /// How long hops take.
+    pub latency: Option<Profile>,
     /// The name of the table of connections.
     pub connections_table: String,
     /// The name of the table of mailboxes.
@@ -167,7 +169,7 @@ impl Aws {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let clock = Clock::new(options.chaos.clock);
-        let latency = Latency::with_extra(options.chaos.delay);
+        let latency = Latency::new(options.latency, options.chaos.delay);
         let chaos = Arc::new(Chaos::new(options.chaos));
         let services = Arc::new(Services::new(&format!("http://{address}"), chaos, latency));
         let shared = Arc::new(Shared {
@@ -445,6 +447,7 @@ impl Shared {
         };
         match (method, path) {
             (&Method::GET, "counters") => json(serde_json::to_vec(&self.services.counters.snapshot())),
+            (&Method::GET, "hops") => json(serde_json::to_vec(&self.services.latency.passed())),
             (&Method::POST, "counters/reset") => {
                 self.services.counters.reset();
                 json(Ok(b"{}".to_vec()))
