@@ -506,6 +506,7 @@ impl Driver {
                 Ok(token) if token != known.token => {
                     tracing::info!("the token was renewed: opening the next connection with it");
                     known.replace = true;
+                    self.metrics.reconnected("token_renewed");
                 }
                 Ok(_) | Err(_) => {
                     let left = end.saturating_duration_since(now);
