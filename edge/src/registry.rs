@@ -133,9 +133,11 @@ impl Registry {
                 .client
                 .scan()
                 .table_name(&self.table)
-                .filter_expression("expires_at > :now AND attribute_exists(agent)")
-                .projection_expression("#owner, agent")
+                .filter_expression("expires_at > :now AND attribute_exists(#agent)")
+                .projection_expression("#owner, #agent")
+                // Reserved words.
                 .expression_attribute_names("#owner", "owner")
+                .expression_attribute_names("#agent", "agent")
                 .expression_attribute_values(":now", number(now))
                 .set_exclusive_start_key(from)
                 .send()
