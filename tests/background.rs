@@ -2,8 +2,16 @@
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
 
+use std::sync::Arc;
+
 use rustix::process::{Pid, Signal, kill_process};
-use tests::{Local, client::Request, process::Process, upstream::Upstream};
+use tests::{
+    Local,
+    client::{Connection, Request},
+    process::Process,
+    upstream::Upstream,
+};
+use tokio::sync::Notify;
 
 struct Daemon {
     dir: tempfile::TempDir,
@@ -14,11 +22,26 @@ impl Daemon {
         let state = self.dir.path().join("state");
         let config = self.dir.path().join("agentd.toml");
         let mut arguments = vec![command, "--state-dir", state.to_str().unwrap()];
-        if command == "start" {
+        if matches!(command, "start" | "restart") {
             arguments.extend(["--config", config.to_str().unwrap()]);
         }
         let mut process = Process::start("agentd", &arguments, &[]);
         (process.wait(), process.printed())
+    }
+
+    fn write_config(&self, local: &Local, upstream: &Upstream, more: &str) {
+        let config = format!(
+            "{more}\n[edge]\nurl = \"{}\"\ntoken_file = \"{}\"\n[[tunnel]]\nname = \"web\"\nupstream = \"{}\"\n",
+            local.agents,
+            local.token.display(),
+            upstream.address()
+        );
+        std::fs::write(self.dir.path().join("agentd.toml"), config).unwrap();
+    }
+
+    fn log(&self) -> String {
+        let logs = std::fs::read_dir(self.dir.path().join("state/log")).unwrap();
+        logs.map(|log| std::fs::read_to_string(log.unwrap().path()).unwrap()).collect()
     }
 
     fn pid(&self) -> Option<Pid> {
@@ -42,13 +65,7 @@ async fn a_daemon_is_started_once_survives_its_shell_and_is_stopped_after_its_wo
     let upstream = Upstream::echo().await;
     let local = Local::start(&[]);
     let daemon = Daemon { dir: tempfile::tempdir().unwrap() };
-    let config = format!(
-        "[edge]\nurl = \"{}\"\ntoken_file = \"{}\"\n[[tunnel]]\nname = \"web\"\nupstream = \"{}\"\n",
-        local.agents,
-        local.token.display(),
-        upstream.address()
-    );
-    std::fs::write(daemon.dir.path().join("agentd.toml"), config).unwrap();
+    daemon.write_config(&local, &upstream, "");
     let served = async || {
         tests::eventually("the tunnel is served", async || {
             Request::to("web", "GET", "/").send(local.public).await.status == 200
@@ -63,6 +80,12 @@ async fn a_daemon_is_started_once_survives_its_shell_and_is_stopped_after_its_wo
     let pid = daemon.pid().unwrap();
     assert!(printed.contains(&pid.as_raw_nonzero().to_string()), "{printed}");
     served().await;
+    // Neither the shell's terminal nor the end of its session reaches it.
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    let (parent, session, terminal) = (fields[1], fields[3], fields[4]);
+    let own = rustix::process::getsid(None).unwrap().as_raw_nonzero().to_string();
+    assert!(parent != std::process::id().to_string() && session != own && terminal == "0", "{stat}");
 
     let (code, printed) = daemon.run("start");
     assert_eq!(code, Some(1));
@@ -79,9 +102,66 @@ async fn a_daemon_is_started_once_survives_its_shell_and_is_stopped_after_its_wo
     let (code, printed) = daemon.run("stop");
     assert!(code == Some(0) && printed.starts_with("stopped after "), "{printed}");
     assert_eq!(Request::to("web", "GET", "/").send(local.public).await.status, 503);
-    let logs = std::fs::read_dir(daemon.dir.path().join("state/log")).unwrap();
-    let logged: String = logs.map(|log| std::fs::read_to_string(log.unwrap().path()).unwrap()).collect();
+    let logged = daemon.log();
     assert!(logged.contains("tunnel is open") && logged.contains("agent stopped"), "{logged}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_waits_for_what_is_in_flight_and_a_restart_keeps_what_runs_when_it_cannot_succeed() {
+    let finish = Arc::new(Notify::new());
+    let may_finish = Arc::clone(&finish);
+    let upstream = Upstream::start(move |request, mut conn| {
+        let may_finish = Arc::clone(&may_finish);
+        async move {
+            if request.target() == "/slow" {
+                may_finish.notified().await;
+            }
+            conn.answer("200 OK", "", b"done").await.then_some(conn)
+        }
+    })
+    .await;
+    let local = Local::start(&[]);
+    let daemon = Arc::new(Daemon { dir: tempfile::tempdir().unwrap() });
+    daemon.write_config(&local, &upstream, "");
+    assert_eq!(daemon.run("restart").0, Some(0), "also where none runs");
+    let first = daemon.pid().unwrap();
+    let served = async || {
+        tests::eventually("the tunnel is served", async || {
+            Request::to("web", "GET", "/").send(local.public).await.status == 200
+        })
+        .await;
+    };
+    served().await;
+
+    daemon.write_config(&local, &upstream, "nonsense = 1");
+    let (code, printed) = daemon.run("restart");
+    assert!(code == Some(78) && printed.contains("nonsense"), "{printed}");
+    assert!(daemon.run("status").0 == Some(0) && daemon.pid() == Some(first));
+
+    daemon.write_config(&local, &upstream, "grace_period = \"50s\"");
+    let mut slow = Connection::open(local.public).await;
+    slow.begin(&Request::to("web", "GET", "/slow")).await;
+    tests::eventually("the slow request is at the upstream", async || {
+        upstream.recorded().iter().any(|request| request.target() == "/slow")
+    })
+    .await;
+    let restarting = tokio::task::spawn_blocking({
+        let daemon = Arc::clone(&daemon);
+        move || daemon.run("restart")
+    });
+    tests::eventually("it is stopping", async || daemon.log().contains("stopping")).await;
+    assert!(!restarting.is_finished());
+    finish.notify_one();
+    let answer = slow.answer("GET").await;
+    assert_eq!((answer.status, answer.text().as_str(), answer.complete), (200, "done", true));
+    let (code, printed) = restarting.await.unwrap();
+    assert!(
+        code == Some(0) && printed.contains("stopped after") && printed.contains("started with"),
+        "{printed}"
+    );
+    assert_ne!(daemon.pid(), Some(first));
+    served().await;
+    assert_eq!(daemon.run("stop").0, Some(0));
 }
 
 #[test]

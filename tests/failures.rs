@@ -5,13 +5,14 @@
 
 use std::time::{Duration, Instant};
 
+use proto::limits;
 use rustix::process::Signal;
 use tests::{
-    Local,
+    Local, PATIENCE,
     client::{Answer, Connection, Request},
     upstream::{Conn, Upstream},
 };
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::mpsc, time::timeout};
 
 fn assert_problem(answer: &Answer, status: u16, code: &str) {
     assert_eq!(
@@ -76,19 +77,55 @@ async fn an_upstream_that_is_down_is_502_at_once_and_its_own_500_passes() {
 }
 
 #[tokio::test]
-async fn a_slow_upstream_is_504_and_its_connection_is_closed() {
-    let upstream = Upstream::start(|_, mut conn: Conn| async move {
-        conn.closed().await;
-        None
+async fn a_slow_upstream_is_504_and_its_connection_is_closed_within_a_second() {
+    let (closed, mut closes) = mpsc::unbounded_channel();
+    let upstream = Upstream::start(move |request, mut conn: Conn| {
+        let closed = closed.clone();
+        async move {
+            if request.target() == "/" {
+                return conn.answer("200 OK", "", b"next").await.then_some(conn);
+            }
+            conn.closed().await;
+            closed.send(Instant::now()).unwrap();
+            None
+        }
     })
     .await;
-    let local = Local::start(&[]);
+    // One of the two deadlines is the agent's, the other the edge's.
+    let local = Local::start_in(&[("TUNNEL_REPLY_TIMEOUT_SECS", "3")], &["--no-agent"]);
+    let address = upstream.address();
     let tunnels = format!(
-        "[[tunnel]]\nname = \"web\"\nupstream = \"{}\"\nrequest_timeout = \"1s\"\n",
-        upstream.address()
+        "[[tunnel]]\nname = \"one\"\nupstream = \"{address}\"\nrequest_timeout = \"1s\"\n\n\
+         [[tunnel]]\nname = \"three\"\nupstream = \"{address}\"\n"
     );
-    let _agent = local.agent_with(&tunnels, &["web"]);
-    assert_problem(&Request::to("web", "GET", "/").send(local.public).await, 504, "upstream_timed_out");
+    let _agent = local.agent_with(&tunnels, &["one", "three"]);
+    for (name, body) in [("one", 0), ("three", 0), ("three", 500_000)] {
+        let begun = Instant::now();
+        let request = Request::to(name, "POST", "/slow").body(tests::noise(1, body));
+        assert_problem(&request.send(local.public).await, 504, "upstream_timed_out");
+        let answered = Instant::now();
+        assert!(begun.elapsed() < Duration::from_secs(6), "{name}: {:?}", begun.elapsed());
+        let end = timeout(PATIENCE, closes.recv()).await.expect("the upstream's connection ends").unwrap();
+        assert!(end.saturating_duration_since(answered) < Duration::from_secs(1), "{name}");
+        let answer = Request::to(name, "GET", "/").send(local.public).await;
+        assert_eq!((answer.status, answer.text().as_str()), (200, "next"), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_body_of_the_ceiling_passes_and_one_byte_more_is_413_with_the_limit() {
+    let upstream = Upstream::echo().await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    let body = tests::noise(1, limits::REQUEST_BODY_BYTES);
+    let answer = Request::to("web", "POST", "/").body(body.clone()).send(local.public).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert!(answer.complete && answer.body == body);
+    let more = [body, vec![0]].concat();
+    let answer = Request::to("web", "POST", "/").body(more).send(local.public).await;
+    assert_problem(&answer, 413, "request_too_large");
+    assert!(answer.text().contains(&limits::REQUEST_BODY_BYTES.to_string()), "{}", answer.text());
+    assert_eq!(upstream.recorded().len(), 1, "what is refused goes nowhere");
 }
 
 #[tokio::test]
@@ -128,30 +165,6 @@ async fn a_websocket_handshake_is_refused_in_a_clean_way() {
         .await;
     assert_problem(&answer, 501, "upgrade_unsupported");
     assert!(upstream.recorded().is_empty());
-}
-
-#[tokio::test]
-async fn a_killed_agent_ends_its_requests_soon_and_the_name_is_back_with_the_agent() {
-    let upstream = Upstream::hanging_at("/hang").await;
-    let local = Local::start(&[]);
-    let mut agent = local.agent("web", &upstream.address());
-    let mut hanging = Vec::new();
-    for _ in 0..10 {
-        let mut connection = Connection::open(local.public).await;
-        connection.begin(&Request::to("web", "GET", "/hang")).await;
-        hanging.push(connection);
-    }
-    tests::eventually("all are at the upstream", async || upstream.recorded().len() == 10).await;
-    agent.process().signal(Signal::KILL);
-    assert_eq!(agent.process_mut().wait(), None);
-    let killed = Instant::now();
-    for mut connection in hanging {
-        let answer = connection.answer("GET").await;
-        assert_problem(&answer, 502, "agent_lost");
-    }
-    assert!(killed.elapsed() < Duration::from_secs(10), "{:?}", killed.elapsed());
-    let _again = local.agent("web", &upstream.address());
-    assert_eq!(Request::to("web", "GET", "/").send(local.public).await.status, 200);
 }
 
 #[tokio::test]

@@ -3,13 +3,25 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
 
 use std::{
+    convert::Infallible,
+    io,
     path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt, stream};
+use http::{Response, StatusCode, header};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
+use hyper::{
+    body::{Frame, Incoming},
+    service::service_fn,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tests::{
     Local,
@@ -20,7 +32,9 @@ use tests::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream, UnixListener},
-    sync::Semaphore,
+    sync::{Semaphore, mpsc},
+    task::JoinHandle,
+    time::timeout,
 };
 use tokio_rustls::TlsAcceptor;
 
@@ -464,6 +478,61 @@ async fn the_upstream_learns_who_asked_and_nothing_the_client_made_up() {
 }
 
 #[tokio::test]
+async fn a_trusted_chain_of_proxies_is_kept_and_appended_to() {
+    let upstream = answering("200 OK", "", b"").await;
+    let local = Local::start_in(&[("TUNNEL_TRUST_FORWARDED", "chain")], &["--no-agent"]);
+    let _agent = local.agent("web", &upstream.address());
+    let answer = Request::to("web", "GET", "/")
+        .field("X-Forwarded-For", "203.0.113.7, 198.51.100.2")
+        .field("X-Forwarded-Proto", "gopher")
+        .field("Forwarded", "for=203.0.113.7")
+        .field("X-Real-IP", "6.6.6.6")
+        .send(local.public)
+        .await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let recorded = upstream.recorded().pop().unwrap();
+    assert_eq!(recorded.all("x-forwarded-for"), ["203.0.113.7, 198.51.100.2, 127.0.0.1"]);
+    let forwarded = recorded.all("forwarded");
+    assert!(forwarded[0].starts_with("for=203.0.113.7, for=127.0.0.1;"), "{forwarded:?}");
+    assert_eq!(recorded.all("x-forwarded-proto"), ["http"], "what the edge knows itself is never taken over");
+    assert!(recorded.all("x-real-ip").is_empty());
+}
+
+#[tokio::test]
+async fn a_request_is_written_once_also_where_a_pooled_connection_has_died() {
+    let upstream = Upstream::start(|request, mut conn: Conn| async move {
+        match request.target() {
+            // Read and not answered.
+            "/eaten" => None,
+            // Answered, and then closed without a word, as a server does that has waited long enough.
+            "/closes" => {
+                conn.answer("200 OK", "", b"closes").await;
+                None
+            }
+            _ => conn.answer("200 OK", "", b"kept").await.then_some(conn),
+        }
+    })
+    .await;
+    let local = Local::start(&[]);
+    let _agent = local.agent("web", &upstream.address());
+    let post = async |target: &str| {
+        Request::to("web", "POST", target).body(b"order".to_vec()).send(local.public).await
+    };
+    let came = |target: &str| upstream.recorded().iter().filter(|own| own.target() == target).count();
+    for round in 0..10 {
+        assert_eq!(post("/closes").await.text(), "closes");
+        let own = format!("/after-{round}");
+        let answer = post(&own).await;
+        assert_eq!((answer.status, answer.text().as_str()), (200, "kept"), "the dead connection is not used");
+        assert_eq!(came(&own), 1);
+        // Now a connection is pooled that is alive, takes the request and dies.
+        let answer = post("/eaten").await;
+        assert_error(&answer, 502, "upstream_reset", "whatever became of it, it is not sent again");
+        assert_eq!(came("/eaten"), round + 1);
+    }
+}
+
+#[tokio::test]
 async fn the_host_field_follows_the_tunnels_rule() {
     let upstream = answering("200 OK", "", b"").await;
     let local = Local::start(&[]);
@@ -523,6 +592,10 @@ async fn a_target_arrives_byte_for_byte_or_is_refused_once() {
         "/%zz",
         "/\\",
         "/a\\..\\b",
+        "/@169.254.169.254/latest/meta-data/",
+        "//169.254.169.254/latest/meta-data/",
+        "/http://169.254.169.254/",
+        "/?url=http://169.254.169.254/",
     ]
     .into_iter()
     .map(str::to_owned)
@@ -555,9 +628,11 @@ async fn a_target_arrives_byte_for_byte_or_is_refused_once() {
         assert_eq!(upstream.recorded().pop().unwrap().target(), carried, "{sent}");
     }
     let before = upstream.recorded().len();
-    let foreign = Request::new("GET", &format!("http://{other}/")).field("Host", "web.localhost");
-    let answer = foreign.send(local.public).await;
-    assert_eq!(answer.status, 404, "the tunnel of that name is asked for, and there is none");
+    for foreign in [format!("http://{other}/"), "http://169.254.169.254/latest/meta-data/".to_owned()] {
+        let request = Request::new("GET", &foreign).field("Host", "web.localhost");
+        let answer = request.send(local.public).await;
+        assert_eq!(answer.status, 404, "{foreign}: the tunnel of that name is asked for, and there is none");
+    }
     for target in ["/a#b", "/\x7f", "/a b", "/\u{1}", "a", "?x", "/<", "/\u{e4}"] {
         let answer = Request::to("web", "GET", target).send(local.public).await;
         assert_eq!(answer.status, 400, "{target:?}: {}", answer.text());
@@ -595,18 +670,184 @@ fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../agentd/tests/fixtures").join(name)
 }
 
-#[tokio::test]
-async fn an_https_upstream_is_checked_and_asked_for_by_its_name() {
+/// TLS for `localhost`, signed by the fixture's own authority.
+fn acceptor(protocols: &[&[u8]]) -> TlsAcceptor {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let chain = CertificateDer::pem_file_iter(fixture("localhost.pem")).unwrap();
     let key = PrivateKeyDer::from_pem_file(fixture("localhost.key")).unwrap();
-    let config = rustls::ServerConfig::builder_with_provider(provider)
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth()
         .with_single_cert(chain.map(Result::unwrap).collect(), key)
         .unwrap();
-    let acceptor = TlsAcceptor::from(Arc::new(config));
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+    TlsAcceptor::from(Arc::new(config))
+}
+
+type AnyBody = BoxBody<Bytes, io::Error>;
+
+fn streamed<S>(frames: S) -> AnyBody
+where
+    S: Stream<Item = io::Result<Frame<Bytes>>> + Send + Sync + 'static,
+{
+    BodyExt::boxed(StreamBody::new(frames))
+}
+
+/// Says that a response was given up.
+struct OnDrop(mpsc::UnboundedSender<()>);
+
+impl Drop for OnDrop {
+    fn drop(&mut self) {
+        // Nobody may be listening any more.
+        let _ = self.0.send(());
+    }
+}
+
+/// What an HTTP/2 upstream answers: `/endless` until it is given up, `/breaks` half, everything else its
+/// request.
+async fn answer_http2(
+    request: http::Request<Incoming>,
+    given_up: mpsc::UnboundedSender<()>,
+) -> Result<Response<AnyBody>, Infallible> {
+    let whole = |bytes: Bytes| Full::new(bytes).map_err(|never| match never {}).boxed();
+    let pieces = |pieces: Vec<io::Result<&'static str>>| {
+        let frames = pieces.into_iter().map(|piece| piece.map(|text| Frame::data(Bytes::from(text))));
+        stream::iter(frames)
+    };
+    let answer = Response::builder().header("x-version", format!("{:?}", request.version()));
+    let (status, body) = match request.uri().path() {
+        "/endless" => {
+            let guard = OnDrop(given_up);
+            let rest = stream::pending().map(move |never: io::Result<Frame<Bytes>>| {
+                let _ = &guard;
+                never
+            });
+            (StatusCode::OK, streamed(pieces(vec![Ok("first")]).chain(rest)))
+        }
+        "/breaks" => {
+            let broken = pieces(vec![Ok("half"), Err(io::Error::other("broken"))]);
+            (StatusCode::OK, streamed(broken))
+        }
+        "/trailers" => {
+            let trailers = http::HeaderMap::from_iter([(
+                header::HeaderName::from_static("x-sum"),
+                header::HeaderValue::from_static("1"),
+            )]);
+            let frames = pieces(vec![Ok("body")]).chain(stream::iter([Ok(Frame::trailers(trailers))]));
+            (StatusCode::ACCEPTED, streamed(frames))
+        }
+        _ => {
+            let line = format!("{} {}", request.method(), request.uri());
+            let host = request.headers().get_all(header::HOST).iter().count();
+            let fields = format!("{:?}", request.headers().get_all("x-twice"));
+            let body = request.into_body().collect().await.unwrap().to_bytes();
+            let answer = answer.header("x-line", line).header("x-host", host).header("x-fields", fields);
+            return Ok(answer.body(whole(body)).unwrap());
+        }
+    };
+    Ok(answer.status(status).body(body).unwrap())
+}
+
+/// An upstream that speaks HTTP/2 where TLS agreed on it, and without TLS always.
+async fn http2_upstream(
+    tls: Option<TlsAcceptor>,
+    given_up: mpsc::UnboundedSender<()>,
+) -> (u16, JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let serving = tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (tls, given_up) = (tls.clone(), given_up.clone());
+            tokio::spawn(async move {
+                let answer = service_fn(move |request| answer_http2(request, given_up.clone()));
+                let http2 = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                let Some(tls) = tls else {
+                    return http2.serve_connection(TokioIo::new(stream), answer).await;
+                };
+                let stream = tls.accept(stream).await.unwrap();
+                match stream.get_ref().1.alpn_protocol() {
+                    Some(b"h2") => http2.serve_connection(TokioIo::new(stream), answer).await,
+                    _ => {
+                        let http1 = hyper::server::conn::http1::Builder::new();
+                        http1.serve_connection(TokioIo::new(stream), answer).await
+                    }
+                }
+            });
+        }
+    });
+    (port, serving)
+}
+
+#[tokio::test]
+async fn an_upstream_that_offers_http2_is_spoken_to_in_it_and_one_without_tls_where_asked_for() {
+    let (given_up, mut gave_up) = mpsc::unbounded_channel();
+    let tls = acceptor(&[b"h2", b"http/1.1"]);
+    let (secure, serving_secure) = http2_upstream(Some(tls), given_up.clone()).await;
+    let (clear, serving_clear) = http2_upstream(None, given_up).await;
+    let local = Local::start(&[]);
+    let ca = fixture("ca.pem").canonicalize().unwrap();
+    let tunnels = format!(
+        "[[tunnel]]\nname = \"h2\"\nupstream = \"https://localhost:{secure}\"\nca_file = \"{ca}\"\n\n\
+         [[tunnel]]\nname = \"insecure\"\nupstream = \"https://127.0.0.1:{secure}\"\n\
+         insecure_skip_verify = true\n\n\
+         [[tunnel]]\nname = \"h2c\"\nupstream = \"http://localhost:{clear}\"\nhttp2 = \"always\"\n\n\
+         [[tunnel]]\nname = \"h1\"\nupstream = \"https://localhost:{secure}\"\nca_file = \"{ca}\"\n\
+         http2 = \"never\"\n",
+        ca = ca.display()
+    );
+    let _agent = local.agent_with(&tunnels, &["h2", "insecure", "h2c", "h1"]);
+    for (name, version, authority) in [
+        ("h2", "HTTP/2.0", format!("https://localhost:{secure}")),
+        ("insecure", "HTTP/2.0", format!("https://127.0.0.1:{secure}")),
+        ("h2c", "HTTP/2.0", format!("http://localhost:{clear}")),
+        ("h1", "HTTP/1.1", String::new()),
+    ] {
+        for (method, target, size) in
+            [("GET", "/a//b/%2F?%FF+|", 0), ("M-SEARCH", "/?", 10), ("POST", "//evil/", 1_000_000)]
+        {
+            let body = noise(1, size);
+            let mut request =
+                Request::to(name, method, target).field("X-Twice", "one").field("X-Twice", "two");
+            if size > 0 {
+                request = request.body(body.clone());
+            }
+            let answer = request.send(local.public).await;
+            assert_eq!(answer.status, 200, "{name} {target}: {}", answer.text());
+            assert!(answer.complete && answer.body == body, "{name} {target}");
+            assert_eq!(answer.field("x-version").unwrap(), version, "{name}");
+            assert_eq!(answer.field("x-line").unwrap(), format!("{method} {authority}{target}"), "{name}");
+            // HTTP/2 has its authority in place of `host`.
+            assert_eq!(answer.field("x-host").unwrap(), if version == "HTTP/2.0" { "0" } else { "1" });
+            let fields = answer.field("x-fields").unwrap();
+            assert!(fields.contains("one") && fields.contains("two"), "{fields}");
+        }
+        let answer = Request::to(name, "GET", "/trailers").send(local.public).await;
+        assert_eq!((answer.status, answer.text().as_str(), answer.complete), (202, "body", true), "{name}");
+        assert_eq!(answer.field("x-sum"), None);
+
+        let mut broken = Connection::open(local.public).await;
+        broken.begin(&Request::to(name, "GET", "/breaks")).await;
+        let answer = broken.answer("GET").await;
+        // Before the head went out it is an error, after it an end without an end.
+        assert!(answer.status == 502 || !answer.complete, "{name}: {} {}", answer.status, answer.text());
+
+        let mut leaving = Connection::open(local.public).await;
+        leaving.begin(&Request::to(name, "GET", "/endless")).await;
+        assert_eq!(leaving.head().await.status, 200);
+        assert_eq!(leaving.chunk().await.unwrap(), b"first", "at once, whatever follows");
+        drop(leaving);
+        let given_up = timeout(Duration::from_secs(1), gave_up.recv()).await;
+        assert!(given_up.is_ok(), "{name}: the stream is given up within a second");
+    }
+    serving_secure.abort();
+    serving_clear.abort();
+}
+
+#[tokio::test]
+async fn an_https_upstream_is_checked_and_asked_for_by_its_name() {
+    let acceptor = acceptor(&[]);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let serving = tokio::spawn(async move {

@@ -11,13 +11,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proto::limits;
+use proto::{
+    error::ErrorCode,
+    limits,
+    message::{AgentMessage, EdgeMessage, Failed},
+};
 use rustix::process::Signal;
 use sha2::{Digest, Sha256};
 use tests::{
     Agent, Local, PATIENCE,
     client::{Connection, Request},
     noise, peak_resident_bytes,
+    raw_agent::{Call, RawAgent},
     upstream::{Conn, Upstream},
 };
 use tokio::{
@@ -290,6 +295,183 @@ async fn a_client_that_leaves_ends_the_call_to_its_upstream_within_a_second() {
             let answer = Request::to("web", "GET", "/").send(local.public).await;
             assert_eq!((answer.status, answer.text().as_str(), answer.complete), (200, "next", true));
         }
+    }
+    // Nothing keeps running: a process that still waited for something would not have been used again.
+    let processes = local.function_processes();
+    let count = processes.iter().filter(|(function, _)| function == "ingress").count();
+    assert!(count <= 4, "{processes:?}");
+}
+
+/// A request whose head and first piece have come, and then no more.
+async fn begun(local: &Local, agent: &mut RawAgent, target: &str) -> (Connection, Call) {
+    let mut connection = Connection::open(local.public).await;
+    connection.begin(&Request::to("web", "GET", target)).await;
+    let call = agent.request().await;
+    assert_eq!(call.target, target);
+    agent.say(call.reply("[0]", false)).await;
+    assert_eq!(connection.head().await.status, 200);
+    assert_eq!(connection.chunk().await.unwrap(), b"[0]");
+    (connection, call)
+}
+
+#[tokio::test]
+async fn a_piece_that_never_comes_ends_the_transfer_in_time_and_a_silence_does_not() {
+    let local = Local::start(&[]);
+    let mut agent = RawAgent::open(&local, &["web"]).await;
+    let (mut quiet, silent) = begun(&local, &mut agent, "/quiet").await;
+    let (mut last, no_end) = begun(&local, &mut agent, "/lost-last").await;
+    let (mut gap, no_middle) = begun(&local, &mut agent, "/lost-between").await;
+    let since = Instant::now();
+    agent.say(no_middle.chunk(2, "[2]", true)).await;
+    let (mut probes, mut cancelled) = (0, Vec::new());
+    while probes < 4 || cancelled.len() < 2 {
+        let text = agent.hear().await;
+        match EdgeMessage::decode(&text).unwrap() {
+            EdgeMessage::Probe(probe) => {
+                assert!(since.elapsed() > limits::PROBE_AFTER / 2, "nobody asks while something comes");
+                let id = probe.request_id.as_str();
+                let answer = match id {
+                    _ if id == silent.request_id => {
+                        probes += 1;
+                        silent.progress(1, false)
+                    }
+                    // It was sent, and so was its end.
+                    _ if id == no_end.request_id => no_end.progress(0, true),
+                    _ => no_middle.progress(3, false),
+                };
+                agent.say(answer).await;
+            }
+            EdgeMessage::Cancel(cancel) => {
+                let call = [&no_end, &no_middle]
+                    .into_iter()
+                    .find(|call| call.request_id == cancel.request_id.as_str())
+                    .expect("the silent one goes on");
+                let token = call.token.as_str().into();
+                agent.say(AgentMessage::Failed(Failed { token, seq: 3, code: ErrorCode::Cancelled })).await;
+                cancelled.push((call.target.clone(), since.elapsed()));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    for (target, took) in cancelled {
+        // What only its receive was lost of may still come, and does not have to be waited for any longer.
+        let most = limits::PROBE_AFTER + limits::PIECE_MISSING + Duration::from_secs(10);
+        assert!(took > limits::MAILBOX_VISIBILITY && took < most, "{target}: {took:?}");
+    }
+    assert_eq!(last.chunk().await, None, "no last chunk");
+    assert_eq!(gap.chunk().await, None, "no last chunk, and nothing from behind the gap");
+    agent.say(silent.chunk(1, "[1]", true)).await;
+    assert_eq!(quiet.chunked_body().await, b"[1]");
+    for _ in 0..4 {
+        let asked = tokio::spawn({
+            let public = local.public;
+            async move { Request::to("web", "GET", "/next").send(public).await }
+        });
+        let call = agent.request().await;
+        agent.say(call.reply("clean", true)).await;
+        assert_eq!(asked.await.unwrap().text(), "clean");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn messages_lost_on_their_way_never_make_a_body_look_whole() {
+    const CLIENTS: usize = 12;
+    let body = Arc::new(noise(7, 4 * limits::CHUNK_BYTES));
+    let sent = Arc::clone(&body);
+    let upstream = Upstream::start(move |_, mut conn: Conn| {
+        let sent = Arc::clone(&sent);
+        async move {
+            assert!(conn.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await);
+            (conn.write(chunked(&sent)).await && conn.write("0\r\n\r\n").await).then_some(conn)
+        }
+    })
+    .await;
+    let local = Local::start_in(
+        &[("TUNNEL_REPLY_TIMEOUT_SECS", "15")],
+        &["--no-agent", "--chaos", "seed=2,lose=0.1"],
+    );
+    let _agent = local.agent("web", &upstream.address());
+    let mut clients = tokio::task::JoinSet::new();
+    for _ in 0..CLIENTS {
+        let public = local.public;
+        clients.spawn(async move { Request::to("web", "GET", "/").send(public).await });
+    }
+    let mut whole = 0;
+    while let Some(answer) = clients.join_next().await {
+        let answer = answer.unwrap();
+        match answer.status {
+            200 if answer.complete => {
+                assert!(answer.body == *body, "a whole answer has every byte");
+                whole += 1;
+            }
+            200 => assert!(body.starts_with(&answer.body)),
+            status => {
+                assert_eq!(status, 504, "{}", answer.text());
+                assert_eq!(answer.field("x-tunnel-error").unwrap(), "upstream_timed_out");
+            }
+        }
+    }
+    assert!(whole > 0 && whole < CLIENTS, "{whole} were whole: some messages are lost, not all");
+}
+
+#[tokio::test]
+async fn a_response_may_last_as_long_as_its_function_and_is_broken_off_then() {
+    // The 15 minutes are 20 seconds here; 3 seconds of them are kept for the end.
+    const FASTER: u32 = 45;
+    let ends = limits::RESPONSE_DURATION / FASTER - Duration::from_secs(3);
+    let (closed, mut saw_close) = mpsc::unbounded_channel();
+    let upstream = Upstream::start(move |request, mut conn: Conn| {
+        let closed = closed.clone();
+        async move {
+            if request.target() == "/" {
+                return conn.answer("200 OK", "", b"next").await.then_some(conn);
+            }
+            let enough = tokio::time::sleep(ends - Duration::from_secs(2));
+            let mut enough = std::pin::pin!(enough);
+            let mut tick = tokio::time::interval(Duration::from_millis(200));
+            assert!(conn.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await);
+            loop {
+                tokio::select! {
+                    () = &mut enough, if request.target() == "/just-in-time" => {
+                        return conn.write(chunked(b"last")).await.then_some(())
+                            .and(conn.write("0\r\n\r\n").await.then_some(conn));
+                    }
+                    () = conn.closed() => {
+                        closed.send(Instant::now()).unwrap();
+                        return None;
+                    }
+                    _ = tick.tick() => {}
+                }
+                if !conn.write(chunked(b"tick")).await {
+                    closed.send(Instant::now()).unwrap();
+                    return None;
+                }
+            }
+        }
+    })
+    .await;
+    let local = Local::start(&["--chaos", &format!("clock={FASTER}")]);
+    let _agent = local.agent("web", &upstream.address());
+    let mut over = Connection::open(local.public).await;
+    let began = Instant::now();
+    over.begin(&Request::to("web", "GET", "/too-long")).await;
+    let in_time = tokio::spawn({
+        let public = local.public;
+        async move { Request::to("web", "GET", "/just-in-time").send(public).await }
+    });
+    assert_eq!(over.head().await.status, 200);
+    while let Some(chunk) = over.chunk().await {
+        assert_eq!(chunk, b"tick", "no end");
+    }
+    let (took, broken) = (began.elapsed(), Instant::now());
+    assert!(took >= ends && took < ends + Duration::from_secs(3), "{took:?}");
+    let closed = timeout(PATIENCE, saw_close.recv()).await.unwrap().unwrap();
+    assert!(closed.saturating_duration_since(broken) < Duration::from_secs(1));
+    let in_time = in_time.await.unwrap();
+    assert!(in_time.complete && in_time.text().ends_with("last"), "{}", in_time.text());
+    for _ in 0..3 {
+        let answer = Request::to("web", "GET", "/").send(local.public).await;
+        assert_eq!((answer.status, answer.text().as_str()), (200, "next"));
     }
 }
 

@@ -21,6 +21,8 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
 
+use crate::config::DEFAULT_GRACE_PERIOD;
+
 /// What the started daemon says once it runs.
 const READY: &[u8] = b"ready";
 
@@ -72,6 +74,17 @@ impl StateDir {
         self.0.join("agentd.pid")
     }
 
+    /// Says how long the daemon may take to stop: its grace period in milliseconds.
+    fn grace_file(&self) -> PathBuf {
+        self.0.join("agentd.grace")
+    }
+
+    fn grace_period(&self) -> Duration {
+        let text = fs::read_to_string(self.grace_file()).ok();
+        let ms = text.and_then(|text| text.trim().parse().ok());
+        ms.map_or(DEFAULT_GRACE_PERIOD, Duration::from_millis)
+    }
+
     /// Where the logs are: one file a day.
     pub(crate) fn log_dir(&self) -> PathBuf {
         self.0.join("log")
@@ -115,8 +128,14 @@ pub(crate) enum Forked {
     Daemon(Starter),
 }
 
-/// Puts the rest of the program into the background. No thread may exist yet.
-pub(crate) fn start(state: &StateDir) -> Result<Forked, Error> {
+/// Puts the rest of the program into the background; `grace_period` is how long its stop may take. No
+/// thread may exist yet: a fork would leave it, and whatever lock it holds, behind.
+pub(crate) fn start(state: &StateDir, grace_period: Duration) -> Result<Forked, Error> {
+    let threads = fs::read_dir("/proc/self/task").map_or(1, Iterator::count);
+    if threads > 1 {
+        let source = std::io::Error::other(format!("{threads} threads exist already"));
+        return Err(Error::System { what: "going into the background".into(), source });
+    }
     if let Some(pid) = state.running()? {
         return Err(Error::Running(pid.as_raw_nonzero().get()));
     }
@@ -144,6 +163,8 @@ pub(crate) fn start(state: &StateDir) -> Result<Forked, Error> {
         }
         Outcome::Child(Ok(_)) => {
             drop(reads);
+            // Without the file a stop waits for as long as usual.
+            let _ = fs::write(state.grace_file(), grace_period.as_millis().to_string());
             Ok(Forked::Daemon(Starter(writes.into())))
         }
         Outcome::Parent(Err(error)) | Outcome::Child(Err(error)) => Err(Error::System {
@@ -154,7 +175,7 @@ pub(crate) fn start(state: &StateDir) -> Result<Forked, Error> {
 }
 
 /// Ends the daemon in an orderly way and waits for it: how long that took, or `None` where none runs.
-pub(crate) fn stop(state: &StateDir, grace_period: Duration) -> Result<Option<Duration>, Error> {
+pub(crate) fn stop(state: &StateDir) -> Result<Option<Duration>, Error> {
     let Some(pid) = state.running()? else { return Ok(None) };
     let begun = Instant::now();
     let handle = match pidfd_open(pid, PidfdFlags::empty()) {
@@ -167,7 +188,7 @@ pub(crate) fn stop(state: &StateDir, grace_period: Duration) -> Result<Option<Du
         return Ok(Some(begun.elapsed()));
     }
     pidfd_send_signal(&handle, Signal::TERM).map_err(|error| system("stopping it")(error.into()))?;
-    let patience = grace_period + STOP_MARGIN;
+    let patience = state.grace_period() + STOP_MARGIN;
     loop {
         let left = patience.saturating_sub(begun.elapsed());
         let timeout = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };

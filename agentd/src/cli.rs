@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use tracing_subscriber::filter::Targets;
 
 use crate::{
@@ -10,7 +10,7 @@ use crate::{
     config::{self, Config, ConfigError, Overrides, TunnelConfig, parse_duration, parse_host_header},
     credential::{ENV_CREDENTIALS, ENV_TOKEN},
     driver::{self, Audience, Outcome},
-    identity, name, telemetry,
+    identity, name, reference, service, telemetry,
     telemetry::LogFormat,
     upstream::address::Address,
 };
@@ -24,7 +24,13 @@ mod exit {
 
 /// Serves local HTTP services to the internet through your own AWS account.
 #[derive(Debug, Parser)]
-#[command(name = "agentd", version, propagate_version = true, max_term_width = 100)]
+#[command(
+    name = "agentd",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    after_long_help = reference::MORE
+)]
 struct Cli {
     #[command(flatten)]
     common: Common,
@@ -77,6 +83,14 @@ enum Command {
         #[command(flatten)]
         place: Place,
     },
+    /// Stops the daemon in the background and starts it again.
+    Restart {
+        /// The configuration file.
+        #[arg(long, value_name = "FILE", env = "AGENTD_CONFIG", default_value = config::DEFAULT_PATH)]
+        config: PathBuf,
+        #[command(flatten)]
+        place: Place,
+    },
     /// Says whether the daemon runs in the background.
     Status {
         #[command(flatten)]
@@ -89,9 +103,16 @@ enum Command {
         #[command(subcommand)]
         command: ConfigCommand,
     },
+    /// Installs the agent as a service of systemd, or removes it.
+    Service {
+        #[command(subcommand)]
+        command: service::Command,
+    },
+    #[command(flatten)]
+    Reference(reference::Command),
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 struct Place {
     /// Where the pid file and the logs are. Default: the user's own state folder.
     #[arg(long, value_name = "DIR", env = "AGENTD_STATE_DIR")]
@@ -178,22 +199,38 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
                 Err(error) => bad_config(&error),
             }
         }
-        Command::Stop { place } => {
-            let grace_period = overrides.grace_period.unwrap_or(config::DEFAULT_GRACE_PERIOD);
-            in_background(place, |state| {
-                match background::stop(state, grace_period)? {
-                    Some(took) => println!("stopped after {:.1} s", took.as_secs_f64()),
-                    None => println!("not running"),
-                }
-                Ok(ExitCode::SUCCESS)
-            })
+        Command::Stop { place } => in_background(place, stop),
+        Command::Restart { config, place } => {
+            let level = level.unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO));
+            // What runs goes on where the new configuration is not valid.
+            match config::load(&config, &overrides) {
+                Ok(config) => match in_background(place.clone(), stop) {
+                    ExitCode::SUCCESS => start(config, place, common.log_format, level),
+                    failure => failure,
+                },
+                Err(error) => bad_config(&error),
+            }
         }
         Command::Status { place } => in_background(place, background::status),
         Command::Identity(command) => identity::run(command),
         Command::Config { command: ConfigCommand::Check { config, json } } => {
             check(&config::load(&config, &overrides), json)
         }
+        Command::Service { command } => match service::run(command, &overrides) {
+            Ok(code) => code,
+            Err(service::Error::Config(error)) => bad_config(&error),
+            Err(error) => failed(&error.to_string()),
+        },
+        Command::Reference(command) => reference::run(&command, Cli::command()),
     }
+}
+
+fn stop(state: &StateDir) -> Result<ExitCode, background::Error> {
+    match background::stop(state)? {
+        Some(took) => println!("stopped after {:.1} s", took.as_secs_f64()),
+        None => println!("not running"),
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn in_background(
@@ -209,7 +246,7 @@ fn in_background(
 }
 
 fn start(config: Config, place: Place, format: Option<LogFormat>, level: Targets) -> ExitCode {
-    in_background(place, |state| match background::start(state)? {
+    in_background(place, |state| match background::start(state, config.grace_period)? {
         Forked::Starter(pid) => {
             println!("started with pid {}; log in {}", pid.as_raw_nonzero(), state.log_dir().display());
             Ok(ExitCode::SUCCESS)
@@ -321,8 +358,6 @@ fn check(config: &Result<Config, ConfigError>, json: bool) -> ExitCode {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
-
     use super::*;
 
     #[test]

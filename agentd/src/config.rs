@@ -207,7 +207,7 @@ impl Overrides {
 
     fn token_source(&self, from_file: Option<PathBuf>) -> Result<TokenSource, ConfigError> {
         if let Some(path) = &self.token_file {
-            return Ok(TokenSource::File(path.clone()));
+            return Ok(self.file_or_credential(path.clone()));
         }
         if let Some(token) = &self.token {
             return Ok(TokenSource::from_value(token)?);

@@ -6,7 +6,10 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -17,7 +20,10 @@ use proto::{
     error::ErrorCode,
     id::{RequestId, TunnelName},
     limits,
-    message::{AgentMessage, DecodeError, EdgeMessage, Envelope, Failed, Request, RequestChunk, Welcome},
+    message::{
+        AgentMessage, DecodeError, EdgeMessage, Envelope, Failed, Probe, Progress, Request, RequestChunk,
+        Welcome,
+    },
     session::{Config as SessionConfig, Dead, Event, Session},
 };
 use tokio::{
@@ -83,6 +89,8 @@ pub(crate) enum Command {
     /// Serve no new request, finish those in flight, then close. `quiet` is how long to wait for
     /// requests that were dispatched just before.
     Retire { quiet: Duration },
+    /// Answer with [`Report::Alive`]: the loop still turns.
+    Prove,
 }
 
 /// What the driver must know.
@@ -92,6 +100,8 @@ pub(crate) enum Report {
     Welcomed(Welcome),
     /// The connection should be replaced.
     Replace,
+    /// The loop that notices a dead link turns, as [`Command::Prove`] asks.
+    Alive,
     /// The connection has ended.
     Ended(End),
 }
@@ -108,8 +118,10 @@ pub(crate) enum End {
 }
 
 struct Running {
+    token: Box<str>,
     abort: AbortHandle,
     credit: watch::Sender<u32>,
+    sent: Arc<AtomicU32>,
     upload: Option<Upload>,
 }
 
@@ -200,6 +212,9 @@ pub(crate) async fn run(
                     connection.names = names;
                 }
                 Some(Command::Retire { quiet }) => connection.retire(quiet),
+                Some(Command::Prove) => {
+                    let _ = reports.send((serial, Report::Alive)).await;
+                }
                 // The driver has gone, and nobody is left to serve for.
                 None => break End::Retired,
             },
@@ -288,17 +303,20 @@ impl Connection {
     }
 
     fn ended(&mut self, done: Result<(tokio::task::Id, ()), tokio::task::JoinError>) {
-        let id = match done {
-            Ok((id, ())) => id,
-            Err(error) => {
-                if error.is_panic() {
-                    tracing::error!("an exchange ended by a defect in this program");
-                }
-                error.id()
+        let (id, unsaid) = match done {
+            Ok((id, ())) => (id, None),
+            Err(error) if error.is_panic() => {
+                tracing::error!("an exchange ended by a defect in this program");
+                (error.id(), Some(ErrorCode::AgentInvalid))
             }
+            Err(error) => (error.id(), Some(ErrorCode::Cancelled)),
         };
-        if let Some(request_id) = self.by_task.remove(&id) {
-            self.running.remove(&request_id);
+        let running = self.by_task.remove(&id).and_then(|request_id| self.running.remove(&request_id));
+        // The edge receives until it has heard the last word, so it is said for those that cannot any more.
+        if let (Some(Running { token, sent, .. }), Some(code)) = (running, unsaid) {
+            let seq = sent.load(Ordering::Relaxed);
+            let failed = AgentMessage::Failed(Failed { token: (&*token).into(), seq, code });
+            self.outbox.send_behind(failed.encode());
         }
     }
 
@@ -328,13 +346,25 @@ impl Connection {
                 }
             }
             Ok(EdgeMessage::Cancel(cancel)) => {
-                if let Some(running) = self.running.remove(&cancel.request_id) {
+                if let Some(running) = self.running.get(&cancel.request_id) {
                     running.abort.abort();
                 }
             }
+            Ok(EdgeMessage::Probe(probe)) => self.tell_progress(probe),
             Err(error) => self.refuse(text, &error),
         }
         self.session.handle_alive(now);
+    }
+
+    /// Says how far a response is. Behind its pieces, so that those it counts are not later than it.
+    fn tell_progress(&self, probe: Probe<'_>) {
+        let running = self.running.get(&probe.request_id);
+        let progress = AgentMessage::Progress(Progress {
+            token: probe.token,
+            sent: running.map_or(0, |running| running.sent.load(Ordering::Relaxed)),
+            ended: running.is_none(),
+        });
+        self.outbox.send_behind(progress.encode());
     }
 
     /// A message that cannot be read. A request among them is answered, so that nobody waits for it.
@@ -383,11 +413,13 @@ impl Connection {
             return answer_with(ErrorCode::BadRequest);
         };
         let (credit, credit_seen) = watch::channel(0);
+        let sent = Arc::new(AtomicU32::new(0));
         let request_id = request.request_id;
+        let token: Box<str> = (&*request.token).into();
         let exchange = Exchange {
             job: Job {
                 request_id: request_id.clone(),
-                token: (&*request.token).into(),
+                token: token.clone(),
                 tunnel: request.tunnel,
                 method,
                 target: request.target,
@@ -399,11 +431,12 @@ impl Connection {
             outbox: self.outbox.clone(),
             codecs: self.codecs.clone(),
             credit: credit_seen,
+            sent: Arc::clone(&sent),
             access: self.shared.access.clone(),
         };
         let abort = self.exchanges.spawn(exchange.run());
         self.by_task.insert(abort.id(), request_id.clone());
-        self.running.insert(request_id, Running { abort, credit, upload });
+        self.running.insert(request_id, Running { token, abort, credit, sent, upload });
     }
 
     fn upload(&mut self, chunk: RequestChunk<'_>) {

@@ -31,6 +31,15 @@ impl Token {
         value.set_sensitive(true);
         Some(value)
     }
+
+    /// Writes it to a new file that only its owner may read.
+    pub(crate) fn write_to_new(&self, path: &Path) -> io::Result<()> {
+        use io::Write as _;
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        file.write_all(self.0.as_bytes())?;
+        file.write_all(b"\n")
+    }
 }
 
 impl fmt::Debug for Token {

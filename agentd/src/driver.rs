@@ -113,6 +113,7 @@ pub async fn run(config: Config, audience: Audience) -> Result<Outcome, StartErr
         shown: BTreeMap::new(),
         told_unreachable: false,
         dial_after: Instant::now(),
+        unproven: BTreeSet::new(),
     };
     Ok(driver.run(reports, signals).await)
 }
@@ -184,6 +185,9 @@ struct Driver {
     told_unreachable: bool,
     /// Not before this is the next connection dialled.
     dial_after: Instant,
+    /// The connections whose loops have not yet proved that they turn, since the service manager was
+    /// last told so.
+    unproven: BTreeSet<Serial>,
 }
 
 /// What the driver does about a next connection.
@@ -243,7 +247,7 @@ impl Driver {
                     };
                 }
                 Some(_) = self.tasks.join_next() => {}
-                () = tick(watchdog.as_mut()) => self.notifier.alive(),
+                () = tick(watchdog.as_mut()) => self.prove(),
             }
         }
         self.tasks.shutdown().await;
@@ -333,7 +337,31 @@ impl Driver {
                     known.replace = true;
                 }
             }
+            Report::Alive => self.proved(serial),
             Report::Ended(end) => self.ended(serial, &end),
+        }
+    }
+
+    /// Asks every connection whether its loop turns. The service manager hears of it once all have
+    /// answered: one that hangs gets this process restarted, although the driver itself is well.
+    fn prove(&mut self) {
+        if self.unproven.is_empty() {
+            self.unproven = self.connections.keys().copied().collect();
+        }
+        for serial in &self.unproven {
+            if let Some(known) = self.connections.get(serial) {
+                // Asked again the next time if there is no place now.
+                let _ = known.commands.try_send(Command::Prove);
+            }
+        }
+        if self.unproven.is_empty() {
+            self.notifier.alive();
+        }
+    }
+
+    fn proved(&mut self, serial: Serial) {
+        if self.unproven.remove(&serial) && self.unproven.is_empty() {
+            self.notifier.alive();
         }
     }
 
@@ -416,6 +444,7 @@ impl Driver {
 
     fn ended(&mut self, serial: Serial, end: &End) {
         let Some(known) = self.connections.remove(&serial) else { return };
+        self.proved(serial);
         match end {
             End::Retired => tracing::info!("a connection was retired"),
             End::Link(error) if error.is_restart() => tracing::info!("{error}"),

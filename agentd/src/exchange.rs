@@ -3,7 +3,14 @@
 //! Enters: a [`Job`], credit, the pieces of an announced body. Leaves: `continue`, then one `reply` and
 //! `chunk`s, or `failed`. Dropping the future of [`Exchange::run`] ends the call to the upstream at once.
 
-use std::{cmp::min, sync::Arc, time::Duration};
+use std::{
+    cmp::min,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, header, uri::PathAndQuery};
@@ -64,6 +71,8 @@ pub(crate) struct Exchange {
     pub(crate) codecs: Codecs,
     /// The last chunk that the public client has taken.
     pub(crate) credit: watch::Receiver<u32>,
+    /// How many pieces of the response have been handed to the outbox.
+    pub(crate) sent: Arc<AtomicU32>,
     pub(crate) access: AccessLog,
 }
 
@@ -95,9 +104,9 @@ impl Exchange {
             self.job.method.as_str(),
             &self.job.target,
         );
-        let Self { job, tunnels, outbox, codecs, credit, access: _ } = self;
+        let Self { job, tunnels, outbox, codecs, credit, sent, access: _ } = self;
         let token = job.token.clone();
-        let sender = Sender { token: &token, outbox: &outbox };
+        let sender = Sender { token: &token, outbox: &outbox, sent: &sent };
         match answer(job, &tunnels, &sender, &codecs, credit, &mut line).await {
             Ok(()) => line.end(Ending::Complete),
             Err(Stop::Gone) => {}
@@ -115,6 +124,7 @@ impl Exchange {
 struct Sender<'a> {
     token: &'a str,
     outbox: &'a Outbox,
+    sent: &'a AtomicU32,
 }
 
 impl Sender<'_> {
@@ -465,6 +475,7 @@ impl Outflow<'_> {
     fn sent(&mut self, taken: usize, line: &mut AccessLine) {
         self.pending.advance(taken);
         self.seq += 1;
+        self.sender.sent.store(self.seq, Ordering::Relaxed);
         line.body(taken);
     }
 }

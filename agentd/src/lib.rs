@@ -19,6 +19,8 @@ mod exchange;
 pub mod identity;
 mod link;
 mod name;
+mod reference;
+mod service;
 mod systemd;
 mod telemetry;
 mod tunnel;

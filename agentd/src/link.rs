@@ -285,6 +285,11 @@ impl Outbox {
         self.control.try_send(Control::Text(text.into())).map_err(|_| LinkGone)
     }
 
+    /// Sends a small message behind everything that waits. Dropped where too much does; never waits itself.
+    pub(crate) fn send_behind(&self, text: String) {
+        let _ = self.data.try_send(Outgoing { text: text.into(), _bulk: None });
+    }
+
     /// Says goodbye after what waits now.
     pub(crate) fn close(&self, code: CloseCode, reason: &'static str) {
         let _ = self.control.try_send(Control::Close(code, reason));

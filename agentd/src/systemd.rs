@@ -32,7 +32,16 @@ impl Notifier {
         self.send(&[NotifyState::Status(text)]);
     }
 
-    /// The loop that owns the link still turns.
+    /// The configuration is being read again; [`Self::ready`] must follow, also when it was refused.
+    #[expect(dead_code, reason = "there is no reload yet")]
+    pub(crate) fn reloading(self) {
+        match NotifyState::monotonic_usec_now() {
+            Ok(now) => self.send(&[NotifyState::Reloading, now]),
+            Err(error) => tracing::debug!(%error, "the service manager was not told of the reload"),
+        }
+    }
+
+    /// The driver and the loops of all its connections turn.
     pub(crate) fn alive(self) {
         self.send(&[NotifyState::Watchdog]);
     }

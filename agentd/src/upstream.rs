@@ -206,8 +206,8 @@ impl Upstream {
     /// Sends a request and waits for the head of the final response.
     ///
     /// The request has an origin-form URI and a `host` field. It is sent once; only where it is
-    /// certain that nothing of it was written on a pooled connection, or where it is safe and has no
-    /// body, it is sent again on another connection.
+    /// certain that nothing of it was written on a pooled connection, or where that connection has died and
+    /// the request is safe and has no body, it is sent once more, on a new connection.
     ///
     /// # Cancel safety
     ///
@@ -217,8 +217,9 @@ impl Upstream {
         mut request: Request<RequestBody>,
     ) -> Result<Response<ResponseBody>, UpstreamError> {
         let repeatable = request.method().is_safe() && request.body().is_end_stream();
+        let mut idle = self.pool.take();
         loop {
-            let (mut connection, pooled) = match self.pool.take() {
+            let (mut connection, pooled) = match idle.take() {
                 Some(connection) => (connection, true),
                 None => (self.open().await?, false),
             };
@@ -236,12 +237,17 @@ impl Upstream {
                     }
                 }
             };
+            let died = match connection.sender() {
+                Sender::Http1(_) => true,
+                // A stream that was reset says nothing about its connection: the upstream has the request.
+                Sender::Http2(sender) => !sender.is_ready(),
+            };
             let mut error = error;
             let unsent = error.take_message();
             let error = error.into_error();
             request = match (unsent, again) {
                 (Some(unsent), _) if pooled => unsent,
-                (_, Some(again)) if !error.is_parse() => again,
+                (_, Some(again)) if died && !error.is_parse() => again,
                 _ => return Err(error.into()),
             };
         }

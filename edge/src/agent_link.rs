@@ -55,19 +55,4 @@ impl AgentLink {
             Err(error) => Err(classify("PostToConnection", error)),
         }
     }
-
-    /// Whether the connection is still there.
-    ///
-    /// # Errors
-    ///
-    /// [`Error`] when it cannot be told.
-    pub async fn is_open(&self, connection: &ConnectionId) -> Result<bool, Error> {
-        match self.client.get_connection().connection_id(connection.as_str()).send().await {
-            Ok(_) => Ok(true),
-            Err(error) if error.as_service_error().is_some_and(|error| error.is_gone_exception()) => {
-                Ok(false)
-            }
-            Err(error) => Err(classify("GetConnection", error)),
-        }
-    }
 }

@@ -21,9 +21,11 @@ pub enum Fault {
     Throttle,
     /// A function's process is killed.
     KillFunction,
+    /// A sent mailbox message never arrives, as when the function that should have sent it failed.
+    Lose,
 }
 
-const FAULTS: usize = 6;
+const FAULTS: usize = 7;
 
 /// Which faults happen how often.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,7 +68,7 @@ pub enum ChaosError {
     NotAPair(String),
     /// A key that means nothing.
     #[error(
-        "unknown key {0:?}: use seed, clock, duplicate, reorder, drop_link, gone, throttle, kill_function or delay"
+        "unknown key {0:?}: use seed, clock, duplicate, reorder, drop_link, gone, throttle, kill_function, lose or delay"
     )]
     UnknownKey(String),
     /// A value its key cannot have.
@@ -111,6 +113,7 @@ impl FromStr for ChaosConfig {
                 "gone" => Fault::Gone,
                 "throttle" => Fault::Throttle,
                 "kill_function" => Fault::KillFunction,
+                "lose" => Fault::Lose,
                 _ => return Err(ChaosError::UnknownKey(key.into())),
             };
             let probability: f64 = value.parse().map_err(|_| bad("a probability from 0 to 1"))?;
@@ -173,12 +176,13 @@ mod tests {
     #[test]
     fn reads_every_key() {
         let config: ChaosConfig =
-            "seed=7,clock=60,duplicate=0.1,reorder=0.2,drop_link=0.3,gone=0.4,throttle=0.5,kill_function=1,delay=25"
+            "seed=7,clock=60,duplicate=0.1,reorder=0.2,drop_link=0.3,gone=0.4,throttle=0.5,kill_function=1,lose=0.6,delay=25"
                 .parse()
                 .unwrap();
         assert_eq!((config.seed, config.clock, config.delay), (7, 60, Duration::from_millis(25)));
         assert!((config.probability(Fault::Reorder) - 0.2).abs() < 1e-9);
         assert!((config.probability(Fault::KillFunction) - 1.0).abs() < 1e-9);
+        assert!((config.probability(Fault::Lose) - 0.6).abs() < 1e-9);
         assert_eq!("".parse::<ChaosConfig>().unwrap(), ChaosConfig::default());
     }
 
@@ -186,7 +190,7 @@ mod tests {
     fn refuses_with_one_clear_sentence() {
         let refusal = |text: &str| text.parse::<ChaosConfig>().unwrap_err().to_string();
         assert_eq!(refusal("gone"), "\"gone\" is not key=value");
-        assert!(refusal("lost=1").starts_with("unknown key \"lost\""));
+        assert!(refusal("loss=1").starts_with("unknown key \"loss\""));
         assert_eq!(refusal("gone=2"), "gone=2 is not a probability from 0 to 1");
         assert_eq!(refusal("gone=NaN"), "gone=NaN is not a probability from 0 to 1");
         assert_eq!(refusal("clock=0"), "clock=0 is not a whole number of at least 1");

@@ -37,7 +37,7 @@ pub struct Options {
     #[arg(long, value_name = "PROFILE", value_enum, default_value_t)]
     pub latency: LatencyProfile,
     /// What goes wrong, as key=value,…: seed, clock, duplicate, reorder, drop_link, gone, throttle,
-    /// kill_function, delay
+    /// kill_function, lose, delay
     #[arg(long, value_name = "FAULTS", default_value = "")]
     pub chaos: ChaosConfig,
     /// How many free mailboxes are kept ready

@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// How many times faster the long times of the edge pass: the 10 minutes and 2 hours of a
-/// connection, a mailbox's lease. Everything shorter keeps its real length.
+/// connection, the 15 minutes of a response, a mailbox's lease. Everything shorter keeps its real length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Clock {
     factor: u32,

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use ::edge::config::env;
+use ::edge::config::{Env, env};
 use anyhow::{Context, bail};
 use authorizer::config::ENV_JWKS;
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -72,6 +72,9 @@ const AGENT_TIME: Duration = Duration::from_secs(3);
 
 /// How many invocations of one function may run at the same time.
 const CONCURRENCY: usize = 1000;
+
+/// The shortest time that a fast clock leaves a response: `ingress` keeps some seconds of it for its end.
+const SHORTEST_RESPONSE: Duration = Duration::from_secs(10);
 
 /// What each call inside one AWS region costs with `--latency aws`: single-digit milliseconds for
 /// tables and queues (no figure is guaranteed by AWS).
@@ -218,6 +221,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         public_url: &public_url,
         token_key: STANDARD.encode(lambda::random_bytes::<32>()),
         log_level: options.log_level,
+        choices: choices(&Env::process())?,
         mailboxes: options.mailboxes,
     };
     let lambda = start_lambda(&settings)?;
@@ -368,6 +372,15 @@ struct Settings<'a> {
     token_key: String,
     log_level: LogLevel,
     mailboxes: usize,
+    choices: Vec<(&'static str, String)>,
+}
+
+/// What an operator may choose for `ingress`: here too from the environment, under the same names.
+fn choices(own: &Env<'_>) -> anyhow::Result<Vec<(&'static str, String)>> {
+    own.trust()?;
+    own.secs(env::REPLY_TIMEOUT_SECS, limits::REPLY_TIMEOUT, limits::REPLY_TIMEOUT_MAX)?;
+    let names = [env::TRUST_FORWARDED, env::REPLY_TIMEOUT_SECS];
+    Ok(names.into_iter().filter_map(|name| Some((name, own.optional(name)?))).collect())
 }
 
 impl Settings<'_> {
@@ -402,7 +415,7 @@ impl Settings<'_> {
             ),
             Function::Disconnect => (10, [vec![connections()], mailboxes()].concat()),
             Function::Ingress => (
-                900,
+                clock.scale(limits::RESPONSE_DURATION).max(SHORTEST_RESPONSE).as_secs(),
                 [
                     vec![
                         token_keys(),
@@ -413,6 +426,7 @@ impl Settings<'_> {
                         (env::FRONT_ONLY, "true".to_owned()),
                     ],
                     mailboxes(),
+                    self.choices.clone(),
                 ]
                 .concat(),
             ),

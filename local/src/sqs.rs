@@ -508,6 +508,9 @@ impl Sqs {
             attributes,
             sent_ms: clock::epoch_ms(),
         });
+        if self.chaos.strikes(Fault::Lose) {
+            return Ok(message);
+        }
         let copies = 1 + usize::from(self.chaos.strikes(Fault::Duplicate));
         let delay = if self.chaos.strikes(Fault::Reorder) { delay + OVERTAKEN } else { delay };
         {
@@ -1128,6 +1131,11 @@ mod tests {
         sorted.sort();
         assert_ne!(order, sorted);
         assert_eq!(sorted.concat(), "0123456789");
+
+        let (sqs, url) =
+            with_queue(ChaosConfig::default().with(Fault::Lose, 1.0), QueueAttributes::default()).await;
+        sqs.send(&url, message("a")).unwrap();
+        assert!(sqs.receive(&url, waiting(10)).await.unwrap().is_empty(), "its sender knows nothing of it");
 
         let (sqs, url) =
             with_queue(ChaosConfig::default().with(Fault::Throttle, 0.5), QueueAttributes::default()).await;

@@ -71,6 +71,20 @@ impl<T> Reassembler<T> {
         self.next
     }
 
+    /// The lowest number that has not arrived, and whether a higher one has: then it was sent and is
+    /// late or lost.
+    #[must_use]
+    pub fn first_missing(&self) -> (u32, bool) {
+        let mut missing = self.next;
+        for &seq in self.waiting.keys() {
+            if seq > missing {
+                return (missing, true);
+            }
+            missing = seq.saturating_add(1);
+        }
+        (missing, false)
+    }
+
     /// How many pieces wait for an earlier one.
     #[must_use]
     pub fn waiting(&self) -> usize {
@@ -132,6 +146,22 @@ mod tests {
         assert_eq!(reassembler.push(4, ()), Ok(Accepted::New));
     }
 
+    #[test]
+    fn a_gap_is_seen_only_between_pieces() {
+        let mut reassembler = Reassembler::new(0, 9);
+        assert_eq!(reassembler.first_missing(), (0, false));
+        reassembler.push(0, ()).unwrap();
+        reassembler.push(1, ()).unwrap();
+        assert_eq!(reassembler.first_missing(), (2, false), "what waits to be taken is not missing");
+        reassembler.push(4, ()).unwrap();
+        assert_eq!(reassembler.first_missing(), (2, true));
+        while reassembler.pop().is_some() {}
+        assert_eq!(reassembler.first_missing(), (2, true));
+        reassembler.push(2, ()).unwrap();
+        reassembler.push(3, ()).unwrap();
+        assert_eq!(reassembler.first_missing(), (5, false));
+    }
+
     proptest! {
         /// Whatever the order, and whatever is delivered twice, what comes out is a gapless prefix,
         /// and all of it once everything has arrived.
@@ -160,6 +190,9 @@ mod tests {
             }
             let complete = lost.first().copied().unwrap_or(total);
             prop_assert_eq!(out, (0..complete).collect::<Vec<_>>());
+            // A loss shows as soon as anything after it has come.
+            let seen = (complete..total).any(|seq| !lost.contains(&seq));
+            prop_assert_eq!(reassembler.first_missing(), (complete, seen));
         }
     }
 }

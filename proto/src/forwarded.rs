@@ -64,17 +64,22 @@ pub fn apply(headers: &mut Headers, hop: &Hop<'_>, trust: Trust, request_id: &Re
     });
 
     let client = hop.client.map_or_else(|| "unknown".to_owned(), |ip| ip.to_string());
-    set_list(headers, X_FORWARDED_FOR, chain_for, &client);
+    // The front has appended the client to a list that it was sent.
+    let is_named = chain_for
+        .iter()
+        .flat_map(|value| value.split(|&b| b == b','))
+        .any(|entry| entry.trim_ascii() == client.as_bytes());
+    set_list(headers, X_FORWARDED_FOR, chain_for, (!is_named).then_some(&*client));
     set(headers, X_FORWARDED_PROTO, hop.scheme);
     set(headers, X_FORWARDED_HOST, hop.host);
     set(headers, X_FORWARDED_PORT, &hop.port.to_string());
     if let Some(prefix) = hop.prefix {
         set(headers, X_FORWARDED_PREFIX, prefix);
     }
-    set_list(headers, header::FORWARDED, chain_forwarded, &forwarded_element(hop));
+    set_list(headers, header::FORWARDED, chain_forwarded, Some(&forwarded_element(hop)));
     // RFC 9110 §7.6.3: every proxy adds itself; the client's own entries say how it came this far.
     let via = headers.get_all(header::VIA).map(|value| value.as_bytes().to_vec()).collect();
-    set_list(headers, header::VIA, via, "1.1 tunnel");
+    set_list(headers, header::VIA, via, Some("1.1 tunnel"));
     set(headers, REQUEST_ID, request_id.as_str());
     if !headers.get(TRACEPARENT).is_some_and(is_traceparent) {
         headers.remove("tracestate");
@@ -90,9 +95,9 @@ fn set(headers: &mut Headers, name: HeaderName, value: &str) {
     }
 }
 
-fn set_list(headers: &mut Headers, name: HeaderName, earlier: Vec<Vec<u8>>, own: &str) {
+fn set_list(headers: &mut Headers, name: HeaderName, earlier: Vec<Vec<u8>>, own: Option<&str>) {
     let mut list = earlier;
-    list.push(own.as_bytes().to_vec());
+    list.extend(own.map(|own| own.as_bytes().to_vec()));
     if let Ok(value) = HeaderValue::from_bytes(&list.join(&b", "[..])) {
         headers.set(name, value);
     }
@@ -193,6 +198,10 @@ mod tests {
         apply(&mut headers, &hop(), Trust::Chain, &RequestId::from_random([1; 16]));
         assert_eq!(get(&headers, "x-forwarded-for"), "6.6.6.6, 2001:db8::1");
         assert!(get(&headers, "forwarded").starts_with("for=6.6.6.6, for="));
+        let mut headers = Headers::new();
+        headers.push(X_FORWARDED_FOR, HeaderValue::from_static("6.6.6.6,2001:db8::1"));
+        apply(&mut headers, &hop(), Trust::Chain, &RequestId::from_random([1; 16]));
+        assert_eq!(get(&headers, "x-forwarded-for"), "6.6.6.6,2001:db8::1", "the front has appended it");
     }
 
     #[test]

@@ -122,6 +122,18 @@ pub const CHUNK_WINDOW: u32 = 32;
 /// After how many written chunks `ingress` returns credit: a quarter of [`CHUNK_WINDOW`].
 pub const CREDIT_EVERY: u32 = CHUNK_WINDOW / 4;
 
+/// After how long without news of a response `ingress` asks the agent how far it is, and then again.
+///
+/// Nothing of it is paid while an answer flows; a stream of events that is silent pays for one small
+/// message each way.
+pub const PROBE_AFTER: Duration = Duration::from_secs(10);
+
+/// How long a piece may be missing that is known to have been sent before the response is broken off.
+///
+/// Longer than [`MAILBOX_VISIBILITY`], so that it may still come when only its receive was lost. With
+/// [`PROBE_AFTER`] a response whose last piece was lost ends within 45 seconds.
+pub const PIECE_MISSING: Duration = Duration::from_secs(35);
+
 /// How many body messages of one upload `ingress` posts at the same time.
 pub const UPLOAD_PARALLEL: usize = 4;
 
@@ -191,6 +203,11 @@ mod tests {
     #[test]
     fn chunks_outlive_the_slowest_response() {
         assert!(MAILBOX_RETENTION > RESPONSE_DURATION);
+    }
+
+    #[test]
+    fn a_piece_is_given_up_only_when_it_cannot_come_any_more() {
+        assert!(PIECE_MISSING > MAILBOX_VISIBILITY);
     }
 
     #[test]

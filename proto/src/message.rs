@@ -15,6 +15,8 @@
 //! chunk {token, seq, body, end}…  ->
 //!                                 <-   credit {request_id, through}…
 //! failed {token, seq, code}       ->                 (instead of a reply, or to break one off)
+//!                                 <-   probe {request_id, token}          (after a silence)
+//! progress {token, sent, ended}   ->
 //!                                 <-   cancel {request_id}
 //! heartbeat {seq}                 ->
 //!                                 <-   heartbeat {seq}
@@ -23,6 +25,11 @@
 //!
 //! `hello` says which tunnels this connection serves *from now on*: it is sent again to add or remove
 //! some, and with none before the connection is closed.
+//!
+//! Nothing here carries a protocol upgrade yet: a request for one is answered with
+//! [`ErrorCode::UpgradeUnsupported`]. The place for it is a pair of messages beside `request_chunk` and
+//! `chunk`, numbered and credited like them, after a `reply` that accepts it; peers without them drop an
+//! unknown type, so `welcome` and `hello` will have to say that both sides know it.
 
 use std::borrow::Cow;
 
@@ -78,7 +85,7 @@ impl<'a> Envelope<'a> {
     /// Whether this is one of the messages that answer a request.
     #[must_use]
     pub fn answers_a_request(&self) -> bool {
-        matches!(&*self.kind, "reply" | "chunk" | "continue" | "failed")
+        matches!(&*self.kind, "reply" | "chunk" | "continue" | "failed" | "progress")
     }
 }
 
@@ -132,6 +139,8 @@ messages! {
         Continue(Continue<'a>) = "continue",
         /// There will be no response, or no more of it.
         Failed(Failed<'a>) = "failed",
+        /// Answers `probe`.
+        Progress(Progress<'a>) = "progress",
     }
 }
 
@@ -151,6 +160,9 @@ messages! {
         /// Nobody waits for this response any more. The agent aborts the upstream call and, unless it
         /// has already sent the last piece, says `failed` with `cancelled`.
         Cancel(Cancel) = "cancel",
+        /// Asks how far a response is, because nothing of it has come for a while: a quiet upstream looks
+        /// just like a lost last piece. The agent answers with `progress`.
+        Probe(Probe<'a>) = "probe",
         /// The edge wants this connection replaced by a new one.
         Drain(Drain) = "drain",
     }
@@ -344,6 +356,19 @@ pub struct Failed<'a> {
     pub code: ErrorCode,
 }
 
+/// See [`AgentMessage::Progress`]. It is sent after the pieces it counts, but may overtake them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress<'a> {
+    /// As it came with `probe`.
+    #[serde(borrow)]
+    pub token: Cow<'a, str>,
+    /// How many pieces have been sent so far: those with a lower number. Without meaning when `ended`.
+    pub sent: u32,
+    /// Whether the last piece is among them, or the agent does not know the request.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub ended: bool,
+}
+
 /// See [`EdgeMessage::Credit`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Credit {
@@ -358,6 +383,16 @@ pub struct Credit {
 pub struct Cancel {
     /// The request.
     pub request_id: RequestId,
+}
+
+/// See [`EdgeMessage::Probe`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probe<'a> {
+    /// The request.
+    pub request_id: RequestId,
+    /// To be returned with the answer: an agent that has ended the request has forgotten it.
+    #[serde(borrow)]
+    pub token: Cow<'a, str>,
 }
 
 /// See [`EdgeMessage::Drain`].
@@ -385,9 +420,12 @@ impl AgentMessage<'_> {
             Self::Hello(hello) if hello.software.len() > 128 => {
                 Err(DecodeError::Invalid("software is too long"))
             }
-            Self::Hello(_) | Self::Heartbeat(_) | Self::Chunk(_) | Self::Continue(_) | Self::Failed(_) => {
-                Ok(())
-            }
+            Self::Hello(_)
+            | Self::Heartbeat(_)
+            | Self::Chunk(_)
+            | Self::Continue(_)
+            | Self::Failed(_)
+            | Self::Progress(_) => Ok(()),
         }
     }
 
@@ -400,6 +438,7 @@ impl AgentMessage<'_> {
             Self::Chunk(message) => Some(&message.token),
             Self::Continue(message) => Some(&message.token),
             Self::Failed(message) => Some(&message.token),
+            Self::Progress(message) => Some(&message.token),
         }
     }
 }
@@ -427,6 +466,7 @@ impl EdgeMessage<'_> {
             | Self::RequestChunk(_)
             | Self::Credit(_)
             | Self::Cancel(_)
+            | Self::Probe(_)
             | Self::Drain(_) => Ok(()),
         }
     }
@@ -474,6 +514,14 @@ mod tests {
         let chunk = AgentMessage::Chunk(Chunk { token: TOKEN.into(), seq: 1, body: None, end: true });
         assert_eq!(chunk.encode(), r#"{"type":"chunk","token":"tok","seq":1,"end":true}"#);
         assert_eq!(AgentMessage::decode(&chunk.encode()).unwrap(), chunk);
+        let probe =
+            EdgeMessage::Probe(Probe { request_id: RequestId::from_random([1; 16]), token: TOKEN.into() });
+        assert_eq!(EdgeMessage::decode(&probe.encode()).unwrap(), probe);
+        let progress = AgentMessage::Progress(Progress { token: TOKEN.into(), sent: 3, ended: true });
+        assert_eq!(progress.encode(), r#"{"type":"progress","token":"tok","sent":3,"ended":true}"#);
+        assert_eq!(AgentMessage::decode(&progress.encode()).unwrap(), progress);
+        assert_eq!(progress.token(), Some(TOKEN));
+        assert!(Envelope::peek(&progress.encode()).unwrap().answers_a_request());
     }
 
     #[test]

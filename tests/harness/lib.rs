@@ -12,6 +12,7 @@
 
 pub mod client;
 pub mod process;
+pub mod proxy;
 pub mod raw_agent;
 pub mod upstream;
 
@@ -55,10 +56,16 @@ impl Local {
     /// Starts it.
     #[must_use]
     pub fn start_with(more: &[&str]) -> Self {
+        Self::start_in(&[], more)
+    }
+
+    /// Starts it with more in its environment.
+    #[must_use]
+    pub fn start_in(environment: &[(&str, &str)], more: &[&str]) -> Self {
         let state = tempfile::tempdir().unwrap();
         let dir = state.path().to_str().unwrap();
         let common = ["--public", "127.0.0.1:0", "--agents", "127.0.0.1:0", "--state-dir", dir];
-        let process = Process::start("local", &[&common, more].concat(), &[]);
+        let process = Process::start("local", &[&common, more].concat(), environment);
         let value = |name: &str| {
             let line = process.wait_for_line(|line| line.split_whitespace().next() == Some(name));
             line.split_whitespace().nth(1).unwrap().to_owned()

@@ -4,7 +4,7 @@ use futures_util::{SinkExt, StreamExt};
 use proto::{
     body::{Body, Codecs},
     header::Headers,
-    message::{AgentMessage, Chunk, EdgeMessage, Hello, Reply, Request, VERSION},
+    message::{AgentMessage, Chunk, EdgeMessage, Hello, Progress, Reply, Request, VERSION},
 };
 use tokio::{net::TcpStream, time::timeout};
 use tokio_tungstenite::{
@@ -172,6 +172,12 @@ impl Call {
             body: Some(Body::Text(body.into())),
             end,
         })
+    }
+
+    /// A `progress` that says this.
+    #[must_use]
+    pub fn progress(&self, sent: u32, ended: bool) -> AgentMessage<'_> {
+        AgentMessage::Progress(Progress { token: self.token.as_str().into(), sent, ended })
     }
 
     /// A `chunk` with this body.

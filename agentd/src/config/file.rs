@@ -33,6 +33,10 @@ const TUNNEL_KEYS: &[&str] = &[
     "upstream",
 ];
 
+/// Every key there is, for whoever describes them.
+#[cfg(test)]
+pub(super) const ALL_KEYS: &[&[&str]] = &[ROOT_KEYS, INCLUDED_KEYS, EDGE_KEYS, TUNNEL_KEYS];
+
 /// Reads a configuration file and what it includes, under `overrides`.
 ///
 /// # Errors

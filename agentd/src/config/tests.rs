@@ -1,4 +1,4 @@
-use std::{fs, os::unix::fs::PermissionsExt as _};
+use std::{collections::BTreeSet, fs, os::unix::fs::PermissionsExt as _};
 
 use super::*;
 
@@ -177,4 +177,36 @@ fn a_systemd_credential_is_the_last_resort() {
     folder.write("agentd.toml", &text);
     let overrides = Overrides { credentials: Some(folder.0.path().into()), ..Overrides::default() };
     assert!(load(&folder.path("agentd.toml"), &overrides).is_ok());
+}
+
+#[test]
+fn the_packaged_example_shows_every_key_and_nothing_else() {
+    fn keys(table: &toml::Table, found: &mut BTreeSet<String>) {
+        for (key, value) in table {
+            found.insert(key.clone());
+            let tables =
+                value.as_array().into_iter().flatten().chain([value]).filter_map(toml::Value::as_table);
+            tables.for_each(|table| keys(table, found));
+        }
+    }
+    let example = include_str!("../../../systemd/agentd.toml");
+    // A key that is shown in a comment follows its '#' at once; prose does not.
+    let is_shown = |line: &str| line.starts_with(|first: char| first.is_ascii_lowercase() || first == '[');
+    let in_force: String = example
+        .lines()
+        .map(|line| line.strip_prefix('#').filter(|shown| is_shown(shown)).unwrap_or(line))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    // What is about TLS means something for such an upstream only.
+    let in_force = in_force.replace("http://127.0.0.1:3000", "https://127.0.0.1:3000");
+    let folder = Folder::new();
+    let overrides = Overrides { token_file: Some(folder.path("token")), ..Overrides::default() };
+    for text in [example, &in_force] {
+        folder.write("agentd.toml", text);
+        assert_eq!(load(&folder.path("agentd.toml"), &overrides).unwrap().tunnels.len(), 1);
+    }
+    let mut shown = BTreeSet::new();
+    keys(&in_force.parse().unwrap(), &mut shown);
+    let known: BTreeSet<String> = file::ALL_KEYS.iter().copied().flatten().map(ToString::to_string).collect();
+    assert_eq!(shown, known);
 }

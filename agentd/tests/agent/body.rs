@@ -6,11 +6,11 @@ use proto::{
     body::{Body, Codec, Codecs},
     error::ErrorCode,
     limits,
-    message::{EdgeMessage, RequestChunk},
+    message::{EdgeMessage, Request, RequestChunk},
 };
 use tokio::{io::AsyncWriteExt as _, time::timeout};
 
-use crate::stage::{Manners, Sent, connected, connected_with, get, noise, patiently, request};
+use crate::stage::{Line, Manners, Sent, connected, connected_with, get, noise, patiently, request};
 
 const CHUNKED: &[u8] =
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
@@ -141,6 +141,7 @@ async fn cancelling_closes_the_upstream_at_once() {
     line.cancel(&sent).await;
     peer.closed().await;
     assert!(began.elapsed() < Duration::from_secs(1));
+    assert_eq!(line.failure().await, (0, ErrorCode::Cancelled), "its last word");
     let access = agent.line().await;
     assert!(access.contains("499  GET /slow  ") && access.ends_with("cancelled"), "{access}");
     // In the middle of the body.
@@ -152,6 +153,35 @@ async fn cancelling_closes_the_upstream_at_once() {
     line.cancel(&sent).await;
     peer.closed().await;
     assert!(began.elapsed() < Duration::from_secs(1));
+    assert_eq!(line.failure().await, (1, ErrorCode::Cancelled), "its last word, after the head");
+}
+
+#[tokio::test]
+async fn a_probe_is_told_how_far_the_response_is() {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    let progress = async |line: &mut Line, request: &Request<'static>| {
+        line.probe(request).await;
+        let Sent::Progress { token, sent, ended } = line.answer().await else { panic!("progress") };
+        assert_eq!(token, request.token);
+        (sent, ended)
+    };
+    let sent = get("/");
+    assert_eq!(progress(&mut line, &sent).await, (0, true), "it has never heard of it");
+    line.request(&sent).await;
+    let mut peer = upstream.accept().await;
+    peer.head().await;
+    assert_eq!(progress(&mut line, &sent).await, (0, false));
+    peer.write(CHUNKED).await;
+    assert!(matches!(line.answer().await, Sent::Reply { end: false, .. }));
+    assert_eq!(progress(&mut line, &sent).await, (1, false));
+    peer.write("4\r\nbody\r\n").await;
+    assert!(matches!(line.answer().await, Sent::Chunk { seq: 1, end: false, .. }));
+    assert_eq!(progress(&mut line, &sent).await, (2, false));
+    peer.write("0\r\n\r\n").await;
+    assert!(matches!(line.answer().await, Sent::Chunk { seq: 2, end: true, .. }));
+    // Its end may be noticed a moment later than it is sent.
+    let end = progress(&mut line, &sent).await;
+    assert!([(3, false), (0, true)].contains(&end), "{end:?}");
 }
 
 #[tokio::test]
@@ -281,10 +311,7 @@ async fn a_download_does_not_hold_up_a_small_request() {
     patiently("the small answer", async {
         loop {
             let answer = line.answer().await;
-            if asked
-                .as_ref()
-                .is_some_and(|(small, _): &(proto::message::Request<'_>, u32)| small.token == answer.token())
-            {
+            if asked.as_ref().is_some_and(|(small, _): &(Request<'_>, u32)| small.token == answer.token()) {
                 assert!(answer.is_end());
                 break;
             }

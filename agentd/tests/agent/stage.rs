@@ -20,7 +20,7 @@ use proto::{
     id::RequestId,
     limits,
     message::{
-        AgentMessage, Cancel, Credit, Drain, EdgeMessage, Heartbeat, Hello, OpenTunnel, Refusal,
+        AgentMessage, Cancel, Credit, Drain, EdgeMessage, Heartbeat, Hello, OpenTunnel, Probe, Refusal,
         RefusedTunnel, Request, RequestChunk, VERSION, Welcome,
     },
     target::Target,
@@ -133,6 +133,7 @@ pub(crate) enum Sent {
     Chunk { token: String, seq: u32, body: Vec<u8>, end: bool },
     Continue { token: String },
     Failed { token: String, seq: u32, code: ErrorCode },
+    Progress { token: String, sent: u32, ended: bool },
 }
 
 impl Sent {
@@ -141,7 +142,8 @@ impl Sent {
             Self::Reply { token, .. }
             | Self::Chunk { token, .. }
             | Self::Continue { token }
-            | Self::Failed { token, .. } => token,
+            | Self::Failed { token, .. }
+            | Self::Progress { token, .. } => token,
         }
     }
 
@@ -187,6 +189,11 @@ impl Line {
 
     pub(crate) async fn cancel(&mut self, request: &Request<'_>) {
         self.send(&EdgeMessage::Cancel(Cancel { request_id: request.request_id.clone() })).await;
+    }
+
+    pub(crate) async fn probe(&mut self, request: &Request<'_>) {
+        let (request_id, token) = (request.request_id.clone(), request.token.clone());
+        self.send(&EdgeMessage::Probe(Probe { request_id, token })).await;
     }
 
     pub(crate) async fn drain(&mut self) {
@@ -292,6 +299,11 @@ impl Line {
                 AgentMessage::Failed(failed) => {
                     Sent::Failed { token: failed.token.into_owned(), seq: failed.seq, code: failed.code }
                 }
+                AgentMessage::Progress(progress) => Sent::Progress {
+                    token: progress.token.into_owned(),
+                    sent: progress.sent,
+                    ended: progress.ended,
+                },
                 AgentMessage::Hello(_) | AgentMessage::Heartbeat(_) => unreachable!("answered above"),
             });
         }

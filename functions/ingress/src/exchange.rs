@@ -7,6 +7,10 @@
 //! * a receive that was begun is awaited to its end: abandoned, it would take a message along;
 //! * none is begun once the last piece is here;
 //! * whoever stops early tells the agent (`cancel`) and receives until the agent has said its last word.
+//!
+//! A message of the agent can be lost on its way here. A later piece shows the gap; after a silence the agent is
+//! asked how far it is (`probe`), because nothing would show that the last piece was lost. What is known
+//! to have been sent and does not come breaks the response off.
 
 use std::{cell::Cell, collections::VecDeque, time::Duration};
 
@@ -30,7 +34,7 @@ use proto::{
     header::value_to_text,
     id::{ConnectionId, RequestId, TunnelName},
     limits,
-    message::{AgentMessage, Cancel, Credit, EdgeMessage, Reply, Request, RequestChunk, notice},
+    message::{AgentMessage, Cancel, Credit, EdgeMessage, Probe, Reply, Request, RequestChunk, notice},
     token::Claims,
 };
 use tokio::{sync::oneshot, time::Instant};
@@ -47,11 +51,6 @@ const DEADLINE_MARGIN: Duration = Duration::from_secs(3);
 
 /// How long each receive lasts that only waits for an agent's last word.
 const LAST_WORD_WAIT: Duration = Duration::from_secs(1);
-
-/// After how many long polls in a row that bring nothing a missing piece is given up: together they are
-/// longer than a message stays hidden whose receive was lost.
-const EMPTY_POLLS: u64 = 2;
-const _: () = assert!(limits::MAILBOX_WAIT.as_secs() * EMPTY_POLLS > limits::MAILBOX_VISIBILITY.as_secs());
 
 /// Answers one event, and returns the mailbox's lease, renewed if need be.
 ///
@@ -190,7 +189,16 @@ async fn carry(
     record.tunnel.set(Some(request.tunnel.clone()));
 
     let reply_by = (Instant::now() + ingress.config.reply_timeout).min(ends_at);
-    let outcome = dispatch(ingress, lease, request_id, &request, reply_by).await;
+    // Valid as long as an answer may go on. Nothing is gained by a shorter life: a reply to a request
+    // that is over is recognised by its request id.
+    let expires_at = unix_now() + limits::RESPONSE_DURATION.as_secs() + limits::RUN_DURATION.as_secs();
+    let token = ingress.config.keys.mint(&Claims {
+        request_id: request_id.clone(),
+        mailbox: lease.mailbox.clone(),
+        tunnel: request.tunnel.clone(),
+        expires_at,
+    });
+    let outcome = dispatch(ingress, lease, request_id, &request, &token, reply_by).await;
     let (connection, first) = match outcome {
         Ok(RunOutcome::Replied { connection, reply, receipt }) => {
             let letter = Letter {
@@ -207,7 +215,8 @@ async fn carry(
                     delete(ingress, lease, vec![receipt]).await;
                 }
                 if let (ErrorCode::UpstreamTimedOut, Some(connection)) = (code, connection) {
-                    Exchange::new(ingress, lease, request_id, &request, connection).give_up(None).await;
+                    let exchange = Exchange::new(ingress, lease, request_id, &request, connection, &token);
+                    exchange.give_up(None).await;
                 }
             };
             tokio::join!(answering.fail(code), clean);
@@ -223,7 +232,7 @@ async fn carry(
             return answering.fail(ErrorCode::EdgeFailed).await;
         }
     };
-    Exchange::new(ingress, lease, request_id, &request, connection)
+    Exchange::new(ingress, lease, request_id, &request, connection, &token)
         .run(first, answering, reply_by, ends_at)
         .await;
 }
@@ -233,19 +242,11 @@ async fn dispatch(
     lease: &Lease,
     request_id: &RequestId,
     request: &PublicRequest,
+    token: &str,
     reply_by: Instant,
 ) -> Result<RunOutcome, Error> {
     let timeout = reply_by.saturating_duration_since(Instant::now());
     let deadline_ms = unix_now_ms() + u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX / 2);
-    // Valid as long as an answer may go on. Nothing is gained by a shorter life: a reply to a request
-    // that is over is recognised by its request id.
-    let expires_at = unix_now() + limits::RESPONSE_DURATION.as_secs() + limits::RUN_DURATION.as_secs();
-    let token = ingress.config.keys.mint(&Claims {
-        request_id: request_id.clone(),
-        mailbox: lease.mailbox.clone(),
-        tunnel: request.tunnel.clone(),
-        expires_at,
-    });
     let mut message = Request {
         request_id: request_id.clone(),
         token: token.into(),
@@ -293,6 +294,12 @@ async fn delete(ingress: &Ingress, lease: &Lease, receipts: Vec<String>) {
     }
 }
 
+/// The connection has gone; what was sent over it before has time to arrive.
+async fn agent_lost() -> Side {
+    tokio::time::sleep(limits::LOST_DELAY).await;
+    Side::Stop(Stop::AgentLost)
+}
+
 /// One numbered piece of a response.
 enum Part {
     Head(Reply<'static>, Option<Vec<u8>>),
@@ -317,6 +324,13 @@ enum Side {
     Stop(Stop),
 }
 
+/// A piece that is known to have been sent and has not come.
+#[derive(Debug, Clone, Copy)]
+struct Missing {
+    seq: u32,
+    since: Instant,
+}
+
 type Receiving<'a> = LocalBoxFuture<'a, Result<Vec<Letter>, Error>>;
 
 struct Exchange<'a> {
@@ -325,12 +339,17 @@ struct Exchange<'a> {
     request_id: &'a RequestId,
     request: &'a PublicRequest,
     connection: ConnectionId,
+    token: &'a str,
     parts: Reassembler<Part>,
     /// The number of the last piece, once that has arrived; earlier ones may still be missing.
     last: Option<u32>,
     uploading: bool,
-    /// How many receives in a row brought nothing.
-    empty_polls: u64,
+    /// When the agent was heard last, or asked.
+    news_at: Instant,
+    /// How many pieces the agent says it has sent.
+    sent: u32,
+    /// The first piece that is late or lost.
+    missing: Option<Missing>,
     /// Deletes, credit, cancel, upload: whatever goes on beside the stream.
     side: FuturesUnordered<LocalBoxFuture<'a, Side>>,
 }
@@ -342,6 +361,7 @@ impl<'a> Exchange<'a> {
         request_id: &'a RequestId,
         request: &'a PublicRequest,
         connection: ConnectionId,
+        token: &'a str,
     ) -> Self {
         Self {
             ingress,
@@ -349,11 +369,14 @@ impl<'a> Exchange<'a> {
             request_id,
             request,
             connection,
+            token,
             // The head and a window of chunks after the last one that credit was returned for.
             parts: Reassembler::new(0, limits::CHUNK_WINDOW + limits::CREDIT_EVERY + 2),
             last: None,
             uploading: false,
-            empty_polls: 0,
+            news_at: Instant::now(),
+            sent: 0,
+            missing: None,
             side: FuturesUnordered::new(),
         }
     }
@@ -378,14 +401,14 @@ impl<'a> Exchange<'a> {
                 None => {}
             }
             self.receive(&mut receiving);
+            let wake_at = self.wake_at();
             tokio::select! {
                 Some(letters) = OptionFuture::from(receiving.as_mut()) => {
                     receiving = None;
                     stop = self.took(letters).err();
                 }
-                Some(side) = self.side.next() => if let Side::Stop(found) = side {
-                    stop = Some(found);
-                },
+                Some(side) = self.side.next() => stop = self.found(side),
+                Some(()) = OptionFuture::from(wake_at.map(tokio::time::sleep_until)) => stop = self.wake().err(),
                 () = tokio::time::sleep_until(reply_by) => {
                     stop = Some(Stop::Broken(ErrorCode::UpstreamTimedOut));
                 }
@@ -445,6 +468,7 @@ impl<'a> Exchange<'a> {
                 }
             }
             self.receive(&mut receiving);
+            let wake_at = self.wake_at();
             tokio::select! {
                 Some(permit) = OptionFuture::from((!next.is_empty()).then(|| pieces.reserve())) => {
                     let Ok(permit) = permit else { break Stop::ClientGone };
@@ -470,9 +494,14 @@ impl<'a> Exchange<'a> {
                         break stop;
                     }
                 }
-                Some(side) = self.side.next() => if let Side::Stop(stop) = side {
+                Some(side) = self.side.next() => if let Some(stop) = self.found(side) {
                     break stop;
                 },
+                Some(()) = OptionFuture::from(wake_at.map(tokio::time::sleep_until)) => {
+                    if let Err(stop) = self.wake() {
+                        break stop;
+                    }
+                }
                 () = pieces.closed() => break Stop::ClientGone,
                 () = tokio::time::sleep_until(ends_at) => break Stop::Broken(ErrorCode::UpstreamTimedOut),
             }
@@ -504,31 +533,60 @@ impl<'a> Exchange<'a> {
         }
     }
 
+    /// When [`Self::wake`] is due; `None` once every piece is here.
+    fn wake_at(&self) -> Option<Instant> {
+        if self.is_complete() {
+            return None;
+        }
+        let probe_at = self.news_at + limits::PROBE_AFTER;
+        let lost_at = self.missing.map(|missing| missing.since + limits::PIECE_MISSING);
+        Some(lost_at.map_or(probe_at, |lost_at| lost_at.min(probe_at)))
+    }
+
+    /// Gives up a piece that has been missing too long, and asks an agent that was silent too long.
+    ///
+    /// The question also finds out whether the connection is still there: the news of its end may have been
+    /// lost itself.
+    fn wake(&mut self) -> Result<(), Stop> {
+        let now = Instant::now();
+        if let Some(Missing { seq, since }) = self.missing
+            && now >= since + limits::PIECE_MISSING
+        {
+            tracing::error!(request_id = %self.request_id, chunk_index = seq, "a piece of the response was lost");
+            return Err(Stop::Broken(ErrorCode::EdgeFailed));
+        }
+        if now >= self.news_at + limits::PROBE_AFTER {
+            self.news_at = now;
+            let (request_id, token) = (self.request_id.clone(), self.token.to_owned().into());
+            self.post(EdgeMessage::Probe(Probe { request_id, token }));
+        }
+        Ok(())
+    }
+
+    /// Notes which piece is missing, now that something has come.
+    fn look_for_gaps(&mut self) {
+        let (seq, later_came) = self.parts.first_missing();
+        let was_sent = later_came || seq < self.sent;
+        self.missing = match self.missing {
+            _ if !was_sent || self.is_complete() => None,
+            Some(missing) if missing.seq == seq => Some(missing),
+            _ => Some(Missing { seq, since: Instant::now() }),
+        };
+    }
+
+    /// What something on the side means for the response.
+    fn found(&self, side: Side) -> Option<Stop> {
+        match side {
+            // Nothing more is needed of a connection that has delivered everything.
+            Side::Stop(Stop::AgentLost) if self.is_complete() => None,
+            Side::Stop(stop) => Some(stop),
+            Side::Nothing => None,
+        }
+    }
+
     fn took(&mut self, letters: Result<Vec<Letter>, Error>) -> Result<(), Stop> {
         match letters {
-            Ok(letters) if letters.is_empty() => {
-                self.empty_polls += 1;
-                if self.parts.waiting() > 0 && self.empty_polls >= EMPTY_POLLS {
-                    tracing::error!(request_id = %self.request_id, seq = self.parts.next_seq(), "a piece of the response was lost");
-                    return Err(Stop::Broken(ErrorCode::EdgeFailed));
-                }
-                // Nothing for a whole long poll: the news of a lost connection may have been lost itself.
-                let (link, connection) = (&self.ingress.link, self.connection.clone());
-                self.side.push(
-                    async move {
-                        match link.is_open(&connection).await {
-                            Ok(false) => Side::Stop(Stop::AgentLost),
-                            Ok(true) | Err(_) => Side::Nothing,
-                        }
-                    }
-                    .boxed_local(),
-                );
-                Ok(())
-            }
-            Ok(letters) => {
-                self.empty_polls = 0;
-                self.take(letters)
-            }
+            Ok(letters) => self.take(letters),
             Err(error) => {
                 tracing::error!(request_id = %self.request_id, %error, "mailbox could not be read");
                 Err(Stop::Broken(ErrorCode::EdgeFailed))
@@ -543,6 +601,7 @@ impl<'a> Exchange<'a> {
         for letter in letters {
             receipts.push(letter.receipt);
             if letter.request_id.as_deref() == Some(self.request_id.as_str()) {
+                self.news_at = Instant::now();
                 if let Err(reason) = self.take_message(&letter.body) {
                     stop.get_or_insert(reason);
                 }
@@ -552,6 +611,10 @@ impl<'a> Exchange<'a> {
                 stop.get_or_insert(Stop::AgentLost);
             }
             // Anything else is stale: from a request that is over.
+        }
+        self.look_for_gaps();
+        if receipts.is_empty() {
+            return stop.map_or(Ok(()), Err);
         }
         let (ingress, lease) = (self.ingress, self.lease);
         self.side.push(
@@ -588,6 +651,11 @@ impl<'a> Exchange<'a> {
             AgentMessage::Continue(asked) => {
                 let compress = asked.codecs.has(Codec::Zstd);
                 self.upload(compress);
+                return Ok(());
+            }
+            AgentMessage::Progress(progress) => {
+                let sent = if progress.ended { u32::MAX } else { progress.sent };
+                self.sent = self.sent.max(sent);
                 return Ok(());
             }
             AgentMessage::Hello(_) | AgentMessage::Heartbeat(_) => {
@@ -639,7 +707,7 @@ impl<'a> Exchange<'a> {
             while let Some(posted) = posts.next().await {
                 match posted {
                     Ok(Posted::Accepted) => {}
-                    Ok(Posted::Gone) => return Side::Stop(Stop::AgentLost),
+                    Ok(Posted::Gone) => return agent_lost().await,
                     Err(error) => {
                         tracing::warn!(%request_id, %error, "request body could not be sent on");
                         return Side::Stop(Stop::Broken(ErrorCode::EdgeBusy));
@@ -658,7 +726,7 @@ impl<'a> Exchange<'a> {
             async move {
                 match link.post(&connection, &message).await {
                     Ok(Posted::Accepted) => Side::Nothing,
-                    Ok(Posted::Gone) => Side::Stop(Stop::AgentLost),
+                    Ok(Posted::Gone) => agent_lost().await,
                     Err(error) => {
                         tracing::warn!(%request_id, %error, "agent was not told");
                         Side::Nothing

@@ -6,7 +6,7 @@
 //! [`runtime`] is the streaming side of Lambda's Runtime API.
 //!
 //! Permissions it needs: start the state machine, receive and delete in mailboxes, create them, read
-//! and write the mailboxes table, post to `@connections` and ask for them.
+//! and write the mailboxes table, post to `@connections`.
 
 pub mod answer;
 pub mod event;

@@ -1,0 +1,139 @@
+//! The agent or its network goes, and comes back.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use rustix::process::Signal;
+use tests::{
+    Local,
+    client::{Connection, Request},
+    proxy::Proxy,
+    upstream::Upstream,
+};
+use tokio::sync::Mutex;
+
+/// The tests that need the machine take turns.
+static MACHINE: Mutex<()> = Mutex::const_new(());
+
+fn agents_address(local: &Local) -> SocketAddr {
+    local.agents.trim_start_matches("ws://").parse().unwrap()
+}
+
+fn tunnel(name: &str, upstream: &str) -> String {
+    format!("[[tunnel]]\nname = \"{name}\"\nupstream = \"{upstream}\"\n")
+}
+
+async fn status(local: &Local, name: &str) -> u16 {
+    Request::to(name, "GET", "/").send(local.public).await.status
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_agent_ends_fifty_requests_honestly_and_is_served_again_soon() {
+    const IN_FLIGHT: usize = 50;
+    let _machine = MACHINE.lock().await;
+    let upstream = Upstream::hanging_at("/hang").await;
+    let local = Local::start(&[]);
+    let mut agent = local.agent("web", &upstream.address());
+    let mut hanging = Vec::new();
+    for _ in 0..IN_FLIGHT {
+        let mut connection = Connection::open(local.public).await;
+        connection.begin(&Request::to("web", "GET", "/hang")).await;
+        hanging.push(connection);
+    }
+    tests::eventually("all are at the upstream", async || upstream.recorded().len() == IN_FLIGHT).await;
+    let killed = Instant::now();
+    agent.process().signal(Signal::KILL);
+    assert_eq!(agent.process_mut().wait(), None);
+    // The edge notices at once: the kernel closes the killed process's socket.
+    let answers: Vec<_> = hanging
+        .into_iter()
+        .map(|mut connection| {
+            tokio::spawn(async move {
+                let answer = connection.answer("GET").await;
+                (answer.status, answer.field("x-tunnel-error"), answer.complete, killed.elapsed())
+            })
+        })
+        .collect();
+    let mut last = Duration::ZERO;
+    for answer in answers {
+        let (status, code, complete, after) = answer.await.unwrap();
+        let honest = [(502, "agent_lost"), (503, "tunnel_offline")];
+        assert!(honest.contains(&(status, code.as_deref().unwrap_or(""))) && complete, "{status} {code:?}");
+        last = last.max(after);
+    }
+    println!("{IN_FLIGHT} requests ended within {last:?} of the kill");
+    assert!(last <= Duration::from_secs(2), "the last request ended {last:?} after the kill");
+
+    let back = Instant::now();
+    let _again = local.agent_with(&tunnel("web", &upstream.address()), &[]);
+    tests::eventually("the tunnel is served again", async || status(&local, "web").await == 200).await;
+    println!("served {:?} after the process was started again", back.elapsed());
+    assert!(back.elapsed() <= Duration::from_secs(3), "served again after {:?}", back.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_partition_is_noticed_within_forty_seconds_and_healed_without_a_restart() {
+    let upstream = Upstream::echo().await;
+    let local = Local::start(&[]);
+    let proxy = Proxy::start(agents_address(&local)).await;
+    let edge = format!("ws://{}", proxy.address);
+    let agent = local.agent_in(&[("AGENTD_EDGE", &edge)], &tunnel("web", &upstream.address()), &["web"]);
+    assert_eq!(status(&local, "web").await, 200);
+
+    proxy.silence();
+    let cut = Instant::now();
+    let _ = agent.process().wait_for_line(|line| line.contains("connection lost"));
+    println!("noticed after {:?}", cut.elapsed());
+    assert!(cut.elapsed() <= Duration::from_secs(40), "noticed after {:?}", cut.elapsed());
+
+    proxy.open();
+    let _ = agent.process().wait_for_lines(2, |line| line.contains("\"connected\""));
+    tests::eventually("the tunnel is served again", async || status(&local, "web").await == 200).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_hundred_agents_that_lose_the_edge_come_back_spread_out() {
+    const AGENTS: usize = 200;
+    /// By then the delays have grown: most agents wait for up to 16 s.
+    const TRIES: usize = 5;
+    let _machine = MACHINE.lock().await;
+    let upstream = Upstream::echo().await;
+    let local = Local::start(&[]);
+    let proxy = Proxy::start(agents_address(&local)).await;
+    let edge = format!("ws://{}", proxy.address);
+    let names: Vec<String> = (0..AGENTS).map(|number| format!("agent{number}")).collect();
+    let mut agents = Vec::new();
+    for batch in names.chunks(10) {
+        for name in batch {
+            let tunnel = tunnel(name, &upstream.address());
+            agents.push(local.agent_in(&[("AGENTD_EDGE", &edge)], &tunnel, &[]));
+        }
+        for agent in &agents[agents.len() - batch.len()..] {
+            let _ = agent.process().wait_for_line(|line| line.contains("tunnel is open"));
+        }
+    }
+
+    proxy.break_all();
+    tests::eventually("every agent has tried", async || proxy.refused() >= TRIES * AGENTS).await;
+    proxy.open();
+    let back = Instant::now();
+    for agent in &agents {
+        let _ = agent.process().wait_for_lines(2, |line| line.contains("\"connected\""));
+    }
+    let took = back.elapsed();
+    let mut arrivals = proxy.accepted_since(back);
+    arrivals.sort_unstable();
+    // The most that come within any one second.
+    let within_a_second = |from: &Duration| {
+        arrivals.iter().filter(|at| **at >= *from && **at < *from + Duration::from_secs(1)).count()
+    };
+    let peak = arrivals.iter().map(within_a_second).max().unwrap();
+    println!("{AGENTS} agents were back after {took:?}; at most {peak} came within a second");
+    assert!(took <= Duration::from_secs(60), "the last was back after {took:?}");
+    assert!(arrivals.len() >= AGENTS && peak <= AGENTS / 4, "{peak} of {} at once", arrivals.len());
+    assert_eq!(status(&local, &names[AGENTS - 1]).await, 200);
+}
