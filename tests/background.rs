@@ -1,17 +1,20 @@
-//! `agentd` in the background, without systemd.
+//! `agentd` as a daemon: in the background without systemd, and what it tells systemd.
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tests::{
-    Local,
+    Local, PATIENCE,
     client::{Connection, Request},
     process::Process,
     upstream::Upstream,
 };
-use tokio::sync::Notify;
+use tokio::{net::UnixDatagram, sync::Notify, time::timeout};
 
 struct Daemon {
     dir: tempfile::TempDir,
@@ -172,4 +175,37 @@ fn a_daemon_with_a_bad_configuration_is_not_started() {
     assert_eq!(code, Some(78), "{printed}");
     assert!(printed.contains("url") && printed.contains("agentd.toml:2"), "{printed}");
     assert_eq!(daemon.run("status").0, Some(1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_service_manager_hears_that_it_is_ready_alive_and_stopping() {
+    let upstream = Upstream::echo().await;
+    let local = Local::start(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    let heard = async |wanted: &[&str]| {
+        loop {
+            let mut bytes = [0; 4096];
+            let count = timeout(PATIENCE, socket.recv(&mut bytes)).await.expect("it says so").unwrap();
+            let text = String::from_utf8_lossy(&bytes[..count]).into_owned();
+            if wanted.iter().all(|wanted| text.lines().any(|line| line == *wanted)) {
+                return;
+            }
+        }
+    };
+    let environment = [("NOTIFY_SOCKET", path.to_str().unwrap()), ("WATCHDOG_USEC", "200000")];
+    let tunnel = format!("[[tunnel]]\nname = \"web\"\nupstream = \"{}\"\n", upstream.address());
+    let mut agent = local.agent_in(&environment, &tunnel, &["web"]);
+    heard(&["READY=1"]).await;
+    heard(&["STATUS=connected, 1 of 1 tunnels open"]).await;
+    let begun = Instant::now();
+    for _ in 0..5 {
+        heard(&["WATCHDOG=1"]).await;
+    }
+    // Each half of the time that was asked for; the first one may be early.
+    assert!(begun.elapsed() >= Duration::from_millis(300), "{:?}", begun.elapsed());
+    agent.process().signal(Signal::TERM);
+    heard(&["STOPPING=1", "EXTEND_TIMEOUT_USEC=35000000"]).await;
+    assert_eq!(agent.process_mut().wait(), Some(0));
 }

@@ -29,7 +29,7 @@ mod exit {
     version,
     propagate_version = true,
     max_term_width = 100,
-    after_long_help = reference::MORE
+    after_long_help = reference::exit_codes()
 )]
 struct Cli {
     #[command(flatten)]
@@ -124,7 +124,7 @@ struct Http {
     /// The local service: 3000, host:port, http://host:port, https://host or unix:/path.
     #[arg(value_name = "UPSTREAM")]
     upstream: Address,
-    /// The tunnel's public name. Default: a random one.
+    /// The tunnel's public name. Default: a random one that the token may open.
     #[arg(long)]
     name: Option<String>,
     /// What the Host field says to the service: "upstream", "preserve" or a host name.
@@ -176,7 +176,7 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
             // What people want to see goes to standard output; the log keeps to what is wrong.
             let level = level.unwrap_or_else(|| Targets::new().with_default(tracing::Level::WARN));
             let _flush = telemetry::start(Some(common.log_format.unwrap_or(LogFormat::Human)), level);
-            match http.into_tunnel().and_then(|tunnel| overrides.with_tunnel(tunnel)) {
+            match http.into_tunnel(&overrides).and_then(|tunnel| overrides.with_tunnel(tunnel)) {
                 Ok(config) => {
                     let (terminal, _flush) = telemetry::Terminal::open();
                     run(config, Audience::People(terminal))
@@ -291,12 +291,14 @@ fn bad_config(error: &ConfigError) -> ExitCode {
 }
 
 impl Http {
-    fn into_tunnel(self) -> Result<TunnelConfig, ConfigError> {
+    fn into_tunnel(self, overrides: &Overrides) -> Result<TunnelConfig, ConfigError> {
         let name = match &self.name {
             Some(name) => name.parse().map_err(|error| ConfigError::new(format!("{error}")))?,
-            None => name::from_random(
-                getrandom::u64().map_err(|error| ConfigError::new(format!("no random name: {error}")))?,
-            ),
+            None => {
+                let random = getrandom::u64();
+                let random = random.map_err(|error| ConfigError::new(format!("no random name: {error}")))?;
+                name::from_patterns(random, &overrides.may_open()).map_err(ConfigError::new)?
+            }
         };
         let mut tunnel = TunnelConfig::new(name, self.upstream);
         if let Some(rule) = &self.host_header {

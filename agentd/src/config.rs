@@ -13,7 +13,10 @@ use std::{
 };
 
 use http::HeaderValue;
-use proto::{id::TunnelName, limits};
+use proto::{
+    id::{TunnelName, TunnelPatterns},
+    limits,
+};
 use rustls::pki_types::ServerName;
 
 pub use self::file::load;
@@ -176,6 +179,12 @@ impl Overrides {
     /// [`ConfigError`].
     pub fn with_tunnel(&self, tunnel: TunnelConfig) -> Result<Config, ConfigError> {
         self.apply(FileConfig { tunnels: vec![tunnel], ..FileConfig::default() })
+    }
+
+    /// Which tunnels the token of `agentd http` says that it may open; empty where that cannot be told.
+    pub(crate) fn may_open(&self) -> TunnelPatterns {
+        let token = self.token_source(None).ok().and_then(|source| source.read().ok());
+        token.and_then(|token| token.says()).map(|says| says.may_open()).unwrap_or_default()
     }
 
     fn apply(&self, file: FileConfig) -> Result<Config, ConfigError> {

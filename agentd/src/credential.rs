@@ -7,6 +7,10 @@ use std::{
     sync::Arc,
 };
 
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use proto::id::TunnelPatterns;
+use serde::Deserialize;
+
 /// The variable that may hold the token itself.
 pub const ENV_TOKEN: &str = "AGENTD_TOKEN";
 
@@ -39,6 +43,30 @@ impl Token {
         let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
         file.write_all(self.0.as_bytes())?;
         file.write_all(b"\n")
+    }
+
+    /// What the token says of itself, unchecked: good for advice and for nothing else.
+    #[must_use]
+    pub(crate) fn says(&self) -> Option<Says> {
+        let (_, rest) = self.0.split_once('.')?;
+        let (claims, _) = rest.split_once('.')?;
+        serde_json::from_slice(&URL_SAFE_NO_PAD.decode(claims).ok()?).ok()
+    }
+}
+
+/// Some claims of a token.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Says {
+    /// When it ends, in Unix time.
+    pub(crate) exp: Option<u64>,
+    #[serde(default)]
+    tunnels: Vec<String>,
+}
+
+impl Says {
+    /// Which tunnels it may open; empty where that cannot be told.
+    pub(crate) fn may_open(&self) -> TunnelPatterns {
+        TunnelPatterns(self.tunnels.iter().filter_map(|pattern| pattern.parse().ok()).collect())
     }
 }
 

@@ -28,7 +28,8 @@ use crate::{
     access::AccessLog,
     config::Config,
     connection::{self, Command, End, Report, Seen, Serial, Shared},
-    credential::Token,
+    credential::{ENV_TOKEN, Token, TokenSource},
+    identity,
     link::{DialError, Dialer, Link, Retry},
     systemd::Notifier,
     telemetry::Terminal,
@@ -42,6 +43,12 @@ const REPLACED_QUIET: Duration = Duration::from_secs(3);
 
 /// The same when the agent stops: nobody else serves those requests, but somebody waits for the stop.
 const STOP_QUIET: Duration = Duration::from_millis(500);
+
+/// How long before the end of its identity a connection looks for another token, at most.
+const RENEW_AHEAD: Duration = Duration::from_secs(60 * 60);
+
+/// With less than this left, nothing more is looked for.
+const RENEW_LAST: Duration = Duration::from_secs(2);
 
 /// How long after a `welcome` that left some tunnels unopened `hello` is said again, at least.
 const GREET_AGAIN: Duration = Duration::from_secs(2);
@@ -157,6 +164,12 @@ struct Known {
     replace: bool,
     greet_at: Option<Instant>,
     greetings: u32,
+    /// What it was opened with.
+    token: Token,
+    /// When the identity behind it ends.
+    identity_ends: Option<Instant>,
+    /// When to look for another token before that.
+    renew_at: Option<Instant>,
 }
 
 /// The way out.
@@ -222,6 +235,7 @@ impl Driver {
             }
             let deadline = self.stop.as_ref().map(|stop| stop.deadline);
             let greet_at = self.connections.values().filter_map(|known| known.greet_at).min();
+            let renew_at = self.connections.values().filter_map(|known| known.renew_at).min();
             tokio::select! {
                 () = signals.stop() => {
                     if self.stop.is_some() {
@@ -235,6 +249,7 @@ impl Driver {
                     break;
                 }
                 () = at(greet_at) => self.greet_again().await,
+                () = at(renew_at) => self.renew(),
                 Some((serial, report)) = reports.recv() => self.handle(serial, report),
                 opened = next_step(&mut opening) => {
                     opening = match opened {
@@ -273,9 +288,20 @@ impl Driver {
 
     fn dial_failed(&mut self, error: &DialError) -> Opening {
         match error.retry() {
+            // A token that was put in place of a good one does not end what that one has opened.
+            Retry::Never if self.connections.values().any(|known| known.welcomed && !known.retiring) => {
+                let delay = self.backoff.lost(Instant::now().into_std(), random_fraction());
+                tracing::error!(
+                    delay_ms = delay.as_millis() as u64,
+                    "{error}; the connection that is open stays in use while it can: {}",
+                    self.advice()
+                );
+                Opening::Waiting(Instant::now() + delay)
+            }
             Retry::Never => {
-                tracing::error!("{error}: check the token and what it may open");
-                self.tell(|| format!("{error}: check the token."));
+                let advice = self.advice();
+                tracing::error!("{error}: {advice}");
+                self.tell(|| format!("{error}: {advice}."));
                 self.begin_stop(Outcome::IdentityRefused);
                 Opening::Idle
             }
@@ -292,6 +318,53 @@ impl Driver {
                 }
                 self.show_status();
                 Opening::Waiting(Instant::now() + delay)
+            }
+        }
+    }
+
+    /// What to do about a token that the edge refuses, as far as the token itself tells.
+    fn advice(&self) -> String {
+        let place = match &self.config.token_source {
+            TokenSource::File(path) | TokenSource::Credential(path) => format!("{}", path.display()),
+            TokenSource::Value(_) => ENV_TOKEN.to_owned(),
+        };
+        match self.token.says().and_then(|says| says.exp) {
+            Some(exp) if exp <= identity::now() => format!(
+                "the token ended {}: get a new one (agentd token issue), put it into {place} and start again",
+                identity::utc(exp)
+            ),
+            _ => format!(
+                "the token may be revoked, or signed with a key that the edge does not know: agentd token show says what \
+                 it claims; put another one into {place} and start again"
+            ),
+        }
+    }
+
+    /// Looks for another token before the identity of a connection ends.
+    fn renew(&mut self) {
+        let now = Instant::now();
+        for known in self.connections.values_mut() {
+            let (Some(due), Some(end)) = (known.renew_at, known.identity_ends) else { continue };
+            if due > now {
+                continue;
+            }
+            known.renew_at = None;
+            if known.retiring || known.replace {
+                continue;
+            }
+            match self.config.token_source.read() {
+                Ok(token) if token != known.token => {
+                    tracing::info!("the token was renewed: opening the next connection with it");
+                    known.replace = true;
+                }
+                Ok(_) | Err(_) => {
+                    let left = end.saturating_duration_since(now);
+                    tracing::warn!(
+                        left_s = left.as_secs(),
+                        "the token ends soon: put a new one in its place"
+                    );
+                    known.renew_at = (left > RENEW_LAST).then(|| now + left / 2);
+                }
             }
         }
     }
@@ -324,6 +397,9 @@ impl Driver {
                 replace: false,
                 greet_at: None,
                 greetings: 0,
+                token: self.token.clone(),
+                identity_ends: None,
+                renew_at: None,
             },
         );
     }
@@ -389,6 +465,12 @@ impl Driver {
             Instant::now() + GREET_AGAIN.mul_f64(f64::from(factor) * (1.0 + random_fraction()))
         });
         known.greetings = if again { known.greetings + 1 } else { 0 };
+        if let (Some(left_ms), None) = (welcome.identity_ms, known.identity_ends) {
+            let (now, left) = (Instant::now(), Duration::from_millis(left_ms));
+            // An end beyond what the clock can count is none.
+            known.identity_ends = now.checked_add(left);
+            known.renew_at = known.identity_ends.map(|end| end - (left / 8).min(RENEW_AHEAD));
+        }
         for tunnel in welcome.tunnels {
             if self.shown.get(&tunnel.name) != Some(&tunnel.url) {
                 tracing::info!(tunnel_id = %tunnel.name, url = tunnel.url, "tunnel is open");
@@ -424,6 +506,12 @@ impl Driver {
             Refusal::NotAllowed => "the token does not cover this name: use another name or another token",
             Refusal::NameTaken => "the name belongs to somebody else: choose another",
             Refusal::TooMany => "too many tunnels for one agent: run a second agent for the rest",
+            Refusal::TooManyConnections => {
+                "as many agents are connected as the owner or the tunnel may have: it will be asked again"
+            }
+            Refusal::TooManyTunnels => {
+                "as many tunnels are open as the owner may have: close another one; it will be asked again"
+            }
             Refusal::TryAgain => "the edge could not open it now: it will be asked again",
             Refusal::Other => "the edge gave a reason this version does not know: update agentd",
         };
@@ -514,6 +602,7 @@ impl Known {
     fn retire(&mut self, quiet: Duration) {
         self.retiring = true;
         self.greet_at = None;
+        self.renew_at = None;
         // Four places are more than a connection is ever sent; one that has ended takes none.
         let _ = self.commands.try_send(Command::Retire { quiet });
     }
@@ -523,13 +612,17 @@ impl Known {
 const fn is_permanent(reason: Refusal) -> bool {
     match reason {
         Refusal::InvalidName | Refusal::ReservedName | Refusal::NotAllowed | Refusal::NameTaken => true,
-        Refusal::TooMany | Refusal::TryAgain | Refusal::Other => false,
+        Refusal::TooMany
+        | Refusal::TooManyConnections
+        | Refusal::TooManyTunnels
+        | Refusal::TryAgain
+        | Refusal::Other => false,
     }
 }
 
 /// Whether asking again in a moment may help.
 const fn is_passing(reason: Refusal) -> bool {
-    matches!(reason, Refusal::TryAgain)
+    matches!(reason, Refusal::TooManyConnections | Refusal::TooManyTunnels | Refusal::TryAgain)
 }
 
 async fn at(deadline: Option<Instant>) {

@@ -19,6 +19,7 @@ mod keys;
 mod token;
 
 pub use keys::{Algorithm, JWKS_FILE, KEY_FILE, KeyError, Keys};
+pub(crate) use token::utc;
 pub use token::{Claims, DEFAULT_AUDIENCE, DEFAULT_ISSUER, IssueError, LIFETIME};
 
 /// The subcommands about identity.
@@ -150,7 +151,7 @@ fn issue_token(arguments: IssueToken) -> anyhow::Result<()> {
     claims.aud = audience;
     let token = claims.sign(&keys)?;
     // What is needed to revoke it, beside the token and not in its way.
-    note(&format!("agentd: token {} of {owner} ends {}", claims.jti, token::utc(claims.exp)));
+    note(&format!("agentd: token {} of {owner} ends {}", claims.jti, utc(claims.exp)));
     print(&format!("{token}\n"))
 }
 
@@ -185,7 +186,7 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     total.filter(|secs| *secs > 0).map(Duration::from_secs).ok_or_else(wrong)
 }
 
-fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     // A clock before 1970 issues tokens that have already ended.
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
 }

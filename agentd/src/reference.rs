@@ -8,23 +8,57 @@ use std::{
 
 use clap::Subcommand;
 use clap_complete::Shell;
+use clap_mangen::{
+    Man,
+    roff::{Roff, bold, roman},
+};
 
-/// What the help and the manual say beyond options.
-pub(crate) const MORE: &str = "\
-Exit codes:
-  0   done
-  1   failed
-  2   wrong usage
-  77  the edge refuses the token, or all of the tunnels
-  78  the configuration is not valid
+/// The manual's name, at the foot of each page.
+const MANUAL: &str = "Tunnel agent";
 
-Signals:
-  SIGTERM, SIGINT  stop after what is in flight, within the grace period; a second one stops at once
+/// What the manual says beyond options: a section's title, and what is explained in it.
+const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
+    (
+        "Exit status",
+        &[
+            ("0", "done"),
+            ("1", "failed"),
+            ("2", "wrong usage"),
+            ("77", "the edge refuses the token, or all of the tunnels"),
+            ("78", "the configuration is not valid"),
+        ],
+    ),
+    (
+        "Signals",
+        &[(
+            "SIGTERM, SIGINT",
+            "stop after what is in flight, within the grace period; a second one stops at once",
+        )],
+    ),
+    (
+        "Files",
+        &[
+            ("/etc/agentd/agentd.toml", "the configuration of agentd.service"),
+            ("/etc/agentd/token", "its token, mode 600, which systemd hands over"),
+            (
+                "/etc/agentd/NAME.toml, /etc/agentd/NAME.token",
+                "the same for the instance agentd@NAME.service",
+            ),
+            (
+                "/etc/default/agentd, /etc/default/agentd-NAME",
+                "further environment, such as AGENTD_LOG_LEVEL",
+            ),
+            ("/usr/share/doc/agentd/examples/agentd.toml", "every key of the configuration, explained"),
+        ],
+    ),
+];
 
-Files:
-  /etc/agentd/agentd.toml          the configuration; every key is in the packaged example
-  /etc/agentd/token                the token, mode 600, which systemd hands to the service
-  /etc/agentd/NAME.toml, NAME.token  the same for the instance agentd@NAME";
+/// The exit codes, for the help.
+pub(crate) fn exit_codes() -> String {
+    let (title, codes) = SECTIONS[0];
+    let lines = codes.iter().map(|(code, meaning)| format!("\n  {code:<3} {meaning}"));
+    std::iter::once(format!("{title}:")).chain(lines).collect()
+}
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -65,13 +99,26 @@ fn write_manual(program: clap::Command, dir: &Path) -> std::io::Result<()> {
     fn pages(command: &clap::Command, dir: &Path) -> std::io::Result<()> {
         for command in command.get_subcommands().filter(|command| !command.is_hide_set()) {
             pages(command, dir)?;
+            Man::new(command.clone()).section("8").manual(MANUAL).generate_to(dir)?;
         }
-        let page = clap_mangen::Man::new(command.clone()).section("8").manual("Tunnel agent");
-        page.generate_to(dir).map(drop)
+        Ok(())
     }
-    let mut program = program.disable_help_subcommand(true);
+    // The manual has a section for what the help appends.
+    let mut program = program.disable_help_subcommand(true).after_long_help(None::<&str>);
     program.build();
-    pages(&program, dir)
+    pages(&program, dir)?;
+    let man = Man::new(program).section("8").manual(MANUAL);
+    let mut page = Vec::new();
+    man.render(&mut page)?;
+    let mut roff = Roff::new();
+    for (title, lines) in SECTIONS {
+        roff.control("SH", [title.to_uppercase().as_str()]);
+        for (what, meaning) in lines {
+            roff.control("TP", []).text([bold(*what)]).text([roman(*meaning)]);
+        }
+    }
+    roff.to_writer(&mut page)?;
+    std::fs::write(dir.join(man.get_filename()), page)
 }
 
 #[cfg(test)]
@@ -81,7 +128,7 @@ mod tests {
     use super::*;
 
     #[derive(Parser)]
-    #[command(name = "agentd", version, after_long_help = MORE)]
+    #[command(name = "agentd", version, after_long_help = exit_codes())]
     struct Program {
         #[command(subcommand)]
         _command: Outer,
@@ -116,6 +163,12 @@ mod tests {
         pages.sort();
         assert_eq!(pages, ["agentd-completion.8", "agentd-config-check.8", "agentd-config.8", "agentd.8"]);
         let page = std::fs::read_to_string(dir.path().join("agentd.8")).unwrap();
-        assert!(page.contains(".TH agentd 8") && page.contains("78  the configuration"), "{page}");
+        for wanted in
+            [".TH agentd 8", ".SH \"EXIT STATUS\"", "the configuration is not valid", "agentd\\-config(8)"]
+        {
+            assert!(page.contains(wanted), "{wanted} is not in {page}");
+        }
+        assert!(!page.contains("EXTRA"), "{page}");
+        assert!(exit_codes().contains("\n  78  the configuration"));
     }
 }

@@ -221,7 +221,8 @@ impl Upstream {
         loop {
             let (mut connection, pooled) = match idle.take() {
                 Some(connection) => (connection, true),
-                None => (self.open().await?, false),
+                // Boxed: dialling is rare and its state large, and every request would carry room for it.
+                None => (Box::pin(self.open()).await?, false),
             };
             let again = (pooled && repeatable).then(|| clone_without_body(&request));
             let error = match connection.sender() {

@@ -5,17 +5,23 @@
 //! figure is the median of several rounds of one run, in which the direct way and the tunnel take turns;
 //! no figure stands alone where a ratio or a difference can be had.
 
+mod agent;
+mod callgrind;
 mod client;
 mod compression;
+mod designs;
+mod edge;
 mod figures;
+mod hops;
 mod measure;
+mod scale;
 mod upstream;
 mod usage;
 
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
 use crate::{figures::Report, measure::Plan};
 
@@ -23,26 +29,52 @@ use crate::{figures::Report, measure::Plan};
 #[derive(Debug, Parser)]
 #[command(name = "bench", args_conflicts_with_subcommands = true)]
 struct Cli {
+    #[command(flatten)]
+    options: Options,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Args)]
+struct Options {
     /// How often everything is measured; figures are medians
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Less of everything, one round: under a minute
+    /// Less of everything, one round: two minutes
     #[arg(long)]
     quick: bool,
-    /// Measure only what has this in its name: latency, load, events, first-byte, download, upload, start,
-    /// memory, compression
-    #[arg(long, value_name = "PART")]
+    /// Measure only that: latency, load, events, first-byte, download, upload, memory, start, agent, aws,
+    /// scale, hops, compression
+    #[arg(long, value_name = "PART", value_delimiter = ',')]
     only: Vec<String>,
     /// Write the figures here as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    #[command(subcommand)]
-    hidden: Option<Hidden>,
+    /// Draw where the time of one request goes into this SVG file
+    #[arg(long, value_name = "FILE")]
+    picture: Option<PathBuf>,
+    /// The `agentd` to measure alone, instead of the one of this build
+    #[arg(long, value_name = "FILE")]
+    agentd: Option<PathBuf>,
 }
 
-/// What this program starts itself as.
 #[derive(Debug, Subcommand)]
-enum Hidden {
+enum Command {
+    /// Counts the instructions for a request and compares them with the budget; needs valgrind
+    Budget {
+        /// The `agentd` to count
+        #[arg(long, value_name = "FILE")]
+        agentd: PathBuf,
+        /// The budget
+        #[arg(long, value_name = "FILE", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/budget.toml"))]
+        budget: PathBuf,
+        /// Make what is counted now the budget
+        #[arg(long)]
+        write: bool,
+        /// Keep callgrind's files here, for callgrind_annotate
+        #[arg(long, value_name = "FOLDER")]
+        profiles: Option<PathBuf>,
+    },
     /// The upstream: prints its port and serves until its input ends
     #[command(hide = true)]
     Upstream,
@@ -54,14 +86,21 @@ fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = runtime.context("starting").and_then(|runtime| {
         runtime.block_on(async {
-            match cli.hidden {
-                Some(Hidden::Upstream) => upstream::serve().await,
-                None => run(&cli).await,
+            match cli.command {
+                Some(Command::Upstream) => upstream::serve().await.map(|()| true),
+                Some(Command::Budget { agentd, budget, write, profiles }) => {
+                    callgrind::check(&agentd, &budget, write, profiles.as_deref()).await
+                }
+                None => run(&cli.options).await.map(|()| true),
             }
         })
     });
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => {
+            eprintln!("bench: over the budget; make it cheaper, or say why with a new budget");
+            ExitCode::FAILURE
+        }
         Err(error) => {
             eprintln!("bench: {error:#}");
             ExitCode::FAILURE
@@ -69,15 +108,16 @@ fn main() -> ExitCode {
     }
 }
 
-async fn run(cli: &Cli) -> anyhow::Result<()> {
+async fn run(options: &Options) -> anyhow::Result<()> {
     if cfg!(debug_assertions) {
         eprintln!("bench: this is a debug build; its figures mean nothing");
     }
-    let plan = if cli.quick { Plan::quick() } else { Plan::full(cli.rounds) };
+    let plan = if options.quick { Plan::quick() } else { Plan::full(options.rounds) };
     let mut report = Report::new(plan.rounds);
-    measure::run(&plan, &cli.only, &mut report).await?;
+    measure::run(&plan, &options.only, options.agentd.as_deref(), options.picture.as_deref(), &mut report)
+        .await?;
     print!("{}", report.table());
-    if let Some(path) = &cli.json {
+    if let Some(path) = &options.json {
         let json = serde_json::to_vec_pretty(&report.json())?;
         std::fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
     }

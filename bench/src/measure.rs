@@ -2,7 +2,7 @@
 
 use std::{
     cell::Cell,
-    net::SocketAddr,
+    path::Path,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -14,9 +14,11 @@ use tests::{Agent, Local};
 use tokio::task::LocalSet;
 
 use crate::{
+    agent,
     client::{Client, Target},
-    compression,
+    compression, designs,
     figures::{Goal, Report, Unit},
+    hops, scale,
     upstream::{self, Upstream},
     usage::{self, Cpu},
 };
@@ -38,6 +40,10 @@ pub(crate) struct Plan {
     /// Size and how often.
     downloads: &'static [(usize, usize)],
     uploads: &'static [(usize, usize)],
+    agent: agent::Plan,
+    /// Requests under the latencies of AWS, for each design.
+    aws: usize,
+    scale: scale::Plan,
 }
 
 impl Plan {
@@ -50,6 +56,9 @@ impl Plan {
             first_bytes: 20,
             downloads: &[(MIB, 10), (10 * MIB, 4), (100 * MIB, 1)],
             uploads: &[(MIB, 8), (4 * MIB, 5)],
+            agent: agent::Plan { load: Duration::from_secs(3), requests: 2000 },
+            aws: 100,
+            scale: scale::Plan { agents: &[1, 10, 50, 100, 200, 500], in_flight: &[1, 10, 100, 300, 1000] },
         }
     }
 
@@ -62,6 +71,9 @@ impl Plan {
             first_bytes: 10,
             downloads: &[(MIB, 5), (10 * MIB, 2)],
             uploads: &[(MIB, 4), (4 * MIB, 3)],
+            agent: agent::Plan { load: Duration::from_secs(2), requests: 1000 },
+            aws: 40,
+            scale: scale::Plan { agents: &[1, 10, 50], in_flight: &[1, 10, 100] },
         }
     }
 }
@@ -72,17 +84,15 @@ struct Ways {
     tunnel: Target,
 }
 
-/// Everything that runs.
+/// Everything that runs where the whole path is measured.
 struct Stage {
     local: Local,
     agent: Agent,
     ways: Ways,
-    _upstream: Upstream,
 }
 
 impl Stage {
-    fn start() -> anyhow::Result<Self> {
-        let upstream = Upstream::start()?;
+    fn start(upstream: &Upstream) -> Self {
         let local = Local::start(&[]);
         let agent = local.agent_with(
             &format!(
@@ -91,21 +101,85 @@ impl Stage {
             ),
             &["bench"],
         );
-        let ways = Ways {
-            direct: Target {
-                address: SocketAddr::from(([127, 0, 0, 1], upstream.port)),
-                host: "localhost".to_owned(),
-            },
-            tunnel: Target { address: local.public, host: "bench.localhost".to_owned() },
-        };
-        Ok(Self { local, agent, ways, _upstream: upstream })
+        let tunnel = Target { address: local.public, host: "bench.localhost".to_owned() };
+        Self { local, agent, ways: Ways { direct: upstream.direct(), tunnel } }
     }
 }
 
-/// Measures everything, or what is named in `only`.
-pub(crate) async fn run(plan: &Plan, only: &[String], report: &mut Report) -> anyhow::Result<()> {
+/// The parts that need the whole path.
+const PATH: [&str; 7] = ["latency", "load", "events", "first-byte", "download", "upload", "memory"];
+
+/// Every part.
+const PARTS: [&str; 13] = [
+    "latency",
+    "load",
+    "events",
+    "first-byte",
+    "download",
+    "upload",
+    "memory",
+    "start",
+    "agent",
+    "aws",
+    "scale",
+    "hops",
+    "compression",
+];
+
+/// Measures everything, or what is named in `only`; `agentd` is what is measured alone.
+pub(crate) async fn run(
+    plan: &Plan,
+    only: &[String],
+    agentd: Option<&Path>,
+    picture: Option<&Path>,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    if let Some(unknown) = only.iter().find(|only| !PARTS.contains(&only.as_str())) {
+        anyhow::bail!("there is no part {unknown:?}; there are {}", PARTS.join(", "));
+    }
     let wanted = |part: &str| only.is_empty() || only.iter().any(|only| part == only);
-    let stage = Stage::start()?;
+    let upstream = Upstream::start()?;
+    if PATH.into_iter().any(wanted) {
+        path(plan, &wanted, &upstream, report).await?;
+    }
+    let program = agentd.map_or_else(|| tests::process::binary("agentd"), Path::to_owned);
+    if wanted("agent") {
+        for round in 1..=plan.rounds {
+            eprintln!("agent: round {round} of {}", plan.rounds);
+            agent::measure(&program, &upstream, &plan.agent, report).await?;
+        }
+    }
+    if wanted("aws") {
+        for round in 1..=plan.rounds {
+            eprintln!("aws: round {round} of {}", plan.rounds);
+            designs::measure(&program, &upstream, plan.aws, report).await?;
+        }
+    }
+    if wanted("scale") {
+        scale::measure(&upstream, &plan.scale, report).await?;
+    }
+    if wanted("hops") {
+        hops::measure(&upstream, picture, report).await?;
+    }
+    for _ in 0..plan.rounds {
+        if wanted("start") {
+            starts(report)?;
+        }
+        if wanted("compression") {
+            compression::measure(report)?;
+        }
+    }
+    Ok(())
+}
+
+/// Measures the whole path.
+async fn path(
+    plan: &Plan,
+    wanted: &impl Fn(&str) -> bool,
+    upstream: &Upstream,
+    report: &mut Report,
+) -> anyhow::Result<()> {
+    let stage = Stage::start(upstream);
     let (direct, tunnel) = (&stage.ways.direct, &stage.ways.tunnel);
     // The first requests start processes; that is measured by itself.
     for way in [direct, tunnel] {
@@ -113,7 +187,7 @@ pub(crate) async fn run(plan: &Plan, only: &[String], report: &mut Report) -> an
     }
     let mut fresh = Some(usage::memory(&stage.local, &stage.agent));
     for round in 1..=plan.rounds {
-        eprintln!("round {round} of {}", plan.rounds);
+        eprintln!("path: round {round} of {}", plan.rounds);
         if wanted("latency") {
             let mut by_way = (delays(direct, plan.requests).await?, delays(tunnel, plan.requests).await?);
             report.note_delays(
@@ -153,12 +227,6 @@ pub(crate) async fn run(plan: &Plan, only: &[String], report: &mut Report) -> an
                 report.note(name, Unit::Throughput, goal, Some(rates.0), rates.1);
             }
         }
-        if wanted("start") {
-            starts(report)?;
-        }
-        if wanted("compression") {
-            compression::measure(report)?;
-        }
         if let (true, Some(fresh)) = (wanted("memory"), fresh.take()) {
             for (name, megabytes) in fresh {
                 let goal = match name.as_str() {
@@ -180,17 +248,22 @@ pub(crate) async fn run(plan: &Plan, only: &[String], report: &mut Report) -> an
 }
 
 /// How long each of `count` requests took, in milliseconds, one after the other.
-async fn delays(way: &Target, count: usize) -> anyhow::Result<Vec<f64>> {
+pub(crate) async fn delays(way: &Target, count: usize) -> anyhow::Result<Vec<f64>> {
+    delays_of(way, "/hello", count).await
+}
+
+/// The same for any target that answers as `/hello` does.
+pub(crate) async fn delays_of(way: &Target, target: &str, count: usize) -> anyhow::Result<Vec<f64>> {
     let mut client = Client::connect(way).await?;
     for _ in 0..count / 10 {
-        client.call("/hello", None).await?;
+        client.call(target, None).await?;
     }
     let mut delays = Vec::with_capacity(count);
     for _ in 0..count {
         let begun = Instant::now();
-        let body = client.call("/hello", None).await?;
+        let body = client.call(target, None).await?;
         delays.push(millis(begun.elapsed()));
-        anyhow::ensure!(body == "Hello, bench!", "a wrong answer");
+        anyhow::ensure!(body == upstream::HELLO, "a wrong answer");
     }
     Ok(delays)
 }
@@ -278,23 +351,14 @@ async fn load(stage: &Stage, plan: &Plan, report: &mut Report) -> anyhow::Result
 }
 
 /// How long each event was on its way, in milliseconds.
-async fn event_delays(way: &Target) -> anyhow::Result<Vec<f64>> {
+pub(crate) async fn event_delays(way: &Target) -> anyhow::Result<Vec<f64>> {
     let mut client = Client::connect(way).await?;
     let mut body = client.begin("/events", None).await?.into_body();
-    let mut delays = Vec::with_capacity(upstream::EVENTS);
-    let mut text = String::new();
+    let mut events = upstream::Events::default();
     while let Some(frame) = body.frame().await {
-        let frame = frame?;
-        let now = upstream::now_ns();
-        text.push_str(std::str::from_utf8(frame.data_ref().context("no data")?)?);
-        while let Some(end) = text.find("\n\n") {
-            let sent: u64 = text[..end].trim_start_matches("data: ").parse()?;
-            delays.push(now.saturating_sub(sent) as f64 / 1e6);
-            text.drain(..end + 2);
-        }
+        events.take(frame?.data_ref().context("no data")?)?;
     }
-    anyhow::ensure!(delays.len() == upstream::EVENTS, "{} events came", delays.len());
-    Ok(delays)
+    events.finish()
 }
 
 /// How long the first byte of the body took, in milliseconds.

@@ -1,8 +1,10 @@
-//! The upstream, in a process of its own: `/hello`, `/echo`, `/events`, `/trickle`, `/body/BYTES`, `/sink`.
+//! The upstream, in a process of its own: `/hello`, `/stamp`, `/wait/MS`, `/echo`, `/events`, `/hold`, `/trickle`, `/body/BYTES`,
+//! `/sink`.
 
 use std::{
     convert::Infallible,
     io::{BufRead, BufReader, Write},
+    net::SocketAddr,
     process::{Child, Command, Stdio},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -24,9 +26,17 @@ use tokio::{
     time::{self, MissedTickBehavior},
 };
 
+use crate::client::Target;
+
+/// What `/hello` answers.
+pub(crate) const HELLO: &str = "Hello, bench!";
+
 /// How many events `/events` sends, and how far apart.
 pub(crate) const EVENTS: usize = 180;
 pub(crate) const EVENT_INTERVAL: Duration = Duration::from_millis(10);
+
+/// How far apart the events of `/hold` are, which never ends.
+const HOLD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How many bytes `/trickle` sends one by one, and how far apart.
 const TRICKLE: usize = 5;
@@ -56,6 +66,11 @@ impl Upstream {
         let mut line = String::new();
         BufReader::new(child.stdout.take().context("its output")?).read_line(&mut line)?;
         Ok(Self { child, port: line.trim().parse().context("the upstream's port")? })
+    }
+
+    /// Where it is asked directly.
+    pub(crate) fn direct(&self) -> Target {
+        Target { address: SocketAddr::from(([127, 0, 0, 1], self.port)), host: "localhost".to_owned() }
     }
 }
 
@@ -118,8 +133,13 @@ async fn answer(request: Request<Incoming>, pattern: Bytes) -> anyhow::Result<Re
     let path = request.uri().path().to_owned();
     let whole = |bytes: Bytes| Response::new(Full::new(bytes).boxed());
     Ok(match path.as_str() {
-        "/hello" => whole(Bytes::from_static(b"Hello, bench!")),
+        "/hello" => whole(Bytes::from_static(HELLO.as_bytes())),
         "/echo" => whole(request.into_body().collect().await?.to_bytes()),
+        path if path.starts_with("/wait/") => {
+            time::sleep(Duration::from_millis(path["/wait/".len()..].parse()?)).await;
+            whole(Bytes::from_static(HELLO.as_bytes()))
+        }
+        "/stamp" => whole(now_ns().to_string().into()),
         "/sink" => {
             let mut body = request.into_body();
             let mut length = 0;
@@ -128,14 +148,8 @@ async fn answer(request: Request<Incoming>, pattern: Bytes) -> anyhow::Result<Re
             }
             whole(length.to_string().into())
         }
-        "/events" => {
-            let events = every(EVENT_INTERVAL, EVENTS, || format!("data: {}\n\n", now_ns()).into());
-            let mut response = Response::new(events);
-            response
-                .headers_mut()
-                .insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream"));
-            response
-        }
+        "/events" => events(EVENT_INTERVAL, EVENTS),
+        "/hold" => events(HOLD_INTERVAL, usize::MAX),
         "/trickle" => Response::new(every(TRICKLE_INTERVAL, TRICKLE, || Bytes::from_static(b"."))),
         _ => match path.strip_prefix("/body/").and_then(|bytes| bytes.parse::<usize>().ok()) {
             Some(length) => {
@@ -159,6 +173,42 @@ async fn answer(request: Request<Incoming>, pattern: Bytes) -> anyhow::Result<Re
             }
         },
     })
+}
+
+/// `count` events, each of which says when it was sent.
+fn events(interval: Duration, count: usize) -> Response<Body> {
+    let mut response = Response::new(every(interval, count, || format!("data: {}\n\n", now_ns()).into()));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream"));
+    response
+}
+
+/// Reads what `/events` sends: enter pieces of the body, leaves how long each event was on its way.
+#[derive(Debug, Default)]
+pub(crate) struct Events {
+    text: String,
+    delays: Vec<f64>,
+}
+
+impl Events {
+    /// Takes a piece that has come now.
+    pub(crate) fn take(&mut self, piece: &[u8]) -> anyhow::Result<()> {
+        let now = now_ns();
+        self.text.push_str(std::str::from_utf8(piece)?);
+        while let Some(end) = self.text.find("\n\n") {
+            let sent: u64 = self.text[..end].trim_start_matches("data: ").parse()?;
+            self.delays.push(now.saturating_sub(sent) as f64 / 1e6);
+            self.text.drain(..end + 2);
+        }
+        Ok(())
+    }
+
+    /// The delays in milliseconds, if all events have come.
+    pub(crate) fn finish(self) -> anyhow::Result<Vec<f64>> {
+        anyhow::ensure!(self.delays.len() == EVENTS, "{} events of {EVENTS} came", self.delays.len());
+        Ok(self.delays)
+    }
 }
 
 /// A body of `count` pieces, the first at once and each other one `interval` after the one before.

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use tests::{Agent, Local};
 
 /// The CPU time that a process has used so far, all threads, those that have ended too.
-fn cpu_time(pid: u32) -> Option<Duration> {
+pub(crate) fn cpu_time(pid: u32) -> Option<Duration> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may hold anything.
     let mut fields = stat.rsplit(')').next()?.split_whitespace().skip(11);

@@ -55,4 +55,17 @@ impl AgentLink {
             Err(error) => Err(classify("PostToConnection", error)),
         }
     }
+
+    /// Closes the connection; one that is gone is closed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when it may still be open.
+    pub async fn close(&self, connection: &ConnectionId) -> Result<(), Error> {
+        match self.client.delete_connection().connection_id(connection.as_str()).send().await {
+            Ok(_) => Ok(()),
+            Err(error) if error.as_service_error().is_some_and(|error| error.is_gone_exception()) => Ok(()),
+            Err(error) => Err(classify("DeleteConnection", error)),
+        }
+    }
 }

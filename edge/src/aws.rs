@@ -8,6 +8,7 @@ use aws_config::{
     retry::RetryConfig, timeout::TimeoutConfig,
 };
 use aws_credential_types::provider::SharedCredentialsProvider;
+use aws_sdk_dynamodb::types::AttributeValue;
 use aws_smithy_http_client::tls;
 use aws_smithy_runtime_api::{
     box_error::BoxError,
@@ -164,4 +165,14 @@ where
         );
         Error::Failed { call, source: text.into() }
     }
+}
+
+/// A string in a table.
+pub(crate) fn text(value: &str) -> AttributeValue {
+    AttributeValue::S(value.to_owned())
+}
+
+/// A number in a table.
+pub(crate) fn number(value: u64) -> AttributeValue {
+    AttributeValue::N(value.to_string())
 }

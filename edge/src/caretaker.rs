@@ -12,9 +12,9 @@ use proto::{id::MailboxId, limits};
 
 use crate::{
     Error,
-    aws::{Aws, classify},
+    aws::{Aws, classify, number, text},
     config::{ConfigError, Env},
-    mailbox::{POOL, Pool, number, text},
+    mailbox::{POOL, Pool},
     unix_now,
 };
 

@@ -9,6 +9,8 @@ use std::time::Duration;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use proto::{forwarded::Trust, limits, token::TokenKeys};
 
+use crate::limit::Limits;
+
 /// A variable is missing or wrong. The value itself is not repeated: it may be secret.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("environment variable {name} {problem}")]
@@ -49,6 +51,9 @@ pub mod env {
     pub const CONNECTION_LIFETIME_SECS: &str = "TUNNEL_CONNECTION_LIFETIME_SECS";
     /// How often an agent sends a heartbeat, in milliseconds.
     pub const HEARTBEAT_MS: &str = "TUNNEL_HEARTBEAT_MS";
+    /// How much one owner, and one tunnel, may use: `key=number,…`, see `edge::limit::Limits`. Without it,
+    /// nothing is limited and nothing is counted.
+    pub const LIMITS: &str = "TUNNEL_LIMITS";
     /// The namespace of the metrics; without it none are written.
     pub const METRICS_NAMESPACE: &str = "TUNNEL_METRICS_NAMESPACE";
     /// How many free mailboxes `sweep` keeps ready.
@@ -139,6 +144,16 @@ impl<'a> Env<'a> {
             Some(None) => return Err(wrong),
         };
         TokenKeys::new(&signing, previous.as_deref()).map_err(|_| wrong)
+    }
+
+    /// How much one owner, and one tunnel, may use.
+    ///
+    /// # Errors
+    ///
+    /// When it is not `key=number,…` with the keys of [`Limits`].
+    pub fn limits(&self) -> Result<Limits, ConfigError> {
+        let text = self.optional(env::LIMITS).unwrap_or_default();
+        text.parse().map_err(|problem| ConfigError { name: env::LIMITS, problem })
     }
 
     /// Whether forwarding fields of a request are believed.

@@ -3,7 +3,10 @@
 //! Only the fields that are used are read: the body of a message is up to 128 KB, and this is the
 //! hot path of every answer. A test holds the struct against the full event type.
 
-use proto::id::{ConnectionId, Owner, TunnelPatterns};
+use proto::{
+    id::{ConnectionId, Owner, TunnelPatterns},
+    limits,
+};
 use serde::{Deserialize, Deserializer, de};
 
 /// One event of the agents' WebSocket API.
@@ -44,6 +47,24 @@ pub struct Authorized {
     /// When the identity behind it ends, in seconds since 1970.
     #[serde(default, deserialize_with = "number")]
     pub token_expires: Option<u64>,
+    /// The id of the token, by which it can be revoked.
+    #[serde(default)]
+    pub token_id: Option<String>,
+}
+
+impl Authorized {
+    /// When the identity is certainly over, in seconds since 1970: what the clocks may be apart is granted
+    /// here as it is when a connection is opened, so that both agree on the second.
+    #[must_use]
+    pub fn ends_at(&self) -> Option<u64> {
+        self.token_expires.map(|expires| expires.saturating_add(limits::CLOCK_SKEW.as_secs()))
+    }
+
+    /// Whether the identity is over at the Unix time `now`, in seconds.
+    #[must_use]
+    pub fn is_over(&self, now: u64) -> bool {
+        self.ends_at().is_some_and(|end| now >= end)
+    }
 }
 
 fn patterns<'de, D: Deserializer<'de>>(deserializer: D) -> Result<TunnelPatterns, D::Error> {
@@ -74,7 +95,7 @@ mod tests {
 
     const MESSAGE: &str = r#"{
         "requestContext": {"routeKey": "$default", "authorizer": {"principalId": "alice", "owner": "alice",
-            "tunnels": "web,pr-*", "token_expires": "1790000000", "integrationLatency": 3},
+            "tunnels": "web,pr-*", "token_expires": "1790000000", "token_id": "t1", "integrationLatency": 3},
             "messageId": "L0SM9cOFvHcCIhw=", "eventType": "MESSAGE", "extendedRequestId": "L0SM9GH3oAMF4nw=",
             "requestTime": "09/Apr/2026:18:23:28 +0000", "messageDirection": "IN", "stage": "dev",
             "connectedAt": 1790000000123, "requestTimeEpoch": 1790000000456, "identity": {"sourceIp": "198.51.100.7"},
@@ -93,6 +114,8 @@ mod tests {
         assert_eq!(event.body, full.body);
         let authorized = event.request_context.authorizer.unwrap();
         assert_eq!(authorized.token_expires, Some(1_790_000_000));
+        assert!(!authorized.is_over(1_790_000_029) && authorized.is_over(1_790_000_030));
+        assert_eq!(authorized.token_id.as_deref(), Some("t1"));
         assert_eq!(
             (authorized.owner.as_str(), authorized.tunnels.to_string().as_str()),
             ("alice", "web,pr-*")

@@ -52,7 +52,8 @@ where
         let runtime = runtime.map_err(|error| error.to_string())?;
         metrics::cold_start();
         let service = service_fn(|event: LambdaEvent<E>| {
-            let answer = handle(event.payload, std::sync::Arc::clone(&deps));
+            // Boxed: an AWS call is kilobytes of state, and every layer of the runtime moves this future.
+            let answer = Box::pin(handle(event.payload, std::sync::Arc::clone(&deps)));
             async {
                 let answer = answer.await;
                 metrics::flush();

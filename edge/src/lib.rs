@@ -1,8 +1,9 @@
 //! The edge's hands: everything that talks to AWS, and nothing else.
 //!
-//! This is the only crate that names an AWS SDK. It knows four things: the [`registry`] of tunnels and
-//! connections, the [`agent_link`] to a connected agent, the [`mailbox`]es through which answers come
-//! back, and the [`workflow`] of one public request. What to do with them is decided in the functions.
+//! This is the only crate that names an AWS SDK. It knows the [`registry`] of tunnels and connections, the
+//! [`revocation`] list, the [`agent_link`] to a connected agent, the [`mailbox`]es through which answers
+//! come back, the [`workflow`] of one public request, and the [`limit`]s of owners and tunnels. What to do
+//! with them is decided in the functions.
 //!
 //! [`config`] reads the environment of a function, [`event`] is what API Gateway hands to the functions
 //! behind the agents' WebSocket API, [`telemetry`] is how a function logs,
@@ -14,9 +15,11 @@ pub mod caretaker;
 pub mod config;
 pub mod event;
 pub mod function;
+pub mod limit;
 pub mod mailbox;
 pub mod metrics;
 pub mod registry;
+pub mod revocation;
 pub mod telemetry;
 pub mod workflow;
 

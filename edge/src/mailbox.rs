@@ -8,7 +8,6 @@
 
 use std::time::Duration;
 
-use aws_sdk_dynamodb::types::AttributeValue;
 use aws_sdk_sqs::types::{
     DeleteMessageBatchRequestEntry, MessageAttributeValue, QueueAttributeName, SendMessageBatchRequestEntry,
 };
@@ -20,7 +19,7 @@ use proto::{
 
 use crate::{
     Error,
-    aws::{Aws, classify},
+    aws::{Aws, classify, number, text},
     config::{ConfigError, Env, env},
     unix_now,
 };
@@ -53,6 +52,8 @@ pub struct Letter {
     pub receipt: String,
     /// The request it is for.
     pub request_id: Option<String>,
+    /// The agent connection it came over.
+    pub connection_id: Option<String>,
     /// The agent connection whose end it reports.
     pub lost_connection: Option<String>,
     /// What it says.
@@ -99,18 +100,25 @@ impl Mailboxes {
         self.url_prefix.rsplit('/').next().unwrap_or_default()
     }
 
-    /// Puts an agent's message for `request` into `mailbox`.
+    /// Puts an agent's message for `request`, which came over `connection`, into `mailbox`.
     ///
     /// # Errors
     ///
     /// [`Error::Refused`] when the text has a character that no mailbox takes.
-    pub async fn send(&self, mailbox: &MailboxId, request: &RequestId, message: String) -> Result<(), Error> {
+    pub async fn send(
+        &self,
+        mailbox: &MailboxId,
+        request: &RequestId,
+        connection: &ConnectionId,
+        message: String,
+    ) -> Result<(), Error> {
         let result = self
             .sqs
             .send_message()
             .queue_url(self.url(mailbox))
             .message_body(message)
             .message_attributes(notice::REQUEST_ID, attribute(request.as_str()))
+            .message_attributes(notice::CONNECTION_ID, attribute(connection.as_str()))
             .send()
             .await;
         match result {
@@ -156,6 +164,7 @@ impl Mailboxes {
             };
             Letter {
                 request_id: attribute(notice::REQUEST_ID),
+                connection_id: attribute(notice::CONNECTION_ID),
                 lost_connection: attribute(notice::LOST_CONNECTION),
                 receipt: message.receipt_handle.unwrap_or_default(),
                 body: message.body.unwrap_or_default(),
@@ -444,12 +453,4 @@ fn attribute(value: &str) -> MessageAttributeValue {
 
 fn seconds(duration: Duration) -> i32 {
     i32::try_from(duration.as_secs()).expect("limits are a few minutes")
-}
-
-pub(crate) fn text(value: &str) -> AttributeValue {
-    AttributeValue::S(value.to_owned())
-}
-
-pub(crate) fn number(value: u64) -> AttributeValue {
-    AttributeValue::N(value.to_string())
 }

@@ -6,12 +6,13 @@
 //! | name | `web` | `#name` | `owner`, `expires_at` (when the name is free again) |
 //! | connection | `web` | the connection | `owner`, `agent`, `connected_at`, `expires_at` |
 //! | reverse | `#` + the connection | `#tunnels` | `tunnels`, `expires_at`: finds the rows of a connection without a scan |
+//! | owner | `#owner#` + the owner | the connection | `agent`, `token_id`, `since_ms`, `tunnels`, `expires_at`: finds the connections of an owner |
 //!
 //! `expires_at` is the table's TTL attribute. AWS deletes such rows late, so every read filters them.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
 use proto::{
     id::{AgentId, ConnectionId, Owner, TunnelName},
     limits,
@@ -20,8 +21,9 @@ use proto::{
 
 use crate::{
     Error,
-    aws::{Aws, classify},
+    aws::{Aws, classify, number, text},
     config::{ConfigError, Env, env},
+    limit::Limits,
 };
 
 const NAME_ROW: &str = "#name";
@@ -36,10 +38,24 @@ pub struct Connection {
     pub owner: Owner,
     /// The agent process at its other end.
     pub agent: AgentId,
+    /// The id of the token that opened it, if that has one.
+    pub token_id: Option<String>,
     /// When it was opened, in seconds since 1970.
     pub connected_at: u64,
     /// When it is certainly over, in seconds since 1970.
     pub expires_at: u64,
+}
+
+/// One connection of an owner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owned {
+    /// The connection.
+    pub id: ConnectionId,
+    /// The id of the token that opened it, if that has one.
+    pub token_id: Option<String>,
+    agent: Option<AgentId>,
+    since_ms: u64,
+    tunnels: BTreeSet<TunnelName>,
 }
 
 /// The connections table.
@@ -47,21 +63,97 @@ pub struct Connection {
 pub struct Registry {
     client: aws_sdk_dynamodb::Client,
     table: String,
+    limits: Limits,
 }
 
 impl Registry {
-    /// Reads the table's name from the environment.
+    /// Reads the table's name and the limits from the environment.
     ///
     /// # Errors
     ///
-    /// When it is not set.
+    /// When a variable is missing or wrong.
     pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Self, ConfigError> {
-        Ok(Self { client: aws.dynamodb(), table: env.required(env::CONNECTIONS_TABLE)? })
+        let table = env.required(env::CONNECTIONS_TABLE)?;
+        Ok(Self { client: aws.dynamodb(), table, limits: env.limits()? })
+    }
+
+    /// Enters `connection` among those of its owner. From then on [`Registry::connections_of`] finds it.
+    ///
+    /// Gives the time since which it has been there, in milliseconds: the order in which connections count.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; nothing may be served then.
+    pub async fn enter(&self, connection: &Connection, now_ms: u64) -> Result<u64, Error> {
+        let request = self
+            .client
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key(&owner_key(&connection.owner), connection.id.as_str())))
+            .expression_attribute_values(":agent", text(connection.agent.as_str()))
+            .expression_attribute_values(":now", number(now_ms))
+            .expression_attribute_values(":expires_at", number(connection.expires_at))
+            .return_values(ReturnValue::AllNew);
+        let mut update =
+            "SET agent = :agent, expires_at = :expires_at, since_ms = if_not_exists(since_ms, :now)"
+                .to_owned();
+        let request = match &connection.token_id {
+            Some(id) => {
+                update.push_str(", token_id = :token_id");
+                request.expression_attribute_values(":token_id", text(id))
+            }
+            None => request,
+        };
+        let output = request.update_expression(update).send().await;
+        let output = output.map_err(|error| classify("UpdateItem", error))?;
+        let since = output.attributes().and_then(|row| row.get("since_ms")).and_then(as_number);
+        Ok(since.unwrap_or(now_ms))
+    }
+
+    /// The connections of an owner that have not expired at the Unix time `now`, in seconds.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn connections_of(&self, owner: &Owner, now: u64) -> Result<Vec<Owned>, Error> {
+        self.rows(&owner_key(owner), now).await
+    }
+
+    /// The live rows of one partition that are connections.
+    async fn rows(&self, partition: &str, now: u64) -> Result<Vec<Owned>, Error> {
+        let mut pages = self
+            .client
+            .query()
+            .table_name(&self.table)
+            .key_condition_expression("tunnel = :partition")
+            .filter_expression("expires_at > :now")
+            .expression_attribute_values(":partition", text(partition))
+            .expression_attribute_values(":now", number(now))
+            .consistent_read(true)
+            .into_paginator()
+            .items()
+            .send();
+        let mut rows = Vec::new();
+        while let Some(row) = pages.next().await {
+            let row = row.map_err(|error| classify("Query", error))?;
+            let field = |name: &str| row.get(name).and_then(|value| value.as_s().ok());
+            // The row of the name is no connection.
+            let Some(id) = field("connection_id").and_then(|id| id.parse().ok()) else { continue };
+            rows.push(Owned {
+                id,
+                token_id: field("token_id").cloned(),
+                agent: field("agent").and_then(|agent| agent.parse().ok()),
+                since_ms: row.get("since_ms").and_then(as_number).unwrap_or_default(),
+                tunnels: names(row.get("tunnels")),
+            });
+        }
+        Ok(rows)
     }
 
     /// Makes `connection` serve exactly `tunnels`, and says for each one whether it does.
     ///
-    /// A name that nobody has, or whose time is over, becomes the connection's owner's.
+    /// A name that nobody has, or whose time is over, becomes the connection's owner's. `since_ms` is what
+    /// [`Registry::enter`] gave.
     ///
     /// # Errors
     ///
@@ -71,15 +163,18 @@ impl Registry {
         &self,
         connection: &Connection,
         tunnels: &BTreeSet<TunnelName>,
+        since_ms: u64,
         now: u64,
     ) -> Result<Vec<(TunnelName, Result<(), Refusal>)>, Error> {
         let before = self.tunnels_of(&connection.id).await?;
+        let (tunnels, mut outcomes) = self.within_limits(connection, &before, tunnels, since_ms, now).await?;
+        let tunnels = &tunnels;
         let all: BTreeSet<TunnelName> = before.union(tunnels).cloned().collect();
         // First of all, so that whatever is written below can be found again.
         if !all.is_empty() {
             self.put_reverse(connection, &all).await?;
         }
-        let mut outcomes = Vec::with_capacity(tunnels.len());
+        outcomes.reserve(tunnels.len());
         for name in tunnels {
             let outcome = match self.open(connection, name, now).await {
                 Ok(outcome) => outcome,
@@ -103,12 +198,100 @@ impl Registry {
         Ok(outcomes)
     }
 
-    /// Removes every row of a connection that has ended, and returns the tunnels it served.
+    /// Sorts out what the limits do not allow. What the connection serves already stays allowed, so that
+    /// nobody who comes later can take it away.
+    async fn within_limits(
+        &self,
+        connection: &Connection,
+        before: &BTreeSet<TunnelName>,
+        tunnels: &BTreeSet<TunnelName>,
+        since_ms: u64,
+        now: u64,
+    ) -> Result<(BTreeSet<TunnelName>, Vec<(TunnelName, Result<(), Refusal>)>), Error> {
+        let of_owner = self.limits.owner;
+        let mut allowed = tunnels.clone();
+        let mut outcomes = Vec::new();
+        let mut refuse = |allowed: &mut BTreeSet<TunnelName>, name: &TunnelName, reason| {
+            allowed.remove(name);
+            outcomes.push((name.clone(), Err(reason)));
+        };
+        if of_owner.connections.is_some() || of_owner.tunnels.is_some() {
+            // Written before the others are counted: of two that come at once, at least one sees the other.
+            self.note_tunnels(connection, tunnels).await?;
+            let mut others = self.connections_of(&connection.owner, now).await?;
+            others.retain(|other| other.id != connection.id);
+            if let Some(most) = of_owner.connections {
+                let mine = (since_ms, &connection.id);
+                let earlier = others.iter().filter(|other| (other.since_ms, &other.id) < mine);
+                if count(earlier, &connection.agent) >= most {
+                    self.delete(&owner_key(&connection.owner), connection.id.as_str()).await?;
+                    for name in tunnels {
+                        refuse(&mut allowed, name, Refusal::TooManyConnections);
+                    }
+                    return Ok((allowed, outcomes));
+                }
+            }
+            if let Some(most) = of_owner.tunnels {
+                let mut open: BTreeSet<&TunnelName> =
+                    others.iter().flat_map(|other| &other.tunnels).collect();
+                open.extend(before.intersection(tunnels));
+                for name in tunnels {
+                    if !open.contains(name) && open.len() >= most {
+                        refuse(&mut allowed, name, Refusal::TooManyTunnels);
+                    } else {
+                        open.insert(name);
+                    }
+                }
+                if allowed.len() < tunnels.len() {
+                    self.note_tunnels(connection, &allowed).await?;
+                }
+            }
+        }
+        if let Some(most) = self.limits.tunnel.connections {
+            for name in tunnels.difference(before) {
+                let mut others = self.rows(name.as_str(), now).await?;
+                others.retain(|other| other.id != connection.id);
+                if allowed.contains(name) && count(others.iter(), &connection.agent) >= most {
+                    refuse(&mut allowed, name, Refusal::TooManyConnections);
+                }
+            }
+        }
+        Ok((allowed, outcomes))
+    }
+
+    /// Notes among the owner's connections which tunnels this one serves.
+    async fn note_tunnels(
+        &self,
+        connection: &Connection,
+        tunnels: &BTreeSet<TunnelName>,
+    ) -> Result<(), Error> {
+        let request = self.client.update_item().table_name(&self.table);
+        let request = request.set_key(Some(key(&owner_key(&connection.owner), connection.id.as_str())));
+        let request = if tunnels.is_empty() {
+            request.update_expression("REMOVE tunnels")
+        } else {
+            request
+                .update_expression("SET tunnels = :tunnels")
+                .expression_attribute_values(":tunnels", set(tunnels))
+        };
+        request.send().await.map_err(|error| classify("UpdateItem", error))?;
+        Ok(())
+    }
+
+    /// Removes every row of a connection that has ended, and returns the tunnels it served. Without its
+    /// owner, the row among the owner's connections stays until it expires.
     ///
     /// # Errors
     ///
     /// [`Error`]; rows that stay expire, and a post to the connection answers that it is gone.
-    pub async fn forget(&self, connection: &ConnectionId) -> Result<BTreeSet<TunnelName>, Error> {
+    pub async fn forget(
+        &self,
+        connection: &ConnectionId,
+        owner: Option<&Owner>,
+    ) -> Result<BTreeSet<TunnelName>, Error> {
+        if let Some(owner) = owner {
+            self.delete(&owner_key(owner), connection.as_str()).await?;
+        }
         let tunnels = self.tunnels_of(connection).await?;
         for name in &tunnels {
             // The key holds the connection: a newer connection's row cannot be hit.
@@ -210,8 +393,7 @@ impl Registry {
             .send()
             .await
             .map_err(|error| classify("GetItem", error))?;
-        let names = output.item().and_then(|item| item.get("tunnels")).and_then(|value| value.as_ss().ok());
-        Ok(names.into_iter().flatten().filter_map(|name| name.parse().ok()).collect())
+        Ok(names(output.item().and_then(|item| item.get("tunnels"))))
     }
 
     async fn put_reverse(
@@ -224,7 +406,7 @@ impl Registry {
             .table_name(&self.table)
             .item("tunnel", text(&reverse_key(&connection.id)))
             .item("connection_id", text(REVERSE_ROW))
-            .item("tunnels", AttributeValue::Ss(tunnels.iter().map(ToString::to_string).collect()))
+            .item("tunnels", set(tunnels))
             .item("expires_at", number(connection.expires_at))
             .send()
             .await
@@ -240,18 +422,43 @@ impl Registry {
     }
 }
 
+/// How many connections count beside a new one of `agent`. An agent has two for a moment while it replaces
+/// one, so of each agent's connections one is not counted, unless it is the only one.
+fn count<'a>(others: impl Iterator<Item = &'a Owned>, agent: &AgentId) -> usize {
+    let mut of_agent: BTreeMap<Option<&AgentId>, usize> = BTreeMap::new();
+    for other in others {
+        *of_agent.entry(other.agent.as_ref()).or_default() += 1;
+    }
+    let counted = |(own, number): (&Option<&AgentId>, &usize)| match own {
+        // The new one is the second, or a later one.
+        Some(own) if *own == agent => number - 1,
+        Some(_) => (number - 1).max(1),
+        None => *number,
+    };
+    of_agent.iter().map(counted).sum()
+}
+
+fn names(value: Option<&AttributeValue>) -> BTreeSet<TunnelName> {
+    let names = value.and_then(|value| value.as_ss().ok());
+    names.into_iter().flatten().filter_map(|name| name.parse().ok()).collect()
+}
+
+fn set(tunnels: &BTreeSet<TunnelName>) -> AttributeValue {
+    AttributeValue::Ss(tunnels.iter().map(ToString::to_string).collect())
+}
+
+fn as_number(value: &AttributeValue) -> Option<u64> {
+    value.as_n().ok()?.parse().ok()
+}
+
+fn owner_key(owner: &Owner) -> String {
+    format!("#owner#{owner}")
+}
+
 fn reverse_key(connection: &ConnectionId) -> String {
     format!("#{connection}")
 }
 
 fn key(tunnel: &str, connection: &str) -> HashMap<String, AttributeValue> {
     HashMap::from([("tunnel".to_owned(), text(tunnel)), ("connection_id".to_owned(), text(connection))])
-}
-
-fn text(value: &str) -> AttributeValue {
-    AttributeValue::S(value.to_owned())
-}
-
-fn number(value: u64) -> AttributeValue {
-    AttributeValue::N(value.to_string())
 }

@@ -47,6 +47,7 @@ use crate::{
     clock::Clock,
     connections::{Connections, Handle, Identity, Outgoing},
     lambda::{InvokeError, Lambda},
+    latency::{Hop, Latency},
 };
 
 /// How many messages of one connection are in invocations at the same time; the next one is not read
@@ -70,6 +71,8 @@ const LINGER_BYTES: u64 = 16 * 1024 * 1024;
 /// The agents' API.
 #[derive(Debug)]
 pub struct AgentApi {
+    /// How long hops take.
+    pub latency: Latency,
     /// Where the functions run.
     pub lambda: Lambda,
     /// Where open connections are entered.
@@ -297,6 +300,8 @@ impl Session {
             return tracing::error!("the upgraded connection is not the accepted one");
         };
         let config = WebSocketConfig::default()
+            // Cleared before each read, so no more than a frame: messages are mostly about a kilobyte.
+            .read_buffer_size(limits::FRAME_BYTES)
             .max_frame_size(Some(limits::FRAME_BYTES))
             .max_message_size(Some(limits::MESSAGE_BYTES));
         let socket = Socket::from_partially_read(
@@ -407,6 +412,7 @@ impl Reader<'_> {
                     let work = Work {
                         context: self.session.context.clone(),
                         lambda: api.lambda.clone(),
+                        latency: api.latency.clone(),
                         handle: Arc::downgrade(&self.handle),
                         answers: self.answers.clone(),
                     };
@@ -450,6 +456,7 @@ fn end_of(error: &tungstenite::Error) -> End {
 struct Work {
     context: Arc<Context>,
     lambda: Lambda,
+    latency: Latency,
     handle: std::sync::Weak<Handle>,
     answers: mpsc::Sender<Bytes>,
 }
@@ -460,6 +467,8 @@ impl Work {
         let request = event::random_name();
         let event = self.context.message(route, &request, &message);
         drop(message);
+        self.latency.hop(Hop::Link).await;
+        self.latency.hop(Hop::Invoke).await;
         let answer = match self.lambda.invoke(route.function(), event).await {
             Ok(answer) if route.is_two_way() => match event::read_answer(&answer) {
                 RouteAnswer::Done(body) => body.map(Bytes::from),

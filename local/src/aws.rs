@@ -9,7 +9,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     convert::Infallible,
     net::{Ipv4Addr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, Mutex, OnceLock, PoisonError, RwLock},
 };
 
 use bytes::Bytes;
@@ -27,7 +27,8 @@ use crate::{
     chaos::{Chaos, ChaosConfig},
     clock::Clock,
     connections::{ConnectionInfo, PostOutcome},
-    latency::Latency,
+    lambda::{InvokeError, Lambda, WeakLambda},
+    latency::{Latency, Profile},
     services::{Post, Services, percent_decode},
     sqs::{Attribute, NewMessage, SqsError, SqsErrorKind},
     states::{AcceptedRun, RunResult, States, interpreter::Outcome},
@@ -82,6 +83,8 @@ impl Callers {
 pub struct Options {
     /// What goes wrong.
     pub chaos: ChaosConfig,
+    /// How long hops take.
+    pub latency: Option<Profile>,
     /// The name of the table of connections.
     pub connections_table: String,
     /// The name of the table of mailboxes.
@@ -106,6 +109,7 @@ struct Shared {
     port: u16,
     connections_table: String,
     mailboxes_table: String,
+    lambda: OnceLock<WeakLambda>,
 }
 
 /// The runs that callers wait for, so that one can be told that its client went away.
@@ -165,7 +169,7 @@ impl Aws {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let clock = Clock::new(options.chaos.clock);
-        let latency = Latency::with_extra(options.chaos.delay);
+        let latency = Latency::new(options.latency, options.chaos.delay);
         let chaos = Arc::new(Chaos::new(options.chaos));
         let services = Arc::new(Services::new(&format!("http://{address}"), chaos, latency));
         let shared = Arc::new(Shared {
@@ -177,6 +181,7 @@ impl Aws {
             port: address.port(),
             connections_table: options.connections_table,
             mailboxes_table: options.mailboxes_table,
+            lambda: OnceLock::new(),
         });
         let stop = CancellationToken::new();
         tokio::spawn(serve(listener, Arc::clone(&shared), stop.clone()));
@@ -211,6 +216,12 @@ impl Aws {
     #[must_use]
     pub fn callers(&self) -> &Callers {
         &self.shared.callers
+    }
+
+    /// Takes the functions, so that an operator can invoke and configure them.
+    pub fn serve_functions(&self, lambda: &Lambda) {
+        // A second call changes nothing: there is one set of functions.
+        drop(self.shared.lambda.set(lambda.downgrade()));
     }
 
     /// How fast the long times pass.
@@ -436,6 +447,7 @@ impl Shared {
         };
         match (method, path) {
             (&Method::GET, "counters") => json(serde_json::to_vec(&self.services.counters.snapshot())),
+            (&Method::GET, "hops") => json(serde_json::to_vec(&self.services.latency.passed())),
             (&Method::POST, "counters/reset") => {
                 self.services.counters.reset();
                 json(Ok(b"{}".to_vec()))
@@ -529,12 +541,15 @@ impl Shared {
             Err(problem) => return problem.rest(),
         };
         let function = &*caller.function;
+        if let Some(path) = path.strip_prefix("/2015-03-31/functions/") {
+            return self.functions(function, method, path, body).await;
+        }
         let path = percent_decode(path).unwrap_or_default();
         let path = path.strip_prefix(&format!("/{STAGE}")).unwrap_or(&path);
         let Some(id) = path.strip_prefix("/@connections/") else {
             return rest_error(StatusCode::FORBIDDEN, "ForbiddenException", "Forbidden");
         };
-        if let Err(denied) = allow(function, Action::ManageConnections) {
+        if let Err(denied) = allow(function, Action::ManageConnections(method.as_str())) {
             return denied.rest();
         }
         let Ok(id) = id.parse::<ConnectionId>() else {
@@ -567,6 +582,49 @@ impl Shared {
         }
     }
 
+    /// Lambda: invoking a function, and its environment variables.
+    async fn functions(&self, caller: &str, method: &Method, path: &str, body: Bytes) -> Answer {
+        let (name, operation) = path.split_once('/').unwrap_or((path, ""));
+        let action = match (method, operation) {
+            (&Method::POST, "invocations") => "InvokeFunction",
+            (&Method::GET, "configuration") => "GetFunctionConfiguration",
+            (&Method::PUT, "configuration") => "UpdateFunctionConfiguration",
+            _ => return rest_error(StatusCode::NOT_FOUND, "UnknownOperationException", "nothing is here"),
+        };
+        if let Err(denied) = allow(caller, Action::Lambda(action)) {
+            return denied.rest();
+        }
+        let missing = || rest_error(StatusCode::NOT_FOUND, "ResourceNotFoundException", "Function not found");
+        let Some(lambda) = self.lambda.get().and_then(WeakLambda::upgrade) else { return missing() };
+        match action {
+            "InvokeFunction" => match lambda.invoke(name, body).await {
+                Ok(answer) => Answer { content_type: JSON, ..Answer::json(answer) },
+                Err(InvokeError::NoSuchFunction) => missing(),
+                Err(InvokeError::Throttled) => {
+                    rest_error(StatusCode::TOO_MANY_REQUESTS, "TooManyRequestsException", "Rate Exceeded.")
+                }
+                Err(error) => function_error(&error),
+            },
+            "GetFunctionConfiguration" => match lambda.variables(name) {
+                Some(variables) => configuration(name, variables),
+                None => missing(),
+            },
+            _ => {
+                let Ok(Configuration { environment, .. }) = serde_json::from_slice(&body) else {
+                    return rest_error(
+                        StatusCode::BAD_REQUEST,
+                        "InvalidRequestContentException",
+                        "not valid",
+                    );
+                };
+                match lambda.reconfigure(name, environment.variables.clone()) {
+                    Ok(()) => configuration(name, environment.variables),
+                    Err(_) => missing(),
+                }
+            }
+        }
+    }
+
     fn caller<'h>(&self, headers: &'h HeaderMap) -> Result<(&'h str, Caller), Refusal> {
         let access_key = headers
             .get(header::AUTHORIZATION)
@@ -582,6 +640,44 @@ impl Shared {
         })?;
         Ok((access_key, caller))
     }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Configuration {
+    #[serde(default)]
+    function_name: String,
+    environment: Environment,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Environment {
+    variables: BTreeMap<String, String>,
+}
+
+fn configuration(name: &str, variables: BTreeMap<String, String>) -> Answer {
+    let body = Configuration { function_name: name.to_owned(), environment: Environment { variables } };
+    Answer { content_type: JSON, ..Answer::json(serde_json::to_vec(&body).unwrap_or_default()) }
+}
+
+/// What an invoker gets of a function that failed: the call itself has succeeded.
+fn function_error(error: &InvokeError) -> Answer {
+    #[derive(Serialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Body<'a> {
+        error_type: &'a str,
+        error_message: &'a str,
+    }
+    let text = error.to_string();
+    let body = match error {
+        InvokeError::Function { error_type, message } => Body { error_type, error_message: message },
+        _ => Body { error_type: "Runtime.ExitError", error_message: &text },
+    };
+    let kind = HeaderName::from_static("x-amz-function-error");
+    let headers = vec![(kind, HeaderValue::from_static("Unhandled"))];
+    let body = serde_json::to_vec(&body).unwrap_or_default();
+    Answer { content_type: JSON, headers, ..Answer::json(body) }
 }
 
 /// Why a caller was turned away.

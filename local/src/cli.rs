@@ -33,13 +33,18 @@ pub struct Options {
     /// Do not start an agent for the tunnel `demo`
     #[arg(long)]
     pub no_agent: bool,
-    /// Let calls take as long as on the named network
-    #[arg(long, value_name = "PROFILE", value_enum, default_value_t)]
-    pub latency: LatencyProfile,
+    /// Let calls take as long as on the named network: none, aws, or a file with a profile of your own
+    #[arg(long, value_name = "PROFILE", default_value = "none")]
+    pub latency: String,
     /// What goes wrong, as key=value,…: seed, clock, duplicate, reorder, drop_link, gone, throttle,
     /// kill_function, lose, delay
     #[arg(long, value_name = "FAULTS", default_value = "")]
     pub chaos: ChaosConfig,
+    /// How much one owner and one tunnel may use, as key=number,…: owner_connections, owner_tunnels,
+    /// owner_requests, owner_rate, tunnel_connections, tunnel_requests, tunnel_rate (requests: in flight;
+    /// rate: a minute)
+    #[arg(long, value_name = "LIMITS", default_value = "", value_parser = limits)]
+    pub limits: String,
     /// How many free mailboxes are kept ready
     #[arg(long, value_name = "COUNT", default_value_t = limits::MAILBOXES_KEPT)]
     pub mailboxes: usize,
@@ -49,16 +54,6 @@ pub struct Options {
     /// What is logged: error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t)]
     pub log_level: LogLevel,
-}
-
-/// How long a call inside AWS takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub enum LatencyProfile {
-    /// As long as it takes on this machine.
-    #[default]
-    None,
-    /// As long as between services of one AWS region.
-    Aws,
 }
 
 /// What is logged.
@@ -123,14 +118,23 @@ pub enum Function {
     Ingress,
     /// Takes an agent's message.
     Response,
+    /// Ends an identity.
+    Revoke,
     /// Looks after the mailboxes.
     Sweep,
 }
 
 impl Function {
     /// Every function.
-    pub const ALL: [Self; 6] =
-        [Self::Authorizer, Self::Connect, Self::Disconnect, Self::Ingress, Self::Response, Self::Sweep];
+    pub const ALL: [Self; 7] = [
+        Self::Authorizer,
+        Self::Connect,
+        Self::Disconnect,
+        Self::Ingress,
+        Self::Response,
+        Self::Revoke,
+        Self::Sweep,
+    ];
 
     /// The function's name.
     #[must_use]
@@ -141,6 +145,7 @@ impl Function {
             Self::Disconnect => "disconnect",
             Self::Ingress => "ingress",
             Self::Response => "response",
+            Self::Revoke => "revoke",
             Self::Sweep => "sweep",
         }
     }
@@ -169,6 +174,12 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Call, clap
         Some(Hidden::Function { name }) => Call::Function(name),
         Some(Hidden::Agent { arguments }) => Call::Agent(arguments),
     })
+}
+
+/// Limits that the functions will take.
+fn limits(text: &str) -> Result<String, String> {
+    let checked = text.parse::<edge::limit::Limits>();
+    checked.map(|_| text.to_owned()).map_err(|problem| format!("the list {problem}"))
 }
 
 /// An address of this machine alone, or a port of it.
@@ -229,7 +240,7 @@ mod tests {
              --state-dir /tmp/x --log-level debug",
         );
         assert_eq!((set.public.port(), set.agents.port()), (0, 9));
-        assert_eq!((set.latency, set.log_level), (LatencyProfile::Aws, LogLevel::Debug));
+        assert_eq!((set.latency.as_str(), set.log_level), ("aws", LogLevel::Debug));
         assert_eq!(set.chaos.clock, 10);
     }
 
@@ -240,7 +251,7 @@ mod tests {
             ("local --agents x", "use a port"),
             ("local --chaos wind=1", "unknown key"),
             ("local --chaos gone=2", "probability"),
-            ("local --latency moon", "moon"),
+            ("local --limits tunnel_requests=0", "out of range"),
         ] {
             let error = parse(line).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");

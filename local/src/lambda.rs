@@ -12,7 +12,7 @@ mod runtime_api;
 use std::{
     collections::BTreeMap,
     fmt, io,
-    sync::{Arc, OnceLock, Weak},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, Weak},
     time::Duration,
 };
 
@@ -82,6 +82,8 @@ pub struct FunctionConfig {
     pub name: &'static str,
     /// How long one invocation may take.
     pub timeout: Duration,
+    /// Its memory, in MB. It is told so; nothing holds it to it.
+    pub memory_mb: u32,
     /// How many invocations may run at the same time.
     pub concurrency: usize,
     /// Its own environment variables.
@@ -239,6 +241,34 @@ impl StreamingCall {
 #[derive(Clone)]
 pub struct Lambda {
     pools: Arc<BTreeMap<&'static str, Arc<Pool>>>,
+    functions: Arc<Functions>,
+}
+
+/// The functions as they are configured, to be asked and changed while they run.
+struct Functions {
+    configs: Mutex<BTreeMap<&'static str, FunctionConfig>>,
+    common: LambdaConfig,
+}
+
+/// A [`Lambda`] that does not keep it.
+#[derive(Clone)]
+pub struct WeakLambda {
+    pools: Weak<BTreeMap<&'static str, Arc<Pool>>>,
+    functions: Weak<Functions>,
+}
+
+impl fmt::Debug for WeakLambda {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WeakLambda").finish_non_exhaustive()
+    }
+}
+
+impl WeakLambda {
+    /// The functions, while somebody keeps them.
+    #[must_use]
+    pub fn upgrade(&self) -> Option<Lambda> {
+        Some(Lambda { pools: self.pools.upgrade()?, functions: self.functions.upgrade()? })
+    }
 }
 
 impl fmt::Debug for Lambda {
@@ -263,6 +293,8 @@ impl Lambda {
             config.register.printed.clone(),
             tokio::runtime::Handle::current(),
         )?);
+        let configs = functions.iter().map(|function| (function.name, function.clone())).collect();
+        let common = config.clone();
         let pools = functions
             .into_iter()
             .map(|function| {
@@ -278,9 +310,45 @@ impl Lambda {
                 (name, pool)
             })
             .collect();
-        let lambda = Self { pools: Arc::new(pools) };
+        let functions = Arc::new(Functions { configs: Mutex::new(configs), common });
+        let lambda = Self { pools: Arc::new(pools), functions };
         tokio::spawn(reap(Arc::downgrade(&lambda.pools)));
         Ok(lambda)
+    }
+
+    /// The same without keeping it.
+    #[must_use]
+    pub fn downgrade(&self) -> WeakLambda {
+        WeakLambda { pools: Arc::downgrade(&self.pools), functions: Arc::downgrade(&self.functions) }
+    }
+
+    /// The function's own environment variables; none where there is no such function.
+    #[must_use]
+    pub fn variables(&self, function: &str) -> Option<BTreeMap<String, String>> {
+        self.configs().get(function).map(|config| config.environment.clone())
+    }
+
+    fn configs(&self) -> MutexGuard<'_, BTreeMap<&'static str, FunctionConfig>> {
+        self.functions.configs.lock().expect("nothing panics under this lock")
+    }
+
+    /// Replaces the function's own environment variables: as after a deployment, what is being served is
+    /// finished by the processes there are, and whatever comes next is served by new ones.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such function.
+    pub fn reconfigure(
+        &self,
+        function: &str,
+        variables: BTreeMap<String, String>,
+    ) -> Result<(), InvokeError> {
+        let pool = self.pools.get(function).ok_or(InvokeError::NoSuchFunction)?;
+        let mut configs = self.configs();
+        let config = configs.get_mut(function).ok_or(InvokeError::NoSuchFunction)?;
+        config.environment = variables;
+        pool.reconfigure(environment(config, &self.functions.common));
+        Ok(())
     }
 
     /// Starts processes ahead of need.
@@ -365,11 +433,12 @@ async fn reap(pools: Weak<BTreeMap<&'static str, Arc<Pool>>>) {
 /// The environment that Lambda gives a function, without what differs between its processes.
 fn environment(function: &FunctionConfig, config: &LambdaConfig) -> BTreeMap<String, String> {
     let mut environment = function.environment.clone();
+    let memory = function.memory_mb.to_string();
     let reserved = [
         ("_HANDLER", "bootstrap"),
         ("AWS_EXECUTION_ENV", "AWS_Lambda_provided.al2023"),
         ("AWS_LAMBDA_FUNCTION_NAME", function.name),
-        ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "128"),
+        ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", &memory),
         ("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST"),
         ("AWS_LAMBDA_INITIALIZATION_TYPE", "on-demand"),
         ("AWS_LAMBDA_LOG_GROUP_NAME", function.name),

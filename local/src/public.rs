@@ -34,7 +34,10 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::heads::{Head, SharedNotes, Watched};
-use crate::lambda::{self, InvokeError, Lambda, StreamBody, StreamingResponse};
+use crate::{
+    lambda::{self, InvokeError, Lambda, StreamBody, StreamingResponse},
+    latency::{Hop, Latency},
+};
 
 /// How many public connections are served at the same time; further ones wait to be accepted.
 const CONNECTIONS: usize = 4096;
@@ -68,6 +71,8 @@ pub type ClientGone = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// The front.
 pub struct Front {
+    /// How long hops take.
+    pub latency: Latency,
     /// Where `ingress` runs.
     pub lambda: Lambda,
     /// What proves to `ingress` that a request came through this front.
@@ -286,6 +291,7 @@ async fn answer(
         trace_id: &trace_id,
     });
     drop(body);
+    front.latency.hop(Hop::Front).await;
     let call = match front.lambda.invoke_streaming(FUNCTION, event) {
         Ok(call) => call,
         Err(error) => return refusal_of(&error).respond(),

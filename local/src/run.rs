@@ -16,7 +16,7 @@ use std::{
 
 use ::edge::config::{Env, env};
 use anyhow::{Context, bail};
-use authorizer::config::ENV_JWKS;
+use authorizer::config::{ENV_JWKS, ENV_JWKS_FILE, ENV_JWKS_URL};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use proto::limits;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
@@ -32,17 +32,23 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     agents::{self, AgentApi},
-    aws::{Aws, Options as AwsOptions},
+    aws::{Aws, Options as AwsOptions, policy::OPERATOR},
     chaos::Fault,
-    cli::{Function, LatencyProfile, LogLevel, Options},
+    cli::{Function, LogLevel, Options},
     demo::{self, Demo},
     dynamodb::Table,
     identity::{self, Identity},
     lambda::{self, FunctionConfig, Lambda, LambdaConfig, Launcher, Register, process},
+    latency::Profile,
     public::{self, Arrivals, Front},
     sqs::QueueAttributes,
+    stack::{Keys, stack},
     states::definition::Definition,
 };
+
+/// The file with the access key of whoever runs this edge: with it, and any secret key, AWS's own clients
+/// do here what they do in an account (`aws lambda invoke --endpoint-url …`).
+const OPERATOR_FILE: &str = "operator";
 
 const CONNECTIONS_TABLE: &str = "connections";
 const MAILBOXES_TABLE: &str = "mailboxes";
@@ -75,10 +81,6 @@ const CONCURRENCY: usize = 1000;
 
 /// The shortest time that a fast clock leaves a response: `ingress` keeps some seconds of it for its end.
 const SHORTEST_RESPONSE: Duration = Duration::from_secs(10);
-
-/// What each call inside one AWS region costs with `--latency aws`: single-digit milliseconds for
-/// tables and queues (no figure is guaranteed by AWS).
-const AWS_HOP: Duration = Duration::from_millis(8);
 
 /// How late after its begin an invocation's process may be lost on purpose, in milliseconds.
 const KILL_WITHIN_MS: u64 = 64;
@@ -118,6 +120,7 @@ pub fn function(function: Function) -> ExitCode {
         Function::Disconnect => disconnect::run(),
         Function::Ingress => ingress::run(),
         Function::Response => response::run(),
+        Function::Revoke => revoke::run(),
         Function::Sweep => sweep::run(),
     }
 }
@@ -220,11 +223,16 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         front_secret: &front_secret,
         public_url: &public_url,
         token_key: STANDARD.encode(lambda::random_bytes::<32>()),
+        limits: &options.limits,
         log_level: options.log_level,
         choices: choices(&Env::process())?,
         mailboxes: options.mailboxes,
     };
     let lambda = start_lambda(&settings)?;
+    aws.serve_functions(&lambda);
+    let operator = format!("LOCAL{}", lambda::random_hex::<16>().to_ascii_uppercase());
+    aws.callers().register(&operator, OPERATOR, "operator");
+    identity::write_private(&folder.path().join(OPERATOR_FILE), operator.as_bytes())?;
     tokio::spawn(seed_mailboxes(aws.clone(), lambda.clone(), options.mailboxes));
     tokio::spawn(sweep_mailboxes(aws.clock().scale(limits::SWEEP_INTERVAL), lambda.clone()));
     for function in [Function::Authorizer, Function::Connect, Function::Response] {
@@ -233,6 +241,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
 
     let stop_agents = CancellationToken::new();
     let api = AgentApi {
+        latency: aws.services().latency.clone(),
         lambda: lambda.clone(),
         connections: aws.services().connections.clone(),
         clock: aws.clock(),
@@ -245,6 +254,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let arrivals = Arrivals::default();
     let gone = aws.clone();
     let front = Front {
+        latency: aws.services().latency.clone(),
         lambda: lambda.clone(),
         secret: front_secret.clone(),
         client_gone: Arc::new(move |access_key| {
@@ -317,12 +327,9 @@ async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
 }
 
 async fn start_aws(options: &Options, folder: &Folder) -> anyhow::Result<Arc<Aws>> {
-    let mut chaos = options.chaos.clone();
-    if options.latency == LatencyProfile::Aws {
-        chaos.delay = chaos.delay.max(AWS_HOP);
-    }
     let aws = Aws::start(AwsOptions {
-        chaos,
+        chaos: options.chaos.clone(),
+        latency: Profile::find(&options.latency)?,
         connections_table: CONNECTIONS_TABLE.to_owned(),
         mailboxes_table: MAILBOXES_TABLE.to_owned(),
     });
@@ -334,14 +341,14 @@ async fn start_aws(options: &Options, folder: &Folder) -> anyhow::Result<Arc<Aws
         let gone = format!("{{\"TableName\":\"{MAILBOXES_TABLE}\"}}");
         let _ = tables.call("DeleteTable", gone.into()).await;
     }
-    let connections = Table {
-        name: CONNECTIONS_TABLE,
-        partition_key: "tunnel",
-        sort_key: Some("connection_id"),
-        expiry: Some("expires_at"),
+    let table = |name, keys: &'static Keys| Table {
+        name,
+        partition_key: &keys.partition,
+        sort_key: Some(&keys.sort),
+        expiry: keys.expiry.as_deref(),
     };
-    let mailboxes =
-        Table { name: MAILBOXES_TABLE, partition_key: "pool", sort_key: Some("mailbox"), expiry: None };
+    let connections = table(CONNECTIONS_TABLE, &stack().connections);
+    let mailboxes = table(MAILBOXES_TABLE, &stack().mailboxes);
     for table in [connections, mailboxes] {
         tables.create_table(table).await.context("creating the tables")?;
     }
@@ -352,11 +359,17 @@ async fn start_aws(options: &Options, folder: &Folder) -> anyhow::Result<Arc<Aws
 fn create_machine(aws: &Aws) -> anyhow::Result<Arc<str>> {
     let endpoint = aws.endpoint();
     let host = endpoint.strip_prefix("http://").unwrap_or(&endpoint);
-    let substitutions = BTreeMap::from([
-        ("ConnectionsTable".to_owned(), CONNECTIONS_TABLE.to_owned()),
-        ("AgentApiEndpoint".to_owned(), host.to_owned()),
-        ("AgentApiStage".to_owned(), agents::STAGE.to_owned()),
+    let values = BTreeMap::from([
+        ("ConnectionsTable", CONNECTIONS_TABLE),
+        ("AgentApiEndpoint", host),
+        ("AgentApiStage", agents::STAGE),
     ]);
+    let mut substitutions = BTreeMap::new();
+    for name in &stack().workflow.substitutions {
+        let value = values.get(name.as_str());
+        let value = value.with_context(|| format!("{MACHINE} is deployed with the unknown {name}"))?;
+        substitutions.insert(name.clone(), (*value).to_owned());
+    }
     let definition = Definition::parse(MACHINE_DEFINITION, &substitutions)
         .with_context(|| format!("reading the state machine {MACHINE}"))?;
     Ok(aws.states().create(MACHINE, definition))
@@ -370,6 +383,7 @@ struct Settings<'a> {
     front_secret: &'a str,
     public_url: &'a str,
     token_key: String,
+    limits: &'a str,
     log_level: LogLevel,
     mailboxes: usize,
     choices: Vec<(&'static str, String)>,
@@ -384,75 +398,79 @@ fn choices(own: &Env<'_>) -> anyhow::Result<Vec<(&'static str, String)>> {
 }
 
 impl Settings<'_> {
-    /// Only what the function needs: what it does not have, it cannot leak.
-    fn of(&self, function: Function) -> FunctionConfig {
+    /// A function as it is deployed. It gets the variables of its deployment and no others, but for keys of this
+    /// machine and times that a fast clock shortens: what it does not have, it cannot leak.
+    fn of(&self, function: Function) -> anyhow::Result<FunctionConfig> {
+        let name = function.name();
+        let deployed = stack().functions.get(name);
+        let deployed = deployed.with_context(|| format!("serverless.yml has no function {name}"))?;
+        let values = self.values();
+        let mut environment = BTreeMap::new();
+        for variable in &deployed.variables {
+            let value = values.get(variable.as_str());
+            let value = value.with_context(|| format!("{name} is deployed with the unknown {variable}"))?;
+            environment.insert(variable.clone(), value.clone());
+        }
         let clock = self.aws.clock();
         // Whole seconds, and never none.
         let seconds = |duration: Duration| clock.scale(duration).as_secs().max(1).to_string();
-        let mailbox_prefix = self.aws.services().sqs.url(MAILBOX_PREFIX);
-        let connections = || (env::CONNECTIONS_TABLE, CONNECTIONS_TABLE.to_owned());
-        let mailboxes = || {
-            vec![
-                (env::MAILBOXES_TABLE, MAILBOXES_TABLE.to_owned()),
-                (env::MAILBOX_URL_PREFIX, mailbox_prefix.clone()),
-                (env::MAILBOX_LEASE_SECS, seconds(limits::MAILBOX_LEASE)),
-            ]
+        let lease = || (env::MAILBOX_LEASE_SECS, seconds(limits::MAILBOX_LEASE));
+        let mut own = match function {
+            Function::Authorizer => vec![(ENV_JWKS, self.identity.jwks.clone())],
+            Function::Connect => vec![
+                (env::CONNECTION_LIFETIME_SECS, seconds(limits::CONNECTION_LIFETIME)),
+                (env::HEARTBEAT_MS, clock.scale(limits::HEARTBEAT_INTERVAL).as_millis().max(1).to_string()),
+            ],
+            Function::Disconnect => vec![lease()],
+            Function::Ingress => [vec![lease()], self.choices.clone()].concat(),
+            Function::Response | Function::Revoke => Vec::new(),
+            Function::Sweep => vec![
+                lease(),
+                (env::MAILBOXES_KEPT, self.mailboxes.to_string()),
+                (env::MAILBOX_IDLE_SECS, seconds(limits::MAILBOX_IDLE)),
+            ],
         };
-        let token_keys = || (env::TOKEN_KEYS, self.token_key.clone());
-        let (timeout_secs, mut variables) = match function {
-            Function::Authorizer => (5, vec![(ENV_JWKS, self.identity.jwks.clone())]),
-            Function::Connect => (
-                10,
-                vec![
-                    connections(),
-                    (env::PUBLIC_URL, self.public_url.to_owned()),
-                    (env::CONNECTION_LIFETIME_SECS, seconds(limits::CONNECTION_LIFETIME)),
-                    (
-                        env::HEARTBEAT_MS,
-                        clock.scale(limits::HEARTBEAT_INTERVAL).as_millis().max(1).to_string(),
-                    ),
-                ],
-            ),
-            Function::Disconnect => (10, [vec![connections()], mailboxes()].concat()),
-            Function::Ingress => (
-                clock.scale(limits::RESPONSE_DURATION).max(SHORTEST_RESPONSE).as_secs(),
-                [
-                    vec![
-                        token_keys(),
-                        (env::STATE_MACHINE_ARN, self.machine.to_owned()),
-                        (env::AGENT_ENDPOINT, self.aws.connections_endpoint()),
-                        (env::DOMAIN, DOMAIN.to_owned()),
-                        (env::FRONT_SECRET, self.front_secret.to_owned()),
-                        (env::FRONT_ONLY, "true".to_owned()),
-                    ],
-                    mailboxes(),
-                    self.choices.clone(),
-                ]
-                .concat(),
-            ),
-            Function::Response => (10, vec![token_keys(), (env::MAILBOX_URL_PREFIX, mailbox_prefix.clone())]),
-            Function::Sweep => (
-                120,
-                [
-                    vec![
-                        connections(),
-                        (env::MAILBOXES_KEPT, self.mailboxes.to_string()),
-                        (env::MAILBOX_IDLE_SECS, seconds(limits::MAILBOX_IDLE)),
-                    ],
-                    mailboxes(),
-                ]
-                .concat(),
-            ),
-        };
-        variables.push((env::METRICS_NAMESPACE, METRICS_NAMESPACE.to_owned()));
-        let own = format!("edge={level},{}", function.name(), level = self.log_level.as_str());
-        variables.push(("AWS_LAMBDA_LOG_LEVEL", filter(self.log_level, &own)));
-        FunctionConfig {
-            name: function.name(),
-            timeout: Duration::from_secs(timeout_secs),
+        let level = format!("edge={level},{name}", level = self.log_level.as_str());
+        own.push(("AWS_LAMBDA_LOG_LEVEL", filter(self.log_level, &level)));
+        environment.extend(own.into_iter().map(|(name, value)| (name.to_owned(), value)));
+        Ok(FunctionConfig {
+            name,
+            // A fast clock shortens the longest response as well.
+            timeout: match function {
+                Function::Ingress => clock.scale(deployed.timeout).max(SHORTEST_RESPONSE),
+                Function::Authorizer
+                | Function::Connect
+                | Function::Disconnect
+                | Function::Response
+                | Function::Revoke
+                | Function::Sweep => deployed.timeout,
+            },
+            memory_mb: deployed.memory_mb,
             concurrency: CONCURRENCY,
-            environment: variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
-        }
+            environment,
+        })
+    }
+
+    /// What the variables of a deployment are here.
+    fn values(&self) -> BTreeMap<&'static str, String> {
+        BTreeMap::from([
+            (env::CONNECTIONS_TABLE, CONNECTIONS_TABLE.to_owned()),
+            (env::MAILBOXES_TABLE, MAILBOXES_TABLE.to_owned()),
+            (env::MAILBOX_URL_PREFIX, self.aws.services().sqs.url(MAILBOX_PREFIX)),
+            (env::TOKEN_KEYS, self.token_key.clone()),
+            (env::STATE_MACHINE_ARN, self.machine.to_owned()),
+            (env::AGENT_ENDPOINT, self.aws.connections_endpoint()),
+            (env::DOMAIN, DOMAIN.to_owned()),
+            (env::PUBLIC_URL, self.public_url.to_owned()),
+            (env::FRONT_SECRET, self.front_secret.to_owned()),
+            (env::FRONT_ONLY, "true".to_owned()),
+            (env::METRICS_NAMESPACE, METRICS_NAMESPACE.to_owned()),
+            (env::LIMITS, self.limits.to_owned()),
+            (env::REPLY_TIMEOUT_SECS, limits::REPLY_TIMEOUT.as_secs().to_string()),
+            // The key set is in a variable instead.
+            (ENV_JWKS_FILE, String::new()),
+            (ENV_JWKS_URL, String::new()),
+        ])
     }
 }
 
@@ -477,7 +495,8 @@ fn start_lambda(settings: &Settings<'_>) -> anyhow::Result<Lambda> {
             })
         }),
     };
-    let functions = Function::ALL.into_iter().map(|function| settings.of(function)).collect();
+    let functions = Function::ALL.into_iter().map(|function| settings.of(function));
+    let functions = functions.collect::<anyhow::Result<_>>()?;
     Lambda::start(functions, config).context("starting the functions")
 }
 

@@ -66,6 +66,9 @@ impl Services {
     pub async fn begin_sqs(&self, caller: &str, action: &'static str) {
         self.counters.record(caller, "sqs", action);
         self.latency.hop(Hop::Sqs).await;
+        if action == "SendMessage" {
+            self.latency.hop(Hop::Delivery).await;
+        }
     }
 
     /// Carries out an operation of DynamoDB.
@@ -78,6 +81,7 @@ impl Services {
     /// Posts a message to a connection.
     pub async fn post(&self, caller: &str, id: &ConnectionId, message: Bytes) -> Post {
         self.begin_connections(caller, "POST").await;
+        self.latency.hop(Hop::Link).await;
         if self.chaos.strikes(Fault::Throttle) {
             return Post::Throttled;
         }

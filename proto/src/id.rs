@@ -161,6 +161,10 @@ fn check_tunnel_name(text: &str) -> Result<(), IdError> {
         && bytes.iter().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
         && ends_alphanumeric(bytes.first())
         && ends_alphanumeric(bytes.last());
+    // "_dmarc" and its kin (RFC 8552) belong to the domain; no label of ours can look like one.
+    if text.starts_with('_') {
+        return Err(IdError::Reserved(text.chars().take(64).collect()));
+    }
     if !label {
         return Err(IdError::NotALabel(text.chars().take(64).collect()));
     }
@@ -262,22 +266,14 @@ mod tests {
         for good in ["a", "web", "pr-12", "0", &"a".repeat(63)] {
             assert!(good.parse::<TunnelName>().is_ok(), "{good}");
         }
-        for bad in [
-            "",
-            "-a",
-            "a-",
-            "A",
-            "a.b",
-            "a_b",
-            "ä",
-            "a b",
-            "*",
-            &"a".repeat(64),
-            "xn--bcher-kva",
-            "www",
-            "api",
-        ] {
-            assert!(bad.parse::<TunnelName>().is_err(), "{bad}");
+        for bad in ["", "-a", "a-", "A", "a.b", "a_b", "ä", "a b", "*", &"a".repeat(64)] {
+            assert!(matches!(bad.parse::<TunnelName>(), Err(IdError::NotALabel(_))), "{bad}");
+        }
+        for reserved in ["www", "api", "admin", "_dmarc", "_", "_acme-challenge", "xn--bcher-kva", "ab--cd"] {
+            assert!(matches!(reserved.parse::<TunnelName>(), Err(IdError::Reserved(_))), "{reserved}");
+        }
+        for near in ["www2", "my-api", "xn-bcher", "a--b"] {
+            assert!(near.parse::<TunnelName>().is_ok(), "{near}");
         }
     }
 

@@ -94,6 +94,10 @@ pub const LOST_DELAY: Duration = Duration::from_secs(1);
 /// How long a tunnel name stays its owner's after it was last opened.
 pub const NAME_HELD: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
+/// How far the clocks of who issues agents' tokens and of the edge may be apart: an identity is good for so
+/// much longer than its token says.
+pub const CLOCK_SKEW: Duration = Duration::from_secs(30);
+
 /// How long a lease of a mailbox lasts: longer than the longest request, so that a mailbox never
 /// changes hands while a request may still be answered through it.
 pub const MAILBOX_LEASE: Duration = Duration::from_secs(40 * 60);

@@ -39,7 +39,7 @@ use crate::{
     body::{Body, Codecs},
     error::ErrorCode,
     header::Headers,
-    id::{AgentId, ConnectionId, RequestId, TunnelName},
+    id::{AgentId, ConnectionId, Owner, RequestId, TunnelName},
     target::Target,
 };
 
@@ -209,6 +209,16 @@ pub struct Welcome {
     /// What the edge can decode.
     #[serde(default)]
     pub codecs: Codecs,
+    /// Whose the connection is, as the token says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<Owner>,
+    /// Which tunnels the token may open: names, `prefix-*`, or `*`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub may_open: Vec<String>,
+    /// For how long the identity behind the connection is good, in milliseconds from now: no tunnel is
+    /// served on this connection any more after that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity_ms: Option<u64>,
 }
 
 /// A tunnel that is open.
@@ -243,6 +253,10 @@ pub enum Refusal {
     NameTaken,
     /// Over [`crate::limits::TUNNELS_PER_CONNECTION`].
     TooMany,
+    /// The owner, or the tunnel, has as many connections as it may; worth another try.
+    TooManyConnections,
+    /// The owner has as many tunnels open as it may; worth another try.
+    TooManyTunnels,
     /// The edge could not register it now; worth another try.
     TryAgain,
     /// A reason that this version does not know.
@@ -476,6 +490,10 @@ impl EdgeMessage<'_> {
 pub mod notice {
     /// The message attribute that names the request a mailbox message is for.
     pub const REQUEST_ID: &str = "request_id";
+
+    /// The message attribute that names the agent connection an answer came over. Only the connection that
+    /// a request was dispatched to may answer it.
+    pub const CONNECTION_ID: &str = "connection_id";
 
     /// The message attribute that names an agent connection that has ended. It is sent to every
     /// leased mailbox, and whoever waits for that connection stops waiting.

@@ -240,6 +240,9 @@ mod tests {
             heartbeat_ms: 25_000,
             lifetime_ms: 7_200_000,
             codecs: Codecs::default(),
+            owner: None,
+            may_open: Vec::new(),
+            identity_ms: None,
         }
     }
 

@@ -179,33 +179,35 @@ impl Connection {
     /// Reads a head; informational ones before it are skipped.
     pub async fn head(&mut self) -> Answer {
         loop {
-            let end = loop {
-                if let Some(at) = self.buffer.windows(4).position(|window| window == b"\r\n\r\n") {
-                    break at + 4;
-                }
-                assert!(
-                    self.more().await,
-                    "the connection ended before a head: {:?}",
-                    String::from_utf8_lossy(&self.buffer)
-                );
-            };
-            let head: Vec<u8> = self.buffer.drain(..end).collect();
-            let mut lines =
-                head[..end - 4].split(|&b| b == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
-            let status_line = String::from_utf8_lossy(lines.next().unwrap()).into_owned();
-            let status: u16 = status_line.split(' ').nth(1).unwrap().parse().unwrap();
-            if status < 200 {
-                continue;
+            let answer = self.head_of_any_status().await;
+            if answer.status >= 200 {
+                return answer;
             }
-            let fields = lines.map(|line| {
-                let colon = line.iter().position(|&b| b == b':').unwrap();
-                (
-                    String::from_utf8_lossy(&line[..colon]).into_owned(),
-                    line[colon + 1..].trim_ascii().to_owned(),
-                )
-            });
-            return Answer { status, fields: fields.collect(), body: Vec::new(), complete: false };
         }
+    }
+
+    /// Reads a head, also an informational one.
+    pub async fn head_of_any_status(&mut self) -> Answer {
+        let end = loop {
+            if let Some(at) = self.buffer.windows(4).position(|window| window == b"\r\n\r\n") {
+                break at + 4;
+            }
+            assert!(
+                self.more().await,
+                "the connection ended before a head: {:?}",
+                String::from_utf8_lossy(&self.buffer)
+            );
+        };
+        let head: Vec<u8> = self.buffer.drain(..end).collect();
+        let mut lines =
+            head[..end - 4].split(|&b| b == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line));
+        let status_line = String::from_utf8_lossy(lines.next().unwrap()).into_owned();
+        let status: u16 = status_line.split(' ').nth(1).unwrap().parse().unwrap();
+        let fields = lines.map(|line| {
+            let colon = line.iter().position(|&b| b == b':').unwrap();
+            (String::from_utf8_lossy(&line[..colon]).into_owned(), line[colon + 1..].trim_ascii().to_owned())
+        });
+        Answer { status, fields: fields.collect(), body: Vec::new(), complete: false }
     }
 
     /// Reads a chunked body that must come to its proper end.

@@ -11,6 +11,7 @@
 )]
 
 pub mod client;
+pub mod operator;
 pub mod process;
 pub mod proxy;
 pub mod raw_agent;
@@ -117,13 +118,22 @@ impl Local {
     /// The same with more in its environment.
     #[must_use]
     pub fn agent_in(&self, environment: &[(&str, &str)], tunnels: &str, names: &[&str]) -> Agent {
+        self.agent_of(&self.token, environment, tunnels, names)
+    }
+
+    /// The same with another token.
+    #[must_use]
+    pub fn agent_of(
+        &self,
+        token: &Path,
+        environment: &[(&str, &str)],
+        tunnels: &str,
+        names: &[&str],
+    ) -> Agent {
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("agentd.toml");
-        let text = format!(
-            "[edge]\nurl = \"{}\"\ntoken_file = \"{}\"\n\n{tunnels}",
-            self.agents,
-            self.token.display()
-        );
+        let text =
+            format!("[edge]\nurl = \"{}\"\ntoken_file = \"{}\"\n\n{tunnels}", self.agents, token.display());
         std::fs::write(&config, text).unwrap();
         let process = Process::start("agentd", &["run", "--config", config.to_str().unwrap()], environment);
         for name in names {

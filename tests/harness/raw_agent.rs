@@ -4,7 +4,7 @@ use futures_util::{SinkExt, StreamExt};
 use proto::{
     body::{Body, Codecs},
     header::Headers,
-    message::{AgentMessage, Chunk, EdgeMessage, Hello, Progress, Reply, Request, VERSION},
+    message::{AgentMessage, Chunk, EdgeMessage, Hello, Progress, Reply, Request, VERSION, Welcome},
 };
 use tokio::{net::TcpStream, time::timeout};
 use tokio_tungstenite::{
@@ -29,6 +29,7 @@ use crate::{Local, PATIENCE};
 #[derive(Debug)]
 pub struct RawAgent {
     socket: WebSocketStream<TcpStream>,
+    id: String,
 }
 
 impl RawAgent {
@@ -44,10 +45,20 @@ impl RawAgent {
         // Longer than what is allowed, so that it is the edge that minds.
         let config = WebSocketConfig::default().max_frame_size(Some(1 << 20)).max_message_size(Some(1 << 20));
         match timeout(PATIENCE, client_async_with_config(request, stream, Some(config))).await.unwrap() {
-            Ok((socket, _)) => Ok(Self { socket }),
+            Ok((socket, _)) => Ok(Self { socket, id: "raw".into() }),
             Err(Error::Http(response)) => Err(response.status()),
             Err(error) => panic!("{error}"),
         }
+    }
+
+    /// Opens a connection with this token.
+    pub async fn with(local: &Local, token: &str) -> Self {
+        Self::dial(local, Some(&format!("Bearer {token}"))).await.unwrap()
+    }
+
+    /// Gives the agent another id than all the others have.
+    pub fn called(&mut self, id: &str) {
+        id.clone_into(&mut self.id);
     }
 
     /// Opens a connection with the run's own token, and these tunnels on it.
@@ -60,10 +71,16 @@ impl RawAgent {
 
     /// Says `hello` and waits for a `welcome` that has every one of the tunnels.
     pub async fn hello(&mut self, tunnels: &[&str]) {
+        let welcome = self.ask_for(tunnels).await;
+        assert_eq!(welcome.tunnels.len(), tunnels.len(), "{:?}", welcome.refused);
+    }
+
+    /// Says `hello` and waits for the `welcome`, whatever it says.
+    pub async fn ask_for(&mut self, tunnels: &[&str]) -> Welcome {
         let hello = Hello {
             seq: 1,
             version: VERSION,
-            agent: "raw".parse().unwrap(),
+            agent: self.id.parse().unwrap(),
             software: "test".into(),
             tunnels: tunnels.iter().map(|&name| name.to_owned()).collect(),
             codecs: Codecs::default(),
@@ -72,8 +89,7 @@ impl RawAgent {
         loop {
             let text = self.hear().await;
             if let EdgeMessage::Welcome(welcome) = EdgeMessage::decode(&text).unwrap() {
-                assert_eq!(welcome.tunnels.len(), tunnels.len(), "{:?}", welcome.refused);
-                return;
+                return welcome;
             }
         }
     }

@@ -188,7 +188,7 @@ fn line(text: &mut String, name: &str, value: &str, remark: Option<String>) {
 }
 
 /// A Unix time as date and time in UTC (RFC 3339).
-pub(super) fn utc(time: u64) -> String {
+pub(crate) fn utc(time: u64) -> String {
     let (days, secs) = (time / 86_400, time % 86_400);
     // Years of 365 days and their leap days, counted from 1970.
     let is_leap =

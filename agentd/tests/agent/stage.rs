@@ -241,6 +241,9 @@ impl Line {
                         .collect(),
                     heartbeat_ms: self.manners.heartbeat_ms,
                     lifetime_ms: 7_200_000,
+                    owner: None,
+                    may_open: Vec::new(),
+                    identity_ms: None,
                     codecs: self.manners.codecs.clone(),
                 };
                 self.hellos.push(hello);

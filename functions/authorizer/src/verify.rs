@@ -19,8 +19,8 @@ use crate::{
 /// (API Gateway Developer Guide, "WebSocket quotas": URL length 4096).
 pub const TOKEN_BYTES: usize = 4096;
 
-/// How far the clocks of the issuer and of this function may be apart.
-pub const SKEW: Duration = Duration::from_secs(30);
+/// How far the clocks of the issuer and of this function may be apart. The rest of the edge grants the same.
+pub const SKEW: Duration = proto::limits::CLOCK_SKEW;
 
 /// The furthest a token may end in the future. A token that ends later never ends in practice.
 pub const LIFETIME: Duration = Duration::from_secs(10 * 366 * 24 * 60 * 60);

@@ -1,21 +1,27 @@
 //! Lambda `connect`: opens an agent's connection and registers the tunnels it serves.
 //!
-//! It handles two routes. `$connect` only checks that the authorizer has spoken: nothing can be posted to
-//! a connection before that route has returned, so nothing is registered yet. `hello` is the agent's first
-//! message, and later ones change what it serves; the answer, `welcome`, goes back as the route's response.
+//! It handles two routes. `$connect` checks that the authorizer has spoken, and that the identity has not been
+//! revoked: nothing can be posted to a connection before that route has returned, so nothing is registered
+//! yet. `hello` is the agent's first message, and later ones change what it serves; the answer, `welcome`,
+//! goes back as the route's response.
 //!
-//! Permissions it needs: read, write and delete rows of the connections table.
+//! Whoever revokes an identity puts it on the list and then closes its connections. Here a connection is
+//! entered among its owner's and then the list is read, so that at least one of the two sees the other.
+//!
+//! Permissions it needs: read, query, write and delete rows of the connections table, close connections.
 
 use std::{collections::BTreeSet, process::ExitCode, time::Duration};
 
 use edge::{
     Error,
+    agent_link::AgentLink,
     aws::Aws,
     config::{ConfigError, Env, env},
     event::{AgentEvent, Authorized},
     function::Answer,
     registry::{Connection, Registry},
-    unix_now,
+    revocation::Revocations,
+    unix_now, unix_now_ms,
 };
 use proto::{
     body::Codecs,
@@ -28,6 +34,8 @@ use proto::{
 #[derive(Debug)]
 pub struct Connect {
     registry: Registry,
+    revocations: Revocations,
+    link: AgentLink,
     public_url: String,
     lifetime: Duration,
     heartbeat: Duration,
@@ -46,8 +54,11 @@ impl Connect {
     ///
     /// When a variable is missing or wrong.
     pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
+        let aws = Aws::from_env(env)?;
         Ok(Self {
-            registry: Registry::from_env(&Aws::from_env(env)?, env)?,
+            registry: Registry::from_env(&aws, env)?,
+            revocations: Revocations::from_env(&aws, env)?,
+            link: AgentLink::from_env(&aws, env)?,
             public_url: env.required(env::PUBLIC_URL)?,
             lifetime: env.connection_lifetime()?,
             heartbeat: env.heartbeat()?,
@@ -67,7 +78,13 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         tracing::error!(connection_id = %context.connection_id, "connection has no identity; is the authorizer attached?");
         return Ok(Answer::status(403));
     };
+    let now = unix_now();
     if context.route_key == "$connect" {
+        let token_id = authorized.token_id.as_deref();
+        if connect.revocations.holds(&authorized.owner, token_id).await? {
+            tracing::warn!(connection_id = %context.connection_id, owner = %authorized.owner, "agent connection refused: the identity is revoked");
+            return Ok(Answer::status(403));
+        }
         return Ok(Answer::status(200));
     }
     let hello = match AgentMessage::decode(&body.unwrap_or_default()) {
@@ -81,19 +98,27 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
             return Ok(Answer::status(400));
         }
     };
-    let now = unix_now();
     let connected_at = if context.connected_at == 0 { now } else { context.connected_at / 1000 };
     let by_lifetime = connected_at + connect.lifetime.as_secs().max(1);
     let connection = Connection {
         id: context.connection_id,
         owner: authorized.owner.clone(),
         agent: hello.agent.clone(),
+        token_id: authorized.token_id.clone(),
         connected_at,
         // An identity that ends takes its connections out of service.
-        expires_at: authorized.token_expires.map_or(by_lifetime, |expires| expires.min(by_lifetime)),
+        expires_at: authorized.ends_at().map_or(by_lifetime, |end| end.min(by_lifetime)),
     };
+    let since_ms = connect.registry.enter(&connection, unix_now_ms()).await?;
+    let is_revoked = connect.revocations.holds(&connection.owner, connection.token_id.as_deref()).await?;
+    if is_revoked || authorized.is_over(now) {
+        tracing::warn!(connection_id = %connection.id, owner = %connection.owner, is_revoked, "agent connection closed: its identity is over");
+        connect.registry.forget(&connection.id, Some(&connection.owner)).await?;
+        connect.link.close(&connection.id).await?;
+        return Ok(Answer::status(403));
+    }
     let (allowed, mut refused) = sort_names(&hello, &authorized);
-    let outcomes = connect.registry.serve(&connection, &allowed, now).await?;
+    let outcomes = connect.registry.serve(&connection, &allowed, since_ms, now).await?;
     let mut tunnels = Vec::with_capacity(outcomes.len());
     for (name, outcome) in outcomes {
         match outcome {
@@ -116,6 +141,9 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         heartbeat_ms: millis(connect.heartbeat),
         lifetime_ms: millis(connect.lifetime),
         codecs: Codecs::all(),
+        may_open: authorized.tunnels.0.iter().map(ToString::to_string).collect(),
+        identity_ms: authorized.ends_at().map(|end| end.saturating_sub(now).saturating_mul(1000)),
+        owner: Some(authorized.owner),
     });
     Ok(Answer::message(welcome.encode()))
 }
@@ -169,6 +197,7 @@ mod tests {
             owner: "alice".parse().unwrap(),
             tunnels: patterns.parse().unwrap(),
             token_expires: None,
+            token_id: None,
         }
     }
 

@@ -55,8 +55,11 @@ impl Disconnect {
 /// When neither could be done.
 pub async fn handle(event: AgentEvent, disconnect: &Disconnect) -> Result<Answer, Error> {
     let connection = event.request_context.connection_id;
-    let (forgotten, told) =
-        tokio::join!(disconnect.registry.forget(&connection), disconnect.pool.announce_lost(&connection));
+    let owner = event.request_context.authorizer.map(|authorized| authorized.owner);
+    let (forgotten, told) = tokio::join!(
+        disconnect.registry.forget(&connection, owner.as_ref()),
+        disconnect.pool.announce_lost(&connection)
+    );
     match (&forgotten, &told) {
         (Ok(tunnels), Ok(told)) => {
             tracing::info!(connection_id = %connection, tunnels = tunnels.len(), mailboxes = told, "agent connection ended");

@@ -17,6 +17,7 @@ use std::{cell::Cell, collections::VecDeque, time::Duration};
 use edge::{
     Error,
     agent_link::Posted,
+    limit::Denied,
     mailbox::{Lease, Letter},
     metrics::{self, Counted, Line, Metric, OUTCOME, outcome},
     unix_now, unix_now_ms,
@@ -188,6 +189,37 @@ async fn carry(
     drop(event);
     record.tunnel.set(Some(request.tunnel.clone()));
 
+    let admission = match ingress.limiter.admit(&request.tunnel, request_id, unix_now()).await {
+        Ok(admission) => admission,
+        Err(denied) => return answering.fail(denial(request_id, &request.tunnel, &denied)).await,
+    };
+    relay(ingress, lease, request_id, &request, ends_at, answering).await;
+    ingress.limiter.release(admission).await;
+}
+
+/// The code for a request that a limit does not let through.
+fn denial(request_id: &RequestId, tunnel: &TunnelName, denied: &Denied) -> ErrorCode {
+    match denied {
+        Denied::Exceeded(limit) => {
+            tracing::info!(%request_id, tunnel_id = %tunnel, %limit, "request was refused");
+            ErrorCode::TooManyRequests
+        }
+        Denied::Error(error) => {
+            tracing::warn!(%request_id, tunnel_id = %tunnel, %error, "request could not be counted");
+            ErrorCode::EdgeBusy
+        }
+    }
+}
+
+/// Has the workflow bring the request to an agent, and the answer back.
+async fn relay(
+    ingress: &Ingress,
+    lease: &Lease,
+    request_id: &RequestId,
+    request: &PublicRequest,
+    ends_at: Instant,
+    answering: Answering<'_>,
+) {
     let reply_by = (Instant::now() + ingress.config.reply_timeout).min(ends_at);
     // Valid as long as an answer may go on. Nothing is gained by a shorter life: a reply to a request
     // that is over is recognised by its request id.
@@ -198,12 +230,14 @@ async fn carry(
         tunnel: request.tunnel.clone(),
         expires_at,
     });
-    let outcome = dispatch(ingress, lease, request_id, &request, &token, reply_by).await;
+    let outcome = dispatch(ingress, lease, request_id, request, &token, reply_by).await;
     let (connection, first) = match outcome {
         Ok(RunOutcome::Replied { connection, reply, receipt }) => {
             let letter = Letter {
                 receipt,
                 request_id: Some(request_id.as_str().to_owned()),
+                // The run has looked at it.
+                connection_id: None,
                 lost_connection: None,
                 body: reply,
             };
@@ -215,7 +249,7 @@ async fn carry(
                     delete(ingress, lease, vec![receipt]).await;
                 }
                 if let (ErrorCode::UpstreamTimedOut, Some(connection)) = (code, connection) {
-                    let exchange = Exchange::new(ingress, lease, request_id, &request, connection, &token);
+                    let exchange = Exchange::new(ingress, lease, request_id, request, connection, &token);
                     exchange.give_up(None).await;
                 }
             };
@@ -232,7 +266,7 @@ async fn carry(
             return answering.fail(ErrorCode::EdgeFailed).await;
         }
     };
-    Exchange::new(ingress, lease, request_id, &request, connection, &token)
+    Exchange::new(ingress, lease, request_id, request, connection, &token)
         .run(first, answering, reply_by, ends_at)
         .await;
 }
@@ -600,7 +634,11 @@ impl<'a> Exchange<'a> {
         let mut stop = None;
         for letter in letters {
             receipts.push(letter.receipt);
-            if letter.request_id.as_deref() == Some(self.request_id.as_str()) {
+            // Only the connection that the request was dispatched to may answer it, whoever else knows
+            // its token.
+            let is_ours = letter.request_id.as_deref() == Some(self.request_id.as_str())
+                && letter.connection_id.is_none_or(|sender| sender == self.connection.as_str());
+            if is_ours {
                 self.news_at = Instant::now();
                 if let Err(reason) = self.take_message(&letter.body) {
                     stop.get_or_insert(reason);

@@ -6,7 +6,8 @@
 //! [`runtime`] is the streaming side of Lambda's Runtime API.
 //!
 //! Permissions it needs: start the state machine, receive and delete in mailboxes, create them, read
-//! and write the mailboxes table, post to `@connections`.
+//! and write the mailboxes table, post to `@connections`; where requests are limited, read names and write
+//! counters in the connections table.
 
 pub mod answer;
 pub mod event;
@@ -20,6 +21,7 @@ use edge::{
     agent_link::AgentLink,
     aws::Aws,
     config::{ConfigError, Env, env},
+    limit::Limiter,
     mailbox::Pool,
     workflow::Workflow,
 };
@@ -74,6 +76,7 @@ pub struct Ingress {
     workflow: Workflow,
     pool: Pool,
     link: AgentLink,
+    limiter: Limiter,
 }
 
 impl Ingress {
@@ -89,6 +92,7 @@ impl Ingress {
             workflow: Workflow::from_env(&aws, env)?,
             pool: Pool::from_env(&aws, env)?,
             link: AgentLink::from_env(&aws, env)?,
+            limiter: Limiter::from_env(&aws, env)?,
         })
     }
 }

@@ -5,12 +5,16 @@
 //! event, from the authorizer. The message itself goes on as it is; `ingress` reads all of it. Here only the
 //! tag and the token are looked at.
 //!
-//! Permissions it needs: send to mailboxes.
+//! A connection whose token has ended is closed with the next thing it says: a heartbeat at the latest. No
+//! request has been dispatched to it since the end, and nothing it says is taken.
+//!
+//! Permissions it needs: send to mailboxes, close connections.
 
 use std::process::ExitCode;
 
 use edge::{
     Error,
+    agent_link::AgentLink,
     aws::Aws,
     config::{ConfigError, Env},
     event::AgentEvent,
@@ -30,6 +34,7 @@ use proto::{
 pub struct Response {
     keys: TokenKeys,
     mailboxes: Mailboxes,
+    link: AgentLink,
 }
 
 /// What to do with a message.
@@ -39,6 +44,8 @@ pub enum Decision {
     Beat(String),
     /// Return it to whoever waits.
     Return(Claims),
+    /// Close the connection: its identity has ended.
+    Close,
     /// Drop it, for this reason.
     Drop(Refused),
 }
@@ -73,7 +80,12 @@ impl Response {
     ///
     /// When a variable is missing or wrong.
     pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
-        Ok(Self { keys: env.token_keys()?, mailboxes: Mailboxes::from_env(&Aws::from_env(env)?, env)? })
+        let aws = Aws::from_env(env)?;
+        Ok(Self {
+            keys: env.token_keys()?,
+            mailboxes: Mailboxes::from_env(&aws, env)?,
+            link: AgentLink::from_env(&aws, env)?,
+        })
     }
 }
 
@@ -93,15 +105,22 @@ pub async fn handle(mut event: AgentEvent, response: &Response) -> Result<Answer
             }
             Ok(Answer::status(200))
         }
+        Decision::Close => {
+            let connection = &event.request_context.connection_id;
+            tracing::warn!(connection_id = %connection, "agent connection closed: its token has ended");
+            response.link.close(connection).await?;
+            Ok(Answer::status(403))
+        }
         Decision::Return(claims) => {
+            let connection = &event.request_context.connection_id;
             tracing::trace!(request_id = %claims.request_id, tunnel_id = %claims.tunnel, body_bytes = text.len(), "agent's message was returned");
-            let sent = response.mailboxes.send(&claims.mailbox, &claims.request_id, text).await;
+            let sent = response.mailboxes.send(&claims.mailbox, &claims.request_id, connection, text).await;
             if let Err(Error::Refused { .. }) = sent {
                 // A character that no mailbox takes. Whoever waits is told at once.
                 tracing::warn!(request_id = %claims.request_id, "agent's message has a forbidden character");
                 let failed = Failed { token: "".into(), seq: 0, code: ErrorCode::AgentInvalid };
                 let failed = AgentMessage::Failed(failed).encode();
-                response.mailboxes.send(&claims.mailbox, &claims.request_id, failed).await?;
+                response.mailboxes.send(&claims.mailbox, &claims.request_id, connection, failed).await?;
             } else {
                 sent?;
             }
@@ -113,6 +132,10 @@ pub async fn handle(mut event: AgentEvent, response: &Response) -> Result<Answer
 /// Decides about one message. Pure.
 #[must_use]
 pub fn decide(event: &AgentEvent, text: &str, keys: &TokenKeys, now: u64) -> Decision {
+    let authorized = event.request_context.authorizer.as_ref();
+    if authorized.is_some_and(|authorized| authorized.is_over(now)) {
+        return Decision::Close;
+    }
     let Ok(envelope) = Envelope::peek(text) else { return Decision::Drop(Refused::NotAnAnswer) };
     if envelope.kind == "heartbeat" {
         return match AgentMessage::decode(text) {
@@ -123,9 +146,7 @@ pub fn decide(event: &AgentEvent, text: &str, keys: &TokenKeys, now: u64) -> Dec
     let (true, Some(token)) = (envelope.answers_a_request(), &envelope.token) else {
         return Decision::Drop(Refused::NotAnAnswer);
     };
-    let Some(authorized) = &event.request_context.authorizer else {
-        return Decision::Drop(Refused::NoIdentity);
-    };
+    let Some(authorized) = authorized else { return Decision::Drop(Refused::NoIdentity) };
     match keys.verify(token, now) {
         Err(error) => Decision::Drop(Refused::Token(error)),
         Ok(claims) if !authorized.tunnels.matches(&claims.tunnel) => Decision::Drop(Refused::ForeignTunnel),
@@ -188,6 +209,19 @@ mod tests {
         assert_eq!(refused(&event(""), &chunk(&token), 0), Refused::NoIdentity);
         for text in ["", "x", "{}", r#"{"type":"hello"}"#, r#"{"type":"reply"}"#, r#"{"type":"heartbeat"}"#] {
             assert_eq!(refused(&may_serve("web"), text, 0), Refused::NotAnAnswer, "{text}");
+        }
+    }
+
+    #[test]
+    fn closes_a_connection_whose_token_has_ended_whatever_it_says() {
+        let ends_at = |end| {
+            event(&format!(r#","authorizer":{{"owner":"alice","tunnels":"web","token_expires":"{end}"}}"#))
+        };
+        let token = keys().mint(&Claims { expires_at: 2000, ..claims() });
+        let end = 1000 + proto::limits::CLOCK_SKEW.as_secs();
+        for text in [chunk(&token), r#"{"type":"heartbeat","seq":7}"#.into(), "nonsense".into()] {
+            assert_ne!(decide(&ends_at(1000), &text, &keys(), end - 1), Decision::Close, "{text}");
+            assert_eq!(decide(&ends_at(1000), &text, &keys(), end), Decision::Close, "{text}");
         }
     }
 

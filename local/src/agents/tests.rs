@@ -92,6 +92,7 @@ impl Fixture {
         let functions = ["authorizer", "connect", "response", "disconnect"].map(|name| FunctionConfig {
             name,
             timeout: Duration::from_secs(10),
+            memory_mb: 128,
             concurrency: 100,
             environment: BTreeMap::from([("TUNNEL_TEST_FILE".to_owned(), file.clone())]),
         });
@@ -105,6 +106,7 @@ impl Fixture {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let domain = listener.local_addr().unwrap().to_string();
         let api = Arc::new(AgentApi {
+            latency: Latency::default(),
             lambda,
             connections: Connections::default(),
             clock: Clock::new(clock),

@@ -1,7 +1,9 @@
-//! What each function may call: enters a function and an action, leaves yes or no. It says the
-//! same as the roles of the deployed functions.
+//! What each function may call: enters a function and an action, leaves yes or no, as its role in
+//! `resources/roles.yml` says.
 
 use std::fmt;
+
+use crate::stack::{Permission, Resource, stack};
 
 /// A function that may call everything: `local` itself and tests.
 pub const OPERATOR: &str = "operator";
@@ -26,8 +28,10 @@ pub enum Action<'a> {
     DynamoDb(&'a str, Table),
     /// An action of Step Functions.
     States(&'a str),
-    /// Anything under `@connections`.
-    ManageConnections,
+    /// A method under `@connections`.
+    ManageConnections(&'a str),
+    /// An action of Lambda.
+    Lambda(&'a str),
 }
 
 impl fmt::Display for Action<'_> {
@@ -42,7 +46,10 @@ impl fmt::Display for Action<'_> {
             }
             Self::DynamoDb(operation, Table::Other) => write!(f, "dynamodb:{operation}"),
             Self::States(action) => write!(f, "states:{action}"),
-            Self::ManageConnections => write!(f, "execute-api:ManageConnections"),
+            Self::ManageConnections(method) => {
+                write!(f, "execute-api:ManageConnections on resource: {method}/@connections")
+            }
+            Self::Lambda(action) => write!(f, "lambda:{action}"),
         }
     }
 }
@@ -69,39 +76,39 @@ pub(super) fn sqs_action(operation: &str) -> Option<&'static str> {
 /// Whether the function's role allows the action.
 #[must_use]
 pub fn allows(function: &str, action: Action<'_>) -> bool {
-    match function {
-        OPERATOR => true,
-        "ingress" => match action {
-            Action::States(action) => action == "StartSyncExecution",
-            Action::Sqs(action) => {
-                matches!(action, "ReceiveMessage" | "DeleteMessage" | "DeleteMessageBatch" | "CreateQueue")
-            }
-            Action::DynamoDb(operation, table) => {
-                table == Table::Mailboxes && matches!(operation, "Query" | "UpdateItem" | "PutItem")
-            }
-            Action::ManageConnections => true,
-        },
-        "response" => matches!(action, Action::Sqs("SendMessage")),
-        "connect" => matches!(
-            action,
-            Action::DynamoDb("GetItem" | "PutItem" | "UpdateItem" | "DeleteItem", Table::Connections)
-        ),
-        "disconnect" => matches!(
-            action,
-            Action::DynamoDb("GetItem" | "DeleteItem", Table::Connections)
-                | Action::DynamoDb("Query", Table::Mailboxes)
-                | Action::Sqs("SendMessage" | "SendMessageBatch")
-        ),
-        "sweep" => match action {
-            Action::Sqs(action) => {
-                matches!(action, "ListQueues" | "GetQueueAttributes" | "CreateQueue" | "DeleteQueue")
-            }
-            Action::DynamoDb("Query" | "PutItem" | "UpdateItem" | "DeleteItem", Table::Mailboxes)
-            | Action::DynamoDb("Scan", Table::Connections) => true,
-            Action::DynamoDb(..) | Action::States(_) | Action::ManageConnections => false,
-        },
-        _ => false,
+    if function == OPERATOR {
+        return true;
     }
+    let Some(needed) = permission(action) else { return false };
+    stack().functions.get(function).is_some_and(|function| function.permissions.contains(&needed))
+}
+
+/// What a role has to say for an action to be allowed; nothing where no role can.
+#[must_use]
+pub fn permission(action: Action<'_>) -> Option<Permission> {
+    let (action, resource) = match action {
+        // A batch needs the right to its single action.
+        Action::Sqs(action) => {
+            // Which queues there are is not asked of one of them.
+            let resource = if action == "ListQueues" { Resource::Any } else { Resource::Queues };
+            (format!("sqs:{}", action.strip_suffix("Batch").unwrap_or(action)), resource)
+        }
+        Action::DynamoDb(operation, table) => {
+            let resource = match table {
+                Table::Connections => Resource::Connections,
+                Table::Mailboxes => Resource::Mailboxes,
+                Table::Other => return None,
+            };
+            (format!("dynamodb:{operation}"), resource)
+        }
+        // Only operators invoke and configure functions.
+        Action::Lambda(_) => return None,
+        Action::States(action) => (format!("states:{action}"), Resource::PublicRequest),
+        Action::ManageConnections(method) => {
+            ("execute-api:ManageConnections".to_owned(), Resource::Link(method.to_owned()))
+        }
+    };
+    Some(Permission { action, resource })
 }
 
 #[cfg(test)]
@@ -115,12 +122,22 @@ mod tests {
         assert!(!allows("ingress", Action::DynamoDb("Query", Table::Connections)));
         assert!(!allows("ingress", Action::Sqs("SendMessage")));
         assert!(allows("response", Action::Sqs("SendMessage")));
-        assert!(!allows("response", Action::ManageConnections));
+        assert!(allows("ingress", Action::ManageConnections("POST")));
+        assert!(!allows("connect", Action::DynamoDb("GetItem", Table::Other)));
+        assert!(!allows("response", Action::DynamoDb("GetItem", Table::Connections)));
+        assert!(!allows("response", Action::ManageConnections("POST")));
+        assert!(!allows("ingress", Action::ManageConnections("DELETE")));
+        assert!(allows("revoke", Action::ManageConnections("DELETE")));
+        assert!(!allows("revoke", Action::Sqs("SendMessage")));
+        assert!(!allows("disconnect", Action::ManageConnections("DELETE")));
         assert!(!allows("connect", Action::DynamoDb("Scan", Table::Connections)));
         assert!(allows("disconnect", Action::Sqs("SendMessageBatch")));
-        for action in
-            [Action::ManageConnections, Action::Sqs("SendMessage"), Action::States("StartSyncExecution")]
-        {
+        for action in [
+            Action::ManageConnections("DELETE"),
+            Action::Sqs("SendMessage"),
+            Action::States("StartSyncExecution"),
+            Action::Lambda("InvokeFunction"),
+        ] {
             assert!(!allows("authorizer", action) && !allows("somebody", action) && allows(OPERATOR, action));
         }
     }

@@ -68,6 +68,7 @@ impl Edge {
     /// An edge with one agent's connection, which serves the tunnel `web`, and one mailbox.
     async fn start() -> Self {
         let aws = Aws::start(Options {
+            latency: None,
             chaos: ChaosConfig::default(),
             connections_table: "connections".into(),
             mailboxes_table: "mailboxes".into(),
@@ -348,14 +349,18 @@ async fn connections_answer_the_sdk() {
     let error = post(b"x".to_vec()).await.unwrap_err();
     assert!(error.as_service_error().unwrap().is_limit_exceeded_exception(), "{error:?}");
 
-    let info = link.get_connection().connection_id(CONNECTION).send().await.unwrap();
+    let operator = edge.link("KEYoperator");
+    let info = operator.get_connection().connection_id(CONNECTION).send().await.unwrap();
     let now = i64::try_from(crate::clock::epoch_ms() / 1000).unwrap();
     assert!((now - info.connected_at().unwrap().secs()).abs() < 60);
 
-    link.delete_connection().connection_id(CONNECTION).send().await.unwrap();
+    let denied = link.delete_connection().connection_id(CONNECTION).send().await.unwrap_err();
+    assert_eq!(denied.into_service_error().code(), Some("AccessDeniedException"), "ingress closes nobody");
+    let closer = edge.link("KEYresponse");
+    closer.delete_connection().connection_id(CONNECTION).send().await.unwrap();
     let error = post(b"x".to_vec()).await.unwrap_err();
     assert!(error.as_service_error().unwrap().is_gone_exception(), "{error:?}");
-    let error = link.get_connection().connection_id(CONNECTION).send().await.unwrap_err();
+    let error = operator.get_connection().connection_id(CONNECTION).send().await.unwrap_err();
     assert!(error.as_service_error().unwrap().is_gone_exception(), "{error:?}");
     drop(edge.connection);
 }

@@ -144,6 +144,8 @@ struct Environment {
     deadline: Option<Instant>,
     /// When the supervisor looks at `deadline` by itself.
     armed: Option<Instant>,
+    /// Whether the function's configuration has changed since its start.
+    is_outdated: bool,
     /// Why it is being killed.
     killed: Option<InvokeError>,
     wake: Arc<Notify>,
@@ -213,7 +215,8 @@ pub(super) struct Pool {
     config: FunctionConfig,
     /// How many processes start at the same time: more would only slow each other down.
     parallel_starts: usize,
-    environment: BTreeMap<String, String>,
+    /// What the next process starts with.
+    environment: Mutex<BTreeMap<String, String>>,
     spawner: Arc<Spawner>,
     register: super::Register,
     kill_chance: super::KillChance,
@@ -234,7 +237,7 @@ impl Pool {
         Arc::new_cyclic(|me| Self {
             config,
             parallel_starts,
-            environment,
+            environment: Mutex::new(environment),
             spawner,
             register,
             kill_chance,
@@ -332,6 +335,13 @@ impl Pool {
                 }
             }
         }
+        if environment.is_outdated {
+            // It never gets an answer: the process is gone before.
+            let (parked, poll) = oneshot::channel();
+            environment.phase = Phase::Idle { parked, since: Instant::now() };
+            self.kill(environment, InvokeError::ShuttingDown);
+            return Ok(Poll::Parked(poll));
+        }
         while let Some(waiting) = state.waiting.pop_front() {
             if waiting.reply.is_abandoned() {
                 continue;
@@ -381,6 +391,21 @@ impl Pool {
         let environment = state.environments.get_mut(id).ok_or(Refused::UnknownEnvironment)?;
         self.kill(environment, error);
         Ok(())
+    }
+
+    /// Takes another environment: what is idle or starting ends, what serves ends after that, and whatever
+    /// comes next is served by new processes.
+    pub(super) fn reconfigure(&self, environment: BTreeMap<String, String>) {
+        *self.environment.lock().expect("nothing panics under this lock") = environment;
+        let mut state = self.lock();
+        let state = &mut *state;
+        state.idle.clear();
+        for environment in state.environments.values_mut() {
+            environment.is_outdated = true;
+            if !matches!(environment.phase, Phase::Busy { .. }) {
+                self.kill(environment, InvokeError::ShuttingDown);
+            }
+        }
     }
 
     /// Has every idle process end that has been idle for long, except a few.
@@ -536,7 +561,7 @@ impl Pool {
         };
         let access_key = format!("LOCAL{}", super::random_hex::<10>().to_ascii_uppercase());
         (self.register.begun)(&access_key, self.config.name, id.as_str());
-        let mut environment = self.environment.clone();
+        let mut environment = self.environment.lock().expect("nothing panics under this lock").clone();
         environment.insert("AWS_ACCESS_KEY_ID".into(), access_key.clone());
         environment.insert("AWS_SECRET_ACCESS_KEY".into(), super::random_hex::<20>());
         environment.insert("AWS_LAMBDA_LOG_STREAM_NAME".into(), id.to_string());
@@ -555,6 +580,7 @@ impl Pool {
                 invocations: 0,
                 deadline: Some(now + INIT_TIMEOUT),
                 armed: Some(now + INIT_TIMEOUT),
+                is_outdated: false,
                 killed: None,
                 wake: wake.clone(),
                 _runtime_api: runtime_api,
@@ -598,7 +624,7 @@ impl Pool {
                 state.starting -= 1;
                 // Whoever waits longest hears of it: a function that cannot start must not keep its
                 // invokers waiting while it is started again and again.
-                if environment.init.is_none() && !state.closed {
+                if environment.init.is_none() && !state.closed && !environment.is_outdated {
                     let error = error.unwrap_or_else(|| InvokeError::Init(how.to_owned()));
                     tracing::error!(function = self.config.name, %error, "function did not start");
                     if let Some(waiting) = state.waiting.pop_front() {

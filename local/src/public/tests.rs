@@ -108,6 +108,7 @@ impl Fixture {
         let function = FunctionConfig {
             name: FUNCTION,
             timeout: Duration::from_secs(20),
+            memory_mb: 128,
             concurrency: 10,
             environment: BTreeMap::new(),
         };
@@ -123,6 +124,7 @@ impl Fixture {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let front = Front {
+            latency: Latency::default(),
             lambda: lambda.clone(),
             secret: "s3cret".to_owned(),
             client_gone: Arc::new(move |key| {

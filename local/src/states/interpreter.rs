@@ -561,30 +561,7 @@ pub fn json_bytes(value: &Value) -> usize {
 }
 
 fn string_bytes(text: &str) -> usize {
-    // Pieces small enough for a byte to count each kind: the loop is one for vector instructions.
-    let escapes: usize = text
-        .as_bytes()
-        .chunks(32)
-        .map(|piece| {
-            let short =
-                piece.iter().map(|&byte| u8::from(byte == b'"') + u8::from(byte == b'\\')).sum::<u8>();
-            let control = piece.iter().map(|&byte| u8::from(byte < 0x20)).sum::<u8>();
-            let extra = if control == 0 {
-                0
-            } else {
-                piece
-                    .iter()
-                    .map(|&byte| match byte {
-                        b'\n' | b'\r' | b'\t' | 8 | 12 => 1,
-                        0..0x20 => 5,
-                        _ => 0,
-                    })
-                    .sum()
-            };
-            usize::from(short) + extra
-        })
-        .sum();
-    text.len() + escapes + 2
+    text.len() + proto::body::escape_bytes(text) + 2
 }
 
 #[cfg(test)]

@@ -1,14 +1,19 @@
 //! JSONata for the state machine: enters an expression and what it may name, leaves a JSON value.
 //!
 //! A pure selection such as `$states.input.a[0].b` is resolved on the JSON itself, without copying.
-//! In any other expression the selections are taken out, resolved the same way, and bound to
-//! variables of their own, so that the evaluator never sees more of a large state than it needs.
+//! A plain expression ([`plain`]) is evaluated here. In any other one the selections are taken out, resolved
+//! the same way, and bound to variables of their own, so that the evaluator never sees more of a large
+//! state than it needs.
+
+mod plain;
 
 use std::collections::BTreeSet;
 
 use bumpalo::Bump;
 use jsonata_rs::JsonAta;
 use serde_json::{Map, Number, Value};
+
+use plain::Plain;
 
 /// Where an expression's names lead.
 pub trait Scope {
@@ -44,7 +49,7 @@ pub struct Expression {
 #[derive(Debug, Clone)]
 enum Form {
     Selection(Selection),
-    General { text: Box<str>, taken_out: Vec<Selection>, whole: Vec<Root> },
+    General { plain: Option<Plain>, text: Box<str>, taken_out: Vec<Selection>, whole: Vec<Root> },
 }
 
 /// Where a selection begins.
@@ -126,11 +131,12 @@ impl Expression {
                 .map_err(|error| refused(format!("cannot be parsed: {error}")))
         };
         check(source)?;
-        let form = match Lexer::new(source, assigned).split() {
+        let lexer = Lexer::new(source, assigned);
+        let form = match lexer.split() {
             Split::Selection(selection) => Form::Selection(selection),
             Split::General { text, taken_out, whole } => {
                 check(&text)?;
-                Form::General { text: text.into(), taken_out, whole }
+                Form::General { plain: Plain::parse(&lexer), text: text.into(), taken_out, whole }
             }
         };
         Ok(Self { source: source.into(), form })
@@ -155,7 +161,10 @@ impl Expression {
                 Found::Undefined => Ok(None),
                 Found::Mapped => self.evaluate_whole(scope),
             },
-            Form::General { text, taken_out, whole } => {
+            Form::General { plain, text, taken_out, whole } => {
+                if let Some(value) = plain.as_ref().and_then(|plain| plain.evaluate(scope)) {
+                    return Ok(value.map(Evaluated::Owned));
+                }
                 let found: Vec<Found<'s>> = taken_out.iter().map(|selection| selection.find(scope)).collect();
                 if found.iter().any(|found| matches!(found, Found::Mapped)) {
                     return self.evaluate_whole(scope);
@@ -232,6 +241,12 @@ fn bind<'a>(arena: &'a Bump, jsonata: &JsonAta<'a>, whole: &[Root], scope: &impl
 
 impl Selection {
     fn find<'s>(&self, scope: &'s impl Scope) -> Found<'s> {
+        self.find_front(self.steps.len(), scope)
+    }
+
+    /// What the first `count` steps lead to.
+    fn find_front<'s>(&self, count: usize, scope: &'s impl Scope) -> Found<'s> {
+        let steps = &self.steps[..count];
         let root = match &self.root {
             Root::Variable(name) => scope.variable(name),
             Root::Input => Some(scope.input()),
@@ -240,12 +255,12 @@ impl Selection {
             Root::ExecutionInput => Some(scope.execution_input()),
             Root::Context => {
                 let mut context = scope.context();
-                if self.steps.len() < 2
+                if steps.len() < 2
                     && let Some(Value::Object(execution)) = context.get_mut("Execution")
                 {
                     execution.insert("Input".into(), scope.execution_input().clone());
                 }
-                return match walk(&context, &self.steps) {
+                return match walk(&context, steps) {
                     Found::Value(value) => Found::Made(value.clone()),
                     Found::Made(value) => Found::Made(value),
                     Found::Undefined => Found::Undefined,
@@ -253,7 +268,7 @@ impl Selection {
                 };
             }
         };
-        root.map_or(Found::Undefined, |root| walk(root, &self.steps))
+        root.map_or(Found::Undefined, |root| walk(root, steps))
     }
 }
 
@@ -665,9 +680,104 @@ mod tests {
     }
 
     #[test]
+    fn what_the_machine_asks_for_is_plain() {
+        let names = [
+            "attempt",
+            "connections",
+            "connection_id",
+            "deadline_ms",
+            "mailbox",
+            "pick",
+            "request_id",
+            "tunnel",
+        ];
+        let assigned = names.into_iter().map(Into::into).collect();
+        let scope = Fixture {
+            variables: BTreeMap::from([
+                ("attempt", json!(1)),
+                ("connections", json!(["a=", "b=", "c="])),
+                ("connection_id", json!("a=")),
+                ("deadline_ms", json!(9_007_199_254_740_000_i64)),
+                ("pick", json!(0.7)),
+                ("request_id", json!("r1")),
+            ]),
+            input: json!({ "rows": 0, "Messages": [{ "MessageAttributes": { "request_id": { "StringValue": "r1" } } }] }),
+            result: Some(json!({ "Items": [
+                { "connection_id": { "S": "#name" } }, { "connection_id": { "S": "a=" } }, { "other": 1 },
+            ] })),
+            ..Fixture::default()
+        };
+        let text: Value =
+            serde_json::from_str(include_str!("../../../statemachines/public_request.asl.json")).unwrap();
+        let mut expressions = Vec::new();
+        collect(&text, &mut expressions);
+        let mut plain = 0;
+        for source in expressions {
+            let expression = Expression::parse(&source, &assigned).unwrap();
+            let Form::General { plain: found, .. } = &expression.form else { continue };
+            let found = found.as_ref().unwrap_or_else(|| panic!("{source} is not plain"));
+            let whole = expression.evaluate_whole(&scope).unwrap().map(Evaluated::into_owned);
+            if !source.contains("$millis") {
+                assert_eq!(found.evaluate(&scope), Some(whole), "{source}");
+            }
+            plain += 1;
+        }
+        assert!(plain >= 10, "{plain}");
+    }
+
+    fn collect(value: &Value, expressions: &mut Vec<String>) {
+        match value {
+            Value::String(text) => expressions
+                .extend(text.strip_prefix("{%").and_then(|text| text.strip_suffix("%}")).map(str::to_owned)),
+            Value::Array(items) => items.iter().for_each(|item| collect(item, expressions)),
+            Value::Object(fields) => fields.values().for_each(|field| collect(field, expressions)),
+            Value::Null | Value::Bool(_) | Value::Number(_) => {}
+        }
+    }
+
+    #[test]
+    fn what_is_unusual_is_left_to_the_evaluator() {
+        for source in [
+            "$first + 1.5",
+            "$sum([1, 2])",
+            "$text & 'a\\tb'",
+            "$first > 1 ? 1 : 2",
+            "$states.input.rows[id = 'a=']",
+            "$connections[$first][0]",
+            "($first; $first)",
+            "- $first",
+            "[1..3]",
+            "$count",
+            "$string($first, true)",
+            "$",
+            "/* no */ $first + 1",
+        ] {
+            let expression = Expression::parse(source, &assigned()).unwrap();
+            match &expression.form {
+                Form::General { plain: None, .. } => {}
+                other => panic!("{source}: {other:?}"),
+            }
+        }
+        for source in ["$text + 1", "$connections = 1", "$first and true", "$states.input.none & ''"] {
+            let expression = Expression::parse(source, &assigned()).unwrap();
+            if let Form::General { plain: Some(plain), .. } = &expression.form {
+                assert_eq!(plain.evaluate(&fixture()), None, "{source}");
+            }
+        }
+        let deep = |depth: usize| format!("{}1{} + 1", "(".repeat(depth), ")".repeat(depth));
+        let is_plain = |depth| {
+            let expression = Expression::parse(&deep(depth), &assigned()).unwrap();
+            matches!(expression.form, Form::General { plain: Some(_), .. })
+        };
+        assert!(is_plain(31) && !is_plain(32));
+    }
+
+    #[test]
     fn large_values_stay_out_of_the_evaluator() {
         let expression = Expression::parse("$states.result.Messages[0].n = $first", &assigned()).unwrap();
-        let Form::General { text, taken_out, whole } = expression.form else { panic!("a comparison") };
+        let Form::General { text, taken_out, whole, plain: _ } = expression.form else {
+            panic!("a comparison")
+        };
         assert_eq!(&*text, "$_0 = $_1");
         assert_eq!(taken_out.len(), 2);
         // The two new names are looked for in the scope, and are not there.
@@ -707,6 +817,48 @@ mod tests {
             1 => (-2_i64..3).prop_map(|index| format!("[{index}]")),
         ];
         prop::collection::vec(step, 0..4).prop_map(|steps| steps.concat())
+    }
+
+    /// Plain expressions, and many that only look so.
+    fn plain_source() -> impl Strategy<Value = String> {
+        let leaf = prop_oneof![
+            (0..9_u8).prop_map(|number| number.to_string()),
+            "[ab]{0,2}".prop_map(|text| format!("'{text}'")),
+            path().prop_map(|path| format!("$states.input{path}")),
+            prop::sample::select(vec!["$first", "$text", "$connections", "$connections[1]", "$list"])
+                .prop_map(str::to_owned),
+        ];
+        leaf.prop_recursive(4, 16, 3, |inner| {
+            let operators = vec!["+", "-", "*", "/", "%", "&", "=", "!=", "<", "<=", ">", ">=", "and", "or"];
+            let functions = vec!["count", "exists", "floor", "max", "min", "string"];
+            prop_oneof![
+                4 => (inner.clone(), prop::sample::select(operators), inner.clone())
+                    .prop_map(|(left, operator, right)| format!("{left} {operator} {right}")),
+                2 => (prop::sample::select(functions), inner.clone())
+                    .prop_map(|(function, argument)| format!("${function}({argument})")),
+                2 => prop::collection::vec(inner.clone(), 0..3)
+                    .prop_map(|items| format!("[{}]", items.join(", "))),
+                1 => inner.clone().prop_map(|inner| format!("({inner})")),
+                1 => inner.clone().prop_map(|inner| format!("$connections[{inner}]")),
+                2 => (path(), inner)
+                    .prop_map(|(path, inner)| format!("[$states.input{path}[$ != {inner}]]")),
+            ]
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 4000, ..ProptestConfig::default() })]
+
+        #[test]
+        fn a_plain_expression_is_what_the_evaluator_makes_of_it(input in json(), source in plain_source()) {
+            let scope = Fixture { input, ..fixture() };
+            let Ok(expression) = Expression::parse(&source, &assigned()) else { return Ok(()) };
+            let Form::General { plain: Some(plain), .. } = &expression.form else { return Ok(()) };
+            if let Some(quick) = plain.evaluate(&scope) {
+                let slow = expression.evaluate_whole(&scope).map(|value| value.map(Evaluated::into_owned));
+                prop_assert_eq!(Ok(quick), slow, "{}", source);
+            }
+        }
     }
 
     proptest! {

@@ -100,6 +100,14 @@ fn message(attribute: &str, value: &str) -> Value {
     }] })
 }
 
+/// A reply to the request over `connection`.
+fn reply_over(connection: &str) -> Value {
+    let mut message = message("request_id", "r1");
+    message["Messages"][0]["MessageAttributes"]["connection_id"] =
+        json!({ "DataType": "String", "StringValue": connection });
+    message
+}
+
 fn error(name: &str) -> TaskError {
     TaskError::new(name.to_owned(), "words")
 }
@@ -230,17 +238,20 @@ async fn what_is_not_for_this_request_is_discarded() {
     let stale = [
         message("request_id", "r0"),
         message("lost_connection", "other="),
+        // Whoever learns a token still has another connection.
+        reply_over("other="),
         json!({ "Messages": [{ "Body": "x", "ReceiptHandle": "receipt" }] }),
     ];
     let walk = walk(input(), &|state, before| match state {
-        "AwaitReply" if before < 3 => Ok(stale[before].clone()),
+        "AwaitReply" if before < 4 => Ok(stale[before].clone()),
+        "AwaitReply" => Ok(reply_over("a=")),
         _ => well(state, before),
     })
     .await;
     assert_eq!(walk.output()["outcome"], OUTCOME_REPLIED);
     assert_eq!(
         walk.arguments("DiscardStale"),
-        [&json!({ "QueueUrl": "http://queue", "ReceiptHandle": "receipt" }); 3]
+        [&json!({ "QueueUrl": "http://queue", "ReceiptHandle": "receipt" }); 4]
     );
 }
 

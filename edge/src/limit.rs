@@ -1,0 +1,473 @@
+//! How much one owner, and one tunnel, may use: enters the environment, and each public request; leaves
+//! whether it may go on.
+//!
+//! Where no limit on requests is configured, nothing is counted and no table is asked. Where one is, each
+//! request costs one write before it is dispatched, for each of tunnel and owner that has a limit, and one
+//! more after it where requests in flight are limited. What is counted, in the connections table:
+//!
+//! | row | `tunnel` | `connection_id` | other attributes |
+//! |---|---|---|---|
+//! | use of a tunnel | `#use#tunnel#` + the name | `#use` | `requests`, `minute`, `count`, `expires_at` |
+//! | use of an owner | `#use#owner#` + the owner | `#use` | the same |
+//!
+//! `requests` is a set with one entry for each request in flight. An entry begins with the time at which
+//! it no longer counts, so that a function that was killed does not keep its place for ever. `count` is how
+//! many requests there were in `minute`. Connections and tunnels are counted by the registry.
+
+use std::{
+    collections::HashMap,
+    str::FromStr,
+    sync::{Mutex, PoisonError},
+};
+
+use aws_sdk_dynamodb::types::AttributeValue;
+use proto::{
+    id::{Owner, RequestId, TunnelName},
+    limits,
+};
+
+use crate::{
+    Error,
+    aws::{Aws, classify, number, text},
+    config::{ConfigError, Env, env},
+};
+
+/// The most that any limit may be set to: a row that counts requests in flight stays far below
+/// DynamoDB's 400 KB, and is cheap to write.
+pub const LIMIT_MAX: u32 = 1000;
+
+/// The most requests a minute that may be set.
+pub const RATE_MAX: u32 = 1_000_000;
+
+/// How long after the last request a row of counters may be deleted.
+const USE_KEPT_SECS: u64 = 24 * 60 * 60;
+
+/// How often a write is tried again that lost against another one.
+const ATTEMPTS: usize = 5;
+
+/// For how long a process remembers whose a tunnel is. A name changes hands after days at the earliest.
+const OWNER_KNOWN_SECS: u64 = 60;
+
+/// How many owners a process remembers.
+const OWNERS_KNOWN: usize = 1000;
+
+/// What is allowed; `None` where nothing is limited.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// One owner, over all their tunnels.
+    pub owner: OwnerLimits,
+    /// One tunnel, over all its connections.
+    pub tunnel: TunnelLimits,
+}
+
+/// See [`Limits::owner`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OwnerLimits {
+    /// Key `owner_connections`: connections that serve tunnels. An agent has two while it replaces one.
+    pub connections: Option<usize>,
+    /// Key `owner_tunnels`: tunnels that are open.
+    pub tunnels: Option<usize>,
+    /// Keys `owner_requests` and `owner_rate`.
+    pub requests: RequestLimits,
+}
+
+/// See [`Limits::tunnel`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TunnelLimits {
+    /// Key `tunnel_connections`: connections that serve the tunnel.
+    pub connections: Option<usize>,
+    /// Keys `tunnel_requests` and `tunnel_rate`.
+    pub requests: RequestLimits,
+}
+
+/// Limits on public requests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RequestLimits {
+    /// How many are in flight at the same time.
+    pub in_flight: Option<u32>,
+    /// How many begin within one minute of the clock.
+    pub per_minute: Option<u32>,
+}
+
+impl RequestLimits {
+    const fn is_any(self) -> bool {
+        self.in_flight.is_some() || self.per_minute.is_some()
+    }
+}
+
+impl FromStr for Limits {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut limits = Self::default();
+        for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+            let (key, value) = part.split_once('=').ok_or("is not key=number,…")?;
+            let max = if key.ends_with("_rate") { RATE_MAX } else { LIMIT_MAX };
+            let value: u32 = value
+                .parse()
+                .ok()
+                .filter(|value| (1..=max).contains(value))
+                .ok_or("has a value out of range: 1 to 1000, and 1 to 1000000 for a rate")?;
+            let (owner, tunnel) = (&mut limits.owner, &mut limits.tunnel);
+            match key {
+                "owner_connections" => owner.connections = Some(value as usize),
+                "owner_tunnels" => owner.tunnels = Some(value as usize),
+                "owner_requests" => owner.requests.in_flight = Some(value),
+                "owner_rate" => owner.requests.per_minute = Some(value),
+                "tunnel_connections" => tunnel.connections = Some(value as usize),
+                "tunnel_requests" => tunnel.requests.in_flight = Some(value),
+                "tunnel_rate" => tunnel.requests.per_minute = Some(value),
+                _ => {
+                    return Err("has an unknown key: use owner_connections, owner_tunnels, owner_requests, \
+                                owner_rate, tunnel_connections, tunnel_requests or tunnel_rate");
+                }
+            }
+        }
+        Ok(limits)
+    }
+}
+
+/// Which limit a request is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Exceeded {
+    /// As many are in flight as may be.
+    #[error("as many requests are in flight as may be")]
+    InFlight,
+    /// As many have begun in this minute as may.
+    #[error("as many requests have begun in this minute as may")]
+    PerMinute,
+}
+
+/// Why a request may not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Denied {
+    /// It is over a limit.
+    #[error(transparent)]
+    Exceeded(#[from] Exceeded),
+    /// Nobody can tell.
+    #[error(transparent)]
+    Error(#[from] Error),
+}
+
+/// The places a request takes while it is in flight. To be given back by [`Limiter::release`].
+#[derive(Debug, Default)]
+#[must_use = "a place that is not given back is taken until its time is over"]
+pub struct Admission {
+    rows: Vec<String>,
+    entry: String,
+}
+
+/// Counts public requests.
+#[derive(Debug)]
+pub struct Limiter {
+    client: aws_sdk_dynamodb::Client,
+    /// `None` where nothing is counted; then the table need not be known.
+    table: Option<String>,
+    limits: Limits,
+    owners: Mutex<HashMap<TunnelName, (Option<Owner>, u64)>>,
+}
+
+impl Limiter {
+    /// Reads the limits, and the table's name where there are limits on requests.
+    ///
+    /// # Errors
+    ///
+    /// When a variable is missing or wrong.
+    pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Self, ConfigError> {
+        let limits = env.limits()?;
+        let counts = limits.owner.requests.is_any() || limits.tunnel.requests.is_any();
+        let table = counts.then(|| env.required(env::CONNECTIONS_TABLE)).transpose()?;
+        Ok(Self { client: aws.dynamodb(), table, limits, owners: Mutex::default() })
+    }
+
+    /// Counts a request that is about to be dispatched, at the Unix time `now`, in seconds.
+    ///
+    /// # Errors
+    ///
+    /// [`Denied`]; the request must not be dispatched then, and takes no place.
+    pub async fn admit(
+        &self,
+        tunnel: &TunnelName,
+        request: &RequestId,
+        now: u64,
+    ) -> Result<Admission, Denied> {
+        let mut admission = Admission::default();
+        let Some(table) = &self.table else { return Ok(admission) };
+        let until = now + limits::RESPONSE_DURATION.as_secs();
+        // Short, because the row is paid for by its size; that two of a thousand are the same will not happen.
+        admission.entry = format!("{until:x}-{}", &request.as_str()[..12]);
+        let taken = self.take_all(table, tunnel, &mut admission, now).await;
+        match taken {
+            Ok(()) => Ok(admission),
+            Err(denied) => {
+                self.release(admission).await;
+                Err(denied)
+            }
+        }
+    }
+
+    /// Gives back what a request took.
+    pub async fn release(&self, admission: Admission) {
+        let Some(table) = &self.table else { return };
+        for row in &admission.rows {
+            let request = self.row(table, row).update_expression("DELETE requests :entry");
+            let entry = AttributeValue::Ss(vec![admission.entry.clone()]);
+            if let Err(error) = request.expression_attribute_values(":entry", entry).send().await {
+                let error = classify("UpdateItem", error);
+                tracing::warn!(%error, "a request's place was not given back; it is free again when its time is over");
+            }
+        }
+    }
+
+    async fn take_all(
+        &self,
+        table: &str,
+        tunnel: &TunnelName,
+        admission: &mut Admission,
+        now: u64,
+    ) -> Result<(), Denied> {
+        if self.limits.tunnel.requests.is_any() {
+            let row = format!("#use#tunnel#{tunnel}");
+            self.take(table, row, self.limits.tunnel.requests, admission, now).await?;
+        }
+        if self.limits.owner.requests.is_any()
+            && let Some(owner) = self.owner(table, tunnel, now).await?
+        {
+            let row = format!("#use#owner#{owner}");
+            self.take(table, row, self.limits.owner.requests, admission, now).await?;
+        }
+        Ok(())
+    }
+
+    async fn take(
+        &self,
+        table: &str,
+        row: String,
+        limits: RequestLimits,
+        admission: &mut Admission,
+        now: u64,
+    ) -> Result<(), Denied> {
+        // Most often the minute has begun, so that is tried first.
+        let mut minute = now / 60;
+        let mut begun = Begun::Yes;
+        for attempt in 0..ATTEMPTS {
+            if attempt > 0 {
+                let seen = self.read(table, &row).await?;
+                // Another process's clock may be a little ahead.
+                minute = seen.minute.map_or(minute, |seen| seen.max(minute));
+                begun = if seen.minute == Some(minute) { Begun::Yes } else { Begun::No };
+                if let Some(most) = limits.in_flight
+                    && seen.requests.len() >= most as usize
+                {
+                    let over = seen.expired(now);
+                    if over.is_empty() {
+                        return Err(Exceeded::InFlight.into());
+                    }
+                    let request = self.row(table, &row).update_expression("DELETE requests :over");
+                    let request = request.expression_attribute_values(":over", AttributeValue::Ss(over));
+                    request.send().await.map_err(|error| classify("UpdateItem", error))?;
+                }
+                if let Some(most) = limits.per_minute
+                    && begun == Begun::Yes
+                    && seen.count >= u64::from(most)
+                {
+                    return Err(Exceeded::PerMinute.into());
+                }
+            }
+            if self.write(table, &row, limits, &admission.entry, (minute, begun), now).await? {
+                if limits.in_flight.is_some() {
+                    admission.rows.push(row);
+                }
+                return Ok(());
+            }
+        }
+        // Others were always faster: the row is as busy as its limit allows.
+        Err(Exceeded::PerMinute.into())
+    }
+
+    /// Takes a place if there is one, and the minute has begun or not as was said; whether it did.
+    async fn write(
+        &self,
+        table: &str,
+        row: &str,
+        limits: RequestLimits,
+        entry: &str,
+        (minute, begun): (u64, Begun),
+        now: u64,
+    ) -> Result<bool, Error> {
+        let mut set = vec!["expires_at = :kept"];
+        let mut add = Vec::new();
+        let mut conditions = Vec::new();
+        let mut request =
+            self.row(table, row).expression_attribute_values(":kept", number(now + USE_KEPT_SECS));
+        if let Some(most) = limits.per_minute {
+            request = request
+                .expression_attribute_names("#minute", "minute")
+                .expression_attribute_names("#count", "count")
+                .expression_attribute_values(":minute", number(minute))
+                .expression_attribute_values(":one", number(1));
+            if begun == Begun::Yes {
+                set.push("#count = #count + :one");
+                conditions.push("#minute = :minute AND #count < :rate");
+                request = request.expression_attribute_values(":rate", number(most.into()));
+            } else {
+                set.extend(["#minute = :minute", "#count = :one"]);
+                conditions.push("(attribute_not_exists(#minute) OR #minute < :minute)");
+            }
+        }
+        if let Some(most) = limits.in_flight {
+            add.push("requests :entry");
+            conditions.push("(attribute_not_exists(requests) OR size(requests) < :most)");
+            request = request
+                .expression_attribute_values(":entry", AttributeValue::Ss(vec![entry.to_owned()]))
+                .expression_attribute_values(":most", number(most.into()));
+        }
+        let mut update = format!("SET {}", set.join(", "));
+        if !add.is_empty() {
+            update.push_str(" ADD ");
+            update.push_str(&add.join(", "));
+        }
+        let sent = request.update_expression(update).condition_expression(conditions.join(" AND ")).send();
+        match sent.await {
+            Ok(_) => Ok(true),
+            Err(error)
+                if error
+                    .as_service_error()
+                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(classify("UpdateItem", error)),
+        }
+    }
+
+    async fn read(&self, table: &str, row: &str) -> Result<Use, Error> {
+        let item = self.get(table, row, "#use").await?.unwrap_or_default();
+        let as_number = |name: &str| item.get(name).and_then(|value| value.as_n().ok()?.parse::<u64>().ok());
+        Ok(Use {
+            requests: item.get("requests").and_then(|value| value.as_ss().ok()).cloned().unwrap_or_default(),
+            minute: as_number("minute"),
+            count: as_number("count").unwrap_or_default(),
+        })
+    }
+
+    /// Whose the tunnel is, asked at most once a minute.
+    async fn owner(&self, table: &str, tunnel: &TunnelName, now: u64) -> Result<Option<Owner>, Error> {
+        if let Some((owner, until)) = self.owners().get(tunnel)
+            && now < *until
+        {
+            return Ok(owner.clone());
+        }
+        let item = self.get(table, tunnel.as_str(), "#name").await?;
+        let owner: Option<Owner> =
+            item.as_ref().and_then(|item| item.get("owner")?.as_s().ok()?.parse().ok());
+        // A name that is nobody's may be somebody's in a moment.
+        if owner.is_some() {
+            let mut owners = self.owners();
+            if owners.len() >= OWNERS_KNOWN {
+                owners.clear();
+            }
+            owners.insert(tunnel.clone(), (owner.clone(), now + OWNER_KNOWN_SECS));
+        }
+        Ok(owner)
+    }
+
+    fn owners(&self) -> std::sync::MutexGuard<'_, HashMap<TunnelName, (Option<Owner>, u64)>> {
+        // Nothing that runs under the lock can panic half way.
+        self.owners.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn get(
+        &self,
+        table: &str,
+        row: &str,
+        sort_key: &str,
+    ) -> Result<Option<HashMap<String, AttributeValue>>, Error> {
+        let request = self.client.get_item().table_name(table).key("tunnel", text(row));
+        let request = request.key("connection_id", text(sort_key)).consistent_read(true);
+        Ok(request.send().await.map_err(|error| classify("GetItem", error))?.item)
+    }
+
+    fn row(
+        &self,
+        table: &str,
+        row: &str,
+    ) -> aws_sdk_dynamodb::operation::update_item::builders::UpdateItemFluentBuilder {
+        self.client
+            .update_item()
+            .table_name(table)
+            .key("tunnel", text(row))
+            .key("connection_id", text("#use"))
+    }
+}
+
+/// Whether a row counts the present minute already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Begun {
+    Yes,
+    No,
+}
+
+/// A row of counters.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Use {
+    requests: Vec<String>,
+    minute: Option<u64>,
+    count: u64,
+}
+
+impl Use {
+    /// The entries whose time is over.
+    fn expired(&self, now: u64) -> Vec<String> {
+        let is_over = |entry: &&String| {
+            let until = entry.split('-').next().and_then(|until| u64::from_str_radix(until, 16).ok());
+            until.is_none_or(|until| until <= now)
+        };
+        self.requests.iter().filter(is_over).cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_read_and_nothing_is_limited_by_default() {
+        assert_eq!("".parse::<Limits>(), Ok(Limits::default()));
+        let all = "owner_connections=1,owner_tunnels=2, owner_requests=3,owner_rate=4,tunnel_connections=5,\
+                   tunnel_requests=6,tunnel_rate=7";
+        let expected = Limits {
+            owner: OwnerLimits {
+                connections: Some(1),
+                tunnels: Some(2),
+                requests: RequestLimits { in_flight: Some(3), per_minute: Some(4) },
+            },
+            tunnel: TunnelLimits {
+                connections: Some(5),
+                requests: RequestLimits { in_flight: Some(6), per_minute: Some(7) },
+            },
+        };
+        assert_eq!(all.parse(), Ok(expected));
+        assert!("tunnel_requests=1000,tunnel_rate=1000000".parse::<Limits>().is_ok());
+        for bad in [
+            "tunnel_requests=1001",
+            "tunnel_rate=1000001",
+            "tunnel_requests=0",
+            "tunnel_requests=-1",
+            "tunnel_requests",
+            "tunnel_tunnels=1",
+            "requests=1",
+        ] {
+            assert!(bad.parse::<Limits>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_place_that_was_not_given_back_is_free_when_its_time_is_over() {
+        let requests = vec!["64-a".to_owned(), "65-b".to_owned(), "nonsense".to_owned()];
+        let seen = Use { requests, ..Use::default() };
+        assert_eq!(seen.expired(0x63), ["nonsense"]);
+        assert_eq!(seen.expired(0x64), ["64-a", "nonsense"]);
+        assert_eq!(seen.expired(0x65).len(), 3);
+    }
+}

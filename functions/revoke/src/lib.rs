@@ -1,0 +1,137 @@
+//! Lambda `revoke`: ends an identity at once, also where it is connected.
+//!
+//! Nobody but the account's operator invokes it, by name and with a small event:
+//!
+//! ```json
+//! {"owner": "alice"}
+//! {"owner": "alice", "token_id": "4oVdE0yqCq2ZxQx1"}
+//! {"owner": "alice", "action": "lift"}
+//! ```
+//!
+//! First the list is written, so that no further connection is let in; then the rows of the connections that
+//! are open go, so that no further request is dispatched to them; then the connections are closed, and
+//! `disconnect` tells whoever waits for an answer over them. Nothing polls: who is cut is found through the
+//! owner, and is cut before the invocation ends. It may be repeated, and should be when it fails.
+//!
+//! Permissions it needs: query, write and delete rows of the connections table, close connections.
+
+use std::process::ExitCode;
+
+use edge::{
+    Error,
+    agent_link::AgentLink,
+    aws::Aws,
+    config::{ConfigError, Env},
+    registry::{Owned, Registry},
+    revocation::{Revocations, Revoked},
+    unix_now,
+};
+use futures_util::{StreamExt as _, stream};
+use proto::id::Owner;
+use serde::{Deserialize, Serialize};
+
+/// How many connections are closed at the same time: enough to be quick, few enough not to be throttled.
+const PARALLEL: usize = 10;
+
+/// Everything a revocation needs.
+#[derive(Debug)]
+pub struct Revoke {
+    registry: Registry,
+    revocations: Revocations,
+    link: AgentLink,
+}
+
+/// What the operator wants.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Event {
+    /// Whose identity it is.
+    pub owner: Owner,
+    /// Which of the owner's tokens; all of them where it is missing.
+    #[serde(default)]
+    pub token_id: Option<String>,
+    /// What to do.
+    #[serde(default)]
+    pub action: Action,
+}
+
+/// What to do about an identity.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Action {
+    /// Let it in no more, and close its connections.
+    #[default]
+    Revoke,
+    /// Let it in again.
+    Lift,
+}
+
+/// What was done.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct Answer {
+    /// How many connections were closed.
+    pub closed: usize,
+}
+
+/// Runs the function until Lambda ends its process.
+#[must_use]
+pub fn run() -> ExitCode {
+    edge::function::run(Revoke::from_env, |event, revoke| async move { handle(event, &revoke).await })
+}
+
+impl Revoke {
+    /// Reads the environment and makes the clients.
+    ///
+    /// # Errors
+    ///
+    /// When a variable is missing or wrong.
+    pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
+        let aws = Aws::from_env(env)?;
+        Ok(Self {
+            registry: Registry::from_env(&aws, env)?,
+            revocations: Revocations::from_env(&aws, env)?,
+            link: AgentLink::from_env(&aws, env)?,
+        })
+    }
+}
+
+/// Handles one event.
+///
+/// # Errors
+///
+/// When the list could not be written, or a connection may still be open; to be repeated.
+pub async fn handle(event: Event, revoke: &Revoke) -> Result<Answer, Error> {
+    let Event { owner, token_id, action } = event;
+    let revoked = token_id.as_deref().map_or(Revoked::Owner(&owner), Revoked::Token);
+    if action == Action::Lift {
+        revoke.revocations.lift(revoked).await?;
+        tracing::warn!(%owner, one_token = token_id.is_some(), "identity is let in again");
+        return Ok(Answer { closed: 0 });
+    }
+    let now = unix_now();
+    revoke.revocations.add(revoked, now).await?;
+    let mut connections = revoke.registry.connections_of(&owner, now).await?;
+    connections.retain(|connection| is_meant(connection, token_id.as_deref()));
+    let results: Vec<Result<(), Error>> = stream::iter(&connections)
+        .map(|connection| cut(revoke, connection, &owner))
+        .buffer_unordered(PARALLEL)
+        .collect()
+        .await;
+    let closed = results.iter().filter(|result| result.is_ok()).count();
+    let failed = results.len() - closed;
+    tracing::warn!(%owner, one_token = token_id.is_some(), closed, failed, "identity revoked");
+    results.into_iter().collect::<Result<(), Error>>()?;
+    Ok(Answer { closed })
+}
+
+/// Whether the connection was opened with the token, or any connection is meant.
+fn is_meant(connection: &Owned, token_id: Option<&str>) -> bool {
+    token_id.is_none_or(|id| connection.token_id.as_deref() == Some(id))
+}
+
+async fn cut(revoke: &Revoke, connection: &Owned, owner: &Owner) -> Result<(), Error> {
+    // Closed even where its rows stay: a post to it says that it is gone.
+    let forgotten = revoke.registry.forget(&connection.id, Some(owner)).await;
+    revoke.link.close(&connection.id).await?;
+    forgotten.map(drop)
+}

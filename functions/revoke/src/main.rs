@@ -1,0 +1,5 @@
+//! Lambda `revoke`. See the crate's documentation.
+
+fn main() -> std::process::ExitCode {
+    revoke::run()
+}
