@@ -115,7 +115,10 @@ def fit(template, supported):
     missing = {}
     for name, resource in list(template["Resources"].items()):
         kind = resource["Type"]
-        if kind not in supported and not kind.startswith("Custom::"):
+        known = kind in supported or kind.startswith("Custom::")
+        if kind == "AWS::CloudWatch::Alarm" and "Metrics" in resource["Properties"]:
+            kind, known = "AWS::CloudWatch::Alarm with metric math", False
+        if not known:
             missing.setdefault(kind, []).append(name)
             del template["Resources"][name]
     gone = {name for names in missing.values() for name in names}
@@ -140,8 +143,9 @@ def spell_out(template):
 def replace_integrations(template):
     """Has a function do what ministack's workflows cannot. Returns the states, by what they lack."""
     machine = template["Resources"]["PublicRequest"]["Properties"]
+    definition = json.loads(machine["DefinitionString"])
     replaced = {}
-    for name, state in machine["Definition"]["States"].items():
+    for name, state in definition["States"].items():
         integration = state.get("Resource", "").removeprefix("arn:aws:states:::")
         arguments = state.get("Arguments")
         if integration == "apigateway:invoke":
@@ -161,6 +165,7 @@ def replace_integrations(template):
         state["Resource"] = "arn:aws:states:::lambda:invoke"
         state["Arguments"] = {"FunctionName": "ministack-stand-in", "Payload": payload}
         replaced.setdefault(integration.rsplit(":", 1)[0], []).append(name)
+    machine["DefinitionString"] = json.dumps(definition)
     # Where connections are is known only when the API is there; set below.
     template["Resources"]["StandIn"] = {
         "Type": "AWS::Lambda::Function",
