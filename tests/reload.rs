@@ -83,15 +83,10 @@ fn with_own_token(local: &Local, agent: &Agent, tunnels: &str) -> String {
     local.config(tunnels).replace(local.token.to_str().unwrap(), token.to_str().unwrap())
 }
 
+/// Puts another token of the same owner into the agent's place.
 fn issue(local: &Local, agent: &Agent) {
-    let key = local.key.to_str().unwrap();
-    let arguments =
-        ["token", "issue", "--key", key, "--owner", "developer", "--tunnel", "*", "--expires", "1h"];
-    let mut process = tests::process::Process::start("agentd", &arguments, &[]);
-    assert_eq!(process.wait(), Some(0), "{}", process.printed());
-    let token = process.printed().lines().find(|line| line.matches('.').count() == 2).unwrap().to_owned();
     let new = agent.dir().join("token.new");
-    std::fs::write(&new, token).unwrap();
+    std::fs::write(&new, local.issue("developer", &["*"])).unwrap();
     std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o600)).unwrap();
     std::fs::rename(new, agent.dir().join("token")).unwrap();
 }
@@ -221,4 +216,58 @@ async fn a_bad_file_keeps_the_old_configuration_and_says_why() {
     assert_eq!(code, Some(0), "{printed}");
     assert!(printed.contains("\"confirmed\":true"), "{printed}");
     assert_eq!(status_of(&local, "web").await, 200);
+}
+
+/// The two hours of a connection pass in half a minute; the agents are many so that a hundred
+/// rotations fit into a minute.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_planned_rotations_under_load_fail_no_request() {
+    const AGENTS: usize = 50;
+    let upstream = Upstream::echo().await;
+    let local = Local::start(&["--chaos", "clock=240"]);
+    let names: Vec<String> = (0..AGENTS).map(|number| format!("web-{number}")).collect();
+    let agents: Vec<Agent> = names.iter().map(|name| local.agent(name, &upstream.address())).collect();
+    let stop = Arc::new(AtomicBool::new(false));
+    // Every tunnel in turn, on two connections: a few requests to each of them a second, all the time.
+    let client = |half: usize| {
+        let (stop, names, public) = (Arc::clone(&stop), names.clone(), local.public);
+        tokio::spawn(async move {
+            let (mut served, mut failures) = (0, Vec::new());
+            let mut connection = Connection::open(public).await;
+            for name in names.iter().cycle().skip(half * AGENTS / 2) {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                let answer = connection.exchange(&Request::to(name, "POST", "/").body(b"x".to_vec())).await;
+                if answer.status == 200 && answer.text() == "x" {
+                    served += 1;
+                } else {
+                    failures.push(format!("{name}: {} {}", answer.status, answer.text()));
+                    connection = Connection::open(public).await;
+                }
+            }
+            (served, failures)
+        })
+    };
+    let clients = [client(0), client(1)];
+    // Two for each agent, on its own clock.
+    for rotations in 1..=2 {
+        for agent in &agents {
+            agent.process().wait_for_lines(rotations, |line| line.contains("a connection was retired"));
+        }
+    }
+    stop.store(true, Ordering::Relaxed);
+    let (mut served, mut failures) = (0, Vec::new());
+    for client in clients {
+        let (own, failed) = client.await.unwrap();
+        served += own;
+        failures.extend(failed);
+    }
+    assert_eq!(failures, Vec::<String>::new(), "of {served}");
+    assert!(served > 10 * AGENTS, "a load: {served}");
+    for agent in &agents {
+        let printed = agent.process().printed();
+        assert!(!printed.contains("connection lost"), "{printed}");
+    }
+    println!("{} rotations, {served} requests, 0 failed", 2 * AGENTS);
 }

@@ -18,6 +18,7 @@ use crate::{
         command::{self, Format},
     },
     credential::{ENV_CREDENTIALS, ENV_TOKEN},
+    diagnose,
     driver::{self, Audience, Outcome, Setup, Source},
     identity, name, reference, service, telemetry,
     telemetry::LogFormat,
@@ -27,6 +28,7 @@ use crate::{
 /// Exit codes that scripts and systemd units may rely on.
 pub(crate) mod exit {
     pub(crate) const RUNTIME: u8 = 1;
+    pub(crate) const EDGE_UNREACHABLE: u8 = 69;
     pub(crate) const IDENTITY_REFUSED: u8 = 77;
     pub(crate) const BAD_CONFIG: u8 = 78;
 }
@@ -123,6 +125,14 @@ enum Command {
         /// How long to wait for it.
         #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = parse_duration)]
         wait: Duration,
+    },
+    /// Goes the way of a public request step by step and says where it ends: code 0 if it works.
+    Diagnose {
+        #[command(flatten)]
+        reach: Reach,
+        /// Write the report to this file as well. It holds nothing secret.
+        #[arg(short = 'w', long = "write", value_name = "FILE")]
+        file: Option<PathBuf>,
     },
     /// Shows the tunnels of the running agent.
     Tunnel {
@@ -309,6 +319,10 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
             command::reload(&reach.places(overrides.control_socket), Format::from_flag(json))
         }
         Command::Ready { reach, wait } => command::ready(&reach.places(overrides.control_socket), wait),
+        Command::Diagnose { reach, file } => {
+            let places = reach.places(overrides.control_socket.clone());
+            diagnose::run(config::load(&reach.config, &overrides), &places, file.as_deref())
+        }
         Command::Tunnel { command } => match command {
             TunnelCommand::List { reach, json } => {
                 command::tunnel_list(&reach.places(overrides.control_socket), Format::from_flag(json))

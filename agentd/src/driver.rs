@@ -955,7 +955,7 @@ impl Known {
 }
 
 /// What somebody can do about a refusal.
-const fn advice(reason: Refusal) -> &'static str {
+pub(crate) const fn advice(reason: Refusal) -> &'static str {
     match reason {
         Refusal::InvalidName => "choose a name of a-z, 0-9 and '-'",
         Refusal::ReservedName => "the name is reserved: choose another",

@@ -14,6 +14,7 @@ pub mod config;
 mod connection;
 mod control;
 pub mod credential;
+mod diagnose;
 pub mod driver;
 pub mod edge_url;
 mod exchange;

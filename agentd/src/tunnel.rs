@@ -207,7 +207,7 @@ impl Tunnel {
             Some(before) if before.config.has_upstream_of(config) && config.ca_file.is_none() => {
                 Arc::clone(&before.upstream)
             }
-            _ => Arc::new(Upstream::new(config.upstream.clone(), tls_for(config)?, config.http2)),
+            _ => Arc::new(Self::upstream_for(config)?),
         };
         let host = match &config.host_header {
             HostHeader::Preserve => HostRule::Public,
@@ -245,6 +245,11 @@ impl Tunnel {
             metrics: metrics.tunnel(&config.name),
             _check: check,
         })
+    }
+
+    /// The upstream of a tunnel, apart from the tunnel.
+    pub(crate) fn upstream_for(config: &TunnelConfig) -> Result<Upstream, TlsError> {
+        Ok(Upstream::new(config.upstream.clone(), tls_for(config)?, config.http2))
     }
 
     /// Where this tunnel's requests are counted.

@@ -4,7 +4,7 @@ use std::{
     io::{BufRead, BufReader, Read},
     path::PathBuf,
     process::{Child, Command, Stdio},
-    sync::{Arc, Condvar, Mutex, OnceLock},
+    sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Instant,
 };
 
@@ -17,6 +17,13 @@ use crate::PATIENCE;
 struct Output {
     lines: Mutex<(Vec<String>, usize)>,
     news: Condvar,
+}
+
+impl Output {
+    /// Also after a test failed while it waited for a line: what was printed is shown then.
+    fn lock(&self) -> MutexGuard<'_, (Vec<String>, usize)> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A running process. Killed when dropped.
@@ -41,17 +48,17 @@ impl Process {
             .spawn()
             .unwrap();
         let output = Arc::new(Output::default());
-        output.lines.lock().unwrap().1 = 2;
+        output.lock().1 = 2;
         let stdout: Box<dyn Read + Send> = Box::new(child.stdout.take().unwrap());
         let stderr: Box<dyn Read + Send> = Box::new(child.stderr.take().unwrap());
         for pipe in [stdout, stderr] {
             let output = Arc::clone(&output);
             std::thread::spawn(move || {
                 for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
-                    output.lines.lock().unwrap().0.push(String::from_utf8_lossy(&line).into_owned());
+                    output.lock().0.push(String::from_utf8_lossy(&line).into_owned());
                     output.news.notify_all();
                 }
-                output.lines.lock().unwrap().1 -= 1;
+                output.lock().1 -= 1;
                 output.news.notify_all();
             });
         }
@@ -66,7 +73,7 @@ impl Process {
     /// Waits until it has printed `count` lines like that.
     pub fn wait_for_lines(&self, count: usize, like: impl Fn(&str) -> bool) -> Vec<String> {
         let begun = Instant::now();
-        let mut output = self.output.lines.lock().unwrap();
+        let mut output = self.output.lock();
         loop {
             let found: Vec<String> = output.0.iter().filter(|line| like(line)).take(count).cloned().collect();
             if found.len() == count {
@@ -86,7 +93,7 @@ impl Process {
     /// Everything it has printed so far.
     #[must_use]
     pub fn printed(&self) -> String {
-        self.output.lines.lock().unwrap().0.join("\n")
+        self.output.lock().0.join("\n")
     }
 
     /// Its process id.
@@ -107,7 +114,7 @@ impl Process {
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 // The pipes end with the last process that holds them.
-                let mut output = self.output.lines.lock().unwrap();
+                let mut output = self.output.lock();
                 while output.1 > 0 && begun.elapsed() < PATIENCE {
                     output = self.output.news.wait_timeout(output, PATIENCE).unwrap().0;
                 }

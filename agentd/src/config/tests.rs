@@ -47,6 +47,14 @@ fn reads_every_key() {
             r#"
             include = ["conf.d/*.toml"]
             grace_period = "5s"
+            max_concurrent = 10000
+            control_socket = "run/control.sock"
+            status_address = "[::1]:4041"
+            [log]
+            level = "agentd=debug,info"
+            format = "journal"
+            dir = "log"
+            keep_days = 3
             [edge]
             url = "wss://edge.example.com/dev"
             token_file = "token"
@@ -61,6 +69,11 @@ fn reads_every_key() {
             server_name = "other.internal"
             insecure_skip_verify = false
             http2 = "never"
+            [tunnel.health_check]
+            path = "/healthz?full=1"
+            interval = "100ms"
+            timeout = "10ms"
+            max_failed = 1
             [[tunnel]]
             name = "api2"
             upstream = 3000
@@ -79,7 +92,54 @@ fn reads_every_key() {
     assert_eq!(web.ca_file.as_deref(), Some(Path::new("/etc/ca.pem")));
     assert_eq!(api.upstream.to_string(), "http://localhost:3000");
     assert!(matches!(&api.host_header, HostHeader::Value(value) if value == "app.example.com:8080"));
-    assert!(!format!("{config:?}").contains("secret"));
+    assert_eq!((config.max_concurrent, config.status_address.unwrap().port()), (10_000, 4041));
+    assert_eq!(config.control_socket, Some(folder.path("run/control.sock")));
+    assert_eq!(config.log.format, Some(LogFormat::Journal));
+    assert_eq!((config.log.dir, config.log.keep_days), (Some(folder.path("log")), Some(3)));
+    assert_eq!(config.log.level, Some("agentd=debug,info".parse().unwrap()));
+    let check = web.health_check.as_ref().unwrap();
+    assert_eq!((check.path.as_str(), check.max_failed), ("/healthz?full=1", 1));
+    assert_eq!((check.interval, check.timeout), (Duration::from_millis(100), Duration::from_millis(10)));
+    assert_eq!(api.health_check, None);
+}
+
+#[test]
+fn all_tunnels_together_may_do_what_the_largest_one_may() {
+    let folder = Folder::new();
+    assert_eq!(folder.load(&tunnel("")).unwrap().max_concurrent, DEFAULT_TOTAL_CONCURRENT);
+    assert_eq!(folder.load(&tunnel("max_concurrent = 1000")).unwrap().max_concurrent, 1000);
+    let bounded = format!("max_concurrent = 5\n{}", tunnel("max_concurrent = 1000"));
+    assert_eq!(folder.load(&bounded).unwrap().max_concurrent, 5);
+}
+
+#[test]
+fn settings_of_the_agent_are_checked_like_those_of_a_tunnel() {
+    let folder = Folder::new();
+    for (line, message) in [
+        ("max_concurrent = 10001", "1:18: \"max_concurrent\" must be from 1 to 10000"),
+        ("status_address = \"0.0.0.0:80\"", "1:18: \"0.0.0.0:80\" can be reached by other machines"),
+        ("status_address = \"4041\"", "1:18: \"4041\" is not an address and a port"),
+        ("log.format = \"xml\"", "1:14: \"xml\" is none of \"human\", \"json\" and \"journal\""),
+        ("log.level = \"loud\"", "1:13: \"loud\" is not a level"),
+        ("log.keep_days = 0", "1:17: \"keep_days\" must be from 1 to 3650"),
+        ("log.lvel = 1", "1:5: unknown key \"lvel\" in [log]: did you mean \"level\"?"),
+        ("control_socket = \"\"", "1:18: a file name is wanted here"),
+    ] {
+        let error = folder.error(&format!("{line}\n{}", tunnel("")));
+        assert!(error.starts_with(&format!("agentd.toml:{message}")), "{error}");
+    }
+    for (check, message) in [
+        ("{}", "this health_check has no path"),
+        ("{ path = \"healthz\" }", "\"healthz\" is not a path"),
+        ("{ path = \"/\", interval = \"99ms\" }", "must be from 100ms to 1h"),
+        ("{ path = \"/\", timeout = \"61s\" }", "must be from 10ms to 1m"),
+        ("{ path = \"/\", max_failed = 0 }", "must be from 1 to 100"),
+        ("{ path = \"/\", max_failed = 101 }", "must be from 1 to 100"),
+        ("{ pth = \"/\" }", "did you mean \"path\"?"),
+    ] {
+        let error = folder.error(&tunnel(&format!("health_check = {check}")));
+        assert!(error.starts_with("agentd.toml:7:") && error.contains(message), "{error}");
+    }
 }
 
 #[test]
@@ -160,12 +220,19 @@ fn flags_and_environment_go_over_the_file() {
         edge: Some("ws://other:5/x".into()),
         token: Some("from-the-environment".into()),
         grace_period: Some(Duration::from_secs(1)),
+        control_socket: Some("/run/other.sock".into()),
+        status_address: Some("127.0.0.1:1".into()),
+        log: LogConfig { keep_days: Some(9), ..LogConfig::default() },
         ..Overrides::default()
     };
     let config = load(&folder.path("agentd.toml"), &overrides).unwrap();
     assert_eq!(config.edge.url.to_string(), "ws://other:5/x");
     assert!(matches!(config.token_source, TokenSource::Value(_)));
     assert_eq!(config.grace_period, Duration::from_secs(1));
+    assert_eq!(config.control_socket, Some("/run/other.sock".into()));
+    assert_eq!((config.status_address.unwrap().port(), config.log.keep_days), (1, Some(9)));
+    let outside = Overrides { status_address: Some("192.0.2.1:1".into()), ..overrides };
+    assert!(load(&folder.path("agentd.toml"), &outside).is_err());
 }
 
 #[test]
