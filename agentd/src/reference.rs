@@ -24,6 +24,7 @@ const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
             ("0", "done"),
             ("1", "failed"),
             ("2", "wrong usage"),
+            ("69", "the edge cannot be reached (one-shot commands)"),
             ("77", "the edge refuses the token, or all of the tunnels"),
             ("78", "the configuration is not valid"),
         ],
