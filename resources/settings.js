@@ -13,7 +13,10 @@ const RETENTION_DAYS = [
 const HOST = /^(?=.{1,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}[a-z0-9])?$/;
 
 function fail(name, problem) {
-  throw new Error(`parameter ${name}: ${problem}`);
+  const error = new Error(`parameter ${name}: ${problem}`);
+  // osls prints the stack: the sentence is enough.
+  error.stack = error.message;
+  throw error;
 }
 
 /** One of the values, or an error that names them. */
@@ -48,7 +51,7 @@ function certificate(name, value, region, reason) {
 function settings(parameters, { stage, region, root, fronts }) {
   const { domain, hostedZoneId, agentsDomain, jwks, jwksUrl } = parameters;
   if (!/^[a-z][a-z0-9-]{0,19}$/.test(stage)) {
-    throw new Error(`stage '${stage}' is not up to 20 lower-case letters, digits and hyphens`);
+    fail('stage', `'${stage}' is not up to 20 lower-case letters, digits and hyphens`);
   }
 
   const front = parameters.front || (domain ? 'cloudfront' : 'none');
@@ -94,6 +97,7 @@ function settings(parameters, { stage, region, root, fronts }) {
   return {
     front,
     agentsCertificateArn: agentsDomain ? parameters.agentsCertificateArn : { Ref: 'AWS::NoValue' },
+    alarmActions: topic ? [topic] : [],
     architecture: oneOf('architecture', parameters.architecture, ['arm64', 'x86_64']),
     build: parameters.build,
     // The file goes into the zip of `authorizer`; an empty variable counts as absent.

@@ -82,6 +82,8 @@ pub struct FunctionConfig {
     pub name: &'static str,
     /// How long one invocation may take.
     pub timeout: Duration,
+    /// Its memory, in MB. It is told so; nothing holds it to it.
+    pub memory_mb: u32,
     /// How many invocations may run at the same time.
     pub concurrency: usize,
     /// Its own environment variables.
@@ -431,11 +433,12 @@ async fn reap(pools: Weak<BTreeMap<&'static str, Arc<Pool>>>) {
 /// The environment that Lambda gives a function, without what differs between its processes.
 fn environment(function: &FunctionConfig, config: &LambdaConfig) -> BTreeMap<String, String> {
     let mut environment = function.environment.clone();
+    let memory = function.memory_mb.to_string();
     let reserved = [
         ("_HANDLER", "bootstrap"),
         ("AWS_EXECUTION_ENV", "AWS_Lambda_provided.al2023"),
         ("AWS_LAMBDA_FUNCTION_NAME", function.name),
-        ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "128"),
+        ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", &memory),
         ("AWS_LAMBDA_FUNCTION_VERSION", "$LATEST"),
         ("AWS_LAMBDA_INITIALIZATION_TYPE", "on-demand"),
         ("AWS_LAMBDA_LOG_GROUP_NAME", function.name),

@@ -7,6 +7,7 @@
 //!   agents;
 //! * [`lambda`] runs the functions as processes of this same program, over the real Runtime API;
 //! * [`aws`] answers the SDKs: queues, tables, the state machine and `@connections`;
+//! * [`stack`] is what the files that deploy the edge say about it;
 //! * [`chaos`], [`clock`] and [`latency`] are what AWS does on bad days; [`metrics`] is what
 //!   CloudWatch would show.
 //!
@@ -30,6 +31,7 @@ pub mod public;
 pub mod run;
 pub mod services;
 pub mod sqs;
+pub mod stack;
 pub mod states;
 
 use std::{ffi::OsString, process::ExitCode};

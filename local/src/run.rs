@@ -16,7 +16,7 @@ use std::{
 
 use ::edge::config::{Env, env};
 use anyhow::{Context, bail};
-use authorizer::config::ENV_JWKS;
+use authorizer::config::{ENV_JWKS, ENV_JWKS_FILE, ENV_JWKS_URL};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use proto::limits;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
@@ -42,6 +42,7 @@ use crate::{
     latency::Profile,
     public::{self, Arrivals, Front},
     sqs::QueueAttributes,
+    stack::{Keys, stack},
     states::definition::Definition,
 };
 
@@ -340,14 +341,14 @@ async fn start_aws(options: &Options, folder: &Folder) -> anyhow::Result<Arc<Aws
         let gone = format!("{{\"TableName\":\"{MAILBOXES_TABLE}\"}}");
         let _ = tables.call("DeleteTable", gone.into()).await;
     }
-    let connections = Table {
-        name: CONNECTIONS_TABLE,
-        partition_key: "tunnel",
-        sort_key: Some("connection_id"),
-        expiry: Some("expires_at"),
+    let table = |name, keys: &'static Keys| Table {
+        name,
+        partition_key: &keys.partition,
+        sort_key: Some(&keys.sort),
+        expiry: keys.expiry.as_deref(),
     };
-    let mailboxes =
-        Table { name: MAILBOXES_TABLE, partition_key: "pool", sort_key: Some("mailbox"), expiry: None };
+    let connections = table(CONNECTIONS_TABLE, &stack().connections);
+    let mailboxes = table(MAILBOXES_TABLE, &stack().mailboxes);
     for table in [connections, mailboxes] {
         tables.create_table(table).await.context("creating the tables")?;
     }
@@ -358,11 +359,17 @@ async fn start_aws(options: &Options, folder: &Folder) -> anyhow::Result<Arc<Aws
 fn create_machine(aws: &Aws) -> anyhow::Result<Arc<str>> {
     let endpoint = aws.endpoint();
     let host = endpoint.strip_prefix("http://").unwrap_or(&endpoint);
-    let substitutions = BTreeMap::from([
-        ("ConnectionsTable".to_owned(), CONNECTIONS_TABLE.to_owned()),
-        ("AgentApiEndpoint".to_owned(), host.to_owned()),
-        ("AgentApiStage".to_owned(), agents::STAGE.to_owned()),
+    let values = BTreeMap::from([
+        ("ConnectionsTable", CONNECTIONS_TABLE),
+        ("AgentApiEndpoint", host),
+        ("AgentApiStage", agents::STAGE),
     ]);
+    let mut substitutions = BTreeMap::new();
+    for name in &stack().workflow.substitutions {
+        let value = values.get(name.as_str());
+        let value = value.with_context(|| format!("{MACHINE} is deployed with the unknown {name}"))?;
+        substitutions.insert(name.clone(), (*value).to_owned());
+    }
     let definition = Definition::parse(MACHINE_DEFINITION, &substitutions)
         .with_context(|| format!("reading the state machine {MACHINE}"))?;
     Ok(aws.states().create(MACHINE, definition))
@@ -391,84 +398,79 @@ fn choices(own: &Env<'_>) -> anyhow::Result<Vec<(&'static str, String)>> {
 }
 
 impl Settings<'_> {
-    /// Only what the function needs: what it does not have, it cannot leak.
-    fn of(&self, function: Function) -> FunctionConfig {
+    /// A function as it is deployed. It gets the variables of its deployment and no others, but for keys of this
+    /// machine and times that a fast clock shortens: what it does not have, it cannot leak.
+    fn of(&self, function: Function) -> anyhow::Result<FunctionConfig> {
+        let name = function.name();
+        let deployed = stack().functions.get(name);
+        let deployed = deployed.with_context(|| format!("serverless.yml has no function {name}"))?;
+        let values = self.values();
+        let mut environment = BTreeMap::new();
+        for variable in &deployed.variables {
+            let value = values.get(variable.as_str());
+            let value = value.with_context(|| format!("{name} is deployed with the unknown {variable}"))?;
+            environment.insert(variable.clone(), value.clone());
+        }
         let clock = self.aws.clock();
         // Whole seconds, and never none.
         let seconds = |duration: Duration| clock.scale(duration).as_secs().max(1).to_string();
-        let mailbox_prefix = self.aws.services().sqs.url(MAILBOX_PREFIX);
-        let connections = || (env::CONNECTIONS_TABLE, CONNECTIONS_TABLE.to_owned());
-        let mailboxes = || {
-            vec![
-                (env::MAILBOXES_TABLE, MAILBOXES_TABLE.to_owned()),
-                (env::MAILBOX_URL_PREFIX, mailbox_prefix.clone()),
-                (env::MAILBOX_LEASE_SECS, seconds(limits::MAILBOX_LEASE)),
-            ]
+        let lease = || (env::MAILBOX_LEASE_SECS, seconds(limits::MAILBOX_LEASE));
+        let mut own = match function {
+            Function::Authorizer => vec![(ENV_JWKS, self.identity.jwks.clone())],
+            Function::Connect => vec![
+                (env::CONNECTION_LIFETIME_SECS, seconds(limits::CONNECTION_LIFETIME)),
+                (env::HEARTBEAT_MS, clock.scale(limits::HEARTBEAT_INTERVAL).as_millis().max(1).to_string()),
+            ],
+            Function::Disconnect => vec![lease()],
+            Function::Ingress => [vec![lease()], self.choices.clone()].concat(),
+            Function::Response | Function::Revoke => Vec::new(),
+            Function::Sweep => vec![
+                lease(),
+                (env::MAILBOXES_KEPT, self.mailboxes.to_string()),
+                (env::MAILBOX_IDLE_SECS, seconds(limits::MAILBOX_IDLE)),
+            ],
         };
-        let token_keys = || (env::TOKEN_KEYS, self.token_key.clone());
-        let agent_endpoint = || (env::AGENT_ENDPOINT, self.aws.connections_endpoint());
-        let limits = || (env::LIMITS, self.limits.to_owned());
-        let (timeout_secs, mut variables) = match function {
-            Function::Authorizer => (5, vec![(ENV_JWKS, self.identity.jwks.clone())]),
-            Function::Connect => (
-                10,
-                vec![
-                    connections(),
-                    agent_endpoint(),
-                    limits(),
-                    (env::PUBLIC_URL, self.public_url.to_owned()),
-                    (env::CONNECTION_LIFETIME_SECS, seconds(limits::CONNECTION_LIFETIME)),
-                    (
-                        env::HEARTBEAT_MS,
-                        clock.scale(limits::HEARTBEAT_INTERVAL).as_millis().max(1).to_string(),
-                    ),
-                ],
-            ),
-            Function::Disconnect => (10, [vec![connections()], mailboxes()].concat()),
-            Function::Ingress => (
-                clock.scale(limits::RESPONSE_DURATION).max(SHORTEST_RESPONSE).as_secs(),
-                [
-                    vec![
-                        token_keys(),
-                        (env::STATE_MACHINE_ARN, self.machine.to_owned()),
-                        agent_endpoint(),
-                        connections(),
-                        limits(),
-                        (env::DOMAIN, DOMAIN.to_owned()),
-                        (env::FRONT_SECRET, self.front_secret.to_owned()),
-                        (env::FRONT_ONLY, "true".to_owned()),
-                    ],
-                    mailboxes(),
-                    self.choices.clone(),
-                ]
-                .concat(),
-            ),
-            Function::Response => {
-                (10, vec![token_keys(), (env::MAILBOX_URL_PREFIX, mailbox_prefix.clone()), agent_endpoint()])
-            }
-            Function::Revoke => (60, vec![connections(), agent_endpoint()]),
-            Function::Sweep => (
-                120,
-                [
-                    vec![
-                        connections(),
-                        (env::MAILBOXES_KEPT, self.mailboxes.to_string()),
-                        (env::MAILBOX_IDLE_SECS, seconds(limits::MAILBOX_IDLE)),
-                    ],
-                    mailboxes(),
-                ]
-                .concat(),
-            ),
-        };
-        variables.push((env::METRICS_NAMESPACE, METRICS_NAMESPACE.to_owned()));
-        let own = format!("edge={level},{}", function.name(), level = self.log_level.as_str());
-        variables.push(("AWS_LAMBDA_LOG_LEVEL", filter(self.log_level, &own)));
-        FunctionConfig {
-            name: function.name(),
-            timeout: Duration::from_secs(timeout_secs),
+        let level = format!("edge={level},{name}", level = self.log_level.as_str());
+        own.push(("AWS_LAMBDA_LOG_LEVEL", filter(self.log_level, &level)));
+        environment.extend(own.into_iter().map(|(name, value)| (name.to_owned(), value)));
+        Ok(FunctionConfig {
+            name,
+            // A fast clock shortens the longest response as well.
+            timeout: match function {
+                Function::Ingress => clock.scale(deployed.timeout).max(SHORTEST_RESPONSE),
+                Function::Authorizer
+                | Function::Connect
+                | Function::Disconnect
+                | Function::Response
+                | Function::Revoke
+                | Function::Sweep => deployed.timeout,
+            },
+            memory_mb: deployed.memory_mb,
             concurrency: CONCURRENCY,
-            environment: variables.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
-        }
+            environment,
+        })
+    }
+
+    /// What the variables of a deployment are here.
+    fn values(&self) -> BTreeMap<&'static str, String> {
+        BTreeMap::from([
+            (env::CONNECTIONS_TABLE, CONNECTIONS_TABLE.to_owned()),
+            (env::MAILBOXES_TABLE, MAILBOXES_TABLE.to_owned()),
+            (env::MAILBOX_URL_PREFIX, self.aws.services().sqs.url(MAILBOX_PREFIX)),
+            (env::TOKEN_KEYS, self.token_key.clone()),
+            (env::STATE_MACHINE_ARN, self.machine.to_owned()),
+            (env::AGENT_ENDPOINT, self.aws.connections_endpoint()),
+            (env::DOMAIN, DOMAIN.to_owned()),
+            (env::PUBLIC_URL, self.public_url.to_owned()),
+            (env::FRONT_SECRET, self.front_secret.to_owned()),
+            (env::FRONT_ONLY, "true".to_owned()),
+            (env::METRICS_NAMESPACE, METRICS_NAMESPACE.to_owned()),
+            (env::LIMITS, self.limits.to_owned()),
+            (env::REPLY_TIMEOUT_SECS, limits::REPLY_TIMEOUT.as_secs().to_string()),
+            // The key set is in a variable instead.
+            (ENV_JWKS_FILE, String::new()),
+            (ENV_JWKS_URL, String::new()),
+        ])
     }
 }
 
@@ -493,7 +495,8 @@ fn start_lambda(settings: &Settings<'_>) -> anyhow::Result<Lambda> {
             })
         }),
     };
-    let functions = Function::ALL.into_iter().map(|function| settings.of(function)).collect();
+    let functions = Function::ALL.into_iter().map(|function| settings.of(function));
+    let functions = functions.collect::<anyhow::Result<_>>()?;
     Lambda::start(functions, config).context("starting the functions")
 }
 

@@ -92,6 +92,7 @@ impl Fixture {
         let functions = ["authorizer", "connect", "response", "disconnect"].map(|name| FunctionConfig {
             name,
             timeout: Duration::from_secs(10),
+            memory_mb: 128,
             concurrency: 100,
             environment: BTreeMap::from([("TUNNEL_TEST_FILE".to_owned(), file.clone())]),
         });

@@ -1,7 +1,9 @@
-//! What each function may call: enters a function and an action, leaves yes or no. It says the
-//! same as the roles of the deployed functions.
+//! What each function may call: enters a function and an action, leaves yes or no, as its role in
+//! `resources/roles.yml` says.
 
 use std::fmt;
+
+use crate::stack::{Permission, Resource, stack};
 
 /// A function that may call everything: `local` itself and tests.
 pub const OPERATOR: &str = "operator";
@@ -74,55 +76,39 @@ pub(super) fn sqs_action(operation: &str) -> Option<&'static str> {
 /// Whether the function's role allows the action.
 #[must_use]
 pub fn allows(function: &str, action: Action<'_>) -> bool {
-    match function {
-        OPERATOR => true,
-        "ingress" => match action {
-            Action::States(action) => action == "StartSyncExecution",
-            Action::Sqs(action) => {
-                matches!(action, "ReceiveMessage" | "DeleteMessage" | "DeleteMessageBatch" | "CreateQueue")
-            }
-            Action::DynamoDb(operation, table) => {
-                match table {
-                    Table::Mailboxes => matches!(operation, "Query" | "UpdateItem" | "PutItem"),
-                    // Where requests are limited; on AWS, writes to rows of counters only.
-                    Table::Connections => matches!(operation, "GetItem" | "UpdateItem"),
-                    Table::Other => false,
-                }
-            }
-            Action::ManageConnections(method) => matches!(method, "GET" | "POST"),
-            Action::Lambda(_) => false,
-        },
-        "response" => matches!(action, Action::Sqs("SendMessage") | Action::ManageConnections("DELETE")),
-        "connect" => matches!(
-            action,
-            Action::DynamoDb(
-                "GetItem" | "Query" | "PutItem" | "UpdateItem" | "DeleteItem",
-                Table::Connections
-            ) | Action::ManageConnections("DELETE")
-        ),
-        "revoke" => matches!(
-            action,
-            Action::DynamoDb("GetItem" | "Query" | "PutItem" | "DeleteItem", Table::Connections)
-                | Action::ManageConnections("DELETE")
-        ),
-        "disconnect" => matches!(
-            action,
-            Action::DynamoDb("GetItem" | "DeleteItem", Table::Connections)
-                | Action::DynamoDb("Query", Table::Mailboxes)
-                | Action::Sqs("SendMessage" | "SendMessageBatch")
-        ),
-        "sweep" => match action {
-            Action::Sqs(action) => {
-                matches!(action, "ListQueues" | "GetQueueAttributes" | "CreateQueue" | "DeleteQueue")
-            }
-            Action::DynamoDb("Query" | "PutItem" | "UpdateItem" | "DeleteItem", Table::Mailboxes)
-            | Action::DynamoDb("Scan", Table::Connections) => true,
-            Action::DynamoDb(..) | Action::States(_) | Action::ManageConnections(_) | Action::Lambda(_) => {
-                false
-            }
-        },
-        _ => false,
+    if function == OPERATOR {
+        return true;
     }
+    let Some(needed) = permission(action) else { return false };
+    stack().functions.get(function).is_some_and(|function| function.permissions.contains(&needed))
+}
+
+/// What a role has to say for an action to be allowed; nothing where no role can.
+#[must_use]
+pub fn permission(action: Action<'_>) -> Option<Permission> {
+    let (action, resource) = match action {
+        // A batch needs the right to its single action.
+        Action::Sqs(action) => {
+            // Which queues there are is not asked of one of them.
+            let resource = if action == "ListQueues" { Resource::Any } else { Resource::Queues };
+            (format!("sqs:{}", action.strip_suffix("Batch").unwrap_or(action)), resource)
+        }
+        Action::DynamoDb(operation, table) => {
+            let resource = match table {
+                Table::Connections => Resource::Connections,
+                Table::Mailboxes => Resource::Mailboxes,
+                Table::Other => return None,
+            };
+            (format!("dynamodb:{operation}"), resource)
+        }
+        // Only operators invoke and configure functions.
+        Action::Lambda(_) => return None,
+        Action::States(action) => (format!("states:{action}"), Resource::PublicRequest),
+        Action::ManageConnections(method) => {
+            ("execute-api:ManageConnections".to_owned(), Resource::Link(method.to_owned()))
+        }
+    };
+    Some(Permission { action, resource })
 }
 
 #[cfg(test)]
@@ -136,6 +122,8 @@ mod tests {
         assert!(!allows("ingress", Action::DynamoDb("Query", Table::Connections)));
         assert!(!allows("ingress", Action::Sqs("SendMessage")));
         assert!(allows("response", Action::Sqs("SendMessage")));
+        assert!(allows("ingress", Action::ManageConnections("POST")));
+        assert!(!allows("connect", Action::DynamoDb("GetItem", Table::Other)));
         assert!(!allows("response", Action::DynamoDb("GetItem", Table::Connections)));
         assert!(!allows("response", Action::ManageConnections("POST")));
         assert!(!allows("ingress", Action::ManageConnections("DELETE")));

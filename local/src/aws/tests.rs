@@ -349,7 +349,8 @@ async fn connections_answer_the_sdk() {
     let error = post(b"x".to_vec()).await.unwrap_err();
     assert!(error.as_service_error().unwrap().is_limit_exceeded_exception(), "{error:?}");
 
-    let info = link.get_connection().connection_id(CONNECTION).send().await.unwrap();
+    let operator = edge.link("KEYoperator");
+    let info = operator.get_connection().connection_id(CONNECTION).send().await.unwrap();
     let now = i64::try_from(crate::clock::epoch_ms() / 1000).unwrap();
     assert!((now - info.connected_at().unwrap().secs()).abs() < 60);
 
@@ -359,7 +360,7 @@ async fn connections_answer_the_sdk() {
     closer.delete_connection().connection_id(CONNECTION).send().await.unwrap();
     let error = post(b"x".to_vec()).await.unwrap_err();
     assert!(error.as_service_error().unwrap().is_gone_exception(), "{error:?}");
-    let error = link.get_connection().connection_id(CONNECTION).send().await.unwrap_err();
+    let error = operator.get_connection().connection_id(CONNECTION).send().await.unwrap_err();
     assert!(error.as_service_error().unwrap().is_gone_exception(), "{error:?}");
     drop(edge.connection);
 }

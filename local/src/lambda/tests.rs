@@ -88,8 +88,13 @@ fn start(concurrency: usize, limit: Duration) -> Lambda {
             .map(str::to_owned)
             .to_vec(),
     };
-    let function =
-        FunctionConfig { name: "obedient", timeout: limit, concurrency, environment: BTreeMap::new() };
+    let function = FunctionConfig {
+        name: "obedient",
+        timeout: limit,
+        memory_mb: 128,
+        concurrency,
+        environment: BTreeMap::new(),
+    };
     let config = LambdaConfig {
         launcher,
         aws_endpoint: "http://127.0.0.1:1".to_owned(),
@@ -190,6 +195,7 @@ async fn a_function_that_cannot_start_fails_its_invoker() {
     let function = FunctionConfig {
         name: "broken",
         timeout: Duration::from_secs(1),
+        memory_mb: 128,
         concurrency: 1,
         environment: BTreeMap::new(),
     };
@@ -275,6 +281,7 @@ async fn lost_processes_can_be_injected() {
     let function = FunctionConfig {
         name: "obedient",
         timeout: Duration::from_secs(5),
+        memory_mb: 128,
         concurrency: 4,
         environment: BTreeMap::new(),
     };

@@ -108,6 +108,7 @@ impl Fixture {
         let function = FunctionConfig {
             name: FUNCTION,
             timeout: Duration::from_secs(20),
+            memory_mb: 128,
             concurrency: 10,
             environment: BTreeMap::new(),
         };

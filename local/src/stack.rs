@@ -1,0 +1,310 @@
+//! What a deployment consists of, read from the files that deploy it: `local` gives each function the
+//! time, the memory, the variables and the permissions that it has in AWS, and the tables their keys.
+//!
+//! Enters the text of `serverless.yml` and of files under `resources/`, at compile time. Leaves typed
+//! values, or a panic that says what is missing: the files are a part of this program.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::LazyLock,
+    time::Duration,
+};
+
+use saphyr::{LoadableYamlNode as _, Scalar, Yaml};
+use serde_json::{Map, Value};
+
+/// The files, `serverless.yml` first.
+const FILES: [&str; 4] = [
+    include_str!("../../serverless.yml"),
+    include_str!("../../resources/tables.yml"),
+    include_str!("../../resources/roles.yml"),
+    include_str!("../../resources/workflow.yml"),
+];
+
+static STACK: LazyLock<Stack> =
+    LazyLock::new(|| Stack::parse(FILES).unwrap_or_else(|error| panic!("{error}")));
+
+/// The stack of this version.
+#[must_use]
+pub fn stack() -> &'static Stack {
+    &STACK
+}
+
+/// What is wrong with the files.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the stack's files: {0}")]
+pub struct StackError(String);
+
+/// What is deployed, as far as `local` imitates it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Stack {
+    /// The functions.
+    pub functions: BTreeMap<String, Function>,
+    /// Key and time to live of the table of connections.
+    pub connections: Keys,
+    /// Key of the table of mailboxes.
+    pub mailboxes: Keys,
+    /// The state machine.
+    pub workflow: Workflow,
+}
+
+/// One function.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Function {
+    /// How long one invocation may take.
+    pub timeout: Duration,
+    /// Its memory, in MB.
+    pub memory_mb: u32,
+    /// The names of its environment variables.
+    pub variables: BTreeSet<String>,
+    /// What its role allows.
+    pub permissions: Vec<Permission>,
+}
+
+/// The state machine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Workflow {
+    /// `EXPRESS`.
+    pub kind: String,
+    /// The names that the definition leaves open.
+    pub substitutions: BTreeSet<String>,
+    /// What its role allows.
+    pub permissions: Vec<Permission>,
+}
+
+/// The keys of a table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keys {
+    /// The partition key.
+    pub partition: String,
+    /// The sort key.
+    pub sort: String,
+    /// The attribute that holds when an item expires.
+    pub expiry: Option<String>,
+}
+
+/// One action on one resource that a role allows.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Permission {
+    /// `service:Operation`.
+    pub action: String,
+    /// On what.
+    pub resource: Resource,
+}
+
+/// A resource that a role names.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Resource {
+    /// The table of connections.
+    Connections,
+    /// The table of mailboxes.
+    Mailboxes,
+    /// Every mailbox's queue.
+    Queues,
+    /// The state machine.
+    PublicRequest,
+    /// A method of `@connections`.
+    Link(String),
+    /// The log of this function.
+    Log(String),
+    /// Everything.
+    Any,
+}
+
+impl Stack {
+    /// Reads the files, `serverless.yml` first.
+    ///
+    /// # Errors
+    ///
+    /// When something that `local` needs is missing, or a role names a resource that is not known here.
+    pub fn parse<'a>(files: impl IntoIterator<Item = &'a str>) -> Result<Self, StackError> {
+        let mut files = files.into_iter().map(read);
+        let serverless = files.next().ok_or_else(|| StackError("there are none".into()))??;
+        let mut resources = Map::new();
+        for file in files {
+            resources.extend(object(&file?, "Resources")?.clone());
+        }
+        let resource = |name: &str, kind: &str| {
+            let found = resources.get(name).filter(|resource| resource["Type"] == kind);
+            found.map(|found| &found["Properties"]).ok_or_else(|| StackError(format!("no {kind} {name}")))
+        };
+        let permissions = |role: &str| permissions(resource(role, "AWS::IAM::Role")?, role);
+        let mut functions = BTreeMap::new();
+        for (name, function) in object(&serverless, "functions")? {
+            let number = |key: &str| {
+                let number = function[key].as_u64().and_then(|number| u32::try_from(number).ok());
+                number.ok_or_else(|| StackError(format!("function {name} has no {key}")))
+            };
+            let parsed = Function {
+                timeout: Duration::from_secs(u64::from(number("timeout")?)),
+                memory_mb: number("memorySize")?,
+                variables: object(function, "environment")?.keys().cloned().collect(),
+                permissions: permissions(&text(function, "role")?)?,
+            };
+            functions.insert(name.clone(), parsed);
+        }
+        let table = |name: &str| keys(resource(name, "AWS::DynamoDB::Table")?, name);
+        let workflow = resource("PublicRequest", "AWS::StepFunctions::StateMachine")?;
+        Ok(Self {
+            functions,
+            connections: table("ConnectionsTable")?,
+            mailboxes: table("MailboxesTable")?,
+            workflow: Workflow {
+                kind: text(workflow, "StateMachineType")?,
+                substitutions: object(workflow, "DefinitionSubstitutions")?.keys().cloned().collect(),
+                permissions: permissions("PublicRequestRole")?,
+            },
+        })
+    }
+}
+
+fn keys(table: &Value, name: &str) -> Result<Keys, StackError> {
+    let key = |kind: &str| {
+        let all = table["KeySchema"].as_array().into_iter().flatten();
+        let found = all.filter(|key| key["KeyType"] == kind).find_map(|key| key["AttributeName"].as_str());
+        found.map(str::to_owned).ok_or_else(|| StackError(format!("{name} has no {kind} key")))
+    };
+    let expiry = &table["TimeToLiveSpecification"];
+    let expiry = expiry["AttributeName"].as_str().filter(|_| expiry["Enabled"] == true).map(str::to_owned);
+    Ok(Keys { partition: key("HASH")?, sort: key("RANGE")?, expiry })
+}
+
+fn permissions(role: &Value, name: &str) -> Result<Vec<Permission>, StackError> {
+    let mut permissions = Vec::new();
+    for policy in list(&role["Policies"]) {
+        for statement in list(&policy["PolicyDocument"]["Statement"]) {
+            if statement["Effect"] != "Allow" || statement.get("Condition").is_some() {
+                return Err(StackError(format!("{name} has a statement that is more than an Allow")));
+            }
+            for action in list(&statement["Action"]) {
+                let action = action.as_str().unwrap_or_default();
+                for resource in list(&statement["Resource"]) {
+                    let resource = named(resource)
+                        .ok_or_else(|| StackError(format!("{name} names the unknown resource {resource}")))?;
+                    permissions.push(Permission { action: action.to_owned(), resource });
+                }
+            }
+        }
+    }
+    Ok(permissions)
+}
+
+/// The resource that an expression of a role stands for.
+fn named(expression: &Value) -> Option<Resource> {
+    if expression == "*" {
+        return Some(Resource::Any);
+    }
+    if expression["Ref"] == "PublicRequest" {
+        return Some(Resource::PublicRequest);
+    }
+    if let Some(attribute) = expression["Fn::GetAtt"].as_str() {
+        return match attribute.strip_suffix(".Arn")? {
+            "ConnectionsTable" => Some(Resource::Connections),
+            "MailboxesTable" => Some(Resource::Mailboxes),
+            log => log.strip_suffix("LogGroup").map(|function| Resource::Log(function.to_lowercase())),
+        };
+    }
+    let arn = expression["Fn::Sub"].as_str()?;
+    let arn = arn.strip_prefix("arn:${AWS::Partition}:")?;
+    if let Some(queue) = arn.strip_prefix("sqs:${AWS::Region}:${AWS::AccountId}:") {
+        return (queue == "${self:custom.names.mailboxes}*").then_some(Resource::Queues);
+    }
+    let path = arn.strip_prefix("execute-api:${AWS::Region}:${AWS::AccountId}:${AgentsApi}/${sls:stage}/")?;
+    path.strip_suffix("/@connections/*").map(|method| Resource::Link(method.to_owned()))
+}
+
+/// A list, or the one thing that stands where a list may.
+fn list(value: &Value) -> &[Value] {
+    match value {
+        Value::Array(all) => all,
+        Value::Null => &[],
+        one => std::slice::from_ref(one),
+    }
+}
+
+fn object<'a>(value: &'a Value, key: &str) -> Result<&'a Map<String, Value>, StackError> {
+    value.get(key).and_then(Value::as_object).ok_or_else(|| StackError(format!("no {key}")))
+}
+
+fn text(value: &Value, key: &str) -> Result<String, StackError> {
+    value[key].as_str().map(str::to_owned).ok_or_else(|| StackError(format!("no {key}")))
+}
+
+/// Reads YAML with CloudFormation's short forms; what they stand for is `{"Fn::Name": …}`.
+fn read(text: &str) -> Result<Value, StackError> {
+    let documents = Yaml::load_from_str(text).map_err(|error| StackError(error.to_string()))?;
+    documents.first().map(json).ok_or_else(|| StackError("an empty file".into()))
+}
+
+fn json(node: &Yaml<'_>) -> Value {
+    match node {
+        Yaml::Value(Scalar::Boolean(value)) => Value::from(*value),
+        Yaml::Value(Scalar::Integer(value)) => Value::from(*value),
+        Yaml::Value(Scalar::FloatingPoint(value)) => Value::from(value.into_inner()),
+        Yaml::Value(Scalar::String(value)) => Value::from(value.as_ref()),
+        Yaml::Sequence(all) => all.iter().map(json).collect(),
+        Yaml::Mapping(all) => all
+            .iter()
+            .map(|(key, value)| (key.as_str().unwrap_or_default().to_owned(), json(value)))
+            .collect(),
+        Yaml::Tagged(tag, inner) => {
+            let name = match tag.suffix.as_str() {
+                name @ ("Ref" | "Condition") => name.to_owned(),
+                name => format!("Fn::{name}"),
+            };
+            Value::Object(Map::from_iter([(name, json(inner))]))
+        }
+        Yaml::Value(Scalar::Null) | Yaml::Representation(..) | Yaml::Alias(_) | Yaml::BadValue => Value::Null,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_the_files_of_this_version() {
+        let stack = stack();
+        let ingress = &stack.functions["ingress"];
+        assert_eq!(ingress.timeout, proto::limits::RESPONSE_DURATION);
+        assert!(ingress.variables.contains("TUNNEL_TOKEN_KEYS"));
+        let starts =
+            Permission { action: "states:StartSyncExecution".into(), resource: Resource::PublicRequest };
+        assert!(ingress.permissions.contains(&starts));
+        assert_eq!(stack.connections.partition, "tunnel");
+        assert_eq!(stack.connections.expiry.as_deref(), Some("expires_at"));
+        assert_eq!(stack.mailboxes.expiry, None);
+        assert_eq!(stack.workflow.kind, "EXPRESS");
+    }
+
+    fn replaced(from: &str, to: &str) -> Result<Stack, StackError> {
+        assert!(FILES.iter().any(|file| file.contains(from)), "{from}");
+        let files: Vec<String> = FILES.iter().map(|file| file.replace(from, to)).collect();
+        Stack::parse(files.iter().map(String::as_str))
+    }
+
+    #[test]
+    fn what_is_not_understood_is_refused() {
+        for (from, to) in [
+            ("timeout: 900", "timeout: long"),
+            ("role: IngressRole", "role: NoRole"),
+            ("Effect: Allow", "Effect: Deny"),
+            ("!GetAtt MailboxesTable.Arn", "!GetAtt OtherTable.Name"),
+            ("GET/@connections/*", "GET/*"),
+            ("KeyType: RANGE", "KeyType: OTHER"),
+            ("functions:", "others:"),
+        ] {
+            assert!(replaced(from, to).is_err(), "{from} as {to}");
+        }
+    }
+
+    #[test]
+    fn an_anchor_and_a_short_form_are_what_they_stand_for() {
+        let value = read("a: &a {b: !Ref X}\nc: *a\nd: !GetAtt Y.Arn\ne: ['*', 1, true, ~]").unwrap();
+        let expected = serde_json::json!({
+            "a": {"b": {"Ref": "X"}}, "c": {"b": {"Ref": "X"}}, "d": {"Fn::GetAtt": "Y.Arn"},
+            "e": ["*", 1, true, null],
+        });
+        assert_eq!(value, expected);
+    }
+}

@@ -1,0 +1,554 @@
+//! The stack against the code: `serverless.yml` and `resources/` say the same as the functions, the state
+//! machine and the limits. What only the packaged stack shows is looked at where `TUNNEL_TEMPLATES` names a
+//! folder of templates, as `resources/check` makes them.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use edge::{
+    config::{Env, env},
+    metrics::{Metric, OUTCOME},
+};
+use local::{
+    stack::{Permission, Resource, stack},
+    states::definition::Definition,
+};
+use proto::limits;
+use serde_json::Value;
+
+const MACHINE: &str = include_str!("../statemachines/public_request.asl.json");
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(root().join(path)).unwrap()
+}
+
+/// The names in a folder.
+fn names(folder: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(root().join(folder)).unwrap();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn every_folder_of_functions_is_deployed_and_nothing_else() {
+    let deployed: Vec<_> = stack().functions.keys().cloned().collect();
+    assert_eq!(names("functions"), deployed);
+}
+
+/// A value that a variable could have.
+fn value(name: &str) -> String {
+    match name {
+        env::TOKEN_KEYS => STANDARD.encode([1; 48]),
+        env::AGENT_ENDPOINT => "https://example.com/dev".into(),
+        env::FRONT_ONLY => "true".into(),
+        env::REPLY_TIMEOUT_SECS => "60".into(),
+        authorizer::config::ENV_JWKS_FILE => {
+            root().join("functions/authorizer/tests/fixtures/agentd-ed.jwks.json").to_str().unwrap().into()
+        }
+        authorizer::config::ENV_JWKS_URL => String::new(),
+        env::LIMITS => "tunnel_requests=50".into(),
+        _ => "x".into(),
+    }
+}
+
+/// Reads a function's configuration from its deployed variables; returns what it asked for.
+fn asked(function: &str) -> BTreeSet<String> {
+    let deployed = &stack().functions[function].variables;
+    let asked = RefCell::new(BTreeSet::new());
+    let lookup = |name: &str| {
+        asked.borrow_mut().insert(name.to_owned());
+        if name == "AWS_REGION" {
+            return Some("eu-central-1".to_owned());
+        }
+        deployed.contains(name).then(|| value(name))
+    };
+    let env = Env::new(&lookup);
+    let read = match function {
+        "authorizer" => {
+            authorizer::config::Config::from_env(&env).map(drop).map_err(|error| error.to_string())
+        }
+        "connect" => connect::Connect::from_env(&env).map(drop).map_err(|error| error.to_string()),
+        "disconnect" => disconnect::Disconnect::from_env(&env).map(drop).map_err(|error| error.to_string()),
+        "ingress" => ingress::Ingress::from_env(&env).map(drop).map_err(|error| error.to_string()),
+        "response" => response::Response::from_env(&env).map(drop).map_err(|error| error.to_string()),
+        "revoke" => revoke::Revoke::from_env(&env).map(drop).map_err(|error| error.to_string()),
+        "sweep" => sweep::Sweep::from_env(&env).map(drop).map_err(|error| error.to_string()),
+        other => Err(format!("{other} is not known to this test")),
+    };
+    assert_eq!(read, Ok(()), "{function} with the variables of its deployment");
+    asked.into_inner()
+}
+
+#[test]
+fn a_function_is_deployed_with_the_variables_that_it_reads() {
+    for (name, function) in &stack().functions {
+        let mut read = asked(name);
+        // Read by `edge::telemetry`, for every function.
+        read.insert(env::METRICS_NAMESPACE.to_owned());
+        let surplus: Vec<_> = function.variables.difference(&read).collect();
+        assert!(surplus.is_empty(), "{name} does not read {surplus:?}");
+        assert!(function.variables.contains(env::METRICS_NAMESPACE), "{name} writes no metrics");
+    }
+}
+
+/// A function of `edge`: which other ones and which actions of AWS stand in it.
+struct Code {
+    module: String,
+    is_public: bool,
+    body: String,
+}
+
+/// Operations of the SDKs, as a call begins one.
+const OPERATIONS: &[(&str, &str)] = &[
+    ("get_item", "dynamodb:GetItem"),
+    ("put_item", "dynamodb:PutItem"),
+    ("update_item", "dynamodb:UpdateItem"),
+    ("delete_item", "dynamodb:DeleteItem"),
+    ("query", "dynamodb:Query"),
+    ("scan", "dynamodb:Scan"),
+    ("send_message", "sqs:SendMessage"),
+    ("send_message_batch", "sqs:SendMessage"),
+    ("receive_message", "sqs:ReceiveMessage"),
+    ("delete_message", "sqs:DeleteMessage"),
+    ("delete_message_batch", "sqs:DeleteMessage"),
+    ("create_queue", "sqs:CreateQueue"),
+    ("delete_queue", "sqs:DeleteQueue"),
+    ("list_queues", "sqs:ListQueues"),
+    ("get_queue_attributes", "sqs:GetQueueAttributes"),
+    ("start_sync_execution", "states:StartSyncExecution"),
+    ("post_to_connection", "POST"),
+    ("get_connection", "GET"),
+    ("delete_connection", "DELETE"),
+];
+
+/// The text without its tests and its comments.
+fn shipped(text: &str) -> String {
+    let text = text.split("#[cfg(test)]").next().unwrap_or_default();
+    text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
+}
+
+/// Every `name(` in `text` that is a call, with whether it is called on `self`.
+fn calls(text: &str) -> BTreeSet<(bool, String)> {
+    let mut found = BTreeSet::new();
+    for (at, _) in text.match_indices('(') {
+        let name: String = text[..at]
+            .chars()
+            .rev()
+            .take_while(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || *c == '_')
+            .collect();
+        let before = &text[..at - name.len()];
+        if !name.is_empty() && !before.ends_with("fn ") {
+            found.insert((before.ends_with("self."), name.chars().rev().collect()));
+        }
+    }
+    found
+}
+
+/// The functions of `edge`, by name.
+fn code_of_edge() -> BTreeMap<String, Vec<Code>> {
+    let mut code: BTreeMap<String, Vec<Code>> = BTreeMap::new();
+    for file in names("edge/src") {
+        let text = shipped(&read(&format!("edge/src/{file}")));
+        let mut starts: Vec<_> = text.match_indices("fn ").map(|(at, _)| at).collect();
+        starts.push(text.len());
+        for pair in starts.windows(2) {
+            let body = &text[pair[0] + 3..pair[1]];
+            let name: String = body.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
+            let line = text[..pair[0]].rsplit('\n').next().unwrap_or_default();
+            let is_public = line.trim_start().starts_with("pub ") || line.contains("pub(crate)");
+            code.entry(name).or_default().push(Code {
+                module: file.clone(),
+                is_public,
+                body: body.to_owned(),
+            });
+        }
+    }
+    code
+}
+
+/// What a function's code can call of AWS through `edge`. Names decide, so it may be more than is called.
+fn reachable(function: &str, code: &BTreeMap<String, Vec<Code>>) -> BTreeSet<Permission> {
+    let folder = format!("functions/{function}/src");
+    let own: String = names(&folder)
+        .iter()
+        .filter(|name| name.ends_with(".rs"))
+        .map(|name| shipped(&read(&format!("{folder}/{name}"))))
+        .collect();
+    let mut open: Vec<(&str, &str)> = Vec::new();
+    for (_, name) in calls(&own) {
+        for one in code.get(&name).into_iter().flatten().filter(|one| one.is_public) {
+            open.push((&one.module, &one.body));
+        }
+    }
+    let mut seen = BTreeSet::new();
+    let mut found = BTreeSet::new();
+    while let Some((module, body)) = open.pop() {
+        if !seen.insert((module, body)) {
+            continue;
+        }
+        for (on_self, name) in calls(body) {
+            if body.contains(&format!(".{name}()"))
+                && let Some((_, action)) = OPERATIONS.iter().find(|(call, _)| *call == name)
+            {
+                let resource = match (action.split(':').next().unwrap(), module) {
+                    ("dynamodb", "mailbox.rs" | "caretaker.rs") => Resource::Mailboxes,
+                    ("dynamodb", _) => Resource::Connections,
+                    ("sqs", _) if *action == "sqs:ListQueues" => Resource::Any,
+                    ("sqs", _) => Resource::Queues,
+                    ("states", _) => Resource::PublicRequest,
+                    (method, _) => Resource::Link(method.to_owned()),
+                };
+                let action = match resource {
+                    Resource::Link(_) => "execute-api:ManageConnections",
+                    _ => action,
+                };
+                found.insert(Permission { action: action.to_owned(), resource });
+            }
+            for one in code.get(&name).into_iter().flatten() {
+                // What is called on oneself is in the same module.
+                if one.module == module || (!on_self && one.is_public) {
+                    open.push((&one.module, &one.body));
+                }
+            }
+        }
+    }
+    found
+}
+
+/// That a role has all it needs is shown by every other test: `local` enforces it.
+#[test]
+fn a_role_allows_nothing_that_its_function_cannot_call() {
+    let code = code_of_edge();
+    for (name, function) in &stack().functions {
+        let reachable = reachable(name, &code);
+        for permission in &function.permissions {
+            let is_own = match (&permission.resource, permission.action.as_str()) {
+                (Resource::Log(log), "logs:CreateLogStream" | "logs:PutLogEvents") => log == name,
+                (Resource::Any, "xray:PutTraceSegments" | "xray:PutTelemetryRecords") => true,
+                _ => reachable.contains(permission),
+            };
+            assert!(is_own, "{name} cannot call {permission:?}, only {reachable:?}");
+        }
+    }
+    // The test itself: what it finds is not simply everything.
+    let response = reachable("response", &code);
+    assert!(response.iter().any(|permission| permission.action == "sqs:SendMessage"));
+    assert!(response.iter().all(|permission| permission.action != "sqs:CreateQueue"), "{response:?}");
+}
+
+/// What a task of the state machine needs.
+fn needed(task: &Value) -> Permission {
+    let arguments = &task["Arguments"];
+    let resource = task["Resource"].as_str().unwrap();
+    let (service, operation) = resource.trim_start_matches("arn:aws:states:::").rsplit_once(':').unwrap();
+    let operation = format!("{}{}", operation[..1].to_uppercase(), &operation[1..]);
+    match service.trim_start_matches("aws-sdk:") {
+        "dynamodb" => {
+            assert_eq!(arguments["TableName"], "${ConnectionsTable}");
+            Permission { action: format!("dynamodb:{operation}"), resource: Resource::Connections }
+        }
+        "sqs" => Permission { action: format!("sqs:{operation}"), resource: Resource::Queues },
+        "apigateway" => Permission {
+            action: "execute-api:ManageConnections".into(),
+            resource: Resource::Link(arguments["Method"].as_str().unwrap().into()),
+        },
+        other => panic!("{other} is not known to this test"),
+    }
+}
+
+fn machine() -> Value {
+    serde_json::from_str(MACHINE).unwrap()
+}
+
+fn tasks(machine: &Value) -> impl Iterator<Item = (&String, &Value)> {
+    machine["States"].as_object().unwrap().iter().filter(|(_, state)| state["Type"] == "Task")
+}
+
+#[test]
+fn the_state_machine_may_do_what_its_tasks_do() {
+    let needed: BTreeSet<_> = tasks(&machine()).map(|(_, task)| needed(task)).collect();
+    let allowed: BTreeSet<_> = stack().workflow.permissions.iter().cloned().collect();
+    let own = |permission: &&Permission| permission.resource != Resource::Any;
+    assert_eq!(allowed.iter().filter(own).cloned().collect::<BTreeSet<_>>(), needed);
+    let any = allowed.iter().filter(|permission| permission.resource == Resource::Any);
+    for permission in any {
+        let service = permission.action.split(':').next();
+        assert!(matches!(service, Some("logs" | "xray")), "{permission:?}");
+    }
+}
+
+#[test]
+fn every_substitution_is_supplied_and_the_machine_is_one_that_express_takes() {
+    let supplied: BTreeMap<_, _> =
+        stack().workflow.substitutions.iter().map(|name| (name.clone(), "x".to_owned())).collect();
+    for name in supplied.keys() {
+        assert!(MACHINE.contains(&format!("${{{name}}}")), "{name} is supplied for nothing");
+    }
+    Definition::parse(MACHINE, &supplied).unwrap();
+    assert_eq!(stack().workflow.kind, "EXPRESS");
+    // `Definition` refuses them by not knowing them; this is what a deployment would refuse.
+    for illegal in [".waitForTaskToken", ".sync", ":activity:"] {
+        assert!(!MACHINE.contains(illegal), "{illegal}");
+    }
+}
+
+/// The longest that a task takes, with every retry and every wait between.
+fn longest(task: &Value) -> u64 {
+    let timeout = task["TimeoutSeconds"].as_u64().unwrap();
+    let retries = task["Retry"].as_array().into_iter().flatten().map(|retry| {
+        let number = |key: &str, default| retry[key].as_f64().unwrap_or(default);
+        let most = number("MaxDelaySeconds", f64::MAX);
+        let waits = (0..retry["MaxAttempts"].as_u64().unwrap_or(3)).map(|attempt| {
+            let delay = number("IntervalSeconds", 1.0)
+                * number("BackoffRate", 2.0).powi(i32::try_from(attempt).unwrap());
+            delay.min(most).ceil() as u64 + timeout
+        });
+        waits.sum::<u64>()
+    });
+    timeout + retries.sum::<u64>()
+}
+
+#[test]
+fn the_longest_way_through_a_run_fits_its_time_and_a_run_fits_ingress() {
+    let machine = machine();
+    let longest = |name: &str| longest(&machine["States"][name]);
+    let run = Duration::from_secs(machine["TimeoutSeconds"].as_u64().unwrap());
+    // To the dispatch: the lookup and three connections, two of which are gone.
+    let dispatch =
+        longest("LookUpConnections") + 3 * longest("DispatchRequest") + 2 * longest("ForgetConnection");
+    // After the deadline: the shortest poll and one check.
+    let end = limits::MAILBOX_WAIT;
+    assert!(Duration::from_secs(dispatch) + end <= run, "{dispatch} s to the dispatch");
+    assert!(limits::REPLY_TIMEOUT_MAX + end <= run);
+    assert!(run <= limits::RUN_DURATION);
+    assert!(limits::RUN_DURATION < stack().functions["ingress"].timeout);
+    // A poll ends before its task does.
+    let poll = machine["States"]["AwaitReply"]["TimeoutSeconds"].as_u64().unwrap();
+    assert!(limits::MAILBOX_WAIT < Duration::from_secs(poll));
+    assert_eq!(stack().functions["ingress"].timeout, limits::RESPONSE_DURATION);
+}
+
+#[test]
+fn every_state_is_below_the_limit_by_construction() {
+    let machine = machine();
+    let states = &machine["States"];
+    // The run's input is one message and a few names. No state hands it on: each names its output.
+    for (name, state) in states.as_object().unwrap() {
+        let hands_on_its_result = ["AwaitReply", "DiscardStale"].contains(&name.as_str());
+        let ends = ["Choice", "Fail"].contains(&state["Type"].as_str().unwrap());
+        assert!(
+            hands_on_its_result || ends || !state["Output"].is_null(),
+            "{name} hands on what it was given"
+        );
+        assert!(!state["Output"].to_string().contains("Execution.Input"), "{name} hands on the input");
+        assert!(!state["Assign"].to_string().contains("message"), "{name} keeps the message");
+    }
+    // One message of a mailbox at a time; with it the request is not kept.
+    assert_eq!(states["AwaitReply"]["Arguments"]["MaxNumberOfMessages"], 1);
+    const { assert!(limits::MESSAGE_BYTES * 2 <= limits::STATE_BYTES) };
+}
+
+#[test]
+fn fronts_wait_longer_than_the_edge_and_an_alarm_exists_for_each_thing() {
+    for (front, limit) in [("cloudfront", "OriginReadTimeout: 60"), ("httpapi", "TimeoutInMillis: 30000")] {
+        let text = read(&format!("resources/fronts/{front}.yml"));
+        let line = text.lines().find(|line| line.starts_with("replyTimeoutSecs")).unwrap();
+        let secs: u64 = line.split('\'').nth(1).unwrap().parse().unwrap();
+        assert!(text.contains(limit), "{front}");
+        let limit: u64 = limit.split(' ').nth(1).unwrap().parse().unwrap();
+        assert!(secs < if limit > 1000 { limit / 1000 } else { limit }, "{front}");
+        for field in ["x-tunnel-host", "x-tunnel-client", "x-tunnel-target", "x-tunnel-front"] {
+            assert!(text.contains(field), "{front} lets clients send {field}");
+        }
+        assert!(text.contains("only: 'true'"), "{front}");
+    }
+}
+
+/// The templates that `resources/check` has packaged.
+fn templates() -> Vec<(String, Value)> {
+    let Some(folder) = std::env::var_os("TUNNEL_TEMPLATES") else {
+        println!("skipped: TUNNEL_TEMPLATES is not set; resources/check packages the stack and sets it");
+        return Vec::new();
+    };
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let files = files.filter(|path| path.extension().is_some_and(|extension| extension == "json"));
+    let read = files.map(|path| {
+        let template = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        (path.file_stem().unwrap().to_string_lossy().into_owned(), template)
+    });
+    let templates: Vec<_> = read.collect();
+    assert!(!templates.is_empty(), "there are no templates");
+    templates
+}
+
+fn of_type<'a>(template: &'a Value, kind: &'a str) -> impl Iterator<Item = (&'a String, &'a Value)> {
+    let resources = template["Resources"].as_object().unwrap().iter();
+    resources.filter(move |(_, one)| one["Type"] == kind).map(|(name, one)| (name, &one["Properties"]))
+}
+
+fn names_in(object: &Value) -> BTreeSet<String> {
+    object.as_object().unwrap().keys().cloned().collect()
+}
+
+#[test]
+fn the_packaged_stack_is_the_one_that_local_imitates() {
+    for (name, template) in templates() {
+        let mut roles = BTreeSet::new();
+        let mut found = 0;
+        for (id, function) in of_type(&template, "AWS::Lambda::Function") {
+            let own = id.trim_end_matches("LambdaFunction").to_lowercase();
+            let expected = &stack().functions[&own];
+            assert_eq!(function["Runtime"], "provided.al2023");
+            assert_eq!(function["Timeout"], expected.timeout.as_secs(), "{name}: {own}");
+            assert_eq!(function["MemorySize"], expected.memory_mb, "{name}: {own}");
+            assert_eq!(names_in(&function["Environment"]["Variables"]), expected.variables, "{name}: {own}");
+            assert_eq!(function["LoggingConfig"]["LogFormat"], "JSON");
+            assert!(roles.insert(function["Role"].to_string()), "{own} shares its role");
+            if let Some(keys) = function["Environment"]["Variables"].get(env::TOKEN_KEYS) {
+                // It comes from the secret and from nowhere else.
+                assert!(keys["Fn::If"][1]["Fn::Sub"].as_str().unwrap().ends_with("AWSPREVIOUS}}"), "{keys}");
+                assert_eq!(
+                    keys["Fn::If"][2]["Fn::Sub"],
+                    "{{resolve:secretsmanager:${TokenKey}:SecretString::AWSCURRENT}}"
+                );
+            }
+            found += 1;
+        }
+        assert_eq!(found, stack().functions.len(), "{name}");
+        for (id, group) in of_type(&template, "AWS::Logs::LogGroup") {
+            assert!(group["RetentionInDays"].as_u64().is_some(), "{name}: {id} is kept for ever");
+        }
+    }
+}
+
+#[test]
+fn the_packaged_function_url_streams_and_may_be_called() {
+    for (name, template) in templates() {
+        let urls: Vec<_> = of_type(&template, "AWS::Lambda::Url").collect();
+        assert_eq!(urls.len(), 1, "{name}");
+        assert_eq!(urls[0].1["InvokeMode"], "RESPONSE_STREAM", "{name}");
+        assert_eq!(urls[0].1["AuthType"], "NONE", "{name}");
+        let open: Vec<_> = of_type(&template, "AWS::Lambda::Permission")
+            .filter(|(_, one)| one["Principal"] == "*")
+            .collect();
+        // Both are needed, and each is for calls through the URL alone.
+        assert_eq!(open.len(), 2, "{name}");
+        for (id, permission) in open {
+            let target = &permission["FunctionName"]["Fn::GetAtt"][0];
+            assert_eq!(target, "IngressLambdaFunction", "{name}: {id}");
+            let by_url = match permission["Action"].as_str() {
+                Some("lambda:InvokeFunctionUrl") => permission["FunctionUrlAuthType"] == "NONE",
+                Some("lambda:InvokeFunction") => permission["InvokedViaFunctionUrl"] == true,
+                _ => false,
+            };
+            assert!(by_url, "{name}: {permission}");
+        }
+        let closed = of_type(&template, "AWS::Lambda::Permission").filter(|(_, one)| one["Principal"] != "*");
+        for (id, permission) in closed {
+            assert!(!permission["SourceArn"].is_null(), "{name}: {id} lets any API in");
+        }
+    }
+}
+
+#[test]
+fn the_packaged_state_machine_is_the_file() {
+    for (name, template) in templates() {
+        let machines: Vec<_> = of_type(&template, "AWS::StepFunctions::StateMachine").collect();
+        assert_eq!(machines.len(), 1, "{name}");
+        let packaged = machines[0].1;
+        assert_eq!(packaged["StateMachineType"], "EXPRESS", "{name}");
+        // Byte for byte: osls drops every `null` of an object, and a run would fail for want of it.
+        assert!(packaged["DefinitionString"] == MACHINE, "{name}: osls changed the definition");
+        assert_eq!(names_in(&packaged["DefinitionSubstitutions"]), stack().workflow.substitutions);
+        let logging = &packaged["LoggingConfiguration"];
+        assert_eq!((&logging["Level"], &logging["IncludeExecutionData"]), (&"ERROR".into(), &false.into()));
+    }
+}
+
+#[test]
+fn packaged_roles_name_what_they_allow() {
+    const WITHOUT_RESOURCES: &[&str] = &[
+        "logs:CreateLogDelivery",
+        "logs:DeleteLogDelivery",
+        "logs:DescribeLogGroups",
+        "logs:DescribeResourcePolicies",
+        "logs:GetLogDelivery",
+        "logs:ListLogDeliveries",
+        "logs:PutResourcePolicy",
+        "logs:UpdateLogDelivery",
+        "sqs:ListQueues",
+        "xray:GetSamplingRules",
+        "xray:GetSamplingTargets",
+        "xray:PutTelemetryRecords",
+        "xray:PutTraceSegments",
+    ];
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_else(|| vec![value.clone()]);
+    for (name, template) in templates() {
+        let mut roles = 0;
+        for (id, role) in of_type(&template, "AWS::IAM::Role") {
+            assert!(role["ManagedPolicyArns"].is_null(), "{name}: {id}");
+            for policy in role["Policies"].as_array().unwrap() {
+                for statement in list(&policy["PolicyDocument"]["Statement"]) {
+                    for action in list(&statement["Action"]) {
+                        let action = action.as_str().unwrap();
+                        assert!(!action.contains('*'), "{name}: {id} allows {action}");
+                        let any = list(&statement["Resource"]).iter().any(|resource| resource == "*");
+                        assert!(
+                            !any || WITHOUT_RESOURCES.contains(&action),
+                            "{name}: {id} allows {action} on *"
+                        );
+                    }
+                }
+            }
+            roles += 1;
+        }
+        assert_eq!(roles, stack().functions.len() + 1, "{name}: a role each, and the state machine's");
+    }
+}
+
+#[test]
+fn packaged_alarms_and_dashboard_go_by_metrics_that_exist() {
+    for (name, template) in templates() {
+        let alarms: BTreeMap<_, _> = of_type(&template, "AWS::CloudWatch::Alarm").collect();
+        let threshold = |alarm: &str| alarms[&alarm.to_owned()]["Threshold"].as_u64();
+        assert_eq!(threshold("FunctionErrors"), Some(10), "{name}");
+        assert_eq!(threshold("TableThrottles"), Some(5), "{name}");
+        assert_eq!(threshold("ServerErrors"), Some(10), "{name}");
+        assert!(alarms.contains_key(&"RunFailures".to_owned()), "{name}");
+        for (id, alarm) in &alarms {
+            for metric in alarm["Metrics"].as_array().into_iter().flatten() {
+                let period = &metric["MetricStat"]["Period"];
+                assert!(period.is_null() || period == 300, "{name}: {id}");
+            }
+        }
+        let dashboards: Vec<_> = of_type(&template, "AWS::CloudWatch::Dashboard").collect();
+        let body = dashboards[0].1["DashboardBody"]["Fn::Sub"].as_str().unwrap();
+        let body: Value = serde_json::from_str(body).unwrap();
+        let mut own = 0;
+        for widget in body["widgets"].as_array().unwrap() {
+            for metric in widget["properties"]["metrics"].as_array().unwrap() {
+                let namespace = metric[0].as_str().unwrap_or_default();
+                if namespace.starts_with("tunnel/") {
+                    let found = Metric::ALL.iter().find(|one| metric[1] == one.name());
+                    assert!(found.is_some_and(|one| one.dimension().is_none()), "{name}: {metric}");
+                    own += 1;
+                }
+            }
+        }
+        assert!(own >= 5, "{name}");
+        let text = body.to_string();
+        assert!(text.contains(&format!(",{OUTCOME}}}")) && text.contains(Metric::Requests.name()), "{name}");
+    }
+}
