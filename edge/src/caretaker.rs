@@ -65,7 +65,9 @@ impl Caretaker {
                 .dynamodb
                 .query()
                 .table_name(&self.pool.table)
-                .key_condition_expression("pool = :pool")
+                .key_condition_expression("#pool = :pool")
+                // A reserved word.
+                .expression_attribute_names("#pool", "pool")
                 .expression_attribute_values(":pool", text(POOL))
                 .consistent_read(true)
                 .set_exclusive_start_key(from)

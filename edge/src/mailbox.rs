@@ -298,7 +298,7 @@ impl Pool {
     ///
     /// [`Error`] when the pool cannot be read; whoever waits then notices by asking for the connection.
     pub async fn announce_lost(&self, connection: &ConnectionId) -> Result<usize, Error> {
-        let leased = self.query("pool = :pool", "leased_until > :now", None, unix_now()).await?;
+        let leased = self.query("#pool = :pool", "leased_until > :now", None, unix_now()).await?;
         let mut told = 0;
         // Ten at a time: enough to be quick, few enough not to be throttled.
         for batch in leased.chunks(10) {
@@ -320,7 +320,7 @@ impl Pool {
     }
 
     async fn free(&self, half: &str, start: &str, now: u64) -> Result<Vec<MailboxId>, Error> {
-        self.query(&format!("pool = :pool AND {half}"), "leased_until <= :now", Some(start), now).await
+        self.query(&format!("#pool = :pool AND {half}"), "leased_until <= :now", Some(start), now).await
     }
 
     async fn query(
@@ -339,6 +339,8 @@ impl Pool {
                 .table_name(&self.table)
                 .key_condition_expression(keys)
                 .filter_expression(filter)
+                // A reserved word.
+                .expression_attribute_names("#pool", "pool")
                 .expression_attribute_values(":pool", text(POOL))
                 .expression_attribute_values(":now", number(now))
                 .consistent_read(true)

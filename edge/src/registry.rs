@@ -90,12 +90,14 @@ impl Registry {
             .update_item()
             .table_name(&self.table)
             .set_key(Some(key(&owner_key(&connection.owner), connection.id.as_str())))
+            // A reserved word.
+            .expression_attribute_names("#agent", "agent")
             .expression_attribute_values(":agent", text(connection.agent.as_str()))
             .expression_attribute_values(":now", number(now_ms))
             .expression_attribute_values(":expires_at", number(connection.expires_at))
             .return_values(ReturnValue::AllNew);
         let mut update =
-            "SET agent = :agent, expires_at = :expires_at, since_ms = if_not_exists(since_ms, :now)"
+            "SET #agent = :agent, expires_at = :expires_at, since_ms = if_not_exists(since_ms, :now)"
                 .to_owned();
         let request = match &connection.token_id {
             Some(id) => {
@@ -316,9 +318,11 @@ impl Registry {
                 .client
                 .scan()
                 .table_name(&self.table)
-                .filter_expression("expires_at > :now AND attribute_exists(agent)")
-                .projection_expression("#owner, agent")
+                .filter_expression("expires_at > :now AND attribute_exists(#agent)")
+                .projection_expression("#owner, #agent")
+                // Reserved words.
                 .expression_attribute_names("#owner", "owner")
+                .expression_attribute_names("#agent", "agent")
                 .expression_attribute_values(":now", number(now))
                 .set_exclusive_start_key(from)
                 .send()

@@ -14,6 +14,7 @@ use winterbaume_dynamodb::{DynamoDbService, DynamodbStateView};
 
 use crate::chaos::{Chaos, Fault};
 
+mod reserved;
 mod storage;
 
 use storage::Storage;
@@ -175,6 +176,10 @@ impl Dynamodb {
     pub async fn call(&self, operation: &str, body: Bytes) -> Answer {
         if body.len() > REQUEST_BYTES {
             return Answer::error("ValidationException", "the request is too large");
+        }
+        if let Some(word) = reserved::misused(&body) {
+            let problem = format!("Attribute name is a reserved keyword; reserved keyword: {word}");
+            return Answer::error("ValidationException", &problem);
         }
         if self.chaos.strikes(Fault::Throttle) {
             return Answer::error(

@@ -830,7 +830,7 @@ mod tests {
         ];
         leaf.prop_recursive(4, 16, 3, |inner| {
             let operators = vec!["+", "-", "*", "/", "%", "&", "=", "!=", "<", "<=", ">", ">=", "and", "or"];
-            let functions = vec!["count", "exists", "floor", "max", "min", "string"];
+            let functions = vec!["count", "exists", "floor", "max", "min", "not", "string"];
             prop_oneof![
                 4 => (inner.clone(), prop::sample::select(operators), inner.clone())
                     .prop_map(|(left, operator, right)| format!("{left} {operator} {right}")),

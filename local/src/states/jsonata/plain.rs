@@ -105,6 +105,7 @@ pub(super) enum Function {
     Max,
     Millis,
     Min,
+    Not,
     String,
 }
 
@@ -118,6 +119,7 @@ impl Function {
             ("max", 1) => Self::Max,
             ("millis", 0) => Self::Millis,
             ("min", 1) => Self::Min,
+            ("not", 1) => Self::Not,
             ("string", 1) => Self::String,
             _ => return None,
         })
@@ -219,8 +221,13 @@ impl Plain {
                 Some(super::position(index, items.len()).map_or(Operand::Undefined, |at| (&items[at]).into()))
             }
             Self::Filtered(selection, condition) => {
+                let found = mapped(selection, scope)?;
+                if found.is_empty() {
+                    // The evaluator looks at the condition even so, and may find an error in it.
+                    return None;
+                }
                 let mut kept = Vec::new();
-                for found in mapped(selection, scope)? {
+                for found in found {
                     match condition.operand(scope, Some(&found))? {
                         Operand::Bool(true) => kept.push(found),
                         Operand::Bool(false) => {}
@@ -331,6 +338,10 @@ fn call(function: Function, argument: Operand<'_>) -> Option<Operand<'_>> {
         Function::Floor => argument.number().map(|number| Operand::Number(number.floor())),
         Function::Max => extreme(&argument, f64::max),
         Function::Min => extreme(&argument, f64::min),
+        Function::Not => match argument {
+            Operand::Bool(value) => Some(Operand::Bool(!value)),
+            _ => None,
+        },
         Function::String => written(argument).map(Operand::Text),
         Function::Millis => None,
     }
