@@ -2,9 +2,15 @@
 //!
 //! No header value, query, body or token is ever in it.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
-use crate::telemetry::Terminal;
+use crate::{
+    metrics::{Ended, TunnelMetrics},
+    telemetry::Terminal,
+};
 
 use proto::{error::ErrorCode, id::RequestId, id::TunnelName, target::Target};
 
@@ -35,8 +41,12 @@ pub(crate) struct AccessLine {
     path: Box<str>,
     began: Instant,
     status: Option<u16>,
+    /// How long the head took.
+    head: Option<Duration>,
+    request_bytes: u64,
     bytes: u64,
     ending: Option<Ending>,
+    metrics: Option<Arc<TunnelMetrics>>,
 }
 
 impl AccessLine {
@@ -55,13 +65,26 @@ impl AccessLine {
             path: target.path().into(),
             began: Instant::now(),
             status: None,
+            head: None,
+            request_bytes: 0,
             bytes: 0,
             ending: None,
+            metrics: None,
         }
     }
 
-    pub(crate) const fn head(&mut self, status: u16) {
+    /// Notes whose request it is.
+    pub(crate) fn counted_by(&mut self, metrics: &Arc<TunnelMetrics>) {
+        self.metrics = Some(Arc::clone(metrics));
+    }
+
+    pub(crate) const fn request_body(&mut self, bytes: u64) {
+        self.request_bytes = bytes;
+    }
+
+    pub(crate) fn head(&mut self, status: u16) {
         self.status = Some(status);
+        self.head = Some(self.began.elapsed());
     }
 
     pub(crate) const fn body(&mut self, bytes: usize) {
@@ -93,6 +116,16 @@ impl AccessLine {
 impl Drop for AccessLine {
     fn drop(&mut self) {
         let elapsed = self.began.elapsed();
+        if let Some(metrics) = &self.metrics {
+            metrics.ended(&Ended {
+                status: self.status(),
+                error: self.error_code(),
+                duration: elapsed,
+                head: self.head,
+                request_bytes: self.request_bytes,
+                response_bytes: self.bytes,
+            });
+        }
         match &self.log {
             AccessLog::Log => tracing::info!(
                 target: "agentd::access",
@@ -101,8 +134,10 @@ impl Drop for AccessLine {
                 method = &*self.method,
                 path = &*self.path,
                 status = self.status(),
+                request_bytes = self.request_bytes,
                 bytes = self.bytes,
-                elapsed_ms = elapsed.as_micros() as f64 / 1000.0,
+                head_ms = self.head.map(readable_ms),
+                elapsed_ms = readable_ms(elapsed),
                 error_code = self.error_code(),
                 "request ended"
             ),
@@ -119,6 +154,10 @@ impl Drop for AccessLine {
             )),
         }
     }
+}
+
+fn readable_ms(duration: Duration) -> f64 {
+    duration.as_micros() as f64 / 1000.0
 }
 
 /// The time of day in UTC.

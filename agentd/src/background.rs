@@ -9,7 +9,6 @@ use std::{
     io::{Read as _, Write as _},
     os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
     path::{Path, PathBuf},
-    process::ExitCode,
     time::{Duration, Instant},
 };
 
@@ -27,7 +26,7 @@ use crate::config::DEFAULT_GRACE_PERIOD;
 const READY: &[u8] = b"ready";
 
 /// How much longer than its grace period a daemon may take to stop.
-const STOP_MARGIN: Duration = Duration::from_secs(5);
+pub(crate) const STOP_MARGIN: Duration = Duration::from_secs(5);
 
 /// Why the daemon is not in the background.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +67,11 @@ impl StateDir {
             .or_else(|| is_root.then(|| "/var/lib/agentd".into()))
             .or_else(|| environment("XDG_STATE_HOME").or_else(home).map(|state| state.join("agentd")))
             .map(Self)
+    }
+
+    /// The folder itself.
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
     }
 
     fn pid_file(&self) -> PathBuf {
@@ -178,50 +182,51 @@ pub(crate) fn start(state: &StateDir, grace_period: Duration) -> Result<Forked, 
 pub(crate) fn stop(state: &StateDir) -> Result<Option<Duration>, Error> {
     let Some(pid) = state.running()? else { return Ok(None) };
     let begun = Instant::now();
-    let handle = match pidfd_open(pid, PidfdFlags::empty()) {
-        Ok(handle) => handle,
-        Err(error) if error == rustix::io::Errno::SRCH => return Ok(Some(begun.elapsed())),
-        Err(error) => return Err(system("the daemon's process")(error.into())),
-    };
+    let Some(process) = Process::open(pid)? else { return Ok(Some(begun.elapsed())) };
     // Between reading the pid and opening the process another may have taken the number.
     if state.running()? != Some(pid) {
         return Ok(Some(begun.elapsed()));
     }
-    pidfd_send_signal(&handle, Signal::TERM).map_err(|error| system("stopping it")(error.into()))?;
-    let patience = state.grace_period() + STOP_MARGIN;
-    loop {
-        let left = patience.saturating_sub(begun.elapsed());
-        let timeout = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
-        match poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&timeout)) {
-            Ok(0) => {
-                return Err(Error::StillRunning {
-                    pid: pid.as_raw_nonzero().get(),
-                    seconds: patience.as_secs(),
-                });
-            }
-            Ok(_) => return Ok(Some(begun.elapsed())),
-            Err(error) if error == rustix::io::Errno::INTR => {}
-            Err(error) => return Err(system("waiting for it")(error.into())),
+    pidfd_send_signal(&process.handle, Signal::TERM).map_err(|error| system("stopping it")(error.into()))?;
+    process.wait(state.grace_period() + STOP_MARGIN).map(Some)
+}
+
+/// A process whose end can be waited for.
+pub(crate) struct Process {
+    handle: OwnedFd,
+    pid: Pid,
+}
+
+impl Process {
+    /// Opens it; `None` where there is no such process.
+    pub(crate) fn open(pid: Pid) -> Result<Option<Self>, Error> {
+        match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(handle) => Ok(Some(Self { handle, pid })),
+            Err(error) if error == rustix::io::Errno::SRCH => Ok(None),
+            Err(error) => Err(system("the daemon's process")(error.into())),
         }
     }
-}
 
-/// Says whether a daemon runs: code 0 if so, 1 if not.
-pub(crate) fn status(state: &StateDir) -> Result<ExitCode, Error> {
-    Ok(match state.running()? {
-        Some(pid) => {
-            println!("running with pid {}; log in {}", pid.as_raw_nonzero(), display(&state.log_dir()));
-            ExitCode::SUCCESS
+    /// Waits for its end: how long that took.
+    pub(crate) fn wait(&self, patience: Duration) -> Result<Duration, Error> {
+        let begun = Instant::now();
+        loop {
+            let left = patience.saturating_sub(begun.elapsed());
+            let timeout =
+                Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+            match poll(&mut [PollFd::new(&self.handle, PollFlags::IN)], Some(&timeout)) {
+                Ok(0) => {
+                    return Err(Error::StillRunning {
+                        pid: self.pid.as_raw_nonzero().get(),
+                        seconds: patience.as_secs(),
+                    });
+                }
+                Ok(_) => return Ok(begun.elapsed()),
+                Err(error) if error == rustix::io::Errno::INTR => {}
+                Err(error) => return Err(system("waiting for it")(error.into())),
+            }
         }
-        None => {
-            println!("not running");
-            ExitCode::FAILURE
-        }
-    })
-}
-
-fn display(path: &Path) -> std::path::Display<'_> {
-    path.display()
+    }
 }
 
 #[cfg(test)]

@@ -2,24 +2,33 @@
 
 use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
-use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap::{
+    Args, CommandFactory as _, Parser, Subcommand,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 use tracing_subscriber::filter::Targets;
 
 use crate::{
     background::{self, Forked, StateDir},
-    config::{self, Config, ConfigError, Overrides, TunnelConfig, parse_duration, parse_host_header},
+    config::{
+        self, Config, ConfigError, LogConfig, Overrides, TunnelConfig, parse_duration, parse_host_header,
+    },
+    control::{
+        self, client,
+        command::{self, Format},
+    },
     credential::{ENV_CREDENTIALS, ENV_TOKEN},
-    driver::{self, Audience, Outcome},
+    driver::{self, Audience, Outcome, Setup, Source},
     identity, name, reference, service, telemetry,
     telemetry::LogFormat,
     upstream::address::Address,
 };
 
 /// Exit codes that scripts and systemd units may rely on.
-mod exit {
-    pub(super) const RUNTIME: u8 = 1;
-    pub(super) const IDENTITY_REFUSED: u8 = 77;
-    pub(super) const BAD_CONFIG: u8 = 78;
+pub(crate) mod exit {
+    pub(crate) const RUNTIME: u8 = 1;
+    pub(crate) const IDENTITY_REFUSED: u8 = 77;
+    pub(crate) const BAD_CONFIG: u8 = 78;
 }
 
 /// Serves local HTTP services to the internet through your own AWS account.
@@ -52,7 +61,10 @@ struct Common {
     /// How long a stop waits for what is in flight.
     #[arg(long, global = true, value_name = "DURATION", env = "AGENTD_GRACE_PERIOD", value_parser = parse_duration)]
     grace_period: Option<Duration>,
-    /// How log lines look. Default: human on a terminal, json elsewhere.
+    /// Where the running agent is asked and told. Default: the usual place of this user.
+    #[arg(long, global = true, value_name = "SOCKET", env = "AGENTD_CONTROL_SOCKET")]
+    control_socket: Option<PathBuf>,
+    /// How log lines look. Default: human on a terminal, journal under systemd, json elsewhere.
     #[arg(long, global = true, env = "AGENTD_LOG_FORMAT", value_enum)]
     log_format: Option<LogFormat>,
     /// What is logged: error, warn, info, debug, trace, or target=level,….
@@ -66,35 +78,56 @@ enum Command {
     Http(Http),
     /// Runs the daemon in the foreground: what systemd starts.
     Run {
-        /// The configuration file.
-        #[arg(long, value_name = "FILE", env = "AGENTD_CONFIG", default_value = config::DEFAULT_PATH)]
-        config: PathBuf,
+        #[command(flatten)]
+        service: Service,
     },
     /// Starts the daemon in the background, where no systemd looks after it.
     Start {
-        /// The configuration file.
-        #[arg(long, value_name = "FILE", env = "AGENTD_CONFIG", default_value = config::DEFAULT_PATH)]
-        config: PathBuf,
+        #[command(flatten)]
+        service: Service,
         #[command(flatten)]
         place: Place,
     },
-    /// Stops the daemon in the background, after what is in flight.
+    /// Stops the running agent after what is in flight.
     Stop {
         #[command(flatten)]
-        place: Place,
+        reach: Reach,
     },
     /// Stops the daemon in the background and starts it again.
     Restart {
-        /// The configuration file.
-        #[arg(long, value_name = "FILE", env = "AGENTD_CONFIG", default_value = config::DEFAULT_PATH)]
-        config: PathBuf,
+        #[command(flatten)]
+        service: Service,
         #[command(flatten)]
         place: Place,
     },
-    /// Says whether the daemon runs in the background.
+    /// Says how the running agent is: code 0 if one runs, 1 if not.
     Status {
         #[command(flatten)]
-        place: Place,
+        reach: Reach,
+        /// Answer with a JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Has the running agent read its configuration again: code 0 if it took it, 78 if it kept the old one.
+    Reload {
+        #[command(flatten)]
+        reach: Reach,
+        /// Answer with a JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Says by its exit code whether every tunnel of the running agent is open.
+    Ready {
+        #[command(flatten)]
+        reach: Reach,
+        /// How long to wait for it.
+        #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = parse_duration)]
+        wait: Duration,
+    },
+    /// Shows the tunnels of the running agent.
+    Tunnel {
+        #[command(subcommand)]
+        command: TunnelCommand,
     },
     #[command(flatten)]
     Identity(identity::Command),
@@ -117,6 +150,53 @@ struct Place {
     /// Where the pid file and the logs are. Default: the user's own state folder.
     #[arg(long, value_name = "DIR", env = "AGENTD_STATE_DIR")]
     state_dir: Option<PathBuf>,
+}
+
+/// How to run as a service.
+#[derive(Debug, Args)]
+struct Service {
+    /// The configuration file.
+    #[arg(long, value_name = "FILE", env = "AGENTD_CONFIG", default_value = config::DEFAULT_PATH)]
+    config: PathBuf,
+    /// Where /healthz, /ready and /metrics are served over HTTP: a loopback address such as 127.0.0.1:4041.
+    #[arg(long, value_name = "ADDRESS", env = "AGENTD_STATUS_ADDRESS")]
+    status_address: Option<String>,
+    /// The folder of log files, a new one each day. Default: standard error, or the state folder in the
+    /// background.
+    #[arg(long, value_name = "DIR", env = "AGENTD_LOG_DIR")]
+    log_dir: Option<PathBuf>,
+}
+
+/// Where a running agent is found.
+#[derive(Debug, Args)]
+struct Reach {
+    #[command(flatten)]
+    place: Place,
+    /// The configuration file, which may name the control socket.
+    #[arg(long, value_name = "FILE", env = "AGENTD_CONFIG", default_value = config::DEFAULT_PATH)]
+    config: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum TunnelCommand {
+    /// Lists all.
+    List {
+        #[command(flatten)]
+        reach: Reach,
+        /// Answer with a JSON list.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows everything about one.
+    Info {
+        /// The tunnel.
+        name: String,
+        #[command(flatten)]
+        reach: Reach,
+        /// Answer with a JSON object.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -153,65 +233,90 @@ enum ConfigCommand {
 
 /// Runs the program with `args`, the program's name first.
 pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(args) {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
         Err(error) => {
+            if let Some(message) = blame_environment(&error, &args) {
+                return bad_config(&ConfigError::new(message));
+            }
             // Help and version are "errors" that go to standard output with code 0.
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(exit::RUNTIME));
         }
     };
     let common = cli.common;
-    let overrides = Overrides {
+    let mut overrides = Overrides {
         edge: common.edge.filter(|value| !value.is_empty()),
         token_file: common.token_file.filter(|value| !value.as_os_str().is_empty()),
         token: std::env::var(ENV_TOKEN).ok().filter(|value| !value.is_empty()),
         credentials: std::env::var_os(ENV_CREDENTIALS).map(PathBuf::from),
         ca_file: common.ca_file,
         grace_period: common.grace_period,
+        control_socket: common.control_socket.filter(|value| !value.as_os_str().is_empty()),
+        status_address: None,
+        log: LogConfig { level: common.log_level, format: common.log_format, ..LogConfig::default() },
     };
-    let level = common.log_level;
     match cli.command {
         Command::Http(http) => {
             // What people want to see goes to standard output; the log keeps to what is wrong.
-            let level = level.unwrap_or_else(|| Targets::new().with_default(tracing::Level::WARN));
-            let _flush = telemetry::start(Some(common.log_format.unwrap_or(LogFormat::Human)), level);
+            overrides.log.level.get_or_insert_with(|| Targets::new().with_default(tracing::Level::WARN));
+            overrides.log.format.get_or_insert(LogFormat::Human);
             match http.into_tunnel(&overrides).and_then(|tunnel| overrides.with_tunnel(tunnel)) {
-                Ok(config) => {
+                Ok(config) => logged(&config.log.clone(), || {
                     let (terminal, _flush) = telemetry::Terminal::open();
-                    run(config, Audience::People(terminal))
-                }
+                    let audience = Audience::People(terminal);
+                    run(Setup { config, source: None, audience, control_socket: None })
+                }),
                 Err(error) => bad_config(&error),
             }
         }
-        Command::Run { config } => {
-            let level = level.unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO));
-            let _flush = telemetry::start(common.log_format, level);
-            match config::load(&config, &overrides) {
-                Ok(config) => run(config, Audience::Service),
-                Err(error) => bad_config(&error),
-            }
-        }
-        Command::Start { config, place } => {
-            let level = level.unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO));
-            match config::load(&config, &overrides) {
-                Ok(config) => start(config, place, common.log_format, level),
-                Err(error) => bad_config(&error),
-            }
-        }
-        Command::Stop { place } => in_background(place, stop),
-        Command::Restart { config, place } => {
-            let level = level.unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO));
+        Command::Run { service } => match service.load(overrides) {
+            Ok((config, source)) => logged(&config.log.clone(), || {
+                let control_socket = control::place_for_service(environment, is_root());
+                run(Setup { config, source: Some(source), audience: Audience::Service, control_socket })
+            }),
+            Err(error) => bad_config(&error),
+        },
+        Command::Start { service, place } => match service.load(overrides) {
+            Ok((config, source)) => start(config, source, place),
+            Err(error) => bad_config(&error),
+        },
+        Command::Restart { service, place } => match service.load(overrides) {
             // What runs goes on where the new configuration is not valid.
-            match config::load(&config, &overrides) {
-                Ok(config) => match in_background(place.clone(), stop) {
-                    ExitCode::SUCCESS => start(config, place, common.log_format, level),
-                    failure => failure,
-                },
-                Err(error) => bad_config(&error),
-            }
+            Ok((config, source)) => match in_background(place.clone(), stop) {
+                ExitCode::SUCCESS => start(config, source, place),
+                failure => failure,
+            },
+            Err(error) => bad_config(&error),
+        },
+        Command::Stop { reach } => {
+            let places = reach.places(overrides.control_socket);
+            in_background(reach.place, |state| {
+                Ok(match background::stop(state)? {
+                    Some(took) => {
+                        println!("stopped after {:.1} s", took.as_secs_f64());
+                        ExitCode::SUCCESS
+                    }
+                    None => command::stop(&places),
+                })
+            })
         }
-        Command::Status { place } => in_background(place, background::status),
+        Command::Status { reach, json } => {
+            command::status(&reach.places(overrides.control_socket), Format::from_flag(json))
+        }
+        Command::Reload { reach, json } => {
+            command::reload(&reach.places(overrides.control_socket), Format::from_flag(json))
+        }
+        Command::Ready { reach, wait } => command::ready(&reach.places(overrides.control_socket), wait),
+        Command::Tunnel { command } => match command {
+            TunnelCommand::List { reach, json } => {
+                command::tunnel_list(&reach.places(overrides.control_socket), Format::from_flag(json))
+            }
+            TunnelCommand::Info { name, reach, json } => {
+                command::tunnel_info(&reach.places(overrides.control_socket), &name, Format::from_flag(json))
+            }
+        },
         Command::Identity(command) => identity::run(command),
         Command::Config { command: ConfigCommand::Check { config, json } } => {
             check(&config::load(&config, &overrides), json)
@@ -233,50 +338,109 @@ fn stop(state: &StateDir) -> Result<ExitCode, background::Error> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Says what is wrong with the environment, if that is what is wrong: without it the same arguments do.
+fn blame_environment(error: &clap::Error, args: &[OsString]) -> Option<String> {
+    fn without_environment(command: clap::Command) -> clap::Command {
+        command.mut_args(|arg| arg.env(clap::builder::Resettable::Reset)).mut_subcommands(without_environment)
+    }
+    if !matches!(error.kind(), ErrorKind::InvalidValue | ErrorKind::ValueValidation) {
+        return None;
+    }
+    without_environment(Cli::command()).try_get_matches_from(args).ok()?;
+    let ContextValue::String(flag) = error.get(ContextKind::InvalidArg)? else { return None };
+    let flag = flag.split_whitespace().next()?.trim_start_matches('-');
+    let variable = format!("AGENTD_{}", flag.replace('-', "_").to_uppercase());
+    let text = error.to_string();
+    let reason = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+    Some(format!("the environment variable {variable}: {reason}"))
+}
+
+fn environment(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).map(PathBuf::from)
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Does `work` while the log is written.
+fn logged(log: &LogConfig, work: impl FnOnce() -> ExitCode) -> ExitCode {
+    match telemetry::start(log) {
+        Ok(_flush) => work(),
+        Err(error) => failed(&format!("cannot write the log: {error}")),
+    }
+}
+
+impl Service {
+    fn load(self, mut overrides: Overrides) -> Result<(Config, Source), ConfigError> {
+        overrides.status_address = self.status_address.filter(|value| !value.is_empty());
+        overrides.log.dir = self.log_dir;
+        let config = config::load(&self.config, &overrides)?;
+        Ok((config, Source { path: self.config, overrides }))
+    }
+}
+
+impl Reach {
+    fn places(&self, named: Option<PathBuf>) -> Vec<PathBuf> {
+        let usual = StateDir::find(None, environment, is_root());
+        client::places(
+            named,
+            self.place.state_dir.as_deref(),
+            Some(&self.config),
+            usual.as_ref().map(StateDir::path),
+            environment,
+            is_root(),
+        )
+    }
+}
+
 fn in_background(
     place: Place,
     act: impl FnOnce(&StateDir) -> Result<ExitCode, background::Error>,
 ) -> ExitCode {
-    let environment = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    let is_root = rustix::process::geteuid().is_root();
-    let Some(state) = StateDir::find(place.state_dir, environment, is_root) else {
+    let Some(state) = StateDir::find(place.state_dir, environment, is_root()) else {
         return failed("there is no home folder; say --state-dir DIR");
     };
     act(&state).unwrap_or_else(|error| failed(&error.to_string()))
 }
 
-fn start(config: Config, place: Place, format: Option<LogFormat>, level: Targets) -> ExitCode {
+fn start(mut config: Config, source: Source, place: Place) -> ExitCode {
     in_background(place, |state| match background::start(state, config.grace_period)? {
         Forked::Starter(pid) => {
             println!("started with pid {}; log in {}", pid.as_raw_nonzero(), state.log_dir().display());
             Ok(ExitCode::SUCCESS)
         }
         Forked::Daemon(starter) => {
+            let dir = config.log.dir.get_or_insert_with(|| state.log_dir());
+            let log = LogConfig { dir: Some(dir.clone()), ..config.log.clone() };
             // The starter reports the failure, because nobody sees this process any more.
-            let Ok(_flush) = telemetry::start_in(&state.log_dir(), format, level) else {
+            let Ok(_flush) = telemetry::start(&log) else {
                 return Ok(ExitCode::from(exit::RUNTIME));
             };
             starter.ready();
-            Ok(run(config, Audience::Service))
+            let control_socket = Some(control::in_folder(state.path()));
+            Ok(run(Setup { config, source: Some(source), audience: Audience::Service, control_socket }))
         }
     })
 }
 
-fn run(config: Config, audience: Audience) -> ExitCode {
+fn run(setup: Setup) -> ExitCode {
     // One thread: the work is waiting. It is started here so that whatever must happen before any
     // thread exists has happened.
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return failed(&format!("cannot start: {error}")),
     };
-    let outcome = runtime.block_on(driver::run(config, audience));
+    let outcome = runtime.block_on(driver::run(setup));
     // A look-up in progress must not hold up the exit.
     runtime.shutdown_background();
     match outcome {
         Ok(Outcome::Stopped) => ExitCode::SUCCESS,
         Ok(Outcome::IdentityRefused) => ExitCode::from(exit::IDENTITY_REFUSED),
         Err(driver::StartError::Tls(error)) => bad_config(&ConfigError::new(error.to_string())),
-        Err(error @ driver::StartError::System(_)) => failed(&error.to_string()),
+        Err(error @ (driver::StartError::System(_) | driver::StartError::Listen(_))) => {
+            failed(&error.to_string())
+        }
     }
 }
 
@@ -370,6 +534,6 @@ mod tests {
     #[test]
     fn a_token_cannot_be_given_as_an_argument() {
         let cli = Cli::try_parse_from(["agentd", "http", "3000", "--token", "secret"]);
-        assert_eq!(cli.unwrap_err().kind(), clap::error::ErrorKind::UnknownArgument);
+        assert_eq!(cli.unwrap_err().kind(), ErrorKind::UnknownArgument);
     }
 }

@@ -8,21 +8,24 @@ mod value;
 
 use std::{
     fmt,
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use http::HeaderValue;
+use http::{HeaderValue, uri::PathAndQuery};
 use proto::{
     id::{TunnelName, TunnelPatterns},
     limits,
 };
 use rustls::pki_types::ServerName;
+use tracing_subscriber::filter::Targets;
 
-pub use self::file::load;
+pub use self::file::{control_socket_named_in, load};
 use crate::{
     credential::{CREDENTIAL, Token, TokenError, TokenSource},
     edge_url::EdgeUrl,
+    telemetry::LogFormat,
     upstream::{Http2, address::Address},
 };
 
@@ -32,6 +35,13 @@ pub const DEFAULT_PATH: &str = "/etc/agentd/agentd.toml";
 /// How long a stop waits for what is in flight, unless configured otherwise. It stays below the unit's
 /// `TimeoutStopSec`.
 pub const DEFAULT_GRACE_PERIOD: Duration = Duration::from_secs(30);
+
+/// How many requests all tunnels together serve at a time, unless configured otherwise: it bounds the
+/// memory of the process. A tunnel that may serve more raises it.
+pub const DEFAULT_TOTAL_CONCURRENT: u32 = 256;
+
+/// How many days of log files are kept, unless configured otherwise.
+pub const DEFAULT_LOG_DAYS: u32 = 14;
 
 /// Everything the agent needs to run.
 #[derive(Debug, Clone)]
@@ -46,6 +56,27 @@ pub struct Config {
     pub tunnels: Vec<TunnelConfig>,
     /// How long a stop waits for what is in flight.
     pub grace_period: Duration,
+    /// How many requests all tunnels together serve at a time.
+    pub max_concurrent: u32,
+    /// Where commands reach the running agent, if a place is named.
+    pub control_socket: Option<PathBuf>,
+    /// Where `/healthz`, `/ready` and `/metrics` are served: a loopback address.
+    pub status_address: Option<SocketAddr>,
+    /// What is logged, how and where.
+    pub log: LogConfig,
+}
+
+/// What is logged, how and where.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct LogConfig {
+    /// What is logged.
+    pub level: Option<Targets>,
+    /// How lines look.
+    pub format: Option<LogFormat>,
+    /// The folder of the log files; standard error or the journal without one.
+    pub dir: Option<PathBuf>,
+    /// How many days of log files are kept.
+    pub keep_days: Option<u32>,
 }
 
 /// How to reach the edge.
@@ -78,6 +109,29 @@ pub struct TunnelConfig {
     pub insecure_skip_verify: bool,
     /// When HTTP/2 is spoken.
     pub http2: Http2,
+    /// How the upstream is asked whether it is well.
+    pub health_check: Option<HealthCheck>,
+}
+
+/// How an upstream is asked whether it is well.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// What is asked for, with GET. An answer of 2xx or 3xx is a good one.
+    pub path: PathAndQuery,
+    /// How long after one answer the next is asked for.
+    pub interval: Duration,
+    /// How long an answer may take.
+    pub timeout: Duration,
+    /// After how many failures in a row the upstream counts as down.
+    pub max_failed: u32,
+}
+
+impl HealthCheck {
+    /// The check of `path` with every other setting at its default.
+    #[must_use]
+    pub const fn new(path: PathAndQuery) -> Self {
+        Self { path, interval: Duration::from_secs(10), timeout: Duration::from_secs(3), max_failed: 3 }
+    }
 }
 
 impl TunnelConfig {
@@ -94,7 +148,18 @@ impl TunnelConfig {
             server_name: None,
             insecure_skip_verify: false,
             http2: Http2::Auto,
+            health_check: None,
         }
+    }
+
+    /// Whether both lead to the same upstream in the same way.
+    #[must_use]
+    pub fn has_upstream_of(&self, other: &Self) -> bool {
+        let way = |config: &Self| {
+            let Self { upstream, ca_file, server_name, insecure_skip_verify, http2, .. } = config.clone();
+            (upstream, ca_file, server_name, insecure_skip_verify, http2)
+        };
+        way(self) == way(other)
     }
 }
 
@@ -125,6 +190,12 @@ pub struct Overrides {
     pub ca_file: Option<PathBuf>,
     /// How long a stop waits.
     pub grace_period: Option<Duration>,
+    /// Where commands reach the running agent.
+    pub control_socket: Option<PathBuf>,
+    /// Where `/healthz`, `/ready` and `/metrics` are served.
+    pub status_address: Option<String>,
+    /// What is logged, how and where.
+    pub log: LogConfig,
 }
 
 /// A place in a file.
@@ -205,12 +276,27 @@ impl Overrides {
                 limits::TUNNELS_PER_CONNECTION
             )));
         }
+        let largest = file.tunnels.iter().map(|tunnel| tunnel.max_concurrent).max().unwrap_or(0);
+        let max_concurrent = file.max_concurrent.unwrap_or(DEFAULT_TOTAL_CONCURRENT.max(largest));
+        let status_address = match &self.status_address {
+            Some(text) => Some(parse_status_address(text).map_err(ConfigError::new)?),
+            None => file.status_address,
+        };
         Ok(Config {
             edge: EdgeConfig { url, ca_file: self.ca_file.clone().or(file.ca_file) },
             token_source,
             token,
             tunnels: file.tunnels,
             grace_period: self.grace_period.or(file.grace_period).unwrap_or(DEFAULT_GRACE_PERIOD),
+            max_concurrent,
+            control_socket: self.control_socket.clone().or(file.control_socket),
+            status_address,
+            log: LogConfig {
+                level: self.log.level.clone().or(file.log.level),
+                format: self.log.format.or(file.log.format),
+                dir: self.log.dir.clone().or(file.log.dir),
+                keep_days: self.log.keep_days.or(file.log.keep_days),
+            },
         })
     }
 
@@ -249,6 +335,10 @@ struct FileConfig {
     token_file: Option<PathBuf>,
     ca_file: Option<PathBuf>,
     grace_period: Option<Duration>,
+    max_concurrent: Option<u32>,
+    control_socket: Option<PathBuf>,
+    status_address: Option<SocketAddr>,
+    log: LogConfig,
     tunnels: Vec<TunnelConfig>,
 }
 
@@ -270,6 +360,22 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let ms = number.parse::<u64>().ok().zip(unit_ms).and_then(|(number, unit)| number.checked_mul(unit));
     ms.map(Duration::from_millis)
         .ok_or_else(|| format!("{text:?} is not a duration: write it as 500ms, 60s, 5m or 1h"))
+}
+
+/// Reads a `status_address` setting.
+///
+/// # Errors
+///
+/// A sentence for the user: also for an address that others than this machine can reach.
+pub fn parse_status_address(text: &str) -> Result<SocketAddr, String> {
+    let address: SocketAddr = text
+        .parse()
+        .map_err(|_| format!("{text:?} is not an address and a port: write it as 127.0.0.1:4041"))?;
+    if address.ip().is_loopback() {
+        Ok(address)
+    } else {
+        Err(format!("{text:?} can be reached by other machines: use 127.0.0.1 or [::1]"))
+    }
 }
 
 /// Reads a `host_header` setting.

@@ -18,7 +18,7 @@ use http::Method;
 use proto::{
     body::Codecs,
     error::ErrorCode,
-    id::{RequestId, TunnelName},
+    id::RequestId,
     limits,
     message::{
         AgentMessage, DecodeError, EdgeMessage, Envelope, Failed, Probe, Progress, Request, RequestChunk,
@@ -84,7 +84,7 @@ impl Seen {
 /// What the driver may ask of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Command {
-    /// Say `hello` again: some tunnels were not opened yet.
+    /// Say `hello` again: some tunnels were not opened yet, or others are to be served.
     Greet,
     /// Serve no new request, finish those in flight, then close. `quiet` is how long to wait for
     /// requests that were dispatched just before.
@@ -104,6 +104,18 @@ pub(crate) enum Report {
     Alive,
     /// The connection has ended.
     Ended(End),
+}
+
+impl End {
+    /// A word for the metrics.
+    pub(crate) fn reason(&self) -> &'static str {
+        match self {
+            Self::Retired => "retired",
+            Self::Dead(Dead::NoWelcome) => "no_welcome",
+            Self::Dead(Dead::NoHeartbeat) => "no_heartbeat",
+            Self::Link(error) => error.reason(),
+        }
+    }
 }
 
 /// How a connection ended.
@@ -128,7 +140,6 @@ struct Running {
 struct Connection {
     shared: Arc<Shared>,
     session: Session,
-    names: Vec<TunnelName>,
     outbox: Outbox,
     codecs: Codecs,
     exchanges: JoinSet<()>,
@@ -157,11 +168,9 @@ pub(crate) async fn run(
     reports: mpsc::Sender<(Serial, Report)>,
 ) {
     let Link { mut incoming, outbox, mut writer } = link;
-    let names = shared.tunnels.names();
     let mut connection = Connection {
-        session: Session::new(session, &names, Instant::now().into_std()),
+        session: Session::new(session, &shared.tunnels.names(), Instant::now().into_std()),
         shared,
-        names,
         outbox,
         codecs: Codecs::default(),
         exchanges: JoinSet::new(),
@@ -206,11 +215,7 @@ pub(crate) async fn run(
             },
             Some(done) = connection.exchanges.join_next_with_id() => connection.ended(done),
             command = commands.recv() => match command {
-                Some(Command::Greet) => {
-                    let names = std::mem::take(&mut connection.names);
-                    connection.session.serve(&names, Instant::now().into_std());
-                    connection.names = names;
-                }
+                Some(Command::Greet) => connection.greet(),
                 Some(Command::Retire { quiet }) => connection.retire(quiet),
                 Some(Command::Prove) => {
                     let _ = reports.send((serial, Report::Alive)).await;
@@ -275,6 +280,14 @@ impl Connection {
             now >= retirement.deadline
                 || (retirement.confirmed && self.running.is_empty() && now >= retirement.quiet_until)
         })
+    }
+
+    /// Says which tunnels are served from now on.
+    fn greet(&mut self) {
+        // One that is on its way out of service serves none.
+        if self.retirement.is_none() {
+            self.session.serve(&self.shared.tunnels.names(), Instant::now().into_std());
+        }
     }
 
     fn retire(&mut self, quiet: Duration) {

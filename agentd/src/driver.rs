@@ -1,11 +1,13 @@
 //! The supervisor: keeps one connection in service, opens the next before the old one ends, and
 //! stops in order.
 //!
-//! Enters: the configuration, reports of the connections, signals. Leaves: an [`Outcome`].
+//! Enters: a [`Setup`], reports of the connections, signals, what the control socket asks. Leaves: an
+//! [`Outcome`].
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     future::Future,
+    path::{Path, PathBuf},
     pin::Pin,
     sync::{Arc, Mutex},
     time::Duration,
@@ -19,18 +21,25 @@ use proto::{
 };
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    sync::mpsc,
+    sync::{mpsc, oneshot},
     task::JoinSet,
     time::{Instant, sleep_until},
 };
 
 use crate::{
     access::AccessLog,
-    config::Config,
+    config::{self, Config, Overrides, TunnelConfig},
     connection::{self, Command, End, Report, Seen, Serial, Shared},
+    control::{self, Ask, Control, ControlSocket, Stopping},
     credential::{ENV_TOKEN, Token, TokenSource},
-    identity,
+    health, identity,
     link::{DialError, Dialer, Link, Retry},
+    metrics::{Metrics, unix_now},
+    reload::Change,
+    status::{
+        ConfigStatus, ConnectionState, ConnectionStatus, EdgeStatus, LinkState, Status, TunnelState,
+        TunnelStatus,
+    },
     systemd::Notifier,
     telemetry::Terminal,
     tunnel::Tunnels,
@@ -53,6 +62,13 @@ const RENEW_LAST: Duration = Duration::from_secs(2);
 /// How long after a `welcome` that left some tunnels unopened `hello` is said again, at least.
 const GREET_AGAIN: Duration = Duration::from_secs(2);
 
+/// How long tunnels that a reload removed are still served: until the edge has taken the news, and
+/// requests that were dispatched just before have arrived.
+const LEAVING: Duration = Duration::from_secs(15);
+
+/// How long a reload waits for the edge to confirm it.
+const CONFIRMATION: Duration = Duration::from_secs(10);
+
 /// Reports that wait for the driver. A connection that finds it full waits.
 const REPORTS: usize = 64;
 
@@ -68,9 +84,35 @@ pub enum Outcome {
     IdentityRefused,
 }
 
+/// What the agent starts with.
+#[derive(Debug)]
+pub struct Setup {
+    /// The configuration.
+    pub config: Config,
+    /// Where it is read again at a reload; without it there is none.
+    pub source: Option<Source>,
+    /// Who is told what.
+    pub audience: Audience,
+    /// Where it may be asked, unless the configuration names a place. One that cannot be had is done
+    /// without.
+    pub control_socket: Option<PathBuf>,
+}
+
+/// Where a configuration comes from.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// The file.
+    pub path: PathBuf,
+    /// What goes over it.
+    pub overrides: Overrides,
+}
+
 /// Why the agent could not begin.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    /// It cannot listen where the configuration says.
+    #[error("{0}")]
+    Listen(String),
     /// TLS settings are unusable.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -93,21 +135,36 @@ pub enum Audience {
 /// # Errors
 ///
 /// [`StartError`] when it cannot begin. An edge or an upstream that cannot be reached is no error.
-pub async fn run(config: Config, audience: Audience) -> Result<Outcome, StartError> {
-    let signals = Signals::new()?;
-    let tunnels = Arc::new(Tunnels::new(&config.tunnels)?);
+pub async fn run(setup: Setup) -> Result<Outcome, StartError> {
+    let Setup { config, source, audience, control_socket } = setup;
+    let signals = Signals::new(source.is_some())?;
+    let metrics = Arc::new(Metrics::new());
+    let tunnels = Arc::new(Tunnels::new(&config.tunnels, config.max_concurrent, Arc::clone(&metrics))?);
     let dialer = Dialer::new(config.edge.url.clone(), config.edge.ca_file.as_deref())?;
     let access = match &audience {
         Audience::Service => AccessLog::Log,
         Audience::People(terminal) => AccessLog::People(terminal.clone()),
     };
     let (report, reports) = mpsc::channel(REPORTS);
+    let (asks, asked) = mpsc::channel(control::ASKS);
+    let mut servers = JoinSet::new();
+    let control = Control::new(asks, Arc::clone(&metrics));
+    if let Some(socket) = open_socket(config.control_socket.as_deref(), control_socket.as_deref())? {
+        servers.spawn(control.clone().serve_socket(socket));
+    }
+    if let Some(address) = config.status_address {
+        let listener = control::listen(address)
+            .await
+            .map_err(|error| StartError::Listen(format!("status_address {address}: {error}")))?;
+        servers.spawn(control.serve_loopback(listener));
+    }
     let driver = Driver {
         wanted: tunnels.names().into_iter().collect(),
         shared: Arc::new(Shared { tunnels, access, seen: Mutex::new(Seen::default()) }),
         agent: agent_id(getrandom::u64().map_err(std::io::Error::other)?),
-        token: config.token.clone(),
         config,
+        source,
+        metrics,
         audience,
         dialer,
         notifier: Notifier::from_env(),
@@ -121,26 +178,74 @@ pub async fn run(config: Config, audience: Audience) -> Result<Outcome, StartErr
         told_unreachable: false,
         dial_after: Instant::now(),
         unproven: BTreeSet::new(),
+        redial: false,
+        ever_open: false,
+        last_error: None,
+        forget_at: None,
+        unconfirmed: Unconfirmed::default(),
+        started: Instant::now(),
+        started_at: unix_now().as_secs(),
+        loaded_at: unix_now().as_secs(),
+        reloads: 0,
+        reload_error: None,
     };
-    Ok(driver.run(reports, signals).await)
+    let outcome = driver.run(reports, asked, signals).await;
+    servers.shutdown().await;
+    Ok(outcome)
+}
+
+/// The socket the configuration names, or the usual one if it can be had.
+fn open_socket(named: Option<&Path>, usual: Option<&Path>) -> Result<Option<ControlSocket>, StartError> {
+    match (named, usual) {
+        (Some(path), _) => {
+            ControlSocket::bind(path).map(Some).map_err(|error| StartError::Listen(error.to_string()))
+        }
+        (None, Some(path)) => Ok(ControlSocket::bind(path)
+            .inspect_err(|error| {
+                tracing::warn!("this agent cannot be asked by `agentd status` and the like: {error}");
+            })
+            .ok()),
+        (None, None) => Ok(None),
+    }
 }
 
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Option<Signal>,
 }
 
 impl Signals {
-    fn new() -> std::io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    /// Where nothing can be read again, a hangup ends the agent as it ends every program.
+    fn new(reloads: bool) -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: if reloads { Some(signal(SignalKind::hangup())?) } else { None },
+        })
     }
 
-    async fn stop(&mut self) {
+    async fn next(&mut self) -> Asked {
+        let hangup = async {
+            match &mut self.hangup {
+                Some(hangup) => {
+                    hangup.recv().await;
+                }
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => Asked::Stop,
+            _ = self.interrupt.recv() => Asked::Stop,
+            () = hangup => Asked::Reload,
         }
     }
+}
+
+/// What a signal asks for.
+enum Asked {
+    Stop,
+    Reload,
 }
 
 fn agent_id(random: u64) -> AgentId {
@@ -148,7 +253,7 @@ fn agent_id(random: u64) -> AgentId {
 }
 
 /// Uniform in `[0, 1)`.
-fn random_fraction() -> f64 {
+pub(crate) fn random_fraction() -> f64 {
     // 53 bits are what a double holds. Without randomness every agent waits the same: half.
     getrandom::u64().map_or(0.5, |random| (random >> 11) as f64 / (1u64 << 53) as f64)
 }
@@ -156,9 +261,11 @@ fn random_fraction() -> f64 {
 /// A connection as the driver sees it.
 struct Known {
     commands: mpsc::Sender<Command>,
+    since: Instant,
+    connection_id: Option<String>,
     open: BTreeSet<TunnelName>,
-    /// What the edge will not open on this connection whatever happens.
-    hopeless: BTreeSet<TunnelName>,
+    /// What the edge did not open on this connection, and why.
+    refused: BTreeMap<TunnelName, Refusal>,
     welcomed: bool,
     retiring: bool,
     replace: bool,
@@ -178,13 +285,21 @@ struct Stop {
     deadline: Instant,
 }
 
+/// Who waits to hear that the edge has confirmed a reload.
+#[derive(Default)]
+struct Unconfirmed {
+    waiting: Vec<(oneshot::Sender<Result<Change, String>>, Change)>,
+    until: Option<Instant>,
+}
+
 struct Driver {
     config: Config,
+    source: Option<Source>,
+    metrics: Arc<Metrics>,
     audience: Audience,
     wanted: BTreeSet<TunnelName>,
     shared: Arc<Shared>,
     agent: AgentId,
-    token: Token,
     dialer: Dialer,
     notifier: Notifier,
     backoff: Backoff,
@@ -201,6 +316,19 @@ struct Driver {
     /// The connections whose loops have not yet proved that they turn, since the service manager was
     /// last told so.
     unproven: BTreeSet<Serial>,
+    /// What is being dialled is out of date.
+    redial: bool,
+    /// Whether any tunnel was ever open.
+    ever_open: bool,
+    last_error: Option<String>,
+    /// When tunnels that a reload removed are no longer served.
+    forget_at: Option<Instant>,
+    unconfirmed: Unconfirmed,
+    started: Instant,
+    started_at: u64,
+    loaded_at: u64,
+    reloads: u64,
+    reload_error: Option<String>,
 }
 
 /// What the driver does about a next connection.
@@ -214,7 +342,12 @@ enum Opening {
 }
 
 impl Driver {
-    async fn run(mut self, mut reports: mpsc::Receiver<(Serial, Report)>, mut signals: Signals) -> Outcome {
+    async fn run(
+        mut self,
+        mut reports: mpsc::Receiver<(Serial, Report)>,
+        mut asked: mpsc::Receiver<Ask>,
+        mut signals: Signals,
+    ) -> Outcome {
         tracing::info!(edge = %self.config.edge.url, tunnels = self.wanted.len(), "agent started");
         if !self.config.edge.url.is_secure() && !self.config.edge.url.is_loopback() {
             tracing::warn!("the edge is not reached over TLS: the token travels in the clear");
@@ -224,6 +357,9 @@ impl Driver {
         let mut opening = Opening::Idle;
         let mut watchdog = self.notifier.watchdog().map(tokio::time::interval);
         loop {
+            if std::mem::take(&mut self.redial) {
+                opening = Opening::Idle;
+            }
             if matches!(opening, Opening::Idle) && self.wants_connection() {
                 opening = Opening::Waiting(self.dial_after);
             }
@@ -237,13 +373,25 @@ impl Driver {
             let greet_at = self.connections.values().filter_map(|known| known.greet_at).min();
             let renew_at = self.connections.values().filter_map(|known| known.renew_at).min();
             tokio::select! {
-                () = signals.stop() => {
-                    if self.stop.is_some() {
-                        tracing::warn!("stopped without waiting for what is in flight");
-                        break;
+                signal = signals.next() => match signal {
+                    Asked::Reload => {
+                        // Who is concerned reads it in the log.
+                        let _ = self.reload();
                     }
-                    self.begin_stop(Outcome::Stopped);
+                    Asked::Stop => {
+                        if self.stop.is_some() {
+                            tracing::warn!("stopped without waiting for what is in flight");
+                            break;
+                        }
+                        self.begin_stop(Outcome::Stopped);
+                    }
+                },
+                Some(ask) = asked.recv() => self.answer(ask, &opening),
+                () = at(self.forget_at) => {
+                    self.forget_at = None;
+                    self.shared.tunnels.forget();
                 }
+                () = at(self.unconfirmed.until) => self.answer_unconfirmed(false),
                 () = at(deadline) => {
                     tracing::warn!("the grace period has passed; what is still in flight is cut off");
                     break;
@@ -279,14 +427,16 @@ impl Driver {
     fn dial(&mut self) -> Opening {
         // The token may have been replaced since the last time; what was good once is kept otherwise.
         match self.config.token_source.read() {
-            Ok(token) => self.token = token,
+            Ok(token) => self.config.token = token,
             Err(error) => tracing::warn!(%error, "the token could not be read again; the last one is used"),
         }
-        let (dialer, token) = (self.dialer.clone(), self.token.clone());
+        let (dialer, token) = (self.dialer.clone(), self.config.token.clone());
         Opening::Dialling(Box::pin(async move { dialer.dial(&token).await }))
     }
 
     fn dial_failed(&mut self, error: &DialError) -> Opening {
+        self.metrics.dial_failed(error.reason());
+        self.last_error = Some(error.to_string());
         match error.retry() {
             // A token that was put in place of a good one does not end what that one has opened.
             Retry::Never if self.connections.values().any(|known| known.welcomed && !known.retiring) => {
@@ -328,7 +478,7 @@ impl Driver {
             TokenSource::File(path) | TokenSource::Credential(path) => format!("{}", path.display()),
             TokenSource::Value(_) => ENV_TOKEN.to_owned(),
         };
-        match self.token.says().and_then(|says| says.exp) {
+        match self.config.token.says().and_then(|says| says.exp) {
             Some(exp) if exp <= identity::now() => format!(
                 "the token ended {}: get a new one (agentd token issue), put it into {place} and start again",
                 identity::utc(exp)
@@ -356,6 +506,7 @@ impl Driver {
                 Ok(token) if token != known.token => {
                     tracing::info!("the token was renewed: opening the next connection with it");
                     known.replace = true;
+                    self.metrics.reconnected("token_renewed");
                 }
                 Ok(_) | Err(_) => {
                     let left = end.saturating_duration_since(now);
@@ -390,14 +541,16 @@ impl Driver {
             serial,
             Known {
                 commands,
+                since: Instant::now(),
+                connection_id: None,
                 open: BTreeSet::new(),
-                hopeless: BTreeSet::new(),
+                refused: BTreeMap::new(),
                 welcomed: false,
                 retiring: false,
                 replace: false,
                 greet_at: None,
                 greetings: 0,
-                token: self.token.clone(),
+                token: self.config.token.clone(),
                 identity_ends: None,
                 renew_at: None,
             },
@@ -411,6 +564,7 @@ impl Driver {
                 if let Some(known) = self.connections.get_mut(&serial) {
                     tracing::info!("opening the next connection ahead of this one's end");
                     known.replace = true;
+                    self.metrics.reconnected("planned");
                 }
             }
             Report::Alive => self.proved(serial),
@@ -447,16 +601,17 @@ impl Driver {
             return;
         }
         known.open = welcome.tunnels.iter().map(|tunnel| tunnel.name.clone()).collect();
-        known.hopeless = welcome
+        known.refused = welcome
             .refused
             .iter()
-            .filter(|refused| is_permanent(refused.reason))
-            .filter_map(|refused| refused.name.parse().ok())
+            .filter_map(|refused| Some((refused.name.parse().ok()?, refused.reason)))
             .collect();
+        known.connection_id = Some(welcome.connection_id.to_string());
         if !known.welcomed {
             known.welcomed = true;
             self.backoff.connected(Instant::now().into_std());
             self.told_unreachable = false;
+            self.last_error = None;
             tracing::info!(connection_id = %welcome.connection_id, tunnels = known.open.len(), "connected");
         }
         let again = welcome.refused.iter().any(|refused| is_passing(refused.reason));
@@ -465,6 +620,7 @@ impl Driver {
             Instant::now() + GREET_AGAIN.mul_f64(f64::from(factor) * (1.0 + random_fraction()))
         });
         known.greetings = if again { known.greetings + 1 } else { 0 };
+        self.ever_open |= !welcome.tunnels.is_empty();
         if let (Some(left_ms), None) = (welcome.identity_ms, known.identity_ends) {
             let (now, left) = (Instant::now(), Duration::from_millis(left_ms));
             // An end beyond what the clock can count is none.
@@ -485,7 +641,9 @@ impl Driver {
         for refused in &welcome.refused {
             self.refused(refused);
         }
-        let hopeless = !welcome.refused.is_empty()
+        // After a reload it may be the file that is wrong; the next one may put it right.
+        let hopeless = !self.ever_open
+            && !welcome.refused.is_empty()
             && self.connections[&serial].open.is_empty()
             && welcome.refused.iter().all(|refused| is_permanent(refused.reason));
         if hopeless {
@@ -495,26 +653,15 @@ impl Driver {
         }
         self.retire_replaced(serial);
         self.show_status();
+        if self.is_settled() {
+            self.answer_unconfirmed(true);
+        }
     }
 
     fn refused(&self, refused: &RefusedTunnel) {
         // The name is ours as we configured it; what the edge repeats is shortened all the same.
         let name: String = refused.name.chars().filter(|c| !c.is_control()).take(64).collect();
-        let advice = match refused.reason {
-            Refusal::InvalidName => "choose a name of a-z, 0-9 and '-'",
-            Refusal::ReservedName => "the name is reserved: choose another",
-            Refusal::NotAllowed => "the token does not cover this name: use another name or another token",
-            Refusal::NameTaken => "the name belongs to somebody else: choose another",
-            Refusal::TooMany => "too many tunnels for one agent: run a second agent for the rest",
-            Refusal::TooManyConnections => {
-                "as many agents are connected as the owner or the tunnel may have: it will be asked again"
-            }
-            Refusal::TooManyTunnels => {
-                "as many tunnels are open as the owner may have: close another one; it will be asked again"
-            }
-            Refusal::TryAgain => "the edge could not open it now: it will be asked again",
-            Refusal::Other => "the edge gave a reason this version does not know: update agentd",
-        };
+        let advice = advice(refused.reason);
         tracing::error!(tunnel_id = name, reason = ?refused.reason, "tunnel is not open: {advice}");
         self.tell(|| format!("{name} is not open: {advice}."));
     }
@@ -522,9 +669,11 @@ impl Driver {
     /// Takes older connections out of service once `serial` serves everything they serve and it can.
     fn retire_replaced(&mut self, serial: Serial) {
         let Some(known) = self.connections.get(&serial) else { return };
-        let settled: BTreeSet<_> = known.open.union(&known.hopeless).cloned().collect();
+        let hopeless = known.refused.iter().filter(|(_, reason)| is_permanent(**reason));
+        let settled: BTreeSet<_> = known.open.iter().chain(hopeless.map(|(name, _)| name)).cloned().collect();
         for (_, known) in self.connections.range_mut(..serial) {
-            if !known.retiring && known.open.is_subset(&settled) {
+            // What a reload removed need not be served by anybody.
+            if !known.retiring && known.open.intersection(&self.wanted).all(|name| settled.contains(name)) {
                 known.retire(REPLACED_QUIET);
             }
         }
@@ -542,6 +691,10 @@ impl Driver {
             End::Link(_) | End::Dead(_) => tracing::warn!("connection lost: {end}"),
         }
         if !known.retiring {
+            if !known.replace {
+                self.metrics.reconnected(end.reason());
+            }
+            self.last_error = Some(end.to_string());
             // Also an edge that closes what it has just accepted is not asked again at once.
             let now = Instant::now();
             let delay = self.backoff.lost(now.into_std(), random_fraction());
@@ -575,12 +728,18 @@ impl Driver {
         }
     }
 
+    /// The connection that public requests come through.
+    fn current(&self) -> Option<&Known> {
+        self.connections.values().rev().find(|known| known.welcomed && !known.retiring)
+    }
+
     fn show_status(&self) {
+        let serving = self.connections.values().filter(|known| known.welcomed && !known.retiring).count();
+        self.metrics.in_service(serving, self.current().map_or(0, |known| known.open.len()));
         if self.stop.is_some() {
             return;
         }
-        let current = self.connections.values().rev().find(|known| known.welcomed && !known.retiring);
-        match current {
+        match self.current() {
             Some(known) => self.notifier.status(&format!(
                 "connected, {} of {} tunnels open",
                 known.open.len(),
@@ -588,6 +747,193 @@ impl Driver {
             )),
             None => self.notifier.status("connecting"),
         }
+    }
+
+    /// Reads the configuration again and makes it so. What cannot be read, or cannot be made so, changes
+    /// nothing.
+    fn reload(&mut self) -> Result<Change, String> {
+        if self.stop.is_some() {
+            return Err("the agent is stopping".to_owned());
+        }
+        self.notifier.reloading();
+        let outcome = self.try_reload();
+        match &outcome {
+            Ok(change) => {
+                self.reloads += 1;
+                self.loaded_at = unix_now().as_secs();
+                self.reload_error = None;
+                self.metrics.reloaded("ok");
+                tracing::info!(
+                    added = change.added.join(","),
+                    removed = change.removed.join(","),
+                    changed = change.changed.join(","),
+                    unchanged = change.unchanged,
+                    reconnects = change.reconnects,
+                    "configuration reloaded"
+                );
+                for setting in &change.at_restart {
+                    tracing::warn!(setting, "this setting takes effect when the agent is started again");
+                }
+            }
+            Err(error) => {
+                self.reload_error = Some(error.clone());
+                self.metrics.reloaded("failed");
+                tracing::error!("the reload failed and changed nothing: {error}");
+            }
+        }
+        self.notifier.ready();
+        self.show_status();
+        outcome
+    }
+
+    fn try_reload(&mut self) -> Result<Change, String> {
+        let source = self.source.as_ref().ok_or("this agent runs without a configuration file")?;
+        let new = config::load(&source.path, &source.overrides).map_err(|error| error.to_string())?;
+        let dialer = Dialer::new(new.edge.url.clone(), new.edge.ca_file.as_deref());
+        let dialer = dialer.map_err(|error| error.to_string())?;
+        let tunnels = &self.shared.tunnels;
+        let prepared =
+            tunnels.prepare(&new.tunnels, new.max_concurrent).map_err(|error| error.to_string())?;
+        // From here on nothing fails.
+        let change = Change::between(&self.config, &new);
+        tunnels.replace(prepared);
+        self.wanted = tunnels.names().into_iter().collect();
+        self.shown.retain(|name, _| self.wanted.contains(name));
+        self.dialer = dialer;
+        self.config = new;
+        if !change.removed.is_empty() {
+            self.forget_at = Some(Instant::now() + LEAVING);
+        }
+        for known in self.connections.values_mut().filter(|known| !known.retiring) {
+            if change.reconnects && !known.replace {
+                known.replace = true;
+                self.metrics.reconnected("reload");
+            }
+            if change.changes_names() {
+                known.greet_at = Some(Instant::now());
+                known.greetings = 0;
+            }
+        }
+        if change.reconnects {
+            self.redial = true;
+            self.dial_after = Instant::now();
+        }
+        Ok(change)
+    }
+
+    /// Whether the connection that shall serve has been told everything and has answered.
+    fn is_settled(&self) -> bool {
+        self.current().is_some_and(|known| {
+            !known.replace
+                && known.greet_at.is_none()
+                && known.open.iter().chain(known.refused.keys()).collect::<BTreeSet<_>>()
+                    == self.wanted.iter().collect()
+        })
+    }
+
+    fn answer(&mut self, ask: Ask, opening: &Opening) {
+        // Whoever asked may have left.
+        match ask {
+            Ask::Status(answer) => drop(answer.send(self.status(opening))),
+            Ask::Reload(answer) => match self.reload() {
+                Err(error) => drop(answer.send(Err(error))),
+                Ok(change) => {
+                    let confirmed = self.is_settled();
+                    if confirmed || self.current().is_none() {
+                        drop(answer.send(Ok(Change { confirmed, ..change })));
+                    } else {
+                        self.unconfirmed.waiting.push((answer, change));
+                        self.unconfirmed.until = Some(Instant::now() + CONFIRMATION);
+                    }
+                }
+            },
+            Ask::Stop(answer) => {
+                self.begin_stop(Outcome::Stopped);
+                let _ = answer.send(Stopping {
+                    pid: std::process::id(),
+                    in_flight: self.tunnel_statuses().iter().map(|tunnel| tunnel.figures.in_flight).sum(),
+                    grace_ms: self.config.grace_period.as_millis() as u64,
+                });
+            }
+        }
+    }
+
+    fn answer_unconfirmed(&mut self, confirmed: bool) {
+        let Unconfirmed { waiting, until: _ } = std::mem::take(&mut self.unconfirmed);
+        for (answer, change) in waiting {
+            drop(answer.send(Ok(Change { confirmed, ..change })));
+        }
+    }
+
+    fn status(&self, opening: &Opening) -> Status {
+        let now = Instant::now();
+        let state = match (&self.stop, self.current()) {
+            (Some(_), _) => LinkState::Stopping,
+            (None, Some(_)) => LinkState::Connected,
+            (None, None) => LinkState::Connecting,
+        };
+        let connections = self.connections.values().rev().map(|known| ConnectionStatus {
+            connection_id: known.connection_id.clone(),
+            state: match known {
+                Known { retiring: true, .. } => ConnectionState::Retiring,
+                Known { welcomed: false, .. } => ConnectionState::Greeting,
+                Known { replace: true, .. } => ConnectionState::BeingReplaced,
+                Known { .. } => ConnectionState::Serving,
+            },
+            age_secs: now.duration_since(known.since).as_secs(),
+            tunnels_open: known.open.len(),
+        });
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            agent_id: self.agent.to_string(),
+            started_at: self.started_at,
+            uptime_secs: now.duration_since(self.started).as_secs(),
+            systemd: self.notifier.is_managed(),
+            edge: EdgeStatus {
+                url: self.config.edge.url.to_string(),
+                state,
+                connections: connections.collect(),
+                failures: if state == LinkState::Connecting { self.backoff.failures() } else { 0 },
+                next_try_ms: match opening {
+                    Opening::Waiting(at) => Some(at.saturating_duration_since(now).as_millis() as u64),
+                    Opening::Idle | Opening::Dialling(_) => None,
+                },
+                last_error: self.last_error.clone(),
+            },
+            config: ConfigStatus {
+                file: self.source.as_ref().map(|source| source.path.display().to_string()),
+                loaded_at: self.loaded_at,
+                reloads: self.reloads,
+                last_error: self.reload_error.clone(),
+            },
+            tunnels: self.tunnel_statuses(),
+        }
+    }
+
+    fn tunnel_statuses(&self) -> Vec<TunnelStatus> {
+        let current = self.current();
+        let describe = |config: &TunnelConfig| {
+            let tunnel = self.shared.tunnels.get(&config.name);
+            let state = match current {
+                Some(known) if known.open.contains(&config.name) => TunnelState::Open,
+                Some(known) => match known.refused.get(&config.name) {
+                    Some(&reason) => TunnelState::Refused { reason: advice(reason).to_owned() },
+                    None => TunnelState::Opening,
+                },
+                None => TunnelState::Opening,
+            };
+            TunnelStatus {
+                name: config.name.to_string(),
+                state,
+                url: self.shown.get(&config.name).cloned(),
+                upstream: config.upstream.to_string(),
+                health: tunnel.as_ref().map_or(health::State::Unchecked, |tunnel| tunnel.health()),
+                max_concurrent: config.max_concurrent,
+                figures: tunnel.map(|tunnel| tunnel.metrics().figures()).unwrap_or_default(),
+            }
+        };
+        self.config.tunnels.iter().map(describe).collect()
     }
 
     /// Tells whoever sits at the terminal.
@@ -605,6 +951,25 @@ impl Known {
         self.renew_at = None;
         // Four places are more than a connection is ever sent; one that has ended takes none.
         let _ = self.commands.try_send(Command::Retire { quiet });
+    }
+}
+
+/// What somebody can do about a refusal.
+const fn advice(reason: Refusal) -> &'static str {
+    match reason {
+        Refusal::InvalidName => "choose a name of a-z, 0-9 and '-'",
+        Refusal::ReservedName => "the name is reserved: choose another",
+        Refusal::NotAllowed => "the token does not cover this name: use another name or another token",
+        Refusal::NameTaken => "the name belongs to somebody else: choose another",
+        Refusal::TooMany => "too many tunnels for one agent: run a second agent for the rest",
+        Refusal::TooManyConnections => {
+            "as many agents are connected as the owner or the tunnel may have: it will be asked again"
+        }
+        Refusal::TooManyTunnels => {
+            "as many tunnels are open as the owner may have: close another one; it will be asked again"
+        }
+        Refusal::TryAgain => "the edge could not open it now: it will be asked again",
+        Refusal::Other => "the edge gave a reason this version does not know: update agentd",
     }
 }
 

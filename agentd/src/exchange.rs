@@ -104,6 +104,10 @@ impl Exchange {
             self.job.method.as_str(),
             &self.job.target,
         );
+        line.request_body(match &self.job.body {
+            JobBody::Whole(bytes) => bytes.len() as u64,
+            JobBody::Announced(body, _) => body.announced(),
+        });
         let Self { job, tunnels, outbox, codecs, credit, sent, access: _ } = self;
         let token = job.token.clone();
         let sender = Sender { token: &token, outbox: &outbox, sent: &sent };
@@ -151,8 +155,9 @@ async fn answer(
 ) -> Result<(), Stop> {
     let began = Instant::now();
     let tunnel = tunnels.get(&job.tunnel).ok_or(fail(ErrorCode::NoSuchTunnel))?;
-    let _slot = tunnel.slots.try_acquire().map_err(|_| fail(ErrorCode::TooManyRequests))?;
-    let headers = upstream_headers(&job, tunnel).map_err(fail)?;
+    line.counted_by(tunnel.metrics());
+    let _place = tunnels.enter(&tunnel).map_err(fail)?;
+    let headers = upstream_headers(&job, &tunnel).map_err(fail)?;
 
     let head_due = began + min(tunnel.request_timeout, job.timeout);
     let (response, progress) = timeout_at(head_due, async {

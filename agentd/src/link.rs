@@ -105,6 +105,18 @@ impl DialError {
             }
         }
     }
+
+    /// A word for the metrics.
+    pub(crate) const fn reason(&self) -> &'static str {
+        match self {
+            Self::Connect(..) => "unreachable",
+            Self::Tls(_) => "tls",
+            Self::Identity(_) => "identity",
+            Self::Status(_) => "status",
+            Self::Handshake(_) => "handshake",
+            Self::TooLate(_) => "timeout",
+        }
+    }
 }
 
 /// Why a link ended.
@@ -126,6 +138,18 @@ impl LinkError {
     /// Whether the edge just wants the agent to come back.
     pub(crate) fn is_restart(&self) -> bool {
         matches!(self, Self::Closed { code, .. } if RESTART_CODES.contains(code))
+    }
+
+    /// A word for the metrics.
+    pub(crate) fn reason(&self) -> &'static str {
+        match self {
+            Self::Closed { .. } if self.is_restart() => "edge_restart",
+            Self::Closed { .. } => "closed",
+            Self::Eof => "eof",
+            Self::Broken(_) => "broken",
+            Self::WriteTimedOut(_) => "write_timeout",
+            Self::Binary => "binary",
+        }
     }
 
     pub(crate) fn from_close(frame: Option<&CloseFrame>) -> Self {

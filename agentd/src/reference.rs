@@ -30,10 +30,13 @@ const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
     ),
     (
         "Signals",
-        &[(
-            "SIGTERM, SIGINT",
-            "stop after what is in flight, within the grace period; a second one stops at once",
-        )],
+        &[
+            (
+                "SIGTERM, SIGINT",
+                "stop after what is in flight, within the grace period; a second one stops at once",
+            ),
+            ("SIGHUP", "read the configuration again, and keep the old one if it is not valid"),
+        ],
     ),
     (
         "Files",
@@ -47,6 +50,10 @@ const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
             (
                 "/etc/default/agentd, /etc/default/agentd-NAME",
                 "further environment, such as AGENTD_LOG_LEVEL",
+            ),
+            (
+                "/run/agentd/control.sock, /run/agentd-NAME/control.sock",
+                "where the running agent is asked and told",
             ),
             ("/usr/share/doc/agentd/examples/agentd.toml", "every key of the configuration, explained"),
         ],

@@ -8,13 +8,22 @@ use sd_notify::NotifyState;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Notifier {
     watchdog: Option<Duration>,
+    managed: bool,
 }
 
 impl Notifier {
     /// Reads what the service manager asked for.
     pub(crate) fn from_env() -> Self {
         // Twice as often as asked, so that one late turn of the loop is no emergency.
-        Self { watchdog: sd_notify::watchdog_enabled().map(|interval| interval / 2) }
+        Self {
+            watchdog: sd_notify::watchdog_enabled().map(|interval| interval / 2),
+            managed: std::env::var_os("NOTIFY_SOCKET").is_some(),
+        }
+    }
+
+    /// Whether a service manager looks after this process.
+    pub(crate) const fn is_managed(self) -> bool {
+        self.managed
     }
 
     /// How often [`Self::alive`] must be said, if at all.
@@ -27,18 +36,17 @@ impl Notifier {
         self.send(&[NotifyState::Ready]);
     }
 
-    /// The state of the link, for people.
-    pub(crate) fn status(self, text: &str) {
-        self.send(&[NotifyState::Status(text)]);
-    }
-
-    /// The configuration is being read again; [`Self::ready`] must follow, also when it was refused.
-    #[expect(dead_code, reason = "there is no reload yet")]
+    /// The configuration is read again; [`Self::ready`] says when that is done.
     pub(crate) fn reloading(self) {
         match NotifyState::monotonic_usec_now() {
             Ok(now) => self.send(&[NotifyState::Reloading, now]),
             Err(error) => tracing::debug!(%error, "the service manager was not told of the reload"),
         }
+    }
+
+    /// The state of the link, for people.
+    pub(crate) fn status(self, text: &str) {
+        self.send(&[NotifyState::Status(text)]);
     }
 
     /// The driver and the loops of all its connections turn.

@@ -1,27 +1,39 @@
-//! Logs: for people on a terminal, one JSON object a line elsewhere. They go to standard error, and what
-//! people asked to see goes to standard output.
+//! Logs: for people on a terminal, entries of the journal under systemd, files that are rotated in the
+//! background, one JSON object a line elsewhere. What people asked to see goes to standard output.
 //!
-//! Both are written by a thread of their own: a terminal that is stopped, or a pipe that nobody reads,
-//! must not stop the agent. What does not fit the queue is lost.
+//! All but the journal are written by a thread of their own: a terminal that is stopped, or a pipe that
+//! nobody reads, must not stop the agent. What does not fit the queue is lost.
 
 use std::{
     io::{IsTerminal as _, Write as _},
     path::Path,
 };
 
+use crate::config::{self, LogConfig};
 use tracing_appender::{
     non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard},
-    rolling::{InitError, RollingFileAppender, Rotation},
+    rolling::{RollingFileAppender, Rotation},
 };
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum LogFormat {
+pub enum LogFormat {
     /// Short lines for people.
     Human,
     /// One JSON object for each event.
     Json,
+    /// Entries of the systemd journal, with their fields.
+    Journal,
+}
+
+impl std::str::FromStr for LogFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        <Self as clap::ValueEnum>::from_str(text, false)
+            .map_err(|_| format!("{text:?} is none of \"human\", \"json\" and \"journal\""))
+    }
 }
 
 /// How many lines may wait for their reader.
@@ -57,32 +69,52 @@ impl Terminal {
     }
 }
 
-/// How many days of log files are kept.
-const LOG_DAYS: usize = 14;
-
-/// Starts logging to standard error. A process that already logs goes on as it does.
-pub(crate) fn start(format: Option<LogFormat>, level: Targets) -> Flush {
+/// Starts logging as configured: to files in a folder, else to the journal where standard error leads
+/// there, else to standard error. A process that already logs goes on as it does.
+///
+/// # Errors
+///
+/// When the folder or the journal cannot be written to.
+pub(crate) fn start(log: &LogConfig) -> std::io::Result<Flush> {
+    let level = log.level.clone().unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO));
+    if let Some(dir) = &log.dir {
+        return start_in(dir, log, level);
+    }
     let terminal = std::io::stderr().is_terminal();
-    let format = format.unwrap_or(if terminal { LogFormat::Human } else { LogFormat::Json });
+    let usual = || match (terminal, is_journal()) {
+        (true, _) => LogFormat::Human,
+        (false, true) => LogFormat::Journal,
+        (false, false) => LogFormat::Json,
+    };
+    let format = log.format.unwrap_or_else(usual);
     let (writer, flush) = queue(std::io::stderr(), "log");
-    subscribe(format, level, writer, terminal);
-    flush
+    subscribe(format, level, writer, terminal)?;
+    Ok(flush)
 }
 
-/// Starts logging to `agentd.DATE.log` in a folder, a new file each day, old ones removed.
-pub(crate) fn start_in(dir: &Path, format: Option<LogFormat>, level: Targets) -> Result<Flush, InitError> {
+/// Logs to `agentd.DATE.log` in a folder, a new file each day, old ones removed.
+fn start_in(dir: &Path, log: &LogConfig, level: Targets) -> std::io::Result<Flush> {
+    let days = log.keep_days.unwrap_or(config::DEFAULT_LOG_DAYS) as usize;
     let files = RollingFileAppender::builder()
         .rotation(Rotation::DAILY)
         .filename_prefix("agentd")
         .filename_suffix("log")
-        .max_log_files(LOG_DAYS)
-        .build(dir)?;
+        .max_log_files(days)
+        .build(dir)
+        .map_err(std::io::Error::other)?;
     let (writer, flush) = queue(files, "log");
-    subscribe(format.unwrap_or(LogFormat::Human), level, writer, false);
+    subscribe(log.format.unwrap_or(LogFormat::Human), level, writer, false)?;
     Ok(flush)
 }
 
-fn subscribe(format: LogFormat, level: Targets, writer: NonBlocking, ansi: bool) {
+/// Whether standard error is the stream that systemd connected to the journal.
+fn is_journal() -> bool {
+    let Some(stream) = std::env::var_os("JOURNAL_STREAM") else { return false };
+    let Ok(stat) = rustix::fs::fstat(std::io::stderr()) else { return false };
+    stream.to_str() == Some(&format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+fn subscribe(format: LogFormat, level: Targets, writer: NonBlocking, ansi: bool) -> std::io::Result<()> {
     let registry = tracing_subscriber::registry().with(level);
     // An error means that somebody in this process logs already.
     let _ = match format {
@@ -92,5 +124,12 @@ fn subscribe(format: LogFormat, level: Targets, writer: NonBlocking, ansi: bool)
         LogFormat::Json => {
             registry.with(fmt::layer().json().flatten_event(true).with_writer(writer)).try_init()
         }
+        LogFormat::Journal => {
+            let journal = tracing_journald::layer()?
+                .with_field_prefix(None)
+                .with_syslog_identifier("agentd".to_owned());
+            registry.with(journal).try_init()
+        }
     };
+    Ok(())
 }

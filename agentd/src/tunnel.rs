@@ -1,14 +1,27 @@
-//! The tunnels of this agent as they run: each with its upstream, its rules and its limit.
+//! The tunnels of this agent as they run: each with its upstream, its rules, its limit and its health.
+//!
+//! Enters: configurations, the first one and those of reloads. Leaves: the tunnel of a request, and a
+//! [`Place`] for it.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use http::HeaderValue;
-use proto::{id::TunnelName, limits};
+use proto::{error::ErrorCode, id::TunnelName, limits};
 use rustls::pki_types::ServerName;
 use tokio::sync::Semaphore;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     config::{HostHeader, TunnelConfig},
+    health::{self, Health},
+    metrics::{Metrics, TunnelMetrics},
     upstream::{
         Http2, Tls, Upstream,
         address::{Address, Host, Scheme},
@@ -34,34 +47,143 @@ pub(crate) enum HostRule {
 
 /// One tunnel as it runs.
 pub(crate) struct Tunnel {
-    pub(crate) upstream: Upstream,
+    config: TunnelConfig,
+    pub(crate) upstream: Arc<Upstream>,
     pub(crate) host: HostRule,
     pub(crate) request_timeout: Duration,
-    pub(crate) slots: Arc<Semaphore>,
+    health: Arc<Health>,
+    metrics: Arc<TunnelMetrics>,
+    _check: Option<AbortOnDropHandle<()>>,
+}
+
+/// A request's place at its tunnel, given back when it is dropped.
+pub(crate) struct Place {
+    of_tunnel: Arc<TunnelMetrics>,
+    of_all: Arc<AtomicU32>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.of_tunnel.in_flight.dec();
+        self.of_all.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// All tunnels of this process, and what they share.
 pub(crate) struct Tunnels {
-    by_name: BTreeMap<TunnelName, Arc<Tunnel>>,
+    by_name: Mutex<BTreeMap<TunnelName, Arc<Tunnel>>>,
+    /// Out of the configuration, but still served while requests that were dispatched just before arrive.
+    leaving: Mutex<BTreeMap<TunnelName, Arc<Tunnel>>>,
+    in_flight: Arc<AtomicU32>,
+    max_concurrent: AtomicU32,
     uploads: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
+}
+
+/// Tunnels that are set up and not yet served.
+pub(crate) struct Prepared {
+    by_name: BTreeMap<TunnelName, Arc<Tunnel>>,
+    max_concurrent: u32,
 }
 
 impl Tunnels {
-    /// Sets up each configured tunnel. Nothing is dialled.
-    pub(crate) fn new(configs: &[TunnelConfig]) -> Result<Self, TlsError> {
+    /// Sets up each configured tunnel. Nothing is dialled but by health checks.
+    pub(crate) fn new(
+        configs: &[TunnelConfig],
+        max_concurrent: u32,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, TlsError> {
+        let tunnels = Self {
+            by_name: Mutex::default(),
+            leaving: Mutex::default(),
+            in_flight: Arc::default(),
+            max_concurrent: AtomicU32::new(max_concurrent),
+            uploads: Arc::new(Semaphore::new(UPLOAD_BUDGET_BYTES / BUDGET_UNIT_BYTES)),
+            metrics,
+        };
+        let prepared = tunnels.prepare(configs, max_concurrent)?;
+        tunnels.replace(prepared);
+        Ok(tunnels)
+    }
+
+    /// Sets up what another configuration wants; what has not changed is taken over as it runs. Until
+    /// [`Self::replace`] nobody notices.
+    ///
+    /// # Errors
+    ///
+    /// [`TlsError`] when one of the tunnels cannot be set up.
+    pub(crate) fn prepare(
+        &self,
+        configs: &[TunnelConfig],
+        max_concurrent: u32,
+    ) -> Result<Prepared, TlsError> {
         let mut by_name = BTreeMap::new();
         for config in configs {
-            by_name.insert(config.name.clone(), Arc::new(Tunnel::new(config)?));
+            let before = self.get(&config.name);
+            // Certificates are read again, whether or not the name of their file has changed.
+            let tunnel = match before {
+                Some(before) if before.config == *config && config.ca_file.is_none() => before,
+                before => Arc::new(Tunnel::new(config, before.as_deref(), &self.metrics)?),
+            };
+            by_name.insert(config.name.clone(), tunnel);
         }
-        Ok(Self { by_name, uploads: Arc::new(Semaphore::new(UPLOAD_BUDGET_BYTES / BUDGET_UNIT_BYTES)) })
+        Ok(Prepared { by_name, max_concurrent })
     }
 
-    pub(crate) fn get(&self, name: &TunnelName) -> Option<&Arc<Tunnel>> {
-        self.by_name.get(name)
+    /// Serves exactly what was prepared. Requests in flight go on with the tunnel they began with, and
+    /// those for a tunnel that is gone are served until [`Self::forget`].
+    pub(crate) fn replace(&self, prepared: Prepared) {
+        let Prepared { by_name, max_concurrent } = prepared;
+        self.max_concurrent.store(max_concurrent, Ordering::Relaxed);
+        let mut leaving = lock(&self.leaving);
+        leaving.retain(|name, _| !by_name.contains_key(name));
+        let before = std::mem::replace(&mut *lock(&self.by_name), by_name);
+        let now = lock(&self.by_name);
+        leaving.extend(before.into_iter().filter(|(name, _)| !now.contains_key(name)));
+        for (name, tunnel) in &*now {
+            if tunnel.config.health_check.is_none() {
+                self.metrics.forget_health(name);
+            }
+        }
     }
 
+    /// Ends the service for tunnels that are gone.
+    pub(crate) fn forget(&self) {
+        for (name, _) in std::mem::take(&mut *lock(&self.leaving)) {
+            self.metrics.forget(&name);
+        }
+    }
+
+    pub(crate) fn get(&self, name: &TunnelName) -> Option<Arc<Tunnel>> {
+        let served = lock(&self.by_name).get(name).cloned();
+        served.or_else(|| lock(&self.leaving).get(name).cloned())
+    }
+
+    /// The tunnels to be served, in the order of their names.
     pub(crate) fn names(&self) -> Vec<TunnelName> {
-        self.by_name.keys().cloned().collect()
+        lock(&self.by_name).keys().cloned().collect()
+    }
+
+    /// A place for one more request at `tunnel`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorCode::TooManyRequests`] when this tunnel or all together serve as many as they may, and
+    /// [`ErrorCode::UpstreamUnhealthy`].
+    pub(crate) fn enter(&self, tunnel: &Tunnel) -> Result<Place, ErrorCode> {
+        let before = tunnel.metrics.in_flight.inc();
+        let before_all = self.in_flight.fetch_add(1, Ordering::Relaxed);
+        // From here on both are given back, whatever follows.
+        let place = Place { of_tunnel: Arc::clone(&tunnel.metrics), of_all: Arc::clone(&self.in_flight) };
+        if before >= i64::from(tunnel.config.max_concurrent)
+            || before_all >= self.max_concurrent.load(Ordering::Relaxed)
+        {
+            return Err(ErrorCode::TooManyRequests);
+        }
+        if tunnel.health.is_down() {
+            return Err(ErrorCode::UpstreamUnhealthy);
+        }
+        Ok(place)
     }
 
     /// A share of the memory for announced bodies.
@@ -74,21 +196,65 @@ impl Tunnels {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Tunnel {
-    fn new(config: &TunnelConfig) -> Result<Self, TlsError> {
-        let tls = tls_for(config)?;
-        let upstream = Upstream::new(config.upstream.clone(), tls, config.http2);
+    fn new(config: &TunnelConfig, before: Option<&Self>, metrics: &Arc<Metrics>) -> Result<Self, TlsError> {
+        let upstream = match before {
+            // Its idle connections are as good as before.
+            Some(before) if before.config.has_upstream_of(config) && config.ca_file.is_none() => {
+                Arc::clone(&before.upstream)
+            }
+            _ => Arc::new(Upstream::new(config.upstream.clone(), tls_for(config)?, config.http2)),
+        };
         let host = match &config.host_header {
             HostHeader::Preserve => HostRule::Public,
             HostHeader::Value(value) => HostRule::Fixed(value.clone()),
             HostHeader::Upstream => HostRule::Fixed(upstream.authority().clone()),
         };
+        let health = Arc::new(Health::new(config.health_check.as_ref().map(|check| check.max_failed)));
+        let check = config.health_check.clone().map(|settings| {
+            let host = match &host {
+                HostRule::Fixed(value) => value.clone(),
+                HostRule::Public => upstream.authority().clone(),
+            };
+            metrics.set_healthy(&config.name, true);
+            let (name, metrics) = (config.name.clone(), Arc::clone(metrics));
+            let changed = move |state: &health::State| {
+                metrics.set_healthy(&name, *state == health::State::Up);
+                match state {
+                    health::State::Down { reason } => {
+                        tracing::warn!(tunnel_id = %name, "the upstream is down: {reason}");
+                    }
+                    health::State::Up | health::State::Unchecked => {
+                        tracing::info!(tunnel_id = %name, "the upstream is up again");
+                    }
+                }
+            };
+            let check = health::check(settings, host, Arc::clone(&upstream), Arc::clone(&health), changed);
+            AbortOnDropHandle::new(tokio::spawn(check))
+        });
         Ok(Self {
+            config: config.clone(),
             upstream,
             host,
             request_timeout: config.request_timeout,
-            slots: Arc::new(Semaphore::new(config.max_concurrent as usize)),
+            health,
+            metrics: metrics.tunnel(&config.name),
+            _check: check,
         })
+    }
+
+    /// Where this tunnel's requests are counted.
+    pub(crate) const fn metrics(&self) -> &Arc<TunnelMetrics> {
+        &self.metrics
+    }
+
+    /// Whether the upstream is well.
+    pub(crate) fn health(&self) -> health::State {
+        self.health.state()
     }
 }
 

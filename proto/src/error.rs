@@ -97,6 +97,9 @@ error_codes! {
     /// The upstream's certificate was not accepted.
     UpstreamTls, "upstream_tls", BAD_GATEWAY, "UpstreamTls",
         "The agent could not agree on TLS with the upstream.";
+    /// The upstream's health check fails; it was not called.
+    UpstreamUnhealthy, "upstream_unhealthy", BAD_GATEWAY, "UpstreamUnhealthy",
+        "The agent is connected, but the upstream it forwards to fails its health check.";
     /// The agent's connection died while the request was in flight.
     AgentLost, "agent_lost", BAD_GATEWAY, "AgentLost",
         "The agent's connection was lost before it had answered.";

@@ -132,14 +132,27 @@ impl Local {
     ) -> Agent {
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("agentd.toml");
-        let text =
-            format!("[edge]\nurl = \"{}\"\ntoken_file = \"{}\"\n\n{tunnels}", self.agents, token.display());
-        std::fs::write(&config, text).unwrap();
-        let process = Process::start("agentd", &["run", "--config", config.to_str().unwrap()], environment);
+        std::fs::write(&config, self.config_of(token, tunnels)).unwrap();
+        let socket = dir.path().join("control.sock");
+        let mut environment = environment.to_vec();
+        environment.push(("AGENTD_CONTROL_SOCKET", socket.to_str().unwrap()));
+        let process = Process::start("agentd", &["run", "--config", config.to_str().unwrap()], &environment);
         for name in names {
             process.wait_for_line(|line| line.contains("tunnel is open") && line.contains(name));
         }
         Agent { process, dir }
+    }
+
+    /// A configuration with the tunnels that `tunnels` (TOML) describes. What stands before the first
+    /// table goes to the front.
+    #[must_use]
+    pub fn config(&self, tunnels: &str) -> String {
+        self.config_of(&self.token, tunnels)
+    }
+
+    fn config_of(&self, token: &Path, tunnels: &str) -> String {
+        let (top, tables) = tunnels.split_at(tunnels.find('[').unwrap_or(tunnels.len()));
+        format!("{top}\n[edge]\nurl = \"{}\"\ntoken_file = \"{}\"\n\n{tables}", self.agents, token.display())
     }
 
     /// How often each AWS call was made so far: `service:Action` to a number.
@@ -258,6 +271,27 @@ impl Agent {
     #[must_use]
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Replaces its configuration by these tunnels, at once and whole as an editor or a tool does.
+    pub fn write_tunnels(&self, local: &Local, tunnels: &str) {
+        self.write_config(&local.config(tunnels));
+    }
+
+    /// Replaces its configuration.
+    pub fn write_config(&self, text: &str) {
+        let new = self.dir.path().join("agentd.toml.new");
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(new, self.dir.path().join("agentd.toml")).unwrap();
+    }
+
+    /// Runs a command that asks this agent: its exit code and what it printed.
+    #[must_use]
+    pub fn ask(&self, command: &[&str]) -> (Option<i32>, String) {
+        let socket = self.dir.path().join("control.sock");
+        let arguments = [command, &["--control-socket", socket.to_str().unwrap()]].concat();
+        let mut process = Process::start("agentd", &arguments, &[]);
+        (process.wait(), process.printed())
     }
 }
 

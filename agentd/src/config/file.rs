@@ -6,11 +6,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use http::uri::PathAndQuery;
 use proto::id::TunnelName;
 use rustls::pki_types::ServerName;
 
 use super::{
-    Config, ConfigError, FileConfig, Overrides, TunnelConfig, beside, parse_duration, parse_host_header,
+    Config, ConfigError, FileConfig, HealthCheck, LogConfig, Overrides, TunnelConfig, beside, parse_duration,
+    parse_host_header, parse_status_address,
     value::{Document, Table},
 };
 use crate::upstream::{
@@ -18,11 +20,23 @@ use crate::upstream::{
     address::{Address, Scheme},
 };
 
-const ROOT_KEYS: &[&str] = &["edge", "grace_period", "include", "tunnel"];
+const ROOT_KEYS: &[&str] = &[
+    "control_socket",
+    "edge",
+    "grace_period",
+    "include",
+    "log",
+    "max_concurrent",
+    "status_address",
+    "tunnel",
+];
 const INCLUDED_KEYS: &[&str] = &["tunnel"];
 const EDGE_KEYS: &[&str] = &["ca_file", "token_file", "url"];
+const LOG_KEYS: &[&str] = &["dir", "format", "keep_days", "level"];
+const HEALTH_CHECK_KEYS: &[&str] = &["interval", "max_failed", "path", "timeout"];
 const TUNNEL_KEYS: &[&str] = &[
     "ca_file",
+    "health_check",
     "host_header",
     "http2",
     "insecure_skip_verify",
@@ -35,7 +49,8 @@ const TUNNEL_KEYS: &[&str] = &[
 
 /// Every key there is, for whoever describes them.
 #[cfg(test)]
-pub(super) const ALL_KEYS: &[&[&str]] = &[ROOT_KEYS, INCLUDED_KEYS, EDGE_KEYS, TUNNEL_KEYS];
+pub(super) const ALL_KEYS: &[&[&str]] =
+    &[ROOT_KEYS, INCLUDED_KEYS, EDGE_KEYS, LOG_KEYS, HEALTH_CHECK_KEYS, TUNNEL_KEYS];
 
 /// Reads a configuration file and what it includes, under `overrides`.
 ///
@@ -55,6 +70,20 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
         config.ca_file = edge.text("ca_file", |text| nonempty_path(path, text))?;
     }
     config.grace_period = root.text("grace_period", |text| duration_within(text, "0s", "15m"))?;
+    config.max_concurrent = root.integer("max_concurrent", 1..=10_000)?;
+    config.control_socket = root.text("control_socket", |text| nonempty_path(path, text))?;
+    config.status_address = root.text("status_address", parse_status_address)?;
+    if let Some(log) = root.table("log", LOG_KEYS)? {
+        config.log = LogConfig {
+            level: log.text("level", |text| {
+                text.parse()
+                    .map_err(|_| format!("{text:?} is not a level: error, warn, info, debug or trace"))
+            })?,
+            format: log.text("format", str::parse)?,
+            dir: log.text("dir", |text| nonempty_path(path, text))?,
+            keep_days: log.integer("keep_days", 1..=3650)?,
+        };
+    }
     read_tunnels(&document, &root, &mut config, &mut names)?;
     for (pattern, span) in root.texts("include")? {
         let files = expand(&beside(path, pattern)).map_err(|message| document.error(span, message))?;
@@ -70,6 +99,16 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
         return Err(document.error(0..0, "there is no tunnel: add a [[tunnel]] with name and upstream"));
     }
     overrides.apply(config)
+}
+
+/// The `control_socket` that a configuration names, whatever else is in it: commands for a running agent
+/// find it so. `None` where there is no such file or key.
+#[must_use]
+pub fn control_socket_named_in(path: &Path) -> Option<PathBuf> {
+    let text = fs::read_to_string(path).ok()?;
+    let root = toml::de::DeTable::parse(&text).ok()?;
+    let socket = root.get_ref().get("control_socket")?.get_ref().as_str()?;
+    nonempty_path(path, socket).ok()
 }
 
 fn read(path: &Path) -> Result<String, ConfigError> {
@@ -132,6 +171,9 @@ fn read_tunnel(document: &Document<'_>, table: &Table<'_>) -> Result<TunnelConfi
     if let Some(http2) = table.text("http2", parse_http2)? {
         tunnel.http2 = http2;
     }
+    if let Some(check) = table.table("health_check", HEALTH_CHECK_KEYS)? {
+        tunnel.health_check = Some(read_health_check(&check)?);
+    }
     if tunnel.upstream.scheme() == Scheme::Http {
         for key in ["ca_file", "server_name", "insecure_skip_verify"] {
             if table.has(key) {
@@ -143,6 +185,25 @@ fn read_tunnel(document: &Document<'_>, table: &Table<'_>) -> Result<TunnelConfi
         }
     }
     Ok(tunnel)
+}
+
+fn read_health_check(table: &Table<'_>) -> Result<HealthCheck, ConfigError> {
+    let path = table.text("path", |text| {
+        let path = text.parse::<PathAndQuery>().ok().filter(|_| text.starts_with('/'));
+        path.ok_or_else(|| format!("{text:?} is not a path: write it as \"/healthz\""))
+    })?;
+    let path = path.ok_or_else(|| table.error("this health_check has no path: add path = \"/healthz\""))?;
+    let mut check = HealthCheck::new(path);
+    if let Some(interval) = table.text("interval", |text| duration_within(text, "100ms", "1h"))? {
+        check.interval = interval;
+    }
+    if let Some(timeout) = table.text("timeout", |text| duration_within(text, "10ms", "1m"))? {
+        check.timeout = timeout;
+    }
+    if let Some(max_failed) = table.integer("max_failed", 1..=100)? {
+        check.max_failed = max_failed;
+    }
+    Ok(check)
 }
 
 fn parse_http2(text: &str) -> Result<Http2, String> {

@@ -238,7 +238,12 @@ async fn the_service_manager_is_told() {
     );
     let config = crate::stage::private_file(folder.path(), "agentd.toml", &text).unwrap();
     let mut command = crate::stage::agentd();
-    command.args(["run", "--config"]).arg(config).env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "200000");
+    command
+        .args(["run", "--config"])
+        .arg(&config)
+        .env("AGENTD_CONTROL_SOCKET", folder.path().join("control.sock"))
+        .env("NOTIFY_SOCKET", &path)
+        .env("WATCHDOG_USEC", "200000");
     let mut agent = Agent::spawn(command);
     let mut seen = String::new();
     let socket = std::sync::Arc::new(socket);

@@ -487,6 +487,7 @@ impl Agent {
     pub(crate) fn run(config: &Path) -> Self {
         let mut command = agentd();
         command.args(["run", "--log-level", "debug", "--config"]).arg(config);
+        command.env("AGENTD_CONTROL_SOCKET", config.with_file_name("control.sock"));
         Self::spawn(command)
     }
 

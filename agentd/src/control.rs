@@ -1,0 +1,312 @@
+//! How the running agent is asked and told: HTTP over a unix socket for whoever may open it, and the
+//! harmless part of it over TCP on loopback for monitoring.
+//!
+//! Enters: requests. Leaves: [`Ask`]s to the driver, so that an answer also proves that its loop turns.
+//!
+//! | | unix socket | loopback |
+//! |---|---|---|
+//! | `GET /healthz` `/ready` `/metrics` | yes | yes |
+//! | `GET /status` | yes | no |
+//! | `POST /reload` `/stop` | yes | no |
+
+pub(crate) mod client;
+pub(crate) mod command;
+mod socket;
+
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpListener,
+    sync::{Semaphore, mpsc, oneshot},
+    time::timeout,
+};
+
+pub(crate) use self::socket::{ControlSocket, in_folder, place_for_service};
+use crate::{metrics::Metrics, reload::Change, status::Status};
+
+/// What the driver is asked.
+#[derive(Debug)]
+pub(crate) enum Ask {
+    /// How it is.
+    Status(oneshot::Sender<Status>),
+    /// To read the configuration again. A refusal says why nothing was changed.
+    Reload(oneshot::Sender<Result<Change, String>>),
+    /// To stop after what is in flight; the number of those is the answer.
+    Stop(oneshot::Sender<Stopping>),
+}
+
+/// What an agent that was told to stop answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Stopping {
+    pub(crate) pid: u32,
+    pub(crate) in_flight: u64,
+    pub(crate) grace_ms: u64,
+}
+
+/// A refusal, as JSON.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Refused {
+    pub(crate) error: String,
+}
+
+/// What `/ready` answers.
+#[derive(Debug, serde::Serialize)]
+struct Readiness {
+    ready: bool,
+    connections: usize,
+    tunnels: usize,
+    tunnels_open: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+}
+
+/// How many asks may wait for the driver.
+pub(crate) const ASKS: usize = 8;
+
+/// How many connections are served at a time. One more waits in the kernel's queue.
+const CONNECTIONS: usize = 32;
+
+/// How long a head may take, and a connection may be idle.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A driver that does not answer by then is stuck.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A reload waits for the edge's confirmation, see [`crate::driver`].
+const RELOAD_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Who asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Door {
+    /// Somebody whom the socket's permissions let in.
+    Unix,
+    /// Anybody on this machine, a browser included.
+    Loopback,
+}
+
+/// Answers requests.
+#[derive(Clone)]
+pub(crate) struct Control {
+    asks: mpsc::Sender<Ask>,
+    metrics: Arc<Metrics>,
+}
+
+impl Control {
+    pub(crate) const fn new(asks: mpsc::Sender<Ask>, metrics: Arc<Metrics>) -> Self {
+        Self { asks, metrics }
+    }
+
+    /// Serves the unix socket for ever. The socket's file goes with the future.
+    pub(crate) async fn serve_socket(self, socket: ControlSocket) {
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        loop {
+            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+            match socket.accept().await {
+                Ok(stream) => {
+                    let control = self.clone();
+                    tokio::spawn(async move {
+                        control.serve(stream, Door::Unix).await;
+                        drop(place);
+                    });
+                }
+                Err(error) => not_accepted(&error).await,
+            }
+        }
+    }
+
+    /// Serves a loopback address for ever.
+    pub(crate) async fn serve_loopback(self, listener: TcpListener) {
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        loop {
+            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let control = self.clone();
+                    tokio::spawn(async move {
+                        control.serve(stream, Door::Loopback).await;
+                        drop(place);
+                    });
+                }
+                Err(error) => not_accepted(&error).await,
+            }
+        }
+    }
+
+    async fn serve<S>(&self, stream: S, door: Door)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let service = service_fn(|request: Request<Incoming>| async move {
+            let (head, _body) = request.into_parts();
+            Ok::<_, Infallible>(self.answer(&head.method, head.uri.path(), &head.headers, door).await)
+        });
+        let served = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIMEOUT)
+            .keep_alive(true)
+            .max_buf_size(16 * 1024)
+            .serve_connection(TokioIo::new(stream), service)
+            .await;
+        if let Err(error) = served {
+            tracing::debug!(%error, "a control connection broke off");
+        }
+    }
+
+    async fn answer(
+        &self,
+        method: &Method,
+        path: &str,
+        headers: &HeaderMap,
+        door: Door,
+    ) -> Response<Full<Bytes>> {
+        if door == Door::Loopback && !is_for_this_machine(headers) {
+            // A page of a foreign site that has its name point here (DNS rebinding).
+            return text(StatusCode::FORBIDDEN, "this address answers to loopback names only\n");
+        }
+        let allowed = match (path, door) {
+            ("/healthz" | "/ready" | "/metrics", _) | ("/status", Door::Unix) => Method::GET,
+            ("/reload" | "/stop", Door::Unix) => Method::POST,
+            _ => return text(StatusCode::NOT_FOUND, "there is /healthz, /ready and /metrics\n"),
+        };
+        if *method != allowed && !(*method == Method::HEAD && allowed == Method::GET) {
+            let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "another method is wanted\n");
+            let value = HeaderValue::from_str(allowed.as_str()).expect("a method's name is a field value");
+            answer.headers_mut().insert(header::ALLOW, value);
+            return answer;
+        }
+        match path {
+            "/metrics" => content(StatusCode::OK, crate::metrics::CONTENT_TYPE, self.metrics.text()),
+            "/healthz" => match self.status().await {
+                Some(_) => text(StatusCode::OK, "ok\n"),
+                None => stuck(),
+            },
+            "/ready" => match self.status().await {
+                Some(status) => ready(&status),
+                None => stuck(),
+            },
+            "/status" => match self.status().await {
+                Some(status) => json(StatusCode::OK, &status),
+                None => stuck(),
+            },
+            "/reload" => match self.ask(Ask::Reload, RELOAD_TIMEOUT).await {
+                Some(Ok(change)) => json(StatusCode::OK, &change),
+                Some(Err(error)) => json(StatusCode::UNPROCESSABLE_ENTITY, &Refused { error }),
+                None => stuck(),
+            },
+            "/stop" => match self.ask(Ask::Stop, ANSWER_TIMEOUT).await {
+                Some(stopping) => json(StatusCode::ACCEPTED, &stopping),
+                None => stuck(),
+            },
+            _ => text(StatusCode::NOT_FOUND, "not found\n"),
+        }
+    }
+
+    async fn status(&self) -> Option<Status> {
+        self.ask(Ask::Status, ANSWER_TIMEOUT).await
+    }
+
+    async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask, patience: Duration) -> Option<T> {
+        let (answer, answered) = oneshot::channel();
+        timeout(patience, async {
+            self.asks.send(ask(answer)).await.ok()?;
+            answered.await.ok()
+        })
+        .await
+        .ok()
+        .flatten()
+    }
+}
+
+/// Whether `host` names this machine's loopback.
+fn is_for_this_machine(headers: &HeaderMap) -> bool {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
+    let Ok(host) = host.as_bytes().try_into() else { return false };
+    let host: http::uri::Authority = host;
+    let name = host.host();
+    let literal = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+    !host.as_str().contains('@')
+        && (name.eq_ignore_ascii_case("localhost")
+            || literal.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback()))
+}
+
+fn ready(status: &Status) -> Response<Full<Bytes>> {
+    let readiness = status.readiness();
+    let code = if readiness.is_ok() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let answer = Readiness {
+        ready: readiness.is_ok(),
+        connections: status.edge.connections.len(),
+        tunnels: status.tunnels.len(),
+        tunnels_open: status.open(),
+        reason: readiness.err(),
+    };
+    json(code, &answer)
+}
+
+fn stuck() -> Response<Full<Bytes>> {
+    text(StatusCode::SERVICE_UNAVAILABLE, "the agent's main loop does not answer\n")
+}
+
+fn json(status: StatusCode, value: &impl serde::Serialize) -> Response<Full<Bytes>> {
+    let mut body = serde_json::to_string(value).expect("texts, numbers and lists are JSON");
+    body.push('\n');
+    content(status, "application/json", body)
+}
+
+fn text(status: StatusCode, body: &str) -> Response<Full<Bytes>> {
+    content(status, "text/plain; charset=utf-8", body.to_owned())
+}
+
+fn content(status: StatusCode, kind: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+/// Nobody could be let in: most often because there are no file descriptors left, which passes.
+async fn not_accepted(error: &std::io::Error) {
+    tracing::warn!(%error, "a control connection was not accepted");
+    tokio::time::sleep(Duration::from_millis(200)).await;
+}
+
+/// Begins to listen at a loopback address.
+///
+/// # Errors
+///
+/// When the address is taken.
+pub(crate) async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    TcpListener::bind(address).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_loopback_names_are_answered() {
+        let asked = |hosts: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for host in hosts {
+                headers.append(header::HOST, HeaderValue::from_str(host).unwrap());
+            }
+            is_for_this_machine(&headers)
+        };
+        for host in ["localhost", "LOCALHOST:4041", "127.0.0.1", "127.0.0.1:1", "127.9.9.9", "[::1]:4041"] {
+            assert!(asked(&[host]), "{host}");
+        }
+        for host in ["evil.example", "localhost.evil.example", "192.0.2.1:4041", "u@localhost", "", "a b"] {
+            assert!(!asked(&[host]), "{host}");
+        }
+        assert!(!asked(&[]) && !asked(&["localhost", "localhost"]));
+    }
+}

@@ -1,0 +1,184 @@
+//! Asking a running agent: what the commands `status`, `tunnel`, `reload`, `ready` and `stop` do.
+//!
+//! Enters: where the agent may be found. Leaves: its answers, or why there is none.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Method, Request, StatusCode, header};
+use http_body_util::{BodyExt as _, Empty};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use tokio::{net::UnixStream, time::timeout};
+
+use super::{Refused, Stopping, socket};
+use crate::{reload::Change, status::Status};
+
+/// An agent answers sooner than this, or not at all.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AskError {
+    /// Nobody listens anywhere.
+    #[error("no agent is running here (looked for {})", shown(.0))]
+    NotRunning(Vec<PathBuf>),
+    /// Somebody listens, but not to this user.
+    #[error("{0}: permission denied: ask as the agent's user, a member of its group, or root")]
+    Denied(PathBuf),
+    /// The connection failed.
+    #[error("the agent at {path} does not answer: {source}")]
+    Broken {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The agent refused.
+    #[error("{0}")]
+    Refused(String),
+}
+
+fn shown(places: &[PathBuf]) -> String {
+    places.iter().map(|place| place.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// Where to look for the agent, in this order.
+pub(crate) fn places(
+    named: Option<PathBuf>,
+    state_dir: Option<&Path>,
+    config: Option<&Path>,
+    usual_state_dir: Option<&Path>,
+    environment: impl Fn(&str) -> Option<PathBuf>,
+    is_root: bool,
+) -> Vec<PathBuf> {
+    if let Some(named) = named {
+        return vec![named];
+    }
+    if let Some(folder) = state_dir {
+        return vec![socket::in_folder(folder)];
+    }
+    if let Some(named) = config.and_then(crate::config::control_socket_named_in) {
+        return vec![named];
+    }
+    let mut places = socket::usual_places(environment, is_root);
+    places.extend(usual_state_dir.map(socket::in_folder));
+    places
+}
+
+/// The running agent.
+pub(crate) struct Agent {
+    path: PathBuf,
+    sender: http1::SendRequest<Empty<Bytes>>,
+}
+
+impl Agent {
+    /// Finds the first that listens at one of `places`.
+    ///
+    /// # Errors
+    ///
+    /// [`AskError::NotRunning`] and [`AskError::Denied`].
+    pub(crate) async fn find(places: &[PathBuf]) -> Result<Self, AskError> {
+        let mut denied = None;
+        for path in places {
+            match UnixStream::connect(path).await {
+                Ok(stream) => {
+                    let broken =
+                        |error| AskError::Broken { path: path.clone(), source: io::Error::other(error) };
+                    let (sender, connection) =
+                        http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+                    tokio::spawn(async move {
+                        // Its errors reach whoever waits for the answer.
+                        let _ = connection.await;
+                    });
+                    return Ok(Self { path: path.clone(), sender });
+                }
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    denied.get_or_insert(path.clone());
+                }
+                Err(_) => {}
+            }
+        }
+        Err(denied.map_or_else(|| AskError::NotRunning(places.to_vec()), AskError::Denied))
+    }
+
+    /// How it is.
+    pub(crate) async fn status(&mut self) -> Result<Status, AskError> {
+        self.ask(Method::GET, "/status").await
+    }
+
+    /// Has it read its configuration again.
+    pub(crate) async fn reload(&mut self) -> Result<Change, AskError> {
+        self.ask(Method::POST, "/reload").await
+    }
+
+    /// Has it stop.
+    pub(crate) async fn stop(&mut self) -> Result<Stopping, AskError> {
+        self.ask(Method::POST, "/stop").await
+    }
+
+    async fn ask<T: serde::de::DeserializeOwned>(
+        &mut self,
+        method: Method,
+        path: &str,
+    ) -> Result<T, AskError> {
+        let broken = |source| AskError::Broken { path: self.path.clone(), source };
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, "localhost")
+            .body(Empty::new())
+            .map_err(|error| broken(io::Error::other(error)))?;
+        let answered = timeout(PATIENCE, async {
+            let response = self.sender.send_request(request).await?;
+            let (head, body) = response.into_parts();
+            Ok::<_, hyper::Error>((head.status, body.collect().await?.to_bytes()))
+        })
+        .await
+        .map_err(|_| broken(io::ErrorKind::TimedOut.into()))?;
+        let (status, body) = answered.map_err(|error| broken(io::Error::other(error)))?;
+        if status.is_success() {
+            return serde_json::from_slice(&body).map_err(|error| broken(error.into()));
+        }
+        if status == StatusCode::UNPROCESSABLE_ENTITY
+            && let Ok(refused) = serde_json::from_slice::<Refused>(&body)
+        {
+            return Err(AskError::Refused(refused.error));
+        }
+        let text = String::from_utf8_lossy(&body).trim().to_owned();
+        Err(broken(io::Error::other(text)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_named_goes_over_what_is_usual() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("agentd.toml");
+        std::fs::write(&config, "control_socket = \"c.sock\"\nnonsense = 1\n").unwrap();
+        let find = |named: Option<&str>, state: Option<&str>, config: Option<&Path>| {
+            places(
+                named.map(PathBuf::from),
+                state.map(Path::new),
+                config,
+                Some(Path::new("/usual")),
+                |_| None,
+                false,
+            )
+        };
+        assert_eq!(find(Some("/a"), Some("/b"), Some(&config)), [PathBuf::from("/a")]);
+        assert_eq!(find(None, Some("/b"), Some(&config)), [PathBuf::from("/b/control.sock")]);
+        assert_eq!(find(None, None, Some(&config)), [folder.path().join("c.sock")]);
+        assert_eq!(
+            find(None, None, Some(Path::new("/none"))),
+            [PathBuf::from("/run/agentd/control.sock"), PathBuf::from("/usual/control.sock")]
+        );
+    }
+}

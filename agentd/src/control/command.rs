@@ -1,0 +1,213 @@
+//! The commands that ask a running agent.
+
+use std::{
+    fmt::Display,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use rustix::process::Pid;
+
+use super::client::{Agent, AskError};
+use crate::{
+    background::{Process, STOP_MARGIN},
+    status::{Status, list},
+};
+
+/// How often an agent that is not ready is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
+
+/// How an answer is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Format {
+    /// For people.
+    Text,
+    /// One JSON object, for programs.
+    Json,
+}
+
+impl Format {
+    pub(crate) const fn from_flag(json: bool) -> Self {
+        if json { Self::Json } else { Self::Text }
+    }
+
+    fn print<T: serde::Serialize + ?Sized>(self, value: &T, text: impl FnOnce() -> String) {
+        match self {
+            Self::Json => println!("{}", json(value)),
+            Self::Text => print!("{}", text()),
+        }
+    }
+}
+
+fn json<T: serde::Serialize + ?Sized>(value: &T) -> String {
+    serde_json::to_string(value).expect("texts, numbers and lists are JSON")
+}
+
+/// What `--json` says where there is no answer.
+#[derive(serde::Serialize)]
+struct NoAnswer {
+    running: bool,
+    error: String,
+}
+
+fn no_answer(error: &AskError, format: Format) -> ExitCode {
+    let running = !matches!(error, AskError::NotRunning(_));
+    match format {
+        Format::Json => println!("{}", json(&NoAnswer { running, error: error.to_string() })),
+        Format::Text => complain(error),
+    }
+    ExitCode::FAILURE
+}
+
+fn complain(error: impl Display) {
+    eprintln!("agentd: {error}");
+}
+
+/// Runs one question to its end.
+fn block_on<T>(future: impl Future<Output = T>) -> std::io::Result<T> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future))
+}
+
+fn ask<T>(
+    places: &[PathBuf],
+    question: impl AsyncFnOnce(&mut Agent) -> Result<T, AskError>,
+) -> Result<T, AskError> {
+    block_on(async {
+        let mut agent = Agent::find(places).await?;
+        question(&mut agent).await
+    })
+    .unwrap_or_else(|source| Err(AskError::Broken { path: PathBuf::new(), source }))
+}
+
+/// The state of the agent at one of `places`.
+pub(crate) fn find(places: &[PathBuf]) -> Result<Status, AskError> {
+    ask(places, async |agent: &mut Agent| agent.status().await)
+}
+
+/// `agentd status`: code 0 if an agent runs.
+pub(crate) fn status(places: &[PathBuf], format: Format) -> ExitCode {
+    match find(places) {
+        Ok(status) => {
+            format.print(&status, || status.to_text());
+            ExitCode::SUCCESS
+        }
+        Err(AskError::NotRunning(_)) if format == Format::Text => {
+            println!("not running");
+            ExitCode::FAILURE
+        }
+        Err(error) => no_answer(&error, format),
+    }
+}
+
+/// `agentd tunnel list`
+pub(crate) fn tunnel_list(places: &[PathBuf], format: Format) -> ExitCode {
+    match find(places) {
+        Ok(status) => {
+            format.print(&status.tunnels, || list(&status.tunnels));
+            ExitCode::SUCCESS
+        }
+        Err(error) => no_answer(&error, format),
+    }
+}
+
+/// `agentd tunnel info`
+pub(crate) fn tunnel_info(places: &[PathBuf], name: &str, format: Format) -> ExitCode {
+    let status = match find(places) {
+        Ok(status) => status,
+        Err(error) => return no_answer(&error, format),
+    };
+    match status.tunnels.iter().find(|tunnel| tunnel.name == name) {
+        Some(tunnel) => {
+            format.print(tunnel, || tunnel.to_text());
+            ExitCode::SUCCESS
+        }
+        None => {
+            let names: Vec<&str> = status.tunnels.iter().map(|tunnel| tunnel.name.as_str()).collect();
+            let error = format!("the agent has no tunnel {name:?}; it has {}", names.join(", "));
+            no_answer(&AskError::Refused(error), format)
+        }
+    }
+}
+
+/// `agentd reload`
+pub(crate) fn reload(places: &[PathBuf], format: Format) -> ExitCode {
+    match ask(places, async |agent: &mut Agent| agent.reload().await) {
+        Ok(change) => {
+            format.print(&change, || format!("{}\n", change.to_text()));
+            ExitCode::SUCCESS
+        }
+        Err(AskError::Refused(error)) => {
+            let error = AskError::Refused(format!("nothing was changed: {error}"));
+            no_answer(&error, format);
+            ExitCode::from(crate::cli::exit::BAD_CONFIG)
+        }
+        Err(error) => no_answer(&error, format),
+    }
+}
+
+/// `agentd ready`: code 0 if every tunnel is open, within `patience`.
+pub(crate) fn ready(places: &[PathBuf], patience: Duration) -> ExitCode {
+    let begun = Instant::now();
+    loop {
+        let reason = match find(places) {
+            Ok(status) => match status.readiness() {
+                Ok(()) => {
+                    println!("ready: {} tunnels are open", status.tunnels.len());
+                    return ExitCode::SUCCESS;
+                }
+                Err(reason) => reason,
+            },
+            Err(error) => error.to_string(),
+        };
+        if begun.elapsed() >= patience {
+            complain(format_args!("not ready: {reason}"));
+            return ExitCode::FAILURE;
+        }
+        std::thread::sleep(ASK_AGAIN.min(patience.saturating_sub(begun.elapsed())));
+    }
+}
+
+/// `agentd stop` for an agent that was not started into the background.
+pub(crate) fn stop(places: &[PathBuf]) -> ExitCode {
+    let stopping = ask(places, async |agent: &mut Agent| {
+        let status = agent.status().await?;
+        if status.systemd {
+            let error = format!(
+                "pid {} is looked after by systemd, which would start it again: use systemctl stop",
+                status.pid
+            );
+            return Err(AskError::Refused(error));
+        }
+        // Opened before it ends, so that it cannot be mistaken for another.
+        let pid = i32::try_from(status.pid).ok().and_then(Pid::from_raw);
+        let process = pid.map(Process::open).transpose();
+        Ok((process, agent.stop().await?))
+    });
+    let (process, stopping) = match stopping {
+        Ok((Ok(Some(Some(process))), stopping)) => (process, stopping),
+        Ok((Ok(None | Some(None)), _)) | Err(AskError::NotRunning(_)) => {
+            println!("not running");
+            return ExitCode::SUCCESS;
+        }
+        Ok((Err(error), _)) => {
+            complain(error);
+            return ExitCode::FAILURE;
+        }
+        Err(error) => {
+            complain(error);
+            return ExitCode::FAILURE;
+        }
+    };
+    println!("stopping pid {}: {} requests in flight", stopping.pid, stopping.in_flight);
+    match process.wait(Duration::from_millis(stopping.grace_ms) + STOP_MARGIN) {
+        Ok(took) => {
+            println!("stopped after {:.1} s", took.as_secs_f64());
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            complain(error);
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,378 @@
+//! What is counted, and how it is named for Prometheus.
+//!
+//! Enters: what requests, connections and reloads come to. Leaves: OpenMetrics text. A request costs a
+//! few atomic additions: the handles of a tunnel are looked up once, when it is set up. Every label has a
+//! bounded set of values; series of a tunnel that was removed go with it.
+
+use std::{
+    sync::{Arc, atomic::AtomicU64},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::{Registry, Unit},
+};
+use proto::{error::ErrorCode, id::TunnelName};
+
+/// Upper bounds of the latency buckets, in seconds: from a local answer to the longest wait for a head.
+const LATENCY_BUCKETS: [f64; 12] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0, 300.0];
+
+/// The media type of [`Metrics::text`].
+pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfTunnel {
+    tunnel: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfStatus {
+    tunnel: String,
+    status: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfCode {
+    tunnel: String,
+    code: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Because {
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Came {
+    result: &'static str,
+}
+
+type LatencyFamily = Family<OfTunnel, Histogram, fn() -> Histogram>;
+
+fn latency() -> Histogram {
+    Histogram::new(LATENCY_BUCKETS)
+}
+
+/// Everything that is counted.
+pub(crate) struct Metrics {
+    registry: Registry,
+    requests: Family<OfStatus, Counter>,
+    errors: Family<OfCode, Counter>,
+    in_flight: Family<OfTunnel, Gauge>,
+    duration: LatencyFamily,
+    head: LatencyFamily,
+    request_bytes: Family<OfTunnel, Counter>,
+    response_bytes: Family<OfTunnel, Counter>,
+    last_delivery: Family<OfTunnel, Gauge<f64, AtomicU64>>,
+    healthy: Family<OfTunnel, Gauge>,
+    connections: Gauge,
+    tunnels_open: Gauge,
+    reconnects: Family<Because, Counter>,
+    dial_failures: Family<Because, Counter>,
+    reloads: Family<Came, Counter>,
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        let mut registry = Registry::with_prefix("agentd");
+        let metrics = Self {
+            requests: Family::default(),
+            errors: Family::default(),
+            in_flight: Family::default(),
+            duration: Family::new_with_constructor(latency),
+            head: Family::new_with_constructor(latency),
+            request_bytes: Family::default(),
+            response_bytes: Family::default(),
+            last_delivery: Family::default(),
+            healthy: Family::default(),
+            connections: Gauge::default(),
+            tunnels_open: Gauge::default(),
+            reconnects: Family::default(),
+            dial_failures: Family::default(),
+            reloads: Family::default(),
+            registry: Registry::default(),
+        };
+        registry.register(
+            "requests",
+            "Public requests that ended, by status class",
+            metrics.requests.clone(),
+        );
+        registry.register(
+            "request_errors",
+            "Public requests that the upstream did not answer whole, by error code",
+            metrics.errors.clone(),
+        );
+        registry.register("requests_in_flight", "Public requests being served", metrics.in_flight.clone());
+        registry.register_with_unit(
+            "request_duration",
+            "From a request's arrival to the last byte of its response",
+            Unit::Seconds,
+            metrics.duration.clone(),
+        );
+        registry.register_with_unit(
+            "upstream_head",
+            "From a request's arrival to the head of the upstream's response",
+            Unit::Seconds,
+            metrics.head.clone(),
+        );
+        registry.register_with_unit(
+            "request_body",
+            "Bytes of request bodies",
+            Unit::Bytes,
+            metrics.request_bytes.clone(),
+        );
+        registry.register_with_unit(
+            "response_body",
+            "Bytes of response bodies",
+            Unit::Bytes,
+            metrics.response_bytes.clone(),
+        );
+        registry.register_with_unit(
+            "last_delivery_timestamp",
+            "When the upstream's answer to a request was last delivered whole, Unix time",
+            Unit::Seconds,
+            metrics.last_delivery.clone(),
+        );
+        registry.register(
+            "upstream_healthy",
+            "Whether the upstream passes its health check; only for tunnels that have one",
+            metrics.healthy.clone(),
+        );
+        registry.register("connections", "Connections in service", metrics.connections.clone());
+        registry.register("tunnels_open", "Tunnels that the edge has opened", metrics.tunnels_open.clone());
+        registry.register(
+            "reconnects",
+            "Connections that were replaced or lost, by reason",
+            metrics.reconnects.clone(),
+        );
+        registry.register(
+            "dial_failures",
+            "Connections that could not be opened, by reason",
+            metrics.dial_failures.clone(),
+        );
+        registry.register("reloads", "Reloads of the configuration, by result", metrics.reloads.clone());
+        let started = Gauge::<f64, AtomicU64>::default();
+        started.set(unix_now().as_secs_f64());
+        registry.register_with_unit(
+            "start_time",
+            "When the agent started, Unix time",
+            Unit::Seconds,
+            started,
+        );
+        let build = prometheus_client::metrics::info::Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
+        registry.register("build", "The program", build);
+        Self { registry, ..metrics }
+    }
+
+    /// Everything as text.
+    pub(crate) fn text(&self) -> String {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry)
+            .expect("writing into memory does not fail");
+        text
+    }
+
+    /// The handles of one tunnel. The same name gets the same ones, so that counts outlive a change.
+    pub(crate) fn tunnel(&self, name: &TunnelName) -> Arc<TunnelMetrics> {
+        let tunnel = name.to_string();
+        let of = OfTunnel { tunnel: tunnel.clone() };
+        let requests = STATUS_CLASSES
+            .map(|status| self.requests.get_or_create_owned(&OfStatus { tunnel: tunnel.clone(), status }));
+        Arc::new(TunnelMetrics {
+            requests,
+            in_flight: self.in_flight.get_or_create_owned(&of),
+            duration: self.duration.get_or_create_owned(&of),
+            head: self.head.get_or_create_owned(&of),
+            request_bytes: self.request_bytes.get_or_create_owned(&of),
+            response_bytes: self.response_bytes.get_or_create_owned(&of),
+            last_delivery: self.last_delivery.get_or_create_owned(&of),
+            errors: self.errors.clone(),
+            tunnel,
+        })
+    }
+
+    /// Says whether an upstream passes its health check.
+    pub(crate) fn set_healthy(&self, name: &TunnelName, healthy: bool) {
+        self.healthy.get_or_create(&OfTunnel { tunnel: name.to_string() }).set(i64::from(healthy));
+    }
+
+    /// Forgets that a tunnel had a health check.
+    pub(crate) fn forget_health(&self, name: &TunnelName) {
+        self.healthy.remove(&OfTunnel { tunnel: name.to_string() });
+    }
+
+    /// Forgets the series of a tunnel that is no more.
+    pub(crate) fn forget(&self, name: &TunnelName) {
+        let tunnel = name.to_string();
+        for status in STATUS_CLASSES {
+            self.requests.remove(&OfStatus { tunnel: tunnel.clone(), status });
+        }
+        for code in ErrorCode::ALL.iter().map(|code| code.as_str()) {
+            self.errors.remove(&OfCode { tunnel: tunnel.clone(), code });
+        }
+        let of = OfTunnel { tunnel };
+        self.in_flight.remove(&of);
+        self.duration.remove(&of);
+        self.head.remove(&of);
+        self.request_bytes.remove(&of);
+        self.response_bytes.remove(&of);
+        self.last_delivery.remove(&of);
+        self.healthy.remove(&of);
+    }
+
+    /// Counts a connection that was replaced or lost.
+    pub(crate) fn reconnected(&self, reason: &'static str) {
+        self.reconnects.get_or_create(&Because { reason }).inc();
+    }
+
+    /// Counts a connection that could not be opened.
+    pub(crate) fn dial_failed(&self, reason: &'static str) {
+        self.dial_failures.get_or_create(&Because { reason }).inc();
+    }
+
+    /// Counts a reload.
+    pub(crate) fn reloaded(&self, result: &'static str) {
+        self.reloads.get_or_create(&Came { result }).inc();
+    }
+
+    /// Notes what is in service now.
+    pub(crate) fn in_service(&self, connections: usize, tunnels_open: usize) {
+        self.connections.set(connections as i64);
+        self.tunnels_open.set(tunnels_open as i64);
+    }
+}
+
+/// 499, a public client that left, is among the third.
+const STATUS_CLASSES: [&str; 4] = ["2xx", "3xx", "4xx", "5xx"];
+
+/// The handles of one tunnel.
+pub(crate) struct TunnelMetrics {
+    tunnel: String,
+    requests: [Counter; 4],
+    errors: Family<OfCode, Counter>,
+    /// Also what `max_concurrent` is compared with.
+    pub(crate) in_flight: Gauge,
+    duration: Histogram,
+    head: Histogram,
+    request_bytes: Counter,
+    response_bytes: Counter,
+    last_delivery: Gauge<f64, AtomicU64>,
+}
+
+/// What a request came to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ended {
+    pub(crate) status: u16,
+    pub(crate) error: Option<&'static str>,
+    pub(crate) duration: Duration,
+    pub(crate) head: Option<Duration>,
+    pub(crate) request_bytes: u64,
+    pub(crate) response_bytes: u64,
+}
+
+impl TunnelMetrics {
+    /// Counts a request.
+    pub(crate) fn ended(&self, ended: &Ended) {
+        let class = usize::from(ended.status / 100).clamp(2, 5) - 2;
+        self.requests[class].inc();
+        self.duration.observe(ended.duration.as_secs_f64());
+        if let Some(head) = ended.head {
+            self.head.observe(head.as_secs_f64());
+        }
+        self.request_bytes.inc_by(ended.request_bytes);
+        self.response_bytes.inc_by(ended.response_bytes);
+        match ended.error {
+            None => {
+                self.last_delivery.set(unix_now().as_secs_f64());
+            }
+            Some(code) => {
+                self.errors.get_or_create(&OfCode { tunnel: self.tunnel.clone(), code }).inc();
+            }
+        }
+    }
+
+    fn errors_with(&self, code: &'static str) -> Option<u64> {
+        self.errors.get(&OfCode { tunnel: self.tunnel.clone(), code }).map(|counter| counter.get())
+    }
+
+    /// The figures for `status`.
+    pub(crate) fn figures(&self) -> Figures {
+        let last = self.last_delivery.get();
+        Figures {
+            in_flight: u64::try_from(self.in_flight.get()).unwrap_or(0),
+            requests: self.requests.iter().map(Counter::get).sum(),
+            errors: ErrorCode::ALL.iter().filter_map(|code| self.errors_with(code.as_str())).sum(),
+            request_bytes: self.request_bytes.get(),
+            response_bytes: self.response_bytes.get(),
+            last_delivery_at: (last > 0.0).then_some(last as u64),
+        }
+    }
+}
+
+/// What `status` says of a tunnel's requests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Figures {
+    /// Being served.
+    pub(crate) in_flight: u64,
+    /// Ended so far.
+    pub(crate) requests: u64,
+    /// Of those, not answered whole by the upstream.
+    pub(crate) errors: u64,
+    /// Bytes of request bodies.
+    pub(crate) request_bytes: u64,
+    /// Bytes of response bodies.
+    pub(crate) response_bytes: u64,
+    /// When an answer was last delivered whole, Unix seconds.
+    pub(crate) last_delivery_at: Option<u64>,
+}
+
+pub(crate) fn unix_now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ended(status: u16, error: Option<&'static str>) -> Ended {
+        Ended {
+            status,
+            error,
+            duration: Duration::from_millis(3),
+            head: Some(Duration::from_millis(2)),
+            request_bytes: 5,
+            response_bytes: 7,
+        }
+    }
+
+    #[test]
+    fn requests_are_counted_by_class_and_code_and_forgotten_with_their_tunnel() {
+        let metrics = Metrics::new();
+        let name: TunnelName = "web".parse().unwrap();
+        let web = metrics.tunnel(&name);
+        web.ended(&ended(200, None));
+        web.ended(&ended(302, None));
+        web.ended(&ended(499, Some("cancelled")));
+        web.ended(&ended(502, Some("upstream_reset")));
+        let text = metrics.text();
+        for line in [
+            "agentd_requests_total{tunnel=\"web\",status=\"2xx\"} 1",
+            "agentd_requests_total{tunnel=\"web\",status=\"4xx\"} 1",
+            "agentd_request_errors_total{tunnel=\"web\",code=\"upstream_reset\"} 1",
+            "agentd_request_duration_seconds_bucket{le=\"0.0025\",tunnel=\"web\"} 0",
+            "agentd_request_duration_seconds_bucket{le=\"0.005\",tunnel=\"web\"} 4",
+            "agentd_request_body_bytes_total{tunnel=\"web\"} 20",
+            "agentd_response_body_bytes_total{tunnel=\"web\"} 28",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+        let figures = metrics.tunnel(&name).figures();
+        assert_eq!((figures.requests, figures.errors), (4, 2), "the counts outlive a change");
+        metrics.forget(&name);
+        assert!(!metrics.text().contains("web"), "{}", metrics.text());
+    }
+}

@@ -1,0 +1,369 @@
+//! What the running agent says of itself: the model of `status`, and how people read it. No IO.
+
+use std::fmt::Write as _;
+
+use crate::{health, metrics::Figures};
+
+/// The state of the agent.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Status {
+    pub(crate) version: String,
+    pub(crate) pid: u32,
+    /// How it names itself to the edge.
+    pub(crate) agent_id: String,
+    /// Unix seconds.
+    pub(crate) started_at: u64,
+    pub(crate) uptime_secs: u64,
+    /// Whether systemd looks after it.
+    pub(crate) systemd: bool,
+    pub(crate) edge: EdgeStatus,
+    pub(crate) config: ConfigStatus,
+    pub(crate) tunnels: Vec<TunnelStatus>,
+}
+
+/// The state of the link.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct EdgeStatus {
+    pub(crate) url: String,
+    pub(crate) state: LinkState,
+    /// All connections, the newest first.
+    pub(crate) connections: Vec<ConnectionStatus>,
+    /// How many times in a row it failed to connect.
+    pub(crate) failures: u32,
+    /// When it tries again.
+    pub(crate) next_try_ms: Option<u64>,
+    /// Why the last try failed or the last connection ended.
+    pub(crate) last_error: Option<String>,
+}
+
+/// Whether public requests reach the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum LinkState {
+    /// No connection is in service.
+    Connecting,
+    /// A connection is in service.
+    Connected,
+    /// The agent finishes what is in flight.
+    Stopping,
+}
+
+impl LinkState {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Connected => "connected",
+            Self::Stopping => "stopping",
+        }
+    }
+}
+
+/// One connection.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct ConnectionStatus {
+    /// The edge's name for it, once it has said so.
+    pub(crate) connection_id: Option<String>,
+    pub(crate) state: ConnectionState,
+    pub(crate) age_secs: u64,
+    pub(crate) tunnels_open: usize,
+}
+
+/// What a connection is there for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ConnectionState {
+    /// `hello` is not answered yet.
+    Greeting,
+    /// New requests come here.
+    Serving,
+    /// It serves until the next one does.
+    BeingReplaced,
+    /// It finishes what is in flight.
+    Retiring,
+}
+
+/// Where the configuration comes from.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct ConfigStatus {
+    /// None for `agentd http`.
+    pub(crate) file: Option<String>,
+    /// Unix seconds.
+    pub(crate) loaded_at: u64,
+    pub(crate) reloads: u64,
+    /// Why the last reload changed nothing, if it failed.
+    pub(crate) last_error: Option<String>,
+}
+
+/// One tunnel.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct TunnelStatus {
+    pub(crate) name: String,
+    #[serde(flatten)]
+    pub(crate) state: TunnelState,
+    /// The public address, once the edge has said so.
+    pub(crate) url: Option<String>,
+    pub(crate) upstream: String,
+    pub(crate) health: health::State,
+    pub(crate) max_concurrent: u32,
+    #[serde(flatten)]
+    pub(crate) figures: Figures,
+}
+
+/// Whether public requests reach a tunnel.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub(crate) enum TunnelState {
+    /// They do.
+    Open,
+    /// The edge has not said yet.
+    Opening,
+    /// The edge has said no.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl Status {
+    /// Whether every tunnel is open, and if not, why.
+    pub(crate) fn readiness(&self) -> Result<(), String> {
+        match self.edge.state {
+            LinkState::Stopping => return Err("the agent is stopping".to_owned()),
+            LinkState::Connecting => {
+                let why = self.edge.last_error.as_deref().map(|error| format!(": {error}"));
+                return Err(format!("not connected to the edge{}", why.unwrap_or_default()));
+            }
+            LinkState::Connected => {}
+        }
+        let closed: Vec<&str> = self
+            .tunnels
+            .iter()
+            .filter(|tunnel| tunnel.state != TunnelState::Open)
+            .map(|tunnel| tunnel.name.as_str())
+            .collect();
+        if closed.is_empty() { Ok(()) } else { Err(format!("not open: {}", closed.join(", "))) }
+    }
+
+    /// How many tunnels are open.
+    pub(crate) fn open(&self) -> usize {
+        self.tunnels.iter().filter(|tunnel| tunnel.state == TunnelState::Open).count()
+    }
+
+    /// For people.
+    pub(crate) fn to_text(&self) -> String {
+        let mut text = format!(
+            "agentd {} is running with pid {}{}, up {}\n",
+            self.version,
+            self.pid,
+            if self.systemd { " under systemd" } else { "" },
+            span(self.uptime_secs)
+        );
+        let _ = write!(text, "edge    {}  {}", self.edge.url, self.edge.state.as_str());
+        if let Some(connection) =
+            self.edge.connections.iter().find(|connection| connection.state != ConnectionState::Retiring)
+            && let Some(id) = &connection.connection_id
+        {
+            let _ = write!(text, ", connection {id} for {}", span(connection.age_secs));
+        }
+        text.push('\n');
+        if self.edge.state == LinkState::Connecting
+            && let Some(error) = &self.edge.last_error
+        {
+            let next = self.edge.next_try_ms.map(|ms| format!(", next try in {:.1} s", ms as f64 / 1000.0));
+            let _ = writeln!(
+                text,
+                "        failed {} times{}: {error}",
+                self.edge.failures,
+                next.unwrap_or_default()
+            );
+        }
+        if let Some(file) = &self.config.file {
+            let _ = writeln!(text, "config  {file}, {} reloads", self.config.reloads);
+        }
+        if let Some(error) = &self.config.last_error {
+            let _ = writeln!(text, "        the last reload changed nothing: {error}");
+        }
+        text.push('\n');
+        text.push_str(&list(&self.tunnels));
+        text
+    }
+}
+
+/// The tunnels as a table.
+pub(crate) fn list(tunnels: &[TunnelStatus]) -> String {
+    let mut rows = vec![
+        ["NAME", "STATE", "PUBLIC URL", "UPSTREAM", "HEALTH", "IN FLIGHT", "REQUESTS", "ERRORS"]
+            .map(str::to_owned),
+    ];
+    rows.extend(tunnels.iter().map(|tunnel| {
+        [
+            tunnel.name.clone(),
+            tunnel.state.word().to_owned(),
+            tunnel.url.clone().unwrap_or_else(|| "-".to_owned()),
+            tunnel.upstream.clone(),
+            word_of(&tunnel.health).to_owned(),
+            tunnel.figures.in_flight.to_string(),
+            tunnel.figures.requests.to_string(),
+            tunnel.figures.errors.to_string(),
+        ]
+    }));
+    let mut widths = [0; 8];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    let mut text = String::new();
+    for row in &rows {
+        let mut line = String::new();
+        for (width, cell) in widths.iter().zip(row) {
+            let _ = write!(line, "{cell:<width$}  ");
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+impl TunnelState {
+    const fn word(&self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Opening => "opening",
+            Self::Refused { .. } => "refused",
+        }
+    }
+}
+
+const fn word_of(health: &health::State) -> &'static str {
+    match health {
+        health::State::Unchecked => "-",
+        health::State::Up => "up",
+        health::State::Down { .. } => "down",
+    }
+}
+
+impl TunnelStatus {
+    /// Everything about one tunnel, for people.
+    pub(crate) fn to_text(&self) -> String {
+        let mut text = String::new();
+        let mut line = |name: &str, value: String| {
+            let _ = writeln!(text, "{name:<15} {value}");
+        };
+        line("name", self.name.clone());
+        line(
+            "state",
+            match &self.state {
+                TunnelState::Refused { reason } => format!("refused: {reason}"),
+                other => other.word().to_owned(),
+            },
+        );
+        line("public url", self.url.clone().unwrap_or_else(|| "-".to_owned()));
+        line("upstream", self.upstream.clone());
+        line(
+            "health",
+            match &self.health {
+                health::State::Unchecked => "not checked: add a health_check to the tunnel".to_owned(),
+                health::State::Down { reason } => format!("down: {reason}"),
+                up @ health::State::Up => word_of(up).to_owned(),
+            },
+        );
+        let figures = &self.figures;
+        line("in flight", format!("{} of {}", figures.in_flight, self.max_concurrent));
+        line("requests", figures.requests.to_string());
+        line("errors", figures.errors.to_string());
+        line("request bytes", figures.request_bytes.to_string());
+        line("response bytes", figures.response_bytes.to_string());
+        let now = crate::metrics::unix_now().as_secs();
+        let ago = |at: u64| format!("{} ago", span(now.saturating_sub(at)));
+        line("last delivery", figures.last_delivery_at.map_or_else(|| "never".to_owned(), ago));
+        text
+    }
+}
+
+/// A span of time for people: its two largest units.
+fn span(secs: u64) -> String {
+    match secs {
+        0..60 => format!("{secs} s"),
+        60..3_600 => format!("{} min {} s", secs / 60, secs % 60),
+        3_600..86_400 => format!("{} h {} min", secs / 3_600, secs / 60 % 60),
+        _ => format!("{} d {} h", secs / 86_400, secs / 3_600 % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status() -> Status {
+        let tunnel = |name: &str, state| TunnelStatus {
+            name: name.into(),
+            state,
+            url: (name == "web").then(|| "https://web.example.com".into()),
+            upstream: "http://localhost:3000".into(),
+            health: health::State::Unchecked,
+            max_concurrent: 64,
+            figures: Figures { requests: 12, ..Figures::default() },
+        };
+        Status {
+            version: "1.2.3".into(),
+            pid: 7,
+            agent_id: "agent-1".into(),
+            started_at: 1,
+            uptime_secs: 75,
+            systemd: false,
+            edge: EdgeStatus {
+                url: "wss://edge/".into(),
+                state: LinkState::Connected,
+                connections: vec![ConnectionStatus {
+                    connection_id: Some("abc=".into()),
+                    state: ConnectionState::Serving,
+                    age_secs: 3_700,
+                    tunnels_open: 1,
+                }],
+                failures: 0,
+                next_try_ms: None,
+                last_error: None,
+            },
+            config: ConfigStatus { file: Some("/a.toml".into()), loaded_at: 1, reloads: 2, last_error: None },
+            tunnels: vec![
+                tunnel("web", TunnelState::Open),
+                tunnel("longer-name", TunnelState::Refused { reason: "taken".into() }),
+            ],
+        }
+    }
+
+    #[test]
+    fn people_read_a_table() {
+        let text = status().to_text();
+        let wanted = "agentd 1.2.3 is running with pid 7, up 1 min 15 s
+edge    wss://edge/  connected, connection abc= for 1 h 1 min
+config  /a.toml, 2 reloads
+
+NAME         STATE    PUBLIC URL               UPSTREAM               HEALTH  IN FLIGHT  REQUESTS  ERRORS
+web          open     https://web.example.com  http://localhost:3000  -       0          12        0
+longer-name  refused  -                        http://localhost:3000  -       0          12        0
+";
+        assert_eq!(text, wanted);
+    }
+
+    #[test]
+    fn an_agent_is_ready_when_all_of_its_tunnels_are_open() {
+        let mut status = status();
+        assert_eq!(status.readiness(), Err("not open: longer-name".into()));
+        status.tunnels.pop();
+        assert_eq!(status.readiness(), Ok(()));
+        status.edge.state = LinkState::Connecting;
+        status.edge.last_error = Some("refused".into());
+        assert_eq!(status.readiness(), Err("not connected to the edge: refused".into()));
+        status.edge.state = LinkState::Stopping;
+        assert_eq!(status.readiness(), Err("the agent is stopping".into()));
+    }
+
+    #[test]
+    fn programs_read_what_was_written() {
+        let text = serde_json::to_string(&status()).unwrap();
+        assert!(text.contains(r#""name":"longer-name","state":"refused","reason":"taken""#), "{text}");
+        assert_eq!(serde_json::from_str::<Status>(&text).unwrap(), status());
+    }
+}
