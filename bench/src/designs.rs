@@ -10,24 +10,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use local::latency::{Hop, Latency, Profile};
 use tests::Local;
 
 use crate::{
     agent,
-    client::Target,
+    client::{Client, Target},
     edge::{Ask, Line, Until},
     figures::{Report, Unit},
     measure,
-    upstream::Upstream,
+    upstream::{self, Upstream},
 };
 
 /// How often whoever waits looks again.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What is asked for: when the upstream answers, and the target.
-const ASKED: [(&str, &str); 2] = [("at once", "/hello"), ("after 300 ms", "/wait/300")];
+/// How long the upstream takes: a name and milliseconds, from and below. Spread over one interval of polling, no
+/// design is lucky with when it looks.
+const ASKED: [(&str, u64, u64); 2] = [("at once", 0, 1), ("after 250 to 349 ms", 250, 350)];
 
 /// What of one request the counters of `local` do not see: two invocations, one message of the agent, and
 /// the public request itself.
@@ -65,23 +66,23 @@ pub(crate) async fn measure(
     let profile = Profile::find("aws")?.context("the profile is built in")?;
     let latency = Latency::new(Some(profile), Duration::ZERO);
     // The first ones start processes.
-    measure::delays_of(&tunnel, "/hello", 10).await?;
-    for (when, target) in ASKED {
-        let mut direct = measure::delays_of(&upstream.direct(), target, count).await?;
+    measure::delays(&tunnel, 10).await?;
+    for (when, from, below) in ASKED {
+        let waits = || (0..count as u64).map(move |number| from + number * 37 % (below - from));
+        let mut direct = delays(&upstream.direct(), waits()).await?;
         let before = calls(&local).await;
-        let mut ours = measure::delays_of(&tunnel, target, count).await?;
-        let asked = (count + count / 10) as f64;
-        let paid = (calls(&local).await - before) / asked + UNCOUNTED;
+        let mut ours = delays(&tunnel, waits()).await?;
+        let paid = (calls(&local).await - before) / count as f64 + UNCOUNTED;
         let name = format!("aws: this design, answer {when}");
         report.note_delays(&name, &mut direct.clone(), &mut ours, [None, Some(200.0), None]);
         report.note(format!("{name}, billed calls a request"), Unit::Count, None, None, paid);
         for design in [Replaced::Table, Replaced::Standard] {
             let calls = Cell::new(0);
             let mut delays = Vec::with_capacity(count);
-            for _ in 0..count {
+            for wait in waits() {
                 let begun = Instant::now();
-                request(design, &latency, &mut bare.line, target, &calls).await?;
-                delays.push(begun.elapsed().as_secs_f64() * 1e3);
+                request(design, &latency, &mut bare.line, &format!("/wait/{wait}"), &calls).await?;
+                delays.push(begun.elapsed().as_secs_f64() * 1e3 - wait as f64);
             }
             let name = format!("aws: {}, answer {when}", design.name());
             report.note_delays(&name, &mut direct, &mut delays, [None; 3]);
@@ -91,6 +92,19 @@ pub(crate) async fn measure(
         }
     }
     Ok(())
+}
+
+/// How long each request took beside what the upstream took, in milliseconds.
+async fn delays(way: &Target, waits: impl Iterator<Item = u64>) -> anyhow::Result<Vec<f64>> {
+    let mut client = Client::connect(way).await?;
+    let mut delays = Vec::new();
+    for wait in waits {
+        let begun = Instant::now();
+        let answer = client.call(&format!("/wait/{wait}"), None).await?;
+        delays.push(begun.elapsed().as_secs_f64() * 1e3 - wait as f64);
+        ensure!(answer == upstream::HELLO, "a wrong answer");
+    }
+    Ok(delays)
 }
 
 /// How many calls `local` has counted so far.

@@ -249,19 +249,14 @@ async fn path(
 
 /// How long each of `count` requests took, in milliseconds, one after the other.
 pub(crate) async fn delays(way: &Target, count: usize) -> anyhow::Result<Vec<f64>> {
-    delays_of(way, "/hello", count).await
-}
-
-/// The same for any target that answers as `/hello` does.
-pub(crate) async fn delays_of(way: &Target, target: &str, count: usize) -> anyhow::Result<Vec<f64>> {
     let mut client = Client::connect(way).await?;
     for _ in 0..count / 10 {
-        client.call(target, None).await?;
+        client.call("/hello", None).await?;
     }
     let mut delays = Vec::with_capacity(count);
     for _ in 0..count {
         let begun = Instant::now();
-        let body = client.call(target, None).await?;
+        let body = client.call("/hello", None).await?;
         delays.push(millis(begun.elapsed()));
         anyhow::ensure!(body == upstream::HELLO, "a wrong answer");
     }
