@@ -9,6 +9,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use serde_json::Value;
@@ -210,7 +211,7 @@ async fn an_upstream_that_fails_its_check_is_502_and_no_agent_is_503() {
     let says = async |text: &str| {
         tests::eventually(text, async || agent.process().printed().contains(text)).await;
     };
-    says("the upstream is down: the upstream answered 500").await;
+    says("the upstream of web is down: the upstream answered 500").await;
     let before = asked("/");
     assert_eq!(code("web").await, (502, Some("upstream_unhealthy".into())));
     assert_eq!(asked("/"), before, "it is not called");
@@ -219,7 +220,7 @@ async fn an_upstream_that_fails_its_check_is_502_and_no_agent_is_503() {
     assert!(info.contains("down: the upstream answered 500"), "{info}");
     assert_eq!(agent.ask(&["ready"]).0, Some(0), "the agent itself is well");
     well.store(true, Ordering::Relaxed);
-    says("the upstream is up again").await;
+    says("the upstream of web is up again").await;
     assert_eq!(code("web").await, (200, None));
 
     agent.process().signal(rustix::process::Signal::TERM);
@@ -291,6 +292,7 @@ async fn a_request_is_one_line_with_all_about_it_and_nothing_that_is_secret() {
     assert_eq!(line["request_id"].as_str().unwrap().len(), 32);
     for (field, value) in [
         ("tunnel_id", Value::from("web")),
+        ("message", "POST /path%20x 201".into()),
         ("method", "POST".into()),
         ("path", "/path%20x".into()),
         ("status", 201.into()),
@@ -303,6 +305,43 @@ async fn a_request_is_one_line_with_all_about_it_and_nothing_that_is_secret() {
     assert!(line.get("error_code").is_none(), "{line}");
     let token = std::fs::read_to_string(&local.token).unwrap();
     assert!(!logged.contains(token.trim()) && !logged.contains("secret"), "{logged}");
+}
+
+/// CPU time of all threads of a process so far.
+fn cpu(pid: u32) -> Duration {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let nanos = threads
+        .map(|thread| std::fs::read_to_string(thread.unwrap().path().join("schedstat")).unwrap())
+        .map(|stat| stat.split(' ').next().unwrap().parse::<u64>().unwrap())
+        .sum();
+    Duration::from_nanos(nanos)
+}
+
+/// The bounds hold for a release build; what is built for tests takes a little more and keeps them too.
+#[tokio::test]
+async fn an_idle_agent_costs_next_to_nothing() {
+    const MIB: u64 = 1024 * 1024;
+    let upstream = Upstream::echo().await;
+    let local = Local::start(&[]);
+    for (count, most) in [(1, 15 * MIB), (20, 20 * MIB)] {
+        let names: Vec<String> = (0..count).map(|number| format!("idle-{count}-{number}")).collect();
+        let tunnels: String = names.iter().map(|name| tunnel(name, &upstream.address())).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let text = format!("status_address = \"127.0.0.1:{}\"\n{tunnels}", free_port());
+        let agent = local.agent_with(&text, &names);
+        for name in &names {
+            assert_eq!(Request::to(name, "GET", "/").send(local.public).await.status, 200);
+        }
+        let pid = agent.process().id();
+        // A span of doing nothing is what is measured.
+        let (before, span) = (cpu(pid), Duration::from_secs(2));
+        tokio::time::sleep(span).await;
+        let used = cpu(pid) - before;
+        let resident = tests::resident_bytes(pid).unwrap();
+        println!("{count} tunnels: {} KiB resident, {used:?} of CPU in {span:?}", resident / 1024);
+        assert!(resident <= most, "{count} tunnels: {resident} bytes");
+        assert!(used < span / 200, "{used:?}");
+    }
 }
 
 #[test]

@@ -139,7 +139,11 @@ impl Drop for AccessLine {
                 head_ms = self.head.map(readable_ms),
                 elapsed_ms = readable_ms(elapsed),
                 error_code = self.error_code(),
-                "request ended"
+                // The journal shows people this text alone.
+                "{} {} {}",
+                self.method,
+                self.path,
+                self.status()
             ),
             AccessLog::People(terminal) => terminal.line(format!(
                 "{}  {}  {} {}  {}  {}{}{}",

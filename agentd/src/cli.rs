@@ -12,6 +12,7 @@ use crate::{
     background::{self, Forked, StateDir},
     config::{
         self, Config, ConfigError, LogConfig, Overrides, TunnelConfig, parse_duration, parse_host_header,
+        parse_log_level,
     },
     control::{
         self, client,
@@ -70,7 +71,7 @@ struct Common {
     #[arg(long, global = true, env = "AGENTD_LOG_FORMAT", value_enum)]
     log_format: Option<LogFormat>,
     /// What is logged: error, warn, info, debug, trace, or target=level,….
-    #[arg(long, global = true, env = "AGENTD_LOG_LEVEL", value_name = "LEVEL")]
+    #[arg(long, global = true, env = "AGENTD_LOG_LEVEL", value_name = "LEVEL", value_parser = parse_log_level)]
     log_level: Option<Targets>,
 }
 

@@ -19,7 +19,7 @@ use proto::{
     limits,
 };
 use rustls::pki_types::ServerName;
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{LevelFilter, Targets};
 
 pub use self::file::{control_socket_named_in, load};
 use crate::{
@@ -360,6 +360,20 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let ms = number.parse::<u64>().ok().zip(unit_ms).and_then(|(number, unit)| number.checked_mul(unit));
     ms.map(Duration::from_millis)
         .ok_or_else(|| format!("{text:?} is not a duration: write it as 500ms, 60s, 5m or 1h"))
+}
+
+/// Reads what is logged: a level for everything, `target=level` for a part, or both with commas.
+///
+/// # Errors
+///
+/// A sentence for the user. A lone word that is no level is one: it would be taken for a target, and
+/// silence everything else.
+pub fn parse_log_level(text: &str) -> Result<Targets, String> {
+    let is_known = |part: &str| part.contains('=') || part.trim().parse::<LevelFilter>().is_ok();
+    let targets = text.split(',').all(is_known).then(|| text.parse().ok()).flatten();
+    targets.ok_or_else(|| {
+        format!("{text:?} is not a level: use error, warn, info, debug or trace, or target=level")
+    })
 }
 
 /// Reads a `status_address` setting.

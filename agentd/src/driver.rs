@@ -629,7 +629,7 @@ impl Driver {
         }
         for tunnel in welcome.tunnels {
             if self.shown.get(&tunnel.name) != Some(&tunnel.url) {
-                tracing::info!(tunnel_id = %tunnel.name, url = tunnel.url, "tunnel is open");
+                tracing::info!(tunnel_id = %tunnel.name, url = tunnel.url, "tunnel is open: {}", tunnel.url);
                 let upstream = self.config.tunnels.iter().find(|config| config.name == tunnel.name);
                 self.tell(|| match upstream {
                     Some(config) => format!("{}  ->  {}", tunnel.url, config.upstream),
@@ -662,7 +662,7 @@ impl Driver {
         // The name is ours as we configured it; what the edge repeats is shortened all the same.
         let name: String = refused.name.chars().filter(|c| !c.is_control()).take(64).collect();
         let advice = advice(refused.reason);
-        tracing::error!(tunnel_id = name, reason = ?refused.reason, "tunnel is not open: {advice}");
+        tracing::error!(tunnel_id = name, reason = ?refused.reason, "tunnel is not open: {name}: {advice}");
         self.tell(|| format!("{name} is not open: {advice}."));
     }
 
@@ -769,7 +769,8 @@ impl Driver {
                     changed = change.changed.join(","),
                     unchanged = change.unchanged,
                     reconnects = change.reconnects,
-                    "configuration reloaded"
+                    "configuration {}",
+                    change.summary()
                 );
                 for setting in &change.at_restart {
                     tracing::warn!(setting, "this setting takes effect when the agent is started again");

@@ -69,8 +69,8 @@ impl Change {
         !self.added.is_empty() || !self.removed.is_empty()
     }
 
-    /// For people.
-    pub(crate) fn to_text(&self) -> String {
+    /// What becomes of the tunnels, in one line.
+    pub(crate) fn summary(&self) -> String {
         let mut parts = Vec::new();
         for (what, names) in [("added", &self.added), ("removed", &self.removed), ("changed", &self.changed)]
         {
@@ -79,7 +79,12 @@ impl Change {
             }
         }
         parts.push(format!("{} unchanged", self.unchanged));
-        let mut text = format!("reloaded: {}", parts.join("; "));
+        format!("reloaded: {}", parts.join("; "))
+    }
+
+    /// All of it, for people.
+    pub(crate) fn to_text(&self) -> String {
+        let mut text = self.summary();
         if self.reconnects {
             text.push_str("; the connection to the edge is replaced");
         }

@@ -226,10 +226,10 @@ impl Tunnel {
                 metrics.set_healthy(&name, *state == health::State::Up);
                 match state {
                     health::State::Down { reason } => {
-                        tracing::warn!(tunnel_id = %name, "the upstream is down: {reason}");
+                        tracing::warn!(tunnel_id = %name, "the upstream of {name} is down: {reason}");
                     }
                     health::State::Up | health::State::Unchecked => {
-                        tracing::info!(tunnel_id = %name, "the upstream is up again");
+                        tracing::info!(tunnel_id = %name, "the upstream of {name} is up again");
                     }
                 }
             };

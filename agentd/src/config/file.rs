@@ -12,7 +12,7 @@ use rustls::pki_types::ServerName;
 
 use super::{
     Config, ConfigError, FileConfig, HealthCheck, LogConfig, Overrides, TunnelConfig, beside, parse_duration,
-    parse_host_header, parse_status_address,
+    parse_host_header, parse_log_level, parse_status_address,
     value::{Document, Table},
 };
 use crate::upstream::{
@@ -75,10 +75,7 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
     config.status_address = root.text("status_address", parse_status_address)?;
     if let Some(log) = root.table("log", LOG_KEYS)? {
         config.log = LogConfig {
-            level: log.text("level", |text| {
-                text.parse()
-                    .map_err(|_| format!("{text:?} is not a level: error, warn, info, debug or trace"))
-            })?,
+            level: log.text("level", parse_log_level)?,
             format: log.text("format", str::parse)?,
             dir: log.text("dir", |text| nonempty_path(path, text))?,
             keep_days: log.integer("keep_days", 1..=3650)?,
