@@ -3,7 +3,7 @@
 //!
 //! A line is written at the end of an invocation that has something to say, and carries what a reader of
 //! the log looks for as well (`request_id`, `tunnel_id`), so that it is the access log too. Without
-//! [`env::METRICS_NAMESPACE`](crate::config::env::METRICS_NAMESPACE) nothing is written.
+//! [`env::METRICS_NAMESPACE`] nothing is written.
 //!
 //! Each name, and each value of its dimension, is a metric that CloudWatch charges for while it has
 //! data: hence one dimension in all, and no zeros.

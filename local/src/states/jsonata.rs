@@ -1,7 +1,7 @@
 //! JSONata for the state machine: enters an expression and what it may name, leaves a JSON value.
 //!
 //! A pure selection such as `$states.input.a[0].b` is resolved on the JSON itself, without copying.
-//! A plain expression ([`plain`]) is evaluated here. In any other one the selections are taken out, resolved
+//! A plain expression (`plain`) is evaluated here. In any other one the selections are taken out, resolved
 //! the same way, and bound to variables of their own, so that the evaluator never sees more of a large
 //! state than it needs.
 
