@@ -83,12 +83,15 @@ async fn a_daemon_is_started_once_survives_its_shell_and_is_stopped_after_its_wo
     let pid = daemon.pid().unwrap();
     assert!(printed.contains(&pid.as_raw_nonzero().to_string()), "{printed}");
     served().await;
-    // Neither the shell's terminal nor the end of its session reaches it.
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap();
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-    let (parent, session, terminal) = (fields[1], fields[3], fields[4]);
-    let own = rustix::process::getsid(None).unwrap().as_raw_nonzero().to_string();
-    assert!(parent != std::process::id().to_string() && session != own && terminal == "0", "{stat}");
+    // Neither the shell's terminal nor the end of its session reaches it. Read from /proc: a session
+    // begun outside of this PID namespace has the number 0, which no call for a PID can return.
+    let stat = |process: &str| -> Vec<String> {
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+        stat.rsplit(')').next().unwrap().split_whitespace().map(str::to_owned).collect()
+    };
+    let (own, its) = (stat("self"), stat(&pid.as_raw_nonzero().to_string()));
+    let [parent, session, terminal] = [1, 3, 4].map(|field| its[field].as_str());
+    assert!(parent != std::process::id().to_string() && session != own[3] && terminal == "0", "{its:?}");
 
     let (code, printed) = daemon.run("start");
     assert_eq!(code, Some(1));
