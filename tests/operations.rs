@@ -8,7 +8,14 @@ use std::{
     time::Duration,
 };
 
-use tests::{Local, client::Request, eventually, noise, upstream::Upstream};
+use rustix::process::{Pid, Signal, kill_process};
+use tests::{
+    Local,
+    client::{Connection, Request},
+    eventually, noise,
+    raw_agent::RawAgent,
+    upstream::Upstream,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -56,6 +63,7 @@ async fn metrics_say_how_requests_ended_and_one_id_is_found_everywhere() {
     // `authorizer`, `connect`, `response`, `ingress` and `sweep` at least.
     assert!(metrics["ColdStarts"].sum >= 5.0, "{metrics:?}");
     assert!(!metrics.contains_key("RunFailures") && !metrics.contains_key("Throttles"), "{metrics:?}");
+    assert!(!metrics.contains_key("OldestMessage"), "{metrics:?}");
 
     let id = answered.field("x-tunnel-request-id").unwrap();
     agent.process().wait_for_line(|line| line.contains(&id));
@@ -77,6 +85,34 @@ async fn a_request_that_the_agent_breaks_off_is_counted_as_broken() {
     let answer = Request::to("web", "GET", "/").send(local.public).await;
     assert!(answer.status == 200 && !answer.complete, "{}", answer.status);
     eventually("it is counted", async || local.metrics().await.contains_key("Requests Outcome=broken")).await;
+}
+
+#[tokio::test]
+async fn a_message_that_lies_in_its_mailbox_while_it_is_waited_for_is_told_about() {
+    /// How long `ingress` stands still while a message lies there for it.
+    const STILL: Duration = Duration::from_millis(1500);
+    let local = Local::start(&["--no-agent"]);
+    let mut agent = RawAgent::open(&local, &["web"]).await;
+    let mut connection = Connection::open(local.public).await;
+    connection.begin(&Request::to("web", "GET", "/")).await;
+    let call = agent.request().await;
+    agent.say(call.reply("begun, ", false)).await;
+    assert_eq!(connection.head().await.status, 200);
+    let processes = local.function_processes();
+    let [(_, ingress)] = &processes.iter().filter(|(name, _)| name == "ingress").collect::<Vec<_>>()[..]
+    else {
+        panic!("one request, one process: {processes:?}");
+    };
+    let ingress = Pid::from_raw(i32::try_from(*ingress).unwrap()).unwrap();
+    kill_process(ingress, Signal::STOP).unwrap();
+    agent.say(call.chunk(1, "done", true)).await;
+    // The age is what is tested, so it has to pass.
+    tokio::time::sleep(STILL).await;
+    kill_process(ingress, Signal::CONT).unwrap();
+    assert_eq!(connection.chunked_body().await, b"begun, done");
+    eventually("it is told", async || local.metrics().await.contains_key("OldestMessage")).await;
+    let oldest = &local.metrics().await["OldestMessage"];
+    assert!(oldest.count == 1 && oldest.max >= 1.0 && oldest.max < 20.0, "{oldest:?}");
 }
 
 #[tokio::test]

@@ -358,6 +358,13 @@ async fn a_piece_that_never_comes_ends_the_transfer_in_time_and_a_silence_does_n
         let most = limits::PROBE_AFTER + limits::PIECE_MISSING + Duration::from_secs(10);
         assert!(took > limits::MAILBOX_VISIBILITY && took < most, "{target}: {took:?}");
     }
+    tests::eventually("each is told with how long it was missed", async || {
+        let metrics = local.metrics().await;
+        metrics.get("OldestMessage").is_some_and(|series| {
+            series.count == 2 && series.sum >= 2.0 * limits::PIECE_MISSING.as_secs_f64()
+        })
+    })
+    .await;
     assert_eq!(last.chunk().await, None, "no last chunk");
     assert_eq!(gap.chunk().await, None, "no last chunk, and nothing from behind the gap");
     agent.say(silent.chunk(1, "[1]", true)).await;

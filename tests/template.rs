@@ -527,12 +527,43 @@ fn packaged_alarms_and_dashboard_go_by_metrics_that_exist() {
         assert_eq!(threshold("TableThrottles"), Some(5), "{name}");
         assert_eq!(threshold("ServerErrors"), Some(10), "{name}");
         assert!(alarms.contains_key(&"RunFailures".to_owned()), "{name}");
+        assert_eq!(threshold("OldestMessage"), Some(limits::MAILBOX_WAIT.as_secs()), "{name}");
         for (id, alarm) in &alarms {
             for metric in alarm["Metrics"].as_array().into_iter().flatten() {
                 let period = &metric["MetricStat"]["Period"];
                 assert!(period.is_null() || period == 300, "{name}: {id}");
             }
+            // CloudWatch refuses an alarm that searches.
+            assert!(!alarm.to_string().contains("SEARCH("), "{name}: {id}");
+            // Quiet is good, and both ways are told.
+            assert_eq!(alarm["TreatMissingData"], "notBreaching", "{name}: {id}");
+            assert_eq!(alarm["AlarmActions"], alarm["OKActions"], "{name}: {id}");
         }
+        let own = alarms[&"OldestMessage".to_owned()];
+        let metric = Metric::ALL.iter().find(|metric| own["MetricName"] == metric.name()).unwrap();
+        assert_eq!(
+            (metric.dimension(), &own["Dimensions"], &own["Period"]),
+            (None, &Value::Null, &300.into())
+        );
+        // The functions write where the alarm looks.
+        let ingress = &template["Resources"]["IngressLambdaFunction"]["Properties"];
+        assert_eq!(own["Namespace"], ingress["Environment"]["Variables"][env::METRICS_NAMESPACE], "{name}");
+        let watched: BTreeSet<String> = alarms[&"FunctionErrors".to_owned()]["Metrics"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter_map(|metric| {
+                metric["MetricStat"]["Metric"]["Dimensions"][0]["Value"]["Ref"].as_str().map(str::to_owned)
+            })
+            .collect();
+        let functions = of_type(&template, "AWS::Lambda::Function").map(|(id, _)| id.clone());
+        assert_eq!(watched, functions.collect(), "{name}: every function's errors are watched");
+        let guide = read("docs/operations.md");
+        let (_, table) = guide.split_once("| alarm | when | then |").unwrap();
+        let (table, _) = table.split_once("\n\n").unwrap();
+        let rows = table.lines().skip(2).map(|row| row.split('`').nth(1).unwrap().to_owned());
+        let ids: BTreeSet<String> = alarms.keys().map(|&id| id.clone()).collect();
+        assert_eq!(rows.collect::<BTreeSet<_>>(), ids, "{name}: docs/operations.md has every alarm");
         let dashboards: Vec<_> = of_type(&template, "AWS::CloudWatch::Dashboard").collect();
         let body = dashboards[0].1["DashboardBody"]["Fn::Sub"].as_str().unwrap();
         let body: Value = serde_json::from_str(body).unwrap();

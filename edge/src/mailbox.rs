@@ -9,7 +9,8 @@
 use std::time::Duration;
 
 use aws_sdk_sqs::types::{
-    DeleteMessageBatchRequestEntry, MessageAttributeValue, QueueAttributeName, SendMessageBatchRequestEntry,
+    DeleteMessageBatchRequestEntry, MessageAttributeValue, MessageSystemAttributeName, QueueAttributeName,
+    SendMessageBatchRequestEntry,
 };
 use proto::{
     id::{ConnectionId, MailboxId, RequestId},
@@ -56,6 +57,8 @@ pub struct Letter {
     pub connection_id: Option<String>,
     /// The agent connection whose end it reports.
     pub lost_connection: Option<String>,
+    /// When it was put into the mailbox, in milliseconds since 1970.
+    pub sent_ms: Option<u64>,
     /// What it says.
     pub body: String,
 }
@@ -151,6 +154,7 @@ impl Mailboxes {
             .wait_time_seconds(wait as i32)
             .visibility_timeout(seconds(limits::MAILBOX_VISIBILITY))
             .message_attribute_names("All")
+            .message_system_attribute_names(MessageSystemAttributeName::SentTimestamp)
             .send()
             .await
             .map_err(|error| classify("ReceiveMessage", error))?;
@@ -162,7 +166,13 @@ impl Mailboxes {
                     .and_then(|all| all.remove(name))
                     .and_then(|value| value.string_value)
             };
+            let sent = message
+                .attributes
+                .as_ref()
+                .and_then(|all| all.get(&MessageSystemAttributeName::SentTimestamp));
+            let sent_ms = sent.and_then(|sent| sent.parse().ok());
             Letter {
+                sent_ms,
                 request_id: attribute(notice::REQUEST_ID),
                 connection_id: attribute(notice::CONNECTION_ID),
                 lost_connection: attribute(notice::LOST_CONNECTION),

@@ -56,6 +56,9 @@ metrics! {
     Requests, "Requests", "Count", Some(OUTCOME);
     /// From the event to the head of the upstream's response. Written by `ingress`.
     Latency, "Latency", "Milliseconds", None;
+    /// How long a message of an agent lay in its mailbox before the request that it was for took it, or went
+    /// without it: the longest of one request. Written by `ingress` where that is long.
+    OldestMessage, "OldestMessage", "Seconds", None;
     /// A run that failed, timed out or could not be started. Written by `ingress`.
     RunFailures, "RunFailures", "Count", None;
     /// A token that was refused: an agent's by `authorizer`, a task's by `response`.

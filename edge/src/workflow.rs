@@ -42,6 +42,8 @@ pub enum RunOutcome {
         reply: String,
         /// To delete the message from the mailbox with.
         receipt: String,
+        /// When it was put there, in milliseconds since 1970.
+        sent_ms: Option<u64>,
     },
     /// There is no answer.
     Failed {
@@ -63,6 +65,8 @@ struct Output {
     reply: Option<String>,
     #[serde(default)]
     receipt: Option<String>,
+    #[serde(default)]
+    sent_ms: Option<Vec<String>>,
 }
 
 /// The state machine.
@@ -122,7 +126,8 @@ fn decode(output: &str) -> Result<RunOutcome, Error> {
     if output.outcome == OUTCOME_REPLIED {
         return match (output.connection_id, output.reply, output.receipt) {
             (Some(connection), Some(reply), Some(receipt)) => {
-                Ok(RunOutcome::Replied { connection, reply, receipt })
+                let sent_ms = output.sent_ms.unwrap_or_default().first().and_then(|sent| sent.parse().ok());
+                Ok(RunOutcome::Replied { connection, reply, receipt, sent_ms })
             }
             _ => Err(invalid("run's output lacks a field of a reply".into())),
         };
@@ -138,18 +143,23 @@ mod tests {
 
     #[test]
     fn every_outcome_is_understood() {
-        let replied = r#"{"outcome":"Replied","connection_id":"c=","reply":"{}","receipt":"r"}"#;
-        assert_eq!(
-            decode(replied).unwrap(),
-            RunOutcome::Replied {
-                connection: "c=".parse().unwrap(),
-                reply: "{}".into(),
-                receipt: "r".into()
-            }
-        );
+        let replied = |sent: &str| {
+            format!(r#"{{"outcome":"Replied","connection_id":"c=","reply":"{{}}","receipt":"r"{sent}}}"#)
+        };
+        // When it was sent is good to know, and no more than that.
+        for (sent, sent_ms) in [
+            (r#","sent_ms":["1790000000123"]"#, Some(1_790_000_000_123)),
+            (r#","sent_ms":[]"#, None),
+            (r#","sent_ms":["x"]"#, None),
+            ("", None),
+        ] {
+            let connection = "c=".parse().unwrap();
+            let wanted = RunOutcome::Replied { connection, reply: "{}".into(), receipt: "r".into(), sent_ms };
+            assert_eq!(decode(&replied(sent)).unwrap(), wanted, "{sent}");
+        }
         for &code in ErrorCode::ALL {
             let output = format!(
-                r#"{{"outcome":"{}","connection_id":null,"reply":null,"receipt":null}}"#,
+                r#"{{"outcome":"{}","connection_id":null,"reply":null,"receipt":null,"sent_ms":null}}"#,
                 code.outcome()
             );
             assert_eq!(

@@ -240,6 +240,19 @@ pub struct Received {
     pub first_received_ms: u64,
 }
 
+impl Received {
+    /// What the service itself says about the message, as far as a receive that names `wanted` is told.
+    pub(crate) fn system_attributes(&self, wanted: &[String]) -> Vec<(&'static str, u64)> {
+        let mut attributes = vec![
+            ("ApproximateFirstReceiveTimestamp", self.first_received_ms),
+            ("ApproximateReceiveCount", self.receives.into()),
+            ("SentTimestamp", self.message.sent_ms),
+        ];
+        attributes.retain(|(name, _)| wanted.iter().any(|wanted| wanted == "All" || wanted == name));
+        attributes
+    }
+}
+
 /// What a receive asks for.
 #[derive(Debug, Clone, Copy)]
 pub struct ReceiveRequest {

@@ -50,6 +50,9 @@ use crate::{
 /// What is kept free before Lambda's own deadline, to break an answer off in an orderly way.
 const DEADLINE_MARGIN: Duration = Duration::from_secs(3);
 
+/// A message that has lain in its mailbox for as long as this is worth telling about.
+const LATE: Duration = Duration::from_secs(1);
+
 /// How long each receive lasts that only waits for an agent's last word.
 const LAST_WORD_WAIT: Duration = Duration::from_secs(1);
 
@@ -89,6 +92,8 @@ struct Record {
     outcome: Cell<&'static str>,
     /// From the event to the head of the upstream's response.
     latency: Cell<Option<Duration>>,
+    /// The longest that a message for it lay in the mailbox.
+    oldest: Cell<Duration>,
 }
 
 impl Record {
@@ -98,7 +103,25 @@ impl Record {
             tunnel: Cell::new(None),
             outcome: Cell::new(outcome::CLIENT_GONE),
             latency: Cell::new(None),
+            oldest: Cell::new(Duration::ZERO),
         }
+    }
+
+    /// Notes a message that was sent then and has just been taken. Clocks that differ make it no younger than new.
+    fn taken(&self, sent_ms: Option<u64>) {
+        if let Some(sent_ms) = sent_ms {
+            self.lay(Duration::from_millis(unix_now_ms().saturating_sub(sent_ms)));
+        }
+    }
+
+    /// Notes that a message has lain, or has been missing, for so long.
+    fn lay(&self, age: Duration) {
+        self.oldest.set(self.oldest.get().max(age));
+    }
+
+    /// [`Metric::OldestMessage`], where there is something to tell.
+    fn late(&self) -> Option<f64> {
+        (self.oldest.get() >= LATE).then(|| self.oldest.get().as_secs_f64())
     }
 
     fn write(self, request_id: &RequestId) {
@@ -107,6 +130,9 @@ impl Record {
         line.member(OUTCOME, self.outcome.get());
         if let Some(latency) = self.latency.get() {
             line.add(Metric::Latency, latency.as_secs_f64() * 1000.0);
+        }
+        if let Some(age) = self.late() {
+            line.add(Metric::OldestMessage, age);
         }
         line.member("request_id", request_id.as_str());
         if let Some(tunnel) = self.tunnel.take() {
@@ -220,6 +246,7 @@ async fn relay(
     ends_at: Instant,
     answering: Answering<'_>,
 ) {
+    let record = answering.record;
     let reply_by = (Instant::now() + ingress.config.reply_timeout).min(ends_at);
     // Valid as long as an answer may go on. Nothing is gained by a shorter life: a reply to a request
     // that is over is recognised by its request id.
@@ -232,13 +259,14 @@ async fn relay(
     });
     let outcome = dispatch(ingress, lease, request_id, request, &token, reply_by).await;
     let (connection, first) = match outcome {
-        Ok(RunOutcome::Replied { connection, reply, receipt }) => {
+        Ok(RunOutcome::Replied { connection, reply, receipt, sent_ms }) => {
             let letter = Letter {
                 receipt,
                 request_id: Some(request_id.as_str().to_owned()),
                 // The run has looked at it.
                 connection_id: None,
                 lost_connection: None,
+                sent_ms,
                 body: reply,
             };
             (connection, letter)
@@ -249,7 +277,8 @@ async fn relay(
                     delete(ingress, lease, vec![receipt]).await;
                 }
                 if let (ErrorCode::UpstreamTimedOut, Some(connection)) = (code, connection) {
-                    let exchange = Exchange::new(ingress, lease, request_id, request, connection, &token);
+                    let exchange =
+                        Exchange::new(ingress, lease, request_id, request, connection, &token, record);
                     exchange.give_up(None).await;
                 }
             };
@@ -266,7 +295,7 @@ async fn relay(
             return answering.fail(ErrorCode::EdgeFailed).await;
         }
     };
-    Exchange::new(ingress, lease, request_id, request, connection, &token)
+    Exchange::new(ingress, lease, request_id, request, connection, &token, record)
         .run(first, answering, reply_by, ends_at)
         .await;
 }
@@ -374,6 +403,7 @@ struct Exchange<'a> {
     request: &'a PublicRequest,
     connection: ConnectionId,
     token: &'a str,
+    record: &'a Record,
     parts: Reassembler<Part>,
     /// The number of the last piece, once that has arrived; earlier ones may still be missing.
     last: Option<u32>,
@@ -396,6 +426,7 @@ impl<'a> Exchange<'a> {
         request: &'a PublicRequest,
         connection: ConnectionId,
         token: &'a str,
+        record: &'a Record,
     ) -> Self {
         Self {
             ingress,
@@ -404,6 +435,7 @@ impl<'a> Exchange<'a> {
             request,
             connection,
             token,
+            record,
             // The head and a window of chunks after the last one that credit was returned for.
             parts: Reassembler::new(0, limits::CHUNK_WINDOW + limits::CREDIT_EVERY + 2),
             last: None,
@@ -586,6 +618,7 @@ impl<'a> Exchange<'a> {
         if let Some(Missing { seq, since }) = self.missing
             && now >= since + limits::PIECE_MISSING
         {
+            self.record.lay(now - since);
             tracing::error!(request_id = %self.request_id, chunk_index = seq, "a piece of the response was lost");
             return Err(Stop::Broken(ErrorCode::EdgeFailed));
         }
@@ -639,6 +672,7 @@ impl<'a> Exchange<'a> {
             let is_ours = letter.request_id.as_deref() == Some(self.request_id.as_str())
                 && letter.connection_id.is_none_or(|sender| sender == self.connection.as_str());
             if is_ours {
+                self.record.taken(letter.sent_ms);
                 self.news_at = Instant::now();
                 if let Err(reason) = self.take_message(&letter.body) {
                     stop.get_or_insert(reason);
@@ -829,5 +863,28 @@ impl<'a> Exchange<'a> {
             drop(self.await_beside(receiving).await);
         }
         self.settle().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_late_from_one_second_on_and_the_oldest_counts() {
+        let record = Record::begin();
+        assert_eq!(record.late(), None);
+        record.taken(None);
+        // Another machine's clock.
+        record.taken(Some(unix_now_ms() + 60_000));
+        record.lay(LATE - Duration::from_millis(1));
+        assert_eq!(record.late(), None);
+        record.lay(LATE);
+        assert_eq!(record.late(), Some(1.0));
+        record.lay(Duration::from_secs(30));
+        record.lay(Duration::from_secs(2));
+        assert_eq!(record.late(), Some(30.0));
+        record.taken(Some(unix_now_ms() - 90_000));
+        assert!(record.late().is_some_and(|age| (90.0..100.0).contains(&age)));
     }
 }

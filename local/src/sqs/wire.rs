@@ -444,20 +444,13 @@ fn failure(id: String, error: SqsError) -> BatchFailure {
 
 fn wire_message<'m>(received: &'m Received, call: &ReceiveMessage<'_>) -> WireMessage<'m> {
     let message = &*received.message;
-    let system = |name: &str| {
-        let wanted = |names: &[String]| names.iter().any(|wanted| wanted == "All" || wanted == name);
-        wanted(&call.message_system_attribute_names) || wanted(&call.attribute_names)
-    };
-    let mut attributes = BTreeMap::new();
-    for (name, value) in [
-        ("ApproximateFirstReceiveTimestamp", received.first_received_ms),
-        ("ApproximateReceiveCount", received.receives.into()),
-        ("SentTimestamp", message.sent_ms),
-    ] {
-        if system(name) {
-            attributes.insert(name, value.to_string());
-        }
-    }
+    // The newer name and the older one.
+    let system = [&call.message_system_attribute_names, &call.attribute_names];
+    let attributes = system
+        .into_iter()
+        .flat_map(|names| received.system_attributes(names))
+        .map(|(name, value)| (name, value.to_string()))
+        .collect();
     let wanted: BTreeMap<Box<str>, Attribute> = message
         .attributes
         .iter()

@@ -205,7 +205,14 @@ const RESOURCES: &[(&str, Resource, &[&str])] = &[
     (
         "arn:aws:states:::aws-sdk:sqs:receiveMessage",
         Resource::SqsReceiveMessage,
-        &["QueueUrl", "MaxNumberOfMessages", "VisibilityTimeout", "WaitTimeSeconds", "MessageAttributeNames"],
+        &[
+            "QueueUrl",
+            "MaxNumberOfMessages",
+            "VisibilityTimeout",
+            "WaitTimeSeconds",
+            "AttributeNames",
+            "MessageAttributeNames",
+        ],
     ),
     (
         "arn:aws:states:::aws-sdk:sqs:deleteMessage",

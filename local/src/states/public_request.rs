@@ -96,6 +96,7 @@ fn rows(connections: &[&str]) -> Value {
 fn message(attribute: &str, value: &str) -> Value {
     json!({ "Messages": [{
         "Body": "{\"type\":\"reply\"}", "ReceiptHandle": "receipt", "MessageId": "m",
+        "Attributes": { "SentTimestamp": "1790000000123" },
         "MessageAttributes": { attribute: { "DataType": "String", "StringValue": value } },
     }] })
 }
@@ -130,7 +131,7 @@ async fn a_reply_ends_the_run() {
     let walk = walk(input(), &well).await;
     assert_eq!(
         walk.output(),
-        &json!({ "outcome": OUTCOME_REPLIED, "connection_id": "a=", "reply": "{\"type\":\"reply\"}", "receipt": "receipt" })
+        &json!({ "outcome": OUTCOME_REPLIED, "connection_id": "a=", "reply": "{\"type\":\"reply\"}", "receipt": "receipt", "sent_ms": ["1790000000123"] })
     );
     assert_eq!(
         walk.states,
@@ -156,6 +157,20 @@ async fn a_reply_ends_the_run() {
     let receive = walk.arguments("AwaitReply")[0];
     assert_eq!(receive["WaitTimeSeconds"], 20);
     assert_eq!(receive["VisibilityTimeout"], 30);
+    assert_eq!(receive["AttributeNames"], json!(["SentTimestamp"]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reply_without_its_time_is_a_reply() {
+    let walk = walk(input(), &|state, before| {
+        let mut answer = well(state, before)?;
+        if state == "AwaitReply" {
+            answer["Messages"][0].as_object_mut().unwrap().remove("Attributes");
+        }
+        Ok(answer)
+    })
+    .await;
+    assert_eq!((&walk.output()["outcome"], &walk.output()["sent_ms"]), (&OUTCOME_REPLIED.into(), &json!([])));
 }
 
 #[tokio::test(start_paused = true)]
@@ -166,7 +181,7 @@ async fn the_name_row_tells_offline_from_unknown() {
         let walk = walk(input(), &|_, _| Ok(found.clone())).await;
         assert_eq!(
             walk.output(),
-            &json!({ "outcome": wanted.outcome(), "connection_id": null, "reply": null, "receipt": null })
+            &json!({ "outcome": wanted.outcome(), "connection_id": null, "reply": null, "receipt": null, "sent_ms": null })
         );
     }
     // A connection whose name row is gone is as good as any.
@@ -264,7 +279,7 @@ async fn a_lost_connection_ends_the_wait() {
     .await;
     assert_eq!(
         told.output(),
-        &json!({ "outcome": ErrorCode::AgentLost.outcome(), "connection_id": "a=", "reply": null, "receipt": "receipt" })
+        &json!({ "outcome": ErrorCode::AgentLost.outcome(), "connection_id": "a=", "reply": null, "receipt": "receipt", "sent_ms": null })
     );
     let asked = walk(input(), &|state, before| match state {
         "AwaitReply" => Ok(json!({})),
@@ -274,7 +289,7 @@ async fn a_lost_connection_ends_the_wait() {
     .await;
     assert_eq!(
         asked.output(),
-        &json!({ "outcome": ErrorCode::AgentLost.outcome(), "connection_id": "a=", "reply": null, "receipt": null })
+        &json!({ "outcome": ErrorCode::AgentLost.outcome(), "connection_id": "a=", "reply": null, "receipt": null, "sent_ms": null })
     );
     assert_eq!(asked.arguments("CheckConnection")[1]["Method"], "GET");
     assert_eq!(asked.arguments("AwaitReply").len(), 2);
@@ -292,7 +307,7 @@ async fn the_deadline_ends_the_wait() {
         .await;
         assert_eq!(
             walk.output(),
-            &json!({ "outcome": ErrorCode::UpstreamTimedOut.outcome(), "connection_id": "a=", "reply": null, "receipt": null })
+            &json!({ "outcome": ErrorCode::UpstreamTimedOut.outcome(), "connection_id": "a=", "reply": null, "receipt": null, "sent_ms": null })
         );
         assert_eq!(walk.arguments("AwaitReply")[0]["WaitTimeSeconds"], 1);
     }
@@ -380,7 +395,7 @@ async fn every_state_is_reached_and_every_outcome_is_known() {
             let output = state["Output"].as_object().unwrap();
             assert_eq!(
                 output.keys().collect::<Vec<_>>(),
-                ["outcome", "connection_id", "reply", "receipt"],
+                ["outcome", "connection_id", "reply", "receipt", "sent_ms"],
                 "{name}"
             );
             outcomes.insert(output["outcome"].as_str().unwrap().to_owned());

@@ -75,17 +75,14 @@ impl ServiceTasks {
             wait: seconds("WaitTimeSeconds")?,
             visibility: seconds("VisibilityTimeout")?,
         };
-        let wanted: Vec<String> = match arguments.get("MessageAttributeNames") {
-            None => Vec::new(),
-            Some(names) => serde_json::from_value(names.clone())
-                .map_err(|_| not_valid("MessageAttributeNames is a list of names"))?,
-        };
+        let (system, wanted) =
+            (names(arguments, "AttributeNames")?, names(arguments, "MessageAttributeNames")?);
         let url = text(arguments, "QueueUrl")?;
         let received =
             self.services.sqs.receive(url, request).await.map_err(|error| sqs_error("Sqs", error))?;
         let mut result = Map::new();
         if !received.is_empty() {
-            let messages = received.iter().map(|received| message(received, &wanted)).collect();
+            let messages = received.iter().map(|received| message(received, &system, &wanted)).collect();
             result.insert("Messages".to_owned(), Value::Array(messages));
         }
         Ok(Value::Object(result))
@@ -179,9 +176,23 @@ fn connection(path: &str) -> Option<ConnectionId> {
     crate::services::percent_decode(id)?.parse().ok()
 }
 
-fn message(received: &Received, wanted: &[String]) -> Value {
+/// An argument that is a list of names.
+fn names(arguments: &Arguments<'_>, name: &str) -> Result<Vec<String>> {
+    let names = arguments.get(name).map(|names| serde_json::from_value(names.clone()));
+    names
+        .transpose()
+        .map(Option::unwrap_or_default)
+        .map_err(|_| not_valid(&format!("{name} is a list of names")))
+}
+
+fn message(received: &Received, system: &[String], wanted: &[String]) -> Value {
     let message = &received.message;
-    let mut fields = Map::with_capacity(5);
+    let mut fields = Map::with_capacity(6);
+    let system = received.system_attributes(system);
+    if !system.is_empty() {
+        let attributes = system.into_iter().map(|(name, value)| (name.to_owned(), value.to_string().into()));
+        fields.insert("Attributes".to_owned(), Value::Object(attributes.collect()));
+    }
     fields.insert("Body".to_owned(), Value::String(message.body.clone().into_string()));
     fields.insert("Md5OfBody".to_owned(), message.body_md5.to_string().into());
     fields.insert("MessageId".to_owned(), message.id.to_string().into());
