@@ -91,7 +91,7 @@ async fn a_request_that_the_agent_breaks_off_is_counted_as_broken() {
 async fn a_message_that_lies_in_its_mailbox_while_it_is_waited_for_is_told_about() {
     /// How long `ingress` stands still while a message lies there for it.
     const STILL: Duration = Duration::from_millis(1500);
-    let local = Local::start(&["--no-agent"]);
+    let local = Local::start(&[]);
     let mut agent = RawAgent::open(&local, &["web"]).await;
     let mut connection = Connection::open(local.public).await;
     connection.begin(&Request::to("web", "GET", "/")).await;

@@ -17,7 +17,7 @@ use edge::{
     metrics::{Metric, OUTCOME},
 };
 use local::{
-    stack::{Permission, Resource, stack},
+    stack::{Permission, Resource, Rows, stack},
     states::definition::Definition,
 };
 use proto::limits;
@@ -214,7 +214,7 @@ fn reachable(function: &str, code: &BTreeMap<String, Vec<Code>>) -> BTreeSet<Per
                     Resource::Link(_) => "execute-api:ManageConnections",
                     _ => action,
                 };
-                found.insert(Permission { action: action.to_owned(), resource });
+                found.insert(allowed(action.to_owned(), resource));
             }
             for one in code.get(&name).into_iter().flatten() {
                 // What is called on oneself is in the same module.
@@ -237,7 +237,7 @@ fn a_role_allows_nothing_that_its_function_cannot_call() {
             let is_own = match (&permission.resource, permission.action.as_str()) {
                 (Resource::Log(log), "logs:CreateLogStream" | "logs:PutLogEvents") => log == name,
                 (Resource::Any, "xray:PutTraceSegments" | "xray:PutTelemetryRecords") => true,
-                _ => reachable.contains(permission),
+                _ => reachable.contains(&Permission { rows: Rows::Any, ..permission.clone() }),
             };
             assert!(is_own, "{name} cannot call {permission:?}, only {reachable:?}");
         }
@@ -246,6 +246,10 @@ fn a_role_allows_nothing_that_its_function_cannot_call() {
     let response = reachable("response", &code);
     assert!(response.iter().any(|permission| permission.action == "sqs:SendMessage"));
     assert!(response.iter().all(|permission| permission.action != "sqs:CreateQueue"), "{response:?}");
+}
+
+fn allowed(action: String, resource: Resource) -> Permission {
+    Permission { action, resource, rows: Rows::Any }
 }
 
 /// What a task of the state machine needs.
@@ -257,13 +261,13 @@ fn needed(task: &Value) -> Permission {
     match service.trim_start_matches("aws-sdk:") {
         "dynamodb" => {
             assert_eq!(arguments["TableName"], "${ConnectionsTable}");
-            Permission { action: format!("dynamodb:{operation}"), resource: Resource::Connections }
+            allowed(format!("dynamodb:{operation}"), Resource::Connections)
         }
-        "sqs" => Permission { action: format!("sqs:{operation}"), resource: Resource::Queues },
-        "apigateway" => Permission {
-            action: "execute-api:ManageConnections".into(),
-            resource: Resource::Link(arguments["Method"].as_str().unwrap().into()),
-        },
+        "sqs" => allowed(format!("sqs:{operation}"), Resource::Queues),
+        "apigateway" => allowed(
+            "execute-api:ManageConnections".into(),
+            Resource::Link(arguments["Method"].as_str().unwrap().into()),
+        ),
         other => panic!("{other} is not known to this test"),
     }
 }

@@ -31,6 +31,7 @@ use crate::{
     latency::{Latency, Profile},
     services::{Post, Services, percent_decode},
     sqs::{Attribute, NewMessage, SqsError, SqsErrorKind},
+    stack::stack,
     states::{AcceptedRun, RunResult, States, interpreter::Outcome},
 };
 
@@ -481,7 +482,10 @@ impl Shared {
             }
             "DynamoDB_20120810" => {
                 let table = self.table(&body);
-                if let Err(denied) = allow(function, Action::DynamoDb(operation, table)) {
+                let action = Action::DynamoDb(operation, table);
+                if let Err(denied) =
+                    refusal(function, action, policy::allows_on(function, action, || row(&body)))
+                {
                     return denied.json();
                 }
                 let answer = self.services.dynamodb(function, operation, body).await;
@@ -697,7 +701,11 @@ impl Refusal {
 }
 
 fn allow(function: &str, action: Action<'_>) -> Result<(), Refusal> {
-    if policy::allows(function, action) {
+    refusal(function, action, policy::allows(function, action))
+}
+
+fn refusal(function: &str, action: Action<'_>, allowed: bool) -> Result<(), Refusal> {
+    if allowed {
         return Ok(());
     }
     tracing::warn!(function, %action, "a function called what it may not");
@@ -707,6 +715,13 @@ fn allow(function: &str, action: Action<'_>) -> Result<(), Refusal> {
             "User: arn:aws:sts::000000000000:assumed-role/{function} is not authorized to perform: {action}"
         ),
     })
+}
+
+/// The partition key of the one row of the table of connections that a call is about.
+fn row(body: &[u8]) -> Option<String> {
+    let call: Value = serde_json::from_slice(body).ok()?;
+    let key = call.get("Key").or_else(|| call.get("Item"))?;
+    key[&stack().connections.partition]["S"].as_str().map(str::to_owned)
 }
 
 /// The access key in an `Authorization` header of AWS.

@@ -90,7 +90,43 @@ pub struct Permission {
     pub action: String,
     /// On what.
     pub resource: Resource,
+    /// On which rows of a table.
+    pub rows: Rows,
 }
+
+/// Which rows of a table a role allows something on, by their partition keys. A pattern is a key, or how
+/// one begins and `*`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rows {
+    /// All of them; and whatever is no table.
+    Any,
+    /// Those like one of these.
+    Like(Vec<String>),
+    /// Those like none of these.
+    NotLike(Vec<String>),
+}
+
+impl Rows {
+    /// Whether the row with this partition key is one of them. A call that names none is refused where it matters,
+    /// which AWS does not do.
+    #[must_use]
+    pub fn have(&self, key: Option<&str>) -> bool {
+        let is_like = |key: &str, patterns: &[String]| {
+            patterns.iter().any(|pattern| {
+                pattern.strip_suffix('*').map_or(pattern == key, |beginning| key.starts_with(beginning))
+            })
+        };
+        match self {
+            Self::Any => true,
+            Self::Like(patterns) => key.is_some_and(|key| is_like(key, patterns)),
+            Self::NotLike(patterns) => key.is_some_and(|key| !is_like(key, patterns)),
+        }
+    }
+}
+
+/// The operations that name one row by its partition key.
+const ON_ONE_ROW: [&str; 4] =
+    ["dynamodb:DeleteItem", "dynamodb:GetItem", "dynamodb:PutItem", "dynamodb:UpdateItem"];
 
 /// A resource that a role names.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -173,20 +209,52 @@ fn permissions(role: &Value, name: &str) -> Result<Vec<Permission>, StackError> 
     let mut permissions = Vec::new();
     for policy in list(&role["Policies"]) {
         for statement in list(&policy["PolicyDocument"]["Statement"]) {
-            if statement["Effect"] != "Allow" || statement.get("Condition").is_some() {
-                return Err(StackError(format!("{name} has a statement that is more than an Allow")));
+            if statement["Effect"] != "Allow" {
+                return Err(StackError(format!("{name} has a statement that is no Allow")));
             }
+            let rows = rows(statement.get("Condition"))
+                .ok_or_else(|| StackError(format!("{name} has a condition that is not understood")))?;
             for action in list(&statement["Action"]) {
                 let action = action.as_str().unwrap_or_default();
                 for resource in list(&statement["Resource"]) {
                     let resource = named(resource)
                         .ok_or_else(|| StackError(format!("{name} names the unknown resource {resource}")))?;
-                    permissions.push(Permission { action: action.to_owned(), resource });
+                    let is_table = matches!(resource, Resource::Connections | Resource::Mailboxes);
+                    if rows != Rows::Any && !(is_table && ON_ONE_ROW.contains(&action)) {
+                        return Err(StackError(format!("{name} has rows for {action}, which names none")));
+                    }
+                    permissions.push(Permission { action: action.to_owned(), resource, rows: rows.clone() });
                 }
             }
         }
     }
     Ok(permissions)
+}
+
+/// The rows that a statement's condition leaves. Only what the roles use is understood.
+fn rows(condition: Option<&Value>) -> Option<Rows> {
+    let Some(condition) = condition else { return Some(Rows::Any) };
+    let (operator, keys) = only(condition)?;
+    let (key, patterns) = only(keys)?;
+    let patterns: Vec<String> =
+        list(patterns).iter().map(|pattern| pattern.as_str().map(str::to_owned)).collect::<Option<_>>()?;
+    let is_simple = |pattern: &String| {
+        !pattern.contains('?') && !pattern.strip_suffix('*').unwrap_or(pattern).contains(['*', '$'])
+    };
+    if key != "dynamodb:LeadingKeys" || patterns.is_empty() || !patterns.iter().all(is_simple) {
+        return None;
+    }
+    match operator.as_str() {
+        "ForAllValues:StringLike" => Some(Rows::Like(patterns)),
+        "ForAllValues:StringNotLike" => Some(Rows::NotLike(patterns)),
+        _ => None,
+    }
+}
+
+/// The one member of an object that has no other.
+fn only(object: &Value) -> Option<(&String, &Value)> {
+    let mut members = object.as_object()?.iter();
+    members.next().filter(|_| members.next().is_none())
 }
 
 /// The resource that an expression of a role stands for.
@@ -268,9 +336,18 @@ mod tests {
         let ingress = &stack.functions["ingress"];
         assert_eq!(ingress.timeout, proto::limits::RESPONSE_DURATION);
         assert!(ingress.variables.contains("TUNNEL_TOKEN_KEYS"));
-        let starts =
-            Permission { action: "states:StartSyncExecution".into(), resource: Resource::PublicRequest };
+        let starts = Permission {
+            action: "states:StartSyncExecution".into(),
+            resource: Resource::PublicRequest,
+            rows: Rows::Any,
+        };
         assert!(ingress.permissions.contains(&starts));
+        let counts = Permission {
+            action: "dynamodb:UpdateItem".into(),
+            resource: Resource::Connections,
+            rows: Rows::Like(vec!["#use#*".into()]),
+        };
+        assert!(ingress.permissions.contains(&counts), "{:?}", ingress.permissions);
         assert_eq!(stack.connections.partition, "tunnel");
         assert_eq!(stack.connections.expiry.as_deref(), Some("expires_at"));
         assert_eq!(stack.mailboxes.expiry, None);
@@ -292,10 +369,41 @@ mod tests {
             ("!GetAtt MailboxesTable.Arn", "!GetAtt OtherTable.Name"),
             ("GET/@connections/*", "GET/*"),
             ("KeyType: RANGE", "KeyType: OTHER"),
+            ("ForAllValues:StringLike", "ForAnyValue:StringLike"),
+            ("dynamodb:LeadingKeys", "dynamodb:Attributes"),
+            ("'#use#*'", "'#*use'"),
+            ("'#use#*'", "'#us?#'"),
+            ("'#use#*'", "['#use#*', !Ref X]"),
+            ("dynamodb:LeadingKeys: '#use#*'", "dynamodb:LeadingKeys: []"),
+            ("dynamodb:LeadingKeys: '#use#*'", "{dynamodb:LeadingKeys: '#use#*', dynamodb:Select: X}"),
+            // It names no row, so the condition would hold.
+            ("Action: dynamodb:UpdateItem", "Action: [dynamodb:UpdateItem, dynamodb:Scan]"),
             ("functions:", "others:"),
         ] {
             assert!(replaced(from, to).is_err(), "{from} as {to}");
         }
+    }
+
+    #[test]
+    fn rows_are_those_that_are_like_a_pattern_or_like_none() {
+        let patterns = || vec!["#revoked".to_owned(), "#use#*".to_owned()];
+        for (key, is_like) in [
+            ("#revoked", true),
+            ("#revoked1", false),
+            ("#use#", true),
+            ("#use#tunnel#web", true),
+            ("#use", false),
+            ("web", false),
+        ] {
+            assert_eq!(Rows::Like(patterns()).have(Some(key)), is_like, "{key}");
+            assert_eq!(Rows::NotLike(patterns()).have(Some(key)), !is_like, "{key}");
+            assert!(Rows::Any.have(Some(key)));
+        }
+        assert!(
+            Rows::Any.have(None)
+                && !Rows::Like(patterns()).have(None)
+                && !Rows::NotLike(patterns()).have(None)
+        );
     }
 
     #[test]

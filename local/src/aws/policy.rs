@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use crate::stack::{Permission, Resource, stack};
+use crate::stack::{Permission, Resource, Rows, stack};
 
 /// A function that may call everything: `local` itself and tests.
 pub const OPERATOR: &str = "operator";
@@ -73,20 +73,33 @@ pub(super) fn sqs_action(operation: &str) -> Option<&'static str> {
     ACTIONS.iter().copied().find(|action| *action == operation)
 }
 
-/// Whether the function's role allows the action.
+/// Whether the function's role allows the action, on any row.
 #[must_use]
 pub fn allows(function: &str, action: Action<'_>) -> bool {
+    allows_on(function, action, || None)
+}
+
+/// Whether the function's role allows the action on the row with the partition key that `row` finds in the call. It is
+/// looked for only where the role tells rows apart.
+#[must_use]
+pub fn allows_on(function: &str, action: Action<'_>, row: impl FnOnce() -> Option<String>) -> bool {
     if function == OPERATOR {
         return true;
     }
-    let Some(needed) = permission(action) else { return false };
-    stack().functions.get(function).is_some_and(|function| function.permissions.contains(&needed))
+    let Some((action, resource)) = needed(action) else { return false };
+    let Some(function) = stack().functions.get(function) else { return false };
+    let is_meant = |one: &&Permission| one.action == action && one.resource == resource;
+    let allowed: Vec<&Rows> = function.permissions.iter().filter(is_meant).map(|one| &one.rows).collect();
+    allowed.contains(&&Rows::Any)
+        || (!allowed.is_empty() && {
+            let row = row();
+            allowed.iter().any(|rows| rows.have(row.as_deref()))
+        })
 }
 
 /// What a role has to say for an action to be allowed; nothing where no role can.
-#[must_use]
-pub fn permission(action: Action<'_>) -> Option<Permission> {
-    let (action, resource) = match action {
+fn needed(action: Action<'_>) -> Option<(String, Resource)> {
+    Some(match action {
         // A batch needs the right to its single action.
         Action::Sqs(action) => {
             // Which queues there are is not asked of one of them.
@@ -107,8 +120,7 @@ pub fn permission(action: Action<'_>) -> Option<Permission> {
         Action::ManageConnections(method) => {
             ("execute-api:ManageConnections".to_owned(), Resource::Link(method.to_owned()))
         }
-    };
-    Some(Permission { action, resource })
+    })
 }
 
 #[cfg(test)]
@@ -140,6 +152,30 @@ mod tests {
         ] {
             assert!(!allows("authorizer", action) && !allows("somebody", action) && allows(OPERATOR, action));
         }
+    }
+
+    #[test]
+    fn a_function_writes_its_own_rows_only() {
+        let may = |function, operation, row: &str| {
+            allows_on(function, Action::DynamoDb(operation, Table::Connections), || Some(row.to_owned()))
+        };
+        assert!(may("ingress", "UpdateItem", "#use#tunnel#web"));
+        for row in ["web", "#revoked", "#owner#alice", "#used"] {
+            assert!(!may("ingress", "UpdateItem", row), "{row}");
+            // Whose a tunnel is may be asked of any.
+            assert!(may("ingress", "GetItem", row));
+        }
+        for operation in ["PutItem", "UpdateItem", "DeleteItem"] {
+            assert!(may("connect", operation, "web") && may("connect", operation, "#owner#alice"));
+            assert!(!may("connect", operation, "#revoked") && !may("connect", operation, "#use#tunnel#web"));
+        }
+        assert!(may("connect", "GetItem", "#revoked"));
+        assert!(may("disconnect", "DeleteItem", "#c=") && !may("disconnect", "DeleteItem", "#revoked"));
+        assert!(may("revoke", "PutItem", "#revoked") && !may("revoke", "PutItem", "web"));
+        assert!(may("revoke", "DeleteItem", "#revoked") && may("revoke", "DeleteItem", "web"));
+        // A call that names no row.
+        assert!(!allows("ingress", Action::DynamoDb("UpdateItem", Table::Connections)));
+        assert!(may(OPERATOR, "UpdateItem", "#revoked"));
     }
 
     #[test]
