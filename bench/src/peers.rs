@@ -17,6 +17,7 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
+use bytes::Bytes;
 use clap::Args;
 use http_body_util::BodyExt;
 use serde::{Deserialize, Serialize};
@@ -517,7 +518,7 @@ async fn ask(way: &Target, connected: &mut Option<Client>, path: &'static str) -
     let mut body = client.begin(path, None).await?.into_body();
     let mut bytes = 0;
     while let Some(frame) = body.frame().await {
-        bytes += frame?.data_ref().map_or(0, bytes::Bytes::len);
+        bytes += frame?.data_ref().map_or(0, Bytes::len);
     }
     ensure!(Some(bytes) == agent::DOWNLOAD.expected, "{bytes} bytes came");
     Ok(())
@@ -581,8 +582,14 @@ fn tables(options: &Options, rows: &[Row]) -> String {
     text.push_str(
         "\nA relay copies the bytes of a connection and knows no requests, a proxy has no tunnel, and none of the peers \
          has a hop of AWS.\n`agentd` alone has a front of this benchmark for a server: HTTP in, its WebSocket out, \
-         nothing of AWS.\nThe whole path has `local` for a server, with six services of AWS and every function's process.\n\n",
+         nothing of AWS.\n",
     );
+    if rows.iter().any(|row| row.name == WHOLE) {
+        text.push_str(
+            "The whole path has `local` for a server, with six services of AWS and every function's process.\n",
+        );
+    }
+    text.push('\n');
     for line in verdicts(rows) {
         text.push_str(&line);
         text.push('\n');
@@ -671,6 +678,40 @@ mod tests {
         assert!(lines[0].contains("2.5 times the requests of slow: reached"), "{lines:?}");
         assert!(lines[1].contains("2.00 times that of relay: reached"), "{lines:?}");
         assert!(lines[2].contains("2.05 times that of small relay: missed"), "{lines:?}");
+    }
+
+    /// An upstream that knows `/peer` only.
+    async fn upstream_of_peers() -> Upstream {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((stream, peer)) = listener.accept().await {
+                let service = hyper::service::service_fn(move |_| async move {
+                    anyhow::Ok(http::Response::new(http_body_util::Full::new(Bytes::from(peer.to_string()))))
+                });
+                let connection = hyper::server::conn::http1::Builder::new();
+                tokio::spawn(connection.serve_connection(hyper_util::rt::TokioIo::new(stream), service));
+            }
+        });
+        Upstream::at(port)
+    }
+
+    #[tokio::test]
+    async fn a_request_that_came_through_other_processes_is_noticed() {
+        let upstream = upstream_of_peers().await;
+        let way =
+            |agent, server| Way::new("way", Level::Relay, false, upstream.direct(), agent, Some(server));
+        let this = Tree(std::process::id());
+        let mut other =
+            std::process::Command::new("cat").stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let cat = Tree(other.id());
+        way(None, this).trace(&upstream).await.unwrap();
+        let error = way(None, cat).trace(&upstream).await.unwrap_err();
+        assert!(error.to_string().contains("does not listen"), "{error}");
+        let error = way(Some(cat), this).trace(&upstream).await.unwrap_err();
+        assert!(error.to_string().contains("from somebody else"), "{error}");
+        other.kill().unwrap();
+        other.wait().unwrap();
     }
 
     #[tokio::test]
