@@ -293,6 +293,11 @@ async fn a_piece_that_never_comes_ends_the_transfer_in_time_and_a_silence_does_n
             other => panic!("{other:?}"),
         }
     }
+    // Far fewer than ten messages came to each process: only time has had them deleted.
+    let calls = local.counters().await;
+    let deletions = ["sqs:DeleteMessage", "sqs:DeleteMessageBatch"];
+    let deletions: u64 = deletions.iter().filter_map(|&call| calls.get(call)).sum();
+    assert!(deletions >= 3, "each of the three has been here for longer than a message is hidden: {calls:?}");
     for (target, took) in cancelled {
         // What only its receive was lost of may still come, and does not have to be waited for any longer.
         let most = limits::PROBE_AFTER + limits::PIECE_MISSING + Duration::from_secs(10);
