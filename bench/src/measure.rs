@@ -79,20 +79,20 @@ impl Plan {
 }
 
 /// The two ways to the same upstream.
-struct Ways {
-    direct: Target,
-    tunnel: Target,
+pub(crate) struct Ways {
+    pub(crate) direct: Target,
+    pub(crate) tunnel: Target,
 }
 
 /// Everything that runs where the whole path is measured.
-struct Stage {
-    local: Local,
-    agent: Agent,
-    ways: Ways,
+pub(crate) struct Stage {
+    pub(crate) local: Local,
+    pub(crate) agent: Agent,
+    pub(crate) ways: Ways,
 }
 
 impl Stage {
-    fn start(upstream: &Upstream) -> Self {
+    pub(crate) fn start(upstream: &Upstream) -> Self {
         let local = Local::start(&[]);
         let agent = local.agent_with(
             &format!(

@@ -1,5 +1,7 @@
 //! An agent that says exactly what a test tells it to, true or not.
 
+use std::time::{Duration, Instant};
+
 use futures_util::{SinkExt, StreamExt};
 use proto::{
     body::{Body, Codecs},
@@ -8,7 +10,7 @@ use proto::{
 };
 use tokio::{net::TcpStream, time::timeout};
 use tokio_tungstenite::{
-    WebSocketStream, client_async_with_config,
+    MaybeTlsStream, WebSocketStream, client_async_with_config,
     tungstenite::{
         Error, Message,
         client::IntoClientRequest,
@@ -23,25 +25,24 @@ use tokio_tungstenite::{
     },
 };
 
-use crate::{Local, PATIENCE};
+use crate::{PATIENCE, stack::Stack};
 
 /// A WebSocket to the agents' side of the edge.
 #[derive(Debug)]
 pub struct RawAgent {
-    socket: WebSocketStream<TcpStream>,
+    socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
     id: String,
 }
 
 impl RawAgent {
     /// Opens a connection with these credentials, or says with which status it was refused.
-    pub async fn dial(local: &Local, authorization: Option<&str>) -> Result<Self, StatusCode> {
-        let mut request = local.agents.as_str().into_client_request().unwrap();
-        let address = request.uri().authority().unwrap().to_string();
+    pub async fn dial(stack: &impl AsRef<Stack>, authorization: Option<&str>) -> Result<Self, StatusCode> {
+        let stack = stack.as_ref();
+        let mut request = stack.agents().to_string().into_client_request().unwrap();
         if let Some(value) = authorization {
             request.headers_mut().insert(AUTHORIZATION, HeaderValue::from_str(value).unwrap());
         }
-        let stream = TcpStream::connect(address).await.unwrap();
-        stream.set_nodelay(true).unwrap();
+        let stream = stack.dial_agents().await.unwrap();
         // Longer than what is allowed, so that it is the edge that minds.
         let config = WebSocketConfig::default().max_frame_size(Some(1 << 20)).max_message_size(Some(1 << 20));
         match timeout(PATIENCE, client_async_with_config(request, stream, Some(config))).await.unwrap() {
@@ -52,8 +53,8 @@ impl RawAgent {
     }
 
     /// Opens a connection with this token.
-    pub async fn with(local: &Local, token: &str) -> Self {
-        Self::dial(local, Some(&format!("Bearer {token}"))).await.unwrap()
+    pub async fn with(stack: &impl AsRef<Stack>, token: &str) -> Self {
+        Self::dial(stack, Some(&format!("Bearer {token}"))).await.unwrap()
     }
 
     /// Gives the agent another id than all the others have.
@@ -62,9 +63,8 @@ impl RawAgent {
     }
 
     /// Opens a connection with the run's own token, and these tunnels on it.
-    pub async fn open(local: &Local, tunnels: &[&str]) -> Self {
-        let token = std::fs::read_to_string(&local.token).unwrap();
-        let mut agent = Self::dial(local, Some(&format!("Bearer {}", token.trim()))).await.unwrap();
+    pub async fn open(stack: &impl AsRef<Stack>, tunnels: &[&str]) -> Self {
+        let mut agent = Self::with(stack, &stack.as_ref().token()).await;
         agent.hello(tunnels).await;
         agent
     }
@@ -121,6 +121,40 @@ impl RawAgent {
                 Some(Ok(Message::Text(text))) => return text.to_string(),
                 Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
                 other => panic!("not a message: {other:?}"),
+            }
+        }
+    }
+
+    /// Sends a ping; how long its pong took, if it came within `wait`.
+    pub async fn ping(&mut self, wait: Duration) -> Option<Duration> {
+        let begun = Instant::now();
+        self.socket.send(Message::Ping("tunnel".into())).await.unwrap();
+        let pong = async {
+            while let Some(message) = self.socket.next().await {
+                if matches!(message, Ok(Message::Pong(_))) {
+                    return Some(begun.elapsed());
+                }
+            }
+            None
+        };
+        timeout(wait, pong).await.ok().flatten()
+    }
+
+    /// How long the connection stays open, with nothing but a ping now and then said; `None` where it still is
+    /// after `most`.
+    pub async fn lasts(&mut self, most: Duration, ping_every: Option<Duration>) -> Option<Duration> {
+        let begun = Instant::now();
+        let mut pings = tokio::time::interval(ping_every.unwrap_or(most * 2));
+        let over = tokio::time::sleep(most);
+        let mut over = std::pin::pin!(over);
+        loop {
+            tokio::select! {
+                () = &mut over => return None,
+                message = self.socket.next() => if matches!(message, None | Some(Err(_) | Ok(Message::Close(_)))) {
+                    return Some(begun.elapsed());
+                },
+                // A failure shows in what is read next.
+                _ = pings.tick(), if ping_every.is_some() => drop(self.socket.send(Message::Ping("".into())).await),
             }
         }
     }
