@@ -16,81 +16,28 @@ use proto::{
     limits,
     message::{AgentMessage, EdgeMessage, Failed},
 };
-use rustix::process::Signal;
 use sha2::{Digest, Sha256};
 use tests::{
     Agent, Local, PATIENCE,
+    acceptance::{self, chunked, piece},
     client::{Connection, Request},
     noise, peak_resident_bytes,
     raw_agent::{Call, RawAgent},
+    stack::Front,
     upstream::{Conn, Upstream},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
-    sync::{Notify, Semaphore, mpsc},
+    sync::{Notify, mpsc},
     time::timeout,
 };
 
 const MIB: usize = 1024 * 1024;
 
-fn chunked(bytes: &[u8]) -> Vec<u8> {
-    [format!("{:x}\r\n", bytes.len()).as_bytes(), bytes, b"\r\n"].concat()
-}
-
-/// Bytes that a position in a stream has, so that no piece can stand for another.
-fn piece(index: usize) -> Vec<u8> {
-    noise(index as u64 + 1, MIB)
-}
-
 #[tokio::test]
 async fn each_flush_arrives_before_the_next_is_made_and_the_head_before_all() {
-    let go = Arc::new(Semaphore::new(0));
-    let allowed = Arc::clone(&go);
-    let upstream = Upstream::start(move |request, mut conn: Conn| {
-        let allowed = Arc::clone(&allowed);
-        async move {
-            let is_chunked = request.target() == "/sse";
-            let framing = if is_chunked { "Transfer-Encoding: chunked" } else { "Content-Length: 130" };
-            let head = format!("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{framing}\r\n\r\n");
-            assert!(conn.write(head).await);
-            for event in 0..10 {
-                allowed.acquire().await.unwrap().forget();
-                let event = format!("data: ev {event:02}\n\n");
-                let event = if is_chunked { chunked(event.as_bytes()) } else { event.into_bytes() };
-                assert!(conn.write(event).await);
-            }
-            allowed.acquire().await.unwrap().forget();
-            if is_chunked {
-                assert!(conn.write("0\r\n\r\n").await);
-            }
-            Some(conn)
-        }
-    })
-    .await;
-    let local = Local::start(&[]);
-    let _agent = local.agent("web", &upstream.address());
-    for target in ["/sse", "/length"] {
-        let mut connection = Connection::open(local.public).await;
-        connection.begin(&Request::to("web", "GET", target)).await;
-        let head = connection.head().await;
-        assert_eq!(head.status, 200);
-        assert_eq!(head.field("content-type").unwrap(), "text/event-stream");
-        for event in 0..10 {
-            // The upstream writes this event only now: whoever held it back would hold it for ever.
-            go.add_permits(1);
-            let event = format!("data: ev {event:02}\n\n").into_bytes();
-            let came = match target {
-                "/sse" => connection.chunk().await.unwrap(),
-                _ => connection.bytes(event.len()).await,
-            };
-            assert_eq!(came, event, "{target}");
-        }
-        go.add_permits(1);
-        if target == "/sse" {
-            assert_eq!(connection.chunk().await.unwrap(), b"", "the end comes too");
-        }
-    }
+    acceptance::each_flush_arrives(Local::start(&[]).stack()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -107,15 +54,8 @@ async fn a_hundred_mebibytes_pass_whole_and_nobody_holds_more_than_64() {
     .await;
     let local = Local::start(&[]);
     let agent = local.agent("web", &upstream.address());
-    let mut connection = Connection::open(local.public).await;
-    connection.begin(&Request::to("web", "GET", "/")).await;
-    assert_eq!(connection.head().await.field("content-length").unwrap(), (PIECES * MIB).to_string());
-    let (mut sent, mut came) = (Sha256::new(), Sha256::new());
-    for index in 0..PIECES {
-        sent.update(piece(index));
-        came.update(connection.bytes(MIB).await);
-    }
-    assert_eq!(sent.finalize(), came.finalize());
+    let connection = Connection::open(local.public).await;
+    acceptance::download(&Request::to("web", "GET", "/"), connection, Front::Local, PIECES).await;
     assert_peaks_are_small(&local, &agent);
 }
 
@@ -353,6 +293,11 @@ async fn a_piece_that_never_comes_ends_the_transfer_in_time_and_a_silence_does_n
             other => panic!("{other:?}"),
         }
     }
+    // Far fewer than ten messages came to each process: only time has had them deleted.
+    let calls = local.counters().await;
+    let deletions = ["sqs:DeleteMessage", "sqs:DeleteMessageBatch"];
+    let deletions: u64 = deletions.iter().filter_map(|&call| calls.get(call)).sum();
+    assert!(deletions >= 3, "each of the three has been here for longer than a message is hidden: {calls:?}");
     for (target, took) in cancelled {
         // What only its receive was lost of may still come, and does not have to be waited for any longer.
         let most = limits::PROBE_AFTER + limits::PIECE_MISSING + Duration::from_secs(10);
@@ -531,40 +476,5 @@ async fn duplicated_and_reordered_messages_change_no_byte() {
 
 #[tokio::test]
 async fn an_agent_that_dies_in_mid_body_never_makes_a_short_body_look_whole() {
-    let upstream = Upstream::start(|request, mut conn: Conn| async move {
-        match request.target() {
-            "/chunked" => {
-                assert!(conn.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await);
-                assert!(conn.write(chunked(b"half")).await);
-            }
-            _ => assert!(conn.write("HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf").await),
-        }
-        conn.closed().await;
-        None
-    })
-    .await;
-    let local = Local::start(&[]);
-    for target in ["/chunked", "/length"] {
-        let mut agent = local.agent("web", &upstream.address());
-        let mut connection = Connection::open(local.public).await;
-        let request = Request::to("web", "GET", target);
-        connection.begin(&request).await;
-        tests::eventually("the request is at the upstream", async || {
-            upstream.recorded().last().is_some_and(|last| last.target() == target)
-        })
-        .await;
-        let head = connection.head().await;
-        assert_eq!(head.status, 200);
-        let half = match target {
-            "/chunked" => connection.chunk().await.unwrap(),
-            _ => connection.bytes(4).await,
-        };
-        assert_eq!(half, b"half");
-        agent.process().signal(Signal::KILL);
-        assert_eq!(agent.process_mut().wait(), None);
-        match target {
-            "/chunked" => assert_eq!(connection.chunk().await, None, "no last chunk"),
-            _ => assert_eq!(connection.bytes(4).await, b"", "no further byte"),
-        }
-    }
+    acceptance::an_agent_that_dies(Local::start(&[]).stack()).await;
 }

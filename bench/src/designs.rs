@@ -148,7 +148,10 @@ pub(crate) async fn measure(
         askers.push(Asker {
             direct: Client::connect(&upstream.direct()).await?,
             tunnel: Client::connect(&tunnel).await?,
-            replaced: Replaced { stage: agent::Stage::start(program, &[], upstream).await?, aws: aws.clone() },
+            replaced: Replaced {
+                stage: agent::Stage::start(program, &[], upstream).await?,
+                aws: aws.clone(),
+            },
         });
     }
     // The first ones start processes and open connections.
@@ -243,7 +246,8 @@ async fn answer(client: &mut Client, target: &str, kind: Kind) -> anyhow::Result
     let first = body.frame().await.context("no body")??;
     let begun = Instant::now();
     let rest = body.collect().await?.to_bytes();
-    let is_right = kind.flows || (rest.is_empty() && first.data_ref().is_some_and(|data| data == upstream::HELLO));
+    let is_right =
+        kind.flows || (rest.is_empty() && first.data_ref().is_some_and(|data| data == upstream::HELLO));
     ensure!(is_right, "a wrong answer");
     Ok(begun)
 }
@@ -268,7 +272,8 @@ async fn counted(local: &Local) -> anyhow::Result<u64> {
 /// A client of the running `local`'s tables.
 fn tables(local: &Local) -> anyhow::Result<Tables> {
     let key = std::fs::read_to_string(local.state_dir().join("operator")).context("the operator's key")?;
-    let credentials = Credentials::builder().access_key_id(key).secret_access_key("none").provider_name("bench");
+    let credentials =
+        Credentials::builder().access_key_id(key).secret_access_key("none").provider_name("bench");
     let config = aws_sdk_dynamodb::Config::builder()
         .behavior_version(BehaviorVersion::latest())
         .region(Region::new("local-1"))
@@ -280,9 +285,8 @@ fn tables(local: &Local) -> anyhow::Result<Tables> {
 
 async fn create_pending(tables: &Tables) -> anyhow::Result<()> {
     let key = KeySchemaElement::builder().attribute_name("request_id").key_type(KeyType::Hash);
-    let attribute = AttributeDefinition::builder()
-        .attribute_name("request_id")
-        .attribute_type(ScalarAttributeType::S);
+    let attribute =
+        AttributeDefinition::builder().attribute_name("request_id").attribute_type(ScalarAttributeType::S);
     tables
         .create_table()
         .table_name(PENDING)

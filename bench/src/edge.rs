@@ -137,13 +137,17 @@ struct Piece {
 }
 
 impl Line {
-    async fn send(&mut self, message: &EdgeMessage<'_>) -> anyhow::Result<()> {
+    pub(crate) async fn send(&mut self, message: &EdgeMessage<'_>) -> anyhow::Result<()> {
         // It leaves with whatever else is there before the next message is waited for.
         self.socket.feed(Message::text(message.encode())).await.context("writing to the agent")
     }
 
-    /// The next text message, whatever it is.
-    async fn text(&mut self) -> anyhow::Result<Utf8Bytes> {
+    /// The next text message, whatever it is. What is to be sent leaves before it is waited for.
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is lost when it is dropped.
+    pub(crate) async fn text(&mut self) -> anyhow::Result<Utf8Bytes> {
         loop {
             let message = match self.socket.next().now_or_never() {
                 Some(message) => message,
@@ -161,7 +165,7 @@ impl Line {
     }
 
     /// Answers `hello` and `heartbeat`; false for anything else.
-    async fn control(&mut self, text: &str) -> anyhow::Result<bool> {
+    pub(crate) async fn control(&mut self, text: &str) -> anyhow::Result<bool> {
         if text.len() > CONTROL_BYTES || Envelope::peek(text)?.token.is_some() {
             return Ok(false);
         }
@@ -395,7 +399,8 @@ impl Piece {
     }
 }
 
-fn id(number: u64) -> RequestId {
+/// The id of the request with that number.
+pub(crate) fn id(number: u64) -> RequestId {
     RequestId::from_random(u128::from(number).to_be_bytes())
 }
 

@@ -288,7 +288,7 @@ impl Line {
 }
 
 /// Three digits that count; whole numbers as they are.
-fn number(value: f64) -> String {
+pub(crate) fn number(value: f64) -> String {
     match value.abs() {
         size if size.fract() == 0.0 => format!("{value:.0}"),
         size if size >= 100.0 => format!("{value:.0}"),
@@ -298,7 +298,7 @@ fn number(value: f64) -> String {
     }
 }
 
-fn median(mut all: Vec<f64>) -> f64 {
+pub(crate) fn median(mut all: Vec<f64>) -> f64 {
     quantile(&mut all, 0.5)
 }
 

@@ -15,6 +15,7 @@ mod figures;
 mod hops;
 mod measure;
 mod pace;
+mod peers;
 mod scale;
 mod start;
 mod upstream;
@@ -77,6 +78,11 @@ enum Command {
         #[arg(long, value_name = "FOLDER")]
         profiles: Option<PathBuf>,
     },
+    /// Measures `agentd` beside other tunnels, in the same rounds; `bench/peers/run` starts them
+    Peers(peers::Options),
+    /// The front of `agentd` alone: prints its ports and serves until its input ends
+    #[command(hide = true)]
+    Front,
     /// The upstream: prints its port and serves until its input ends
     #[command(hide = true)]
     Upstream,
@@ -90,6 +96,8 @@ fn main() -> ExitCode {
         runtime.block_on(async {
             match cli.command {
                 Some(Command::Upstream) => upstream::serve().await.map(|()| true),
+                Some(Command::Front) => peers::front::serve().await.map(|()| true),
+                Some(Command::Peers(options)) => peers::run(&options).await.map(|()| true),
                 Some(Command::Budget { agentd, budget, write, profiles }) => {
                     let is_met = callgrind::check(&agentd, &budget, write, profiles.as_deref()).await?;
                     if !is_met {

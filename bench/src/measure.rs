@@ -91,20 +91,20 @@ impl Plan {
 }
 
 /// The two ways to the same upstream.
-struct Ways {
-    direct: Target,
-    tunnel: Target,
+pub(crate) struct Ways {
+    pub(crate) direct: Target,
+    pub(crate) tunnel: Target,
 }
 
 /// Everything that runs where the whole path is measured.
-struct Stage {
-    local: Local,
-    agent: Agent,
-    ways: Ways,
+pub(crate) struct Stage {
+    pub(crate) local: Local,
+    pub(crate) agent: Agent,
+    pub(crate) ways: Ways,
 }
 
 impl Stage {
-    fn start(upstream: &Upstream) -> Self {
+    pub(crate) fn start(upstream: &Upstream) -> Self {
         let local = Local::start(&[]);
         let agent = local.agent_with(
             &format!(
@@ -156,7 +156,10 @@ const PARTS: [(&str, &str); 13] = [
         "`local --latency aws`, and the two designs it replaces under the same latencies: what each adds to what the upstream takes itself, \
          8 requests under way.",
     ),
-    ("scale", "Agents on one `local`, each a process; and requests that the upstream holds for 2 s, all sent at once."),
+    (
+        "scale",
+        "Agents on one `local`, each a process; and requests that the upstream holds for 2 s, all sent at once.",
+    ),
     ("hops", "Where the time of one request goes, one request at a time."),
     ("compression", "What compression on the link saves and costs."),
 ];

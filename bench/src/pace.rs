@@ -155,7 +155,8 @@ mod tests {
                     while stream.read(&mut request).await.is_ok_and(|read| read > 0) {
                         tokio::time::sleep(pause).await;
                         let body = upstream::HELLO;
-                        let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+                        let answer =
+                            format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
                         stream.write_all(answer.as_bytes()).await.unwrap();
                     }
                 });

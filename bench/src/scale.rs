@@ -151,8 +151,7 @@ async fn together(
         note("added p50", Unit::Millis, quantile(&mut added, 0.5));
         note("added p95", Unit::Millis, quantile(&mut added, 0.95));
     }
-    let mut note =
-        |what: &str, unit, value| report.note(format!("{name}, {what}"), unit, None, None, value);
+    let mut note = |what: &str, unit, value| report.note(format!("{name}, {what}"), unit, None, None, value);
     let functions = local.function_processes();
     note("function processes", Unit::Count, functions.len() as f64);
     let own: f64 = functions.iter().map(|process| unshared(process.1)).sum();

@@ -1,5 +1,5 @@
 //! The upstream, in a process of its own: `/hello`, `/stamp`, `/wait/MS`, `/talk/MS`, `/echo`, `/events`, `/hold`, `/trickle`,
-//! `/body/BYTES`, `/sink`.
+//! `/body/BYTES`, `/sink`, `/peer`.
 
 use std::{
     convert::Infallible,
@@ -51,10 +51,10 @@ pub(crate) const PATTERN_BYTES: usize = 1 << 20;
 /// How much of a body is written at a time.
 const WRITE_BYTES: usize = 64 * 1024;
 
-/// A running upstream. Ends when this is dropped.
+/// A running upstream. Ends when this is dropped, unless somebody else has started it.
 #[derive(Debug)]
 pub(crate) struct Upstream {
-    child: Child,
+    child: Option<Child>,
     pub(crate) port: u16,
 }
 
@@ -68,7 +68,12 @@ impl Upstream {
             .context("starting the upstream")?;
         let mut line = String::new();
         BufReader::new(child.stdout.take().context("its output")?).read_line(&mut line)?;
-        Ok(Self { child, port: line.trim().parse().context("the upstream's port")? })
+        Ok(Self { child: Some(child), port: line.trim().parse().context("the upstream's port")? })
+    }
+
+    /// One that runs already.
+    pub(crate) const fn at(port: u16) -> Self {
+        Self { child: None, port }
     }
 
     /// Where it is asked directly.
@@ -79,8 +84,10 @@ impl Upstream {
 
 impl Drop for Upstream {
     fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
+        if let Some(child) = &mut self.child {
+            drop(child.kill());
+            drop(child.wait());
+        }
     }
 }
 
@@ -106,11 +113,11 @@ pub(crate) async fn serve() -> anyhow::Result<()> {
     let pattern = pattern();
     let accept = async {
         loop {
-            let Ok((stream, _)) = listener.accept().await else { continue };
+            let Ok((stream, peer)) = listener.accept().await else { continue };
             // Without it, delayed acknowledgements would be measured.
             drop(stream.set_nodelay(true));
             let pattern = pattern.clone();
-            let service = service_fn(move |request| answer(request, pattern.clone()));
+            let service = service_fn(move |request| answer(request, peer, pattern.clone()));
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .serve_connection(TokioIo::new(stream), service);
@@ -132,7 +139,11 @@ pub(crate) async fn serve() -> anyhow::Result<()> {
 
 type Body = BoxBody<Bytes, Infallible>;
 
-async fn answer(request: Request<Incoming>, pattern: Bytes) -> anyhow::Result<Response<Body>> {
+async fn answer(
+    request: Request<Incoming>,
+    peer: SocketAddr,
+    pattern: Bytes,
+) -> anyhow::Result<Response<Body>> {
     let path = request.uri().path().to_owned();
     let whole = |bytes: Bytes| Response::new(Full::new(bytes).boxed());
     Ok(match path.as_str() {
@@ -148,6 +159,8 @@ async fn answer(request: Request<Incoming>, pattern: Bytes) -> anyhow::Result<Re
             events(TALK_INTERVAL, usize::try_from(pauses)? + 1)
         }
         "/stamp" => whole(now_ns().to_string().into()),
+        // Where the connection comes from on which this is asked.
+        "/peer" => whole(peer.to_string().into()),
         "/sink" => {
             let mut body = request.into_body();
             let mut length = 0;

@@ -170,6 +170,12 @@ impl Model {
         usage
     }
 
+    /// How many calls delete the message of a small request, where one request follows the other.
+    fn deletions(&self) -> f64 {
+        let calls = self.measured.small_request.iter();
+        calls.filter(|(call, _)| call.starts_with("sqs:DeleteMessage")).map(|(_, count)| count).sum()
+    }
+
     fn small_request(&self, front: Front) -> Usage {
         let calls = &self.measured.small_request;
         let ms = ASSUMED.upstream_ms + ASSUMED.way_ms;
@@ -261,6 +267,8 @@ impl Model {
         let mut usage = self.standing(front);
         usage.add_all(&self.idle_agent(), agents);
         usage.add_all(&self.small_request(front), requests);
+        // So rare that no two requests share a deletion.
+        usage.add("sqs_request", requests * (1.0 - self.deletions()));
         let out = if front == Front::CloudFront { "cloudfront_gb" } else { "internet_gb" };
         usage.add(out, requests * bytes / 1e9);
         self.usd(&usage)
@@ -324,6 +332,13 @@ pub fn page() -> anyhow::Result<String> {
         let gb = model.usd(&model.download_gb(front));
         writeln!(out, "| `{}` | ${million:.2} | ${gb:.3} |", front.name())?;
     }
+    writeln!(
+        out,
+        "\nThe messages of ten requests are deleted by one call where they follow each other within {} s in one process of `ingress`. A\n\
+         request that comes alone makes one of its own: up to ${:.2} more for a million, counted in the two scenarios below.",
+        limits::MAILBOX_DELETE_AFTER.as_secs(),
+        (1.0 - model.deletions()) * model.unit_price("sqs_request") * 1e6
+    )?;
     writeln!(
         out,
         "\nAn agent that is connected for a month and serves nobody: **${:.2}**, nearly all of it heartbeats (one in {} s and its\n\

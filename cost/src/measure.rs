@@ -6,7 +6,7 @@ use tests::{Local, client::Request, eventually, noise, upstream::Upstream};
 use crate::{Calls, Measured};
 
 /// How many small requests are counted.
-const REQUESTS: u32 = 50;
+const REQUESTS: u32 = 100;
 
 /// How long the response is whose calls are counted.
 const DOWNLOAD: usize = 32 * 1024 * 1024;
@@ -68,7 +68,9 @@ async fn sweep() -> Calls {
     // One may be under way at either end.
     #[expect(clippy::cast_precision_loss, reason = "a handful")]
     let sweeps = (calls["sqs:ListQueues"] - before["sqs:ListQueues"]) as f64;
-    since(&before, &calls, sweeps).into_iter().map(|(call, count)| (call, count.round())).collect()
+    let each = since(&before, &calls, sweeps).into_iter().map(|(call, count)| (call, count.round()));
+    // A process that starts meanwhile makes a mailbox.
+    each.filter(|(_, count)| *count > 0.0).collect()
 }
 
 async fn get(local: &Local, target: &str) {
@@ -84,7 +86,7 @@ async fn settled(local: &Local) -> Counters {
     eventually("the calls are over", async || {
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         let now = local.counters().await;
-        let same = now == last && now.get("sqs:DeleteMessage").is_none_or(|&count| count > 0);
+        let same = now == last;
         last = now;
         same
     })

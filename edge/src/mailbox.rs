@@ -26,6 +26,10 @@ use crate::{
 
 pub(crate) const POOL: &str = "mailboxes";
 
+/// The most messages that one call deletes
+/// (SQS API Reference, "DeleteMessageBatch": 10).
+pub const BATCH: usize = 10;
+
 /// How many hexadecimal digits name a mailbox.
 pub(crate) const NAME_LENGTH: usize = 24;
 
@@ -184,7 +188,7 @@ impl Mailboxes {
             request.send().await.map_err(|error| classify("DeleteMessage", error))?;
             return Ok(());
         }
-        for batch in receipts.chunks(10) {
+        for batch in receipts.chunks(BATCH) {
             let entries = batch.iter().enumerate().map(|(index, receipt)| {
                 DeleteMessageBatchRequestEntry::builder()
                     .id(index.to_string())

@@ -83,6 +83,10 @@ pub const MAILBOX_MESSAGE_BYTES: usize = 1024 * 1024;
 /// message by this much.
 pub const MAILBOX_VISIBILITY: Duration = Duration::from_secs(30);
 
+/// How long a received mailbox message may wait to be deleted together with others: half of
+/// [`MAILBOX_VISIBILITY`], because its deletion may take a while as well.
+pub const MAILBOX_DELETE_AFTER: Duration = Duration::from_secs(15);
+
 /// How long an unread mailbox message is kept: longer than the longest response, whose chunks may
 /// wait there for as long as its public client takes none.
 pub const MAILBOX_RETENTION: Duration = Duration::from_secs(20 * 60);
@@ -207,6 +211,17 @@ mod tests {
     #[test]
     fn chunks_outlive_the_slowest_response() {
         assert!(MAILBOX_RETENTION > RESPONSE_DURATION);
+    }
+
+    #[test]
+    fn messages_are_deleted_before_they_are_visible_again() {
+        assert!(MAILBOX_DELETE_AFTER * 2 <= MAILBOX_VISIBILITY);
+    }
+
+    #[test]
+    fn what_a_process_leaves_in_its_mailbox_is_gone_before_the_lease_ends() {
+        // A request begins with half a lease at least.
+        assert!(MAILBOX_RETENTION <= MAILBOX_LEASE / 2);
     }
 
     #[test]

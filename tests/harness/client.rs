@@ -1,12 +1,13 @@
 //! A public client that sends exactly the bytes it is told to and reads answers strictly.
 
-use std::{net::SocketAddr, time::Duration};
+use std::net::SocketAddr;
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     time::timeout,
 };
+use tokio_tungstenite::MaybeTlsStream;
 
 use crate::PATIENCE;
 
@@ -116,7 +117,7 @@ impl Request {
 /// A connection to the public side.
 #[derive(Debug)]
 pub struct Connection {
-    stream: TcpStream,
+    stream: MaybeTlsStream<TcpStream>,
     buffer: Vec<u8>,
 }
 
@@ -125,12 +126,19 @@ impl Connection {
     pub async fn open(to: SocketAddr) -> Self {
         let stream = TcpStream::connect(to).await.unwrap();
         stream.set_nodelay(true).unwrap();
+        Self::over(MaybeTlsStream::Plain(stream))
+    }
+
+    /// Speaks over a stream that is open already.
+    #[must_use]
+    pub const fn over(stream: MaybeTlsStream<TcpStream>) -> Self {
         Self { stream, buffer: Vec::new() }
     }
 
     /// Writes bytes.
     pub async fn write(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).await.unwrap();
+        self.stream.flush().await.unwrap();
     }
 
     /// Sends a request and reads its answer. The connection may be used again if the answer was complete.
@@ -144,14 +152,19 @@ impl Connection {
         let mut bytes = request.head();
         bytes.extend_from_slice(request.body.as_deref().unwrap_or_default());
         // An edge that refuses a large body answers before it has read all of it.
-        let (mut read, mut write) = self.stream.split();
+        let (mut read, mut write) = tokio::io::split(&mut self.stream);
         let mut early = [0; 4096];
+        let sent = async {
+            if write.write_all(&bytes).await.is_ok() {
+                drop(write.flush().await);
+            }
+        };
         tokio::select! {
             biased;
             read = read.read(&mut early) => if let Ok(count) = read {
                 self.buffer.extend_from_slice(&early[..count]);
             },
-            _ = write.write_all(&bytes) => {}
+            () = sent => {}
         }
     }
 
@@ -255,6 +268,17 @@ impl Connection {
         self.buffer.drain(..count.min(self.buffer.len())).collect()
     }
 
+    /// The body of an answer whose head has been read, whatever its framing.
+    pub fn body(&mut self, head: &Answer) -> Body<'_> {
+        let chunked = head.field("transfer-encoding").is_some_and(|own| own.eq_ignore_ascii_case("chunked"));
+        let left = if chunked {
+            None
+        } else {
+            Some(head.field("content-length").expect("a body has a framing").parse().unwrap())
+        };
+        Body { connection: self, left, decoded: Vec::new() }
+    }
+
     /// Reads whatever comes; false at the end of the connection.
     async fn more(&mut self) -> bool {
         let mut bytes = vec![0; 64 * 1024];
@@ -266,10 +290,48 @@ impl Connection {
             }
         }
     }
+}
 
-    /// Reads nothing for as long as `duration`, or fails if something came.
-    pub async fn is_silent_for(&mut self, duration: Duration) -> bool {
-        let mut byte = [0];
-        self.buffer.is_empty() && timeout(duration, self.stream.peek(&mut byte)).await.is_err()
+/// A body on its way. Fronts may cut it into other chunks than the upstream did.
+#[derive(Debug)]
+pub struct Body<'c> {
+    connection: &'c mut Connection,
+    /// How much of its length has not been read; `None` where it is chunked.
+    left: Option<usize>,
+    decoded: Vec<u8>,
+}
+
+impl Body<'_> {
+    /// Reads exactly that many bytes; fewer where the body, or the connection, ends before.
+    pub async fn take(&mut self, count: usize) -> Vec<u8> {
+        if let Some(left) = &mut self.left {
+            let bytes = self.connection.bytes(count.min(*left)).await;
+            *left -= bytes.len();
+            return bytes;
+        }
+        while self.decoded.len() < count {
+            match self.connection.chunk().await {
+                Some(chunk) if !chunk.is_empty() => self.decoded.extend_from_slice(&chunk),
+                // The last chunk is for `rest`, which has to see it as well.
+                Some(_) => {
+                    self.left = Some(0);
+                    break;
+                }
+                None => break,
+            }
+        }
+        self.decoded.drain(..count.min(self.decoded.len())).collect()
+    }
+
+    /// Reads to the end, and says whether the framing says that this was all.
+    pub async fn rest(mut self) -> (Vec<u8>, bool) {
+        let mut all = Vec::new();
+        loop {
+            let more = self.take(64 * 1024).await;
+            if more.is_empty() {
+                return (all, self.left == Some(0));
+            }
+            all.extend_from_slice(&more);
+        }
     }
 }

@@ -10,11 +10,13 @@
     reason = "this is test code"
 )]
 
+pub mod acceptance;
 pub mod client;
 pub mod operator;
 pub mod process;
 pub mod proxy;
 pub mod raw_agent;
+pub mod stack;
 pub mod upstream;
 
 use std::{
@@ -25,6 +27,7 @@ use std::{
 };
 
 use process::Process;
+use stack::{Front, Place, Stack};
 use tempfile::TempDir;
 
 /// No single wait in a test is longer: what has not happened by then will not.
@@ -44,7 +47,14 @@ pub struct Local {
     pub key: PathBuf,
     /// The AWS endpoint, where calls are counted.
     pub endpoint: SocketAddr,
+    stack: Stack,
     state: TempDir,
+}
+
+impl AsRef<Stack> for Local {
+    fn as_ref(&self) -> &Stack {
+        &self.stack
+    }
 }
 
 impl Local {
@@ -74,15 +84,38 @@ impl Local {
         let public = value("public");
         let port: u16 = public.rsplit(':').next().unwrap().trim_end_matches('/').parse().unwrap();
         let endpoint = wait_for_file(&state.path().join("endpoint"));
+        let (agents, token) = (value("agents"), PathBuf::from(value("token")));
+        let place = Place {
+            public: format!("http://{{name}}.localhost:{port}").parse().unwrap(),
+            agents: agents.parse().unwrap(),
+            token: token.clone(),
+            front: Front::Local,
+            prefix: String::new(),
+            ca: None,
+        };
         Self {
             public: SocketAddr::from(([127, 0, 0, 1], port)),
-            agents: value("agents"),
-            token: value("token").into(),
+            agents,
+            token,
             key: value("key").into(),
             endpoint: endpoint.trim().trim_start_matches("http://").parse().unwrap(),
             process,
+            stack: Stack::new(place).unwrap(),
             state,
         }
+    }
+
+    /// It as the acceptance run sees every edge.
+    #[must_use]
+    pub const fn stack(&self) -> &Stack {
+        &self.stack
+    }
+
+    /// The same with tunnels told apart by their path.
+    #[must_use]
+    pub fn stack_by_path(&self) -> Stack {
+        let public = format!("http://{}/{{name}}/", self.public).parse().unwrap();
+        Stack::new(Place { public, ..self.stack.place().clone() }).unwrap()
     }
 
     /// The process.
@@ -130,29 +163,14 @@ impl Local {
         tunnels: &str,
         names: &[&str],
     ) -> Agent {
-        let dir = tempfile::tempdir().unwrap();
-        let config = dir.path().join("agentd.toml");
-        std::fs::write(&config, self.config_of(token, tunnels)).unwrap();
-        let socket = dir.path().join("control.sock");
-        let mut environment = environment.to_vec();
-        environment.push(("AGENTD_CONTROL_SOCKET", socket.to_str().unwrap()));
-        let process = Process::start("agentd", &["run", "--config", config.to_str().unwrap()], &environment);
-        for name in names {
-            process.wait_for_line(|line| line.contains("tunnel is open") && line.contains(name));
-        }
-        Agent { process, dir }
+        self.stack.agent_of(token, environment, tunnels, names)
     }
 
     /// A configuration with the tunnels that `tunnels` (TOML) describes. What stands before the first
     /// table goes to the front.
     #[must_use]
     pub fn config(&self, tunnels: &str) -> String {
-        self.config_of(&self.token, tunnels)
-    }
-
-    fn config_of(&self, token: &Path, tunnels: &str) -> String {
-        let (top, tables) = tunnels.split_at(tunnels.find('[').unwrap_or(tunnels.len()));
-        format!("{top}\n[edge]\nurl = \"{}\"\ntoken_file = \"{}\"\n\n{tables}", self.agents, token.display())
+        self.stack.config(tunnels)
     }
 
     /// How often each AWS call was made so far: `service:Action` to a number.
@@ -256,6 +274,11 @@ pub struct Agent {
 }
 
 impl Agent {
+    /// The agent that this process is, with the folder of its configuration.
+    const fn new(process: Process, dir: TempDir) -> Self {
+        Self { process, dir }
+    }
+
     /// The process.
     #[must_use]
     pub const fn process(&self) -> &Process {

@@ -8,7 +8,7 @@ use proto::{
 };
 use tokio::{net::TcpStream, time::timeout};
 use tokio_tungstenite::{
-    WebSocketStream, client_async_with_config,
+    MaybeTlsStream, WebSocketStream, client_async_with_config,
     tungstenite::{
         Error, Message,
         client::IntoClientRequest,
@@ -23,25 +23,24 @@ use tokio_tungstenite::{
     },
 };
 
-use crate::{Local, PATIENCE};
+use crate::{PATIENCE, stack::Stack};
 
 /// A WebSocket to the agents' side of the edge.
 #[derive(Debug)]
 pub struct RawAgent {
-    socket: WebSocketStream<TcpStream>,
+    socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
     id: String,
 }
 
 impl RawAgent {
     /// Opens a connection with these credentials, or says with which status it was refused.
-    pub async fn dial(local: &Local, authorization: Option<&str>) -> Result<Self, StatusCode> {
-        let mut request = local.agents.as_str().into_client_request().unwrap();
-        let address = request.uri().authority().unwrap().to_string();
+    pub async fn dial(stack: &impl AsRef<Stack>, authorization: Option<&str>) -> Result<Self, StatusCode> {
+        let stack = stack.as_ref();
+        let mut request = stack.agents().to_string().into_client_request().unwrap();
         if let Some(value) = authorization {
             request.headers_mut().insert(AUTHORIZATION, HeaderValue::from_str(value).unwrap());
         }
-        let stream = TcpStream::connect(address).await.unwrap();
-        stream.set_nodelay(true).unwrap();
+        let stream = stack.dial_agents().await.unwrap();
         // Longer than what is allowed, so that it is the edge that minds.
         let config = WebSocketConfig::default().max_frame_size(Some(1 << 20)).max_message_size(Some(1 << 20));
         match timeout(PATIENCE, client_async_with_config(request, stream, Some(config))).await.unwrap() {
@@ -52,8 +51,8 @@ impl RawAgent {
     }
 
     /// Opens a connection with this token.
-    pub async fn with(local: &Local, token: &str) -> Self {
-        Self::dial(local, Some(&format!("Bearer {token}"))).await.unwrap()
+    pub async fn with(stack: &impl AsRef<Stack>, token: &str) -> Self {
+        Self::dial(stack, Some(&format!("Bearer {token}"))).await.unwrap()
     }
 
     /// Gives the agent another id than all the others have.
@@ -62,9 +61,8 @@ impl RawAgent {
     }
 
     /// Opens a connection with the run's own token, and these tunnels on it.
-    pub async fn open(local: &Local, tunnels: &[&str]) -> Self {
-        let token = std::fs::read_to_string(&local.token).unwrap();
-        let mut agent = Self::dial(local, Some(&format!("Bearer {}", token.trim()))).await.unwrap();
+    pub async fn open(stack: &impl AsRef<Stack>, tunnels: &[&str]) -> Self {
+        let mut agent = Self::with(stack, &stack.as_ref().token()).await;
         agent.hello(tunnels).await;
         agent
     }

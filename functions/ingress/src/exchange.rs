@@ -18,7 +18,7 @@ use edge::{
     Error,
     agent_link::Posted,
     limit::Denied,
-    mailbox::{Lease, Letter},
+    mailbox::Letter,
     metrics::{self, Counted, Line, Metric, OUTCOME, outcome},
     unix_now, unix_now_ms,
     workflow::{RunInput, RunOutcome},
@@ -43,6 +43,7 @@ use tokio::{sync::oneshot, time::Instant};
 use crate::{
     Ingress, answer,
     event::FrontEvent,
+    inbox::Inbox,
     route::{PublicRequest, route, wants_html},
     runtime::{Answer, Invocation, Piece, Pieces, Runtime},
 };
@@ -53,7 +54,7 @@ const DEADLINE_MARGIN: Duration = Duration::from_secs(3);
 /// How long each receive lasts that only waits for an agent's last word.
 const LAST_WORD_WAIT: Duration = Duration::from_secs(1);
 
-/// Answers one event, and returns the mailbox's lease, renewed if need be.
+/// Answers one event, and returns the mailbox, its lease renewed if need be.
 ///
 /// # Errors
 ///
@@ -62,10 +63,10 @@ pub async fn serve(
     ingress: &Ingress,
     runtime: &Runtime,
     invocation: Invocation,
-    lease: Lease,
-) -> anyhow::Result<Lease> {
+    inbox: Inbox,
+) -> anyhow::Result<Inbox> {
     let request_id = RequestId::from_random(crate::random()?);
-    let lease = keep_lease(ingress, lease).await?;
+    let inbox = keep_lease(ingress, inbox).await?;
     let (answers, answer) = oneshot::channel();
     let respond = async {
         if let Ok(answer) = answer.await {
@@ -76,10 +77,11 @@ pub async fn serve(
         + Duration::from_millis(invocation.deadline_ms.saturating_sub(unix_now_ms()))
             .saturating_sub(DEADLINE_MARGIN);
     let record = Record::begin();
-    let exchange = carry(ingress, &lease, &request_id, &invocation.event, ends_at, answers, &record);
+    let exchange = carry(ingress, &inbox, &request_id, &invocation.event, ends_at, answers, &record);
+    let exchange = inbox.tidy_beside(ingress.pool.mailboxes(), exchange);
     tokio::join!(exchange, respond);
     record.write(&request_id);
-    Ok(lease)
+    Ok(inbox)
 }
 
 /// What becomes of a request, for the one line that is written about it.
@@ -116,17 +118,17 @@ impl Record {
     }
 }
 
-async fn keep_lease(ingress: &Ingress, lease: Lease) -> anyhow::Result<Lease> {
-    if ingress.pool.is_fresh(&lease, unix_now()) {
-        return Ok(lease);
+async fn keep_lease(ingress: &Ingress, inbox: Inbox) -> anyhow::Result<Inbox> {
+    if ingress.pool.is_fresh(&inbox.lease, unix_now()) {
+        return Ok(inbox);
     }
-    match ingress.pool.renew(&lease).await {
-        Ok(Some(renewed)) => Ok(renewed),
-        Ok(None) => Ok(ingress.pool.lease(&crate::holder(), crate::random()?).await?),
+    match ingress.pool.renew(&inbox.lease).await {
+        Ok(Some(renewed)) => Ok(inbox.renewed(renewed)),
+        Ok(None) => Ok(inbox.renewed(ingress.pool.lease(&crate::holder(), crate::random()?).await?)),
         Err(error) => {
             // The old lease has not ended yet: the next request tries again.
             tracing::warn!(%error, "mailbox lease was not renewed");
-            Ok(lease)
+            Ok(inbox)
         }
     }
 }
@@ -165,7 +167,7 @@ impl Answering<'_> {
 
 async fn carry(
     ingress: &Ingress,
-    lease: &Lease,
+    inbox: &Inbox,
     request_id: &RequestId,
     event: &[u8],
     ends_at: Instant,
@@ -193,7 +195,7 @@ async fn carry(
         Ok(admission) => admission,
         Err(denied) => return answering.fail(denial(request_id, &request.tunnel, &denied)).await,
     };
-    relay(ingress, lease, request_id, &request, ends_at, answering).await;
+    relay(ingress, inbox, request_id, &request, ends_at, answering).await;
     ingress.limiter.release(admission).await;
 }
 
@@ -214,7 +216,7 @@ fn denial(request_id: &RequestId, tunnel: &TunnelName, denied: &Denied) -> Error
 /// Has the workflow bring the request to an agent, and the answer back.
 async fn relay(
     ingress: &Ingress,
-    lease: &Lease,
+    inbox: &Inbox,
     request_id: &RequestId,
     request: &PublicRequest,
     ends_at: Instant,
@@ -226,11 +228,11 @@ async fn relay(
     let expires_at = unix_now() + limits::RESPONSE_DURATION.as_secs() + limits::RUN_DURATION.as_secs();
     let token = ingress.config.keys.mint(&Claims {
         request_id: request_id.clone(),
-        mailbox: lease.mailbox.clone(),
+        mailbox: inbox.lease.mailbox.clone(),
         tunnel: request.tunnel.clone(),
         expires_at,
     });
-    let outcome = dispatch(ingress, lease, request_id, request, &token, reply_by).await;
+    let outcome = dispatch(ingress, inbox, request_id, request, &token, reply_by).await;
     let (connection, first) = match outcome {
         Ok(RunOutcome::Replied { connection, reply, receipt }) => {
             let letter = Letter {
@@ -245,11 +247,11 @@ async fn relay(
         }
         Ok(RunOutcome::Failed { code, connection, receipt }) => {
             let clean = async {
-                if let Some(receipt) = receipt {
-                    delete(ingress, lease, vec![receipt]).await;
+                if let Some(receipts) = inbox.discard(receipt) {
+                    inbox.delete(ingress.pool.mailboxes(), receipts).await;
                 }
                 if let (ErrorCode::UpstreamTimedOut, Some(connection)) = (code, connection) {
-                    let exchange = Exchange::new(ingress, lease, request_id, request, connection, &token);
+                    let exchange = Exchange::new(ingress, inbox, request_id, request, connection, &token);
                     exchange.give_up(None).await;
                 }
             };
@@ -266,14 +268,14 @@ async fn relay(
             return answering.fail(ErrorCode::EdgeFailed).await;
         }
     };
-    Exchange::new(ingress, lease, request_id, request, connection, &token)
+    Exchange::new(ingress, inbox, request_id, request, connection, &token)
         .run(first, answering, reply_by, ends_at)
         .await;
 }
 
 async fn dispatch(
     ingress: &Ingress,
-    lease: &Lease,
+    inbox: &Inbox,
     request_id: &RequestId,
     request: &PublicRequest,
     token: &str,
@@ -309,7 +311,7 @@ async fn dispatch(
         request_id,
         tunnel: &request.tunnel,
         deadline_ms,
-        mailbox: &lease.queue_url,
+        mailbox: &inbox.lease.queue_url,
         pick: pick(request_id),
         message: &message,
     };
@@ -320,12 +322,6 @@ async fn dispatch(
 fn pick(request_id: &RequestId) -> f64 {
     let digits = u32::from_str_radix(&request_id.as_str()[24..], 16).unwrap_or_default();
     f64::from(digits) / (f64::from(u32::MAX) + 1.0)
-}
-
-async fn delete(ingress: &Ingress, lease: &Lease, receipts: Vec<String>) {
-    if let Err(error) = ingress.pool.mailboxes().delete(lease, receipts).await {
-        tracing::warn!(%error, "mailbox message was not deleted; it will be discarded as stale");
-    }
 }
 
 /// The connection has gone; what was sent over it before has time to arrive.
@@ -369,7 +365,7 @@ type Receiving<'a> = LocalBoxFuture<'a, Result<Vec<Letter>, Error>>;
 
 struct Exchange<'a> {
     ingress: &'a Ingress,
-    lease: &'a Lease,
+    inbox: &'a Inbox,
     request_id: &'a RequestId,
     request: &'a PublicRequest,
     connection: ConnectionId,
@@ -391,7 +387,7 @@ struct Exchange<'a> {
 impl<'a> Exchange<'a> {
     fn new(
         ingress: &'a Ingress,
-        lease: &'a Lease,
+        inbox: &'a Inbox,
         request_id: &'a RequestId,
         request: &'a PublicRequest,
         connection: ConnectionId,
@@ -399,7 +395,7 @@ impl<'a> Exchange<'a> {
     ) -> Self {
         Self {
             ingress,
-            lease,
+            inbox,
             request_id,
             request,
             connection,
@@ -476,7 +472,7 @@ impl<'a> Exchange<'a> {
         bytes.extend_from_slice(&body.unwrap_or_default());
         let pieces = answering.begin(bytes);
         if reply.end {
-            // Sent while the message is being deleted.
+            // Sent while messages are being deleted, where there are enough of them.
             let end = async { drop(pieces.send(Piece::End).await) };
             tokio::join!(end, self.settle());
             return;
@@ -562,8 +558,8 @@ impl<'a> Exchange<'a> {
     /// Begins a receive if one is wanted and none is under way.
     fn receive(&self, receiving: &mut Option<Receiving<'a>>) {
         if receiving.is_none() && !self.is_complete() {
-            let (mailboxes, lease) = (self.ingress.pool.mailboxes(), self.lease);
-            *receiving = Some(Box::pin(mailboxes.receive(lease, limits::MAILBOX_WAIT)));
+            let (mailboxes, inbox) = (self.ingress.pool.mailboxes(), self.inbox);
+            *receiving = Some(Box::pin(mailboxes.receive(&inbox.lease, limits::MAILBOX_WAIT)));
         }
     }
 
@@ -628,7 +624,7 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    /// Sorts what came out of the mailbox and deletes it there.
+    /// Sorts what came out of the mailbox and has it deleted there.
     fn take(&mut self, letters: Vec<Letter>) -> Result<(), Stop> {
         let mut receipts = Vec::with_capacity(letters.len());
         let mut stop = None;
@@ -651,17 +647,16 @@ impl<'a> Exchange<'a> {
             // Anything else is stale: from a request that is over.
         }
         self.look_for_gaps();
-        if receipts.is_empty() {
-            return stop.map_or(Ok(()), Err);
+        if let Some(receipts) = self.inbox.discard(receipts) {
+            let (mailboxes, inbox) = (self.ingress.pool.mailboxes(), self.inbox);
+            self.side.push(
+                async move {
+                    inbox.delete(mailboxes, receipts).await;
+                    Side::Nothing
+                }
+                .boxed_local(),
+            );
         }
-        let (ingress, lease) = (self.ingress, self.lease);
-        self.side.push(
-            async move {
-                delete(ingress, lease, receipts).await;
-                Side::Nothing
-            }
-            .boxed_local(),
-        );
         stop.map_or(Ok(()), Err)
     }
 
@@ -814,7 +809,7 @@ impl<'a> Exchange<'a> {
         let mut quiet = false;
         while self.last.is_none() && !quiet {
             let next = receiving.take().unwrap_or_else(|| {
-                Box::pin(self.ingress.pool.mailboxes().receive(self.lease, LAST_WORD_WAIT))
+                Box::pin(self.ingress.pool.mailboxes().receive(&self.inbox.lease, LAST_WORD_WAIT))
             });
             match self.await_beside(next).await {
                 Ok(letters) => {

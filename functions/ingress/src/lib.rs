@@ -2,7 +2,7 @@
 //! streams the agent's answer back.
 //!
 //! The order of things: [`event`] is what the front hands over, [`route`] turns it into a request for one
-//! tunnel (pure), [`exchange`] carries that out, [`answer`] makes the head and the error pages (pure), and
+//! tunnel (pure), [`exchange`] carries that out with the mailbox of [`inbox`], [`answer`] makes the head and the error pages (pure), and
 //! [`runtime`] is the streaming side of Lambda's Runtime API.
 //!
 //! Permissions it needs: start the state machine, receive and delete in mailboxes, create them, read
@@ -12,6 +12,7 @@
 pub mod answer;
 pub mod event;
 pub mod exchange;
+pub mod inbox;
 pub mod route;
 pub mod runtime;
 
@@ -116,8 +117,8 @@ pub fn run() -> ExitCode {
 
 async fn serve(ingress: Ingress) -> anyhow::Result<()> {
     let runtime = runtime::Runtime::from_env()?;
-    let mut lease = match ingress.pool.lease(&holder(), random()?).await {
-        Ok(lease) => lease,
+    let mut inbox = match ingress.pool.lease(&holder(), random()?).await {
+        Ok(lease) => inbox::Inbox::new(lease),
         Err(error) => {
             runtime.init_error(&error).await;
             return Err(error.into());
@@ -126,7 +127,7 @@ async fn serve(ingress: Ingress) -> anyhow::Result<()> {
     edge::metrics::cold_start();
     loop {
         let invocation = runtime.next().await?;
-        lease = exchange::serve(&ingress, &runtime, invocation, lease).await?;
+        inbox = exchange::serve(&ingress, &runtime, invocation, inbox).await?;
     }
 }
 

@@ -30,6 +30,10 @@ use super::{
 /// (Lambda Developer Guide, "Lambda execution environment lifecycle": the init phase is limited to 10 seconds).
 const INIT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a start may keep others from beginning. One that takes longer waits for something else than a
+/// core: `ingress` may have to wait for a new mailbox.
+const START_TIME: Duration = Duration::from_millis(50);
+
 /// How long an idle process is kept when there are more than [`KEPT_IDLE`].
 const IDLE_TIME: Duration = Duration::from_secs(3 * 60);
 
@@ -159,6 +163,8 @@ struct State {
     /// The most recently used one is the last.
     idle: Vec<EnvironmentId>,
     starting: usize,
+    /// When those began that have been starting for less than [`START_TIME`].
+    recent_starts: VecDeque<Instant>,
     /// How many have answered and are about to poll.
     answered: usize,
     waiting: VecDeque<Waiting>,
@@ -213,7 +219,7 @@ pub struct EnvironmentInfo {
 /// The environments of one function.
 pub(super) struct Pool {
     config: FunctionConfig,
-    /// How many processes start at the same time: more would only slow each other down.
+    /// How many processes may have begun to start within [`START_TIME`]: more would only slow each other down.
     parallel_starts: usize,
     /// What the next process starts with.
     environment: Mutex<BTreeMap<String, String>>,
@@ -321,7 +327,8 @@ impl Pool {
             Phase::Starting => {
                 state.starting -= 1;
                 let init = *environment.init.get_or_insert_with(|| environment.spawned.elapsed());
-                state.start_time.note(init);
+                state.start_time.note(init.min(START_TIME));
+                state.recent_starts.retain(|begun| *begun != environment.spawned);
                 tracing::debug!(function = self.config.name, init_us = init.as_micros(), "process is ready");
             }
             Phase::Idle { .. } => state.idle.retain(|idle| idle != id),
@@ -519,12 +526,13 @@ impl Pool {
 
     /// Starts processes while what waits would otherwise wait longer than a start takes.
     fn grow(&self, state: &mut State) {
+        let now = Instant::now();
+        state.recent_starts.retain(|begun| now.saturating_duration_since(*begun) < START_TIME);
         while !state.closed
             && state.starting + state.answered < state.waiting.len()
-            && state.starting < self.parallel_starts
             && state.environments.len() < self.config.concurrency
         {
-            if state.is_soon_served() {
+            if state.recent_starts.len() >= self.parallel_starts || state.is_soon_served() {
                 return self.watch(state);
             }
             let starting = state.starting;
@@ -538,7 +546,8 @@ impl Pool {
     /// Has the queue looked at again after the time that a start takes: means tell nothing about a
     /// process that is stuck.
     fn watch(&self, state: &mut State) {
-        let (Some(me), Some(patience)) = (self.me.upgrade(), state.start_time.0) else { return };
+        let Some(me) = self.me.upgrade() else { return };
+        let patience = state.start_time.0.unwrap_or(START_TIME);
         if std::mem::replace(&mut state.is_watched, true) {
             return;
         }
@@ -573,6 +582,7 @@ impl Pool {
         let wake = Arc::new(Notify::new());
         let now = Instant::now();
         state.starting += 1;
+        state.recent_starts.push_back(now);
         state.environments.insert(
             id.clone(),
             Environment {
@@ -626,6 +636,7 @@ impl Pool {
         match environment.phase {
             Phase::Starting => {
                 state.starting -= 1;
+                state.recent_starts.retain(|begun| *begun != environment.spawned);
                 // Whoever waits longest hears of it: a function that cannot start must not keep its
                 // invokers waiting while it is started again and again.
                 if environment.init.is_none() && !state.closed && !environment.is_outdated {

@@ -68,6 +68,9 @@ async fn obey(event: LambdaEvent<Order>) -> Result<FunctionResponse<String, Chun
     })
 }
 
+/// How long the function waits before it asks for its first event.
+const START_WAIT_MS: &str = "START_WAIT_MS";
+
 /// Not a test: the function, when a pool has started this program.
 #[test]
 fn function_process() {
@@ -75,6 +78,9 @@ fn function_process() {
         return;
     }
     process::end_with_parent().unwrap();
+    if let Ok(ms) = std::env::var(START_WAIT_MS) {
+        std::thread::sleep(Duration::from_millis(ms.parse().unwrap()));
+    }
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
         // The client gives up on a connection that was closed under it; so does this process.
         let _ = lambda_runtime::run(service_fn(obey)).await;
@@ -82,19 +88,18 @@ fn function_process() {
 }
 
 fn start(concurrency: usize, limit: Duration) -> Lambda {
+    start_with(concurrency, limit, BTreeMap::new())
+}
+
+fn start_with(concurrency: usize, limit: Duration, environment: BTreeMap<String, String>) -> Lambda {
     let launcher = Launcher {
         program: std::env::current_exe().unwrap(),
         arguments: ["--exact", "lambda::tests::function_process", "--nocapture", "--quiet"]
             .map(str::to_owned)
             .to_vec(),
     };
-    let function = FunctionConfig {
-        name: "obedient",
-        timeout: limit,
-        memory_mb: 128,
-        concurrency,
-        environment: BTreeMap::new(),
-    };
+    let function =
+        FunctionConfig { name: "obedient", timeout: limit, memory_mb: 128, concurrency, environment };
     let config = LambdaConfig {
         launcher,
         aws_endpoint: "http://127.0.0.1:1".to_owned(),
@@ -164,6 +169,36 @@ async fn one_invocation_at_a_time_and_no_more_than_the_cap() {
     }
     assert_eq!(invoke(&lambda, Order::Echo("again".to_owned())).await.unwrap(), "\"again\"");
     assert_eq!(lambda.environments().len(), 3);
+    lambda.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_that_waits_keeps_no_other_from_beginning() {
+    const WAIT: Duration = Duration::from_secs(1);
+    let environment = BTreeMap::from([(START_WAIT_MS.to_owned(), WAIT.as_millis().to_string())]);
+    // Four times as many as may begin at once.
+    let count = std::thread::available_parallelism().unwrap().get() * 2 * 4;
+    let lambda = start_with(count, Duration::from_secs(10), environment);
+    let begun = Instant::now();
+    let sleeping: Vec<_> = (0..count)
+        .map(|_| {
+            let lambda = lambda.clone();
+            tokio::spawn(async move { invoke(&lambda, Order::Sleep { ms: 5000 }).await })
+        })
+        .collect();
+    timeout(Duration::from_secs(10), async {
+        while lambda.environments().iter().filter(|environment| environment.invocations == 1).count() < count
+        {
+            time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await
+    .unwrap();
+    let took = begun.elapsed();
+    assert!(took >= WAIT && took < 3 * WAIT, "one after the other it would be four times as long: {took:?}");
+    for task in sleeping {
+        task.abort();
+    }
     lambda.close().await;
 }
 
