@@ -23,6 +23,9 @@ use crate::{
 const FUNCTIONS: [&str; 7] =
     ["authorizer", "connect", "ingress", "response", "disconnect", "revoke", "sweep"];
 
+/// The start of `ingress` that counts.
+const INGRESS_STARTS: usize = 2;
+
 /// How often a process that does nothing is started.
 const EMPTY_STARTS: usize = 20;
 
@@ -32,8 +35,16 @@ pub(crate) async fn measure(upstream: &Upstream, report: &mut Report) -> anyhow:
     let local = Local::start(&["--log-level", "debug"]);
     let agent = local.agent("bench", &format!("127.0.0.1:{}", upstream.port));
     let tunnel = Target { address: local.public, host: "bench.localhost".to_owned() };
-    let answer = Client::connect(&tunnel).await?.call("/hello", None).await?;
-    ensure!(answer == HELLO, "a wrong answer");
+    let mut client = Client::connect(&tunnel).await?;
+    // The first `ingress` of all waits for its mailbox to be made, which is a deployment's time and no start's.
+    for start in 1..=INGRESS_STARTS {
+        let answer = client.call("/hello", None).await?;
+        ensure!(answer == HELLO, "a wrong answer");
+        if start < INGRESS_STARTS {
+            let variables = local.variables("ingress").await;
+            local.deploy("ingress", &variables).await;
+        }
+    }
     let closed = local.revoke(json!({"owner": "nobody"})).await;
     ensure!(closed == 0, "{closed} connections of nobody were closed");
     let swept = local.invoke("sweep", &json!({})).await;
@@ -43,7 +54,7 @@ pub(crate) async fn measure(upstream: &Upstream, report: &mut Report) -> anyhow:
     let times: Vec<_> = FUNCTIONS.iter().map(|function| first(&local, function)).collect::<Result<_, _>>()?;
     let mut memory = BTreeMap::<String, (f64, f64)>::new();
     for (function, pid) in local.function_processes() {
-        memory.entry(function).or_insert((scale::resident(pid), scale::unshared(pid)));
+        memory.insert(function, (scale::resident(pid), scale::unshared(pid)));
     }
     for (function, (ready, answered)) in FUNCTIONS.iter().zip(times) {
         let mut note = |what: &str, unit, goal, value| {
@@ -66,11 +77,14 @@ pub(crate) async fn measure(upstream: &Upstream, report: &mut Report) -> anyhow:
     Ok(())
 }
 
-/// How long the first process of a function took to be ready, and the first event to its answer, in milliseconds.
+/// How long a function's process took to be ready, and its first event to its answer, in milliseconds.
 fn first(local: &Local, function: &str) -> anyhow::Result<(f64, f64)> {
     let name = format!("function=\"{function}\"");
+    let starts = if function == "ingress" { INGRESS_STARTS } else { 1 };
     let value = |what: &str, field: &str| {
-        let line = local.process().wait_for_line(|line| line.contains(what) && line.contains(&name));
+        let lines =
+            local.process().wait_for_lines(starts, |line| line.contains(what) && line.contains(&name));
+        let line = lines.last().context("no line")?;
         let micros = line.split(field).nth(1).and_then(|rest| rest.split_whitespace().next());
         let micros = micros.and_then(|micros| micros.parse::<f64>().ok()).context("no time in the line");
         micros.map(|micros| micros / 1e3)
