@@ -159,8 +159,8 @@ struct Way {
     target: Target,
     agent: Option<Tree>,
     server: Option<Tree>,
-    /// 10^6 bytes after the first, small request: agent, server.
-    idle: (Option<f64>, Option<f64>),
+    /// 10^6 bytes after the first, small request: agent, what of that is not shared, server.
+    idle: [Option<f64>; 3],
     rounds: Vec<Round>,
 }
 
@@ -199,6 +199,7 @@ struct Row {
     bodies_mb_per_second: Option<f64>,
     event_delay_ms: Option<[f64; 2]>,
     agent_idle_mb: Option<f64>,
+    agent_idle_not_shared_mb: Option<f64>,
     server_idle_mb: Option<f64>,
     agent_peak_mb: Option<f64>,
     server_peak_mb: Option<f64>,
@@ -249,7 +250,11 @@ async fn measure(options: &Options) -> anyhow::Result<()> {
     for mut way in ways {
         match way.ready(&upstream).await {
             Ok(()) => {
-                way.idle = (way.agent.map(Tree::resident), way.server.map(Tree::resident));
+                way.idle = [
+                    way.agent.map(Tree::resident),
+                    way.agent.map(Tree::anonymous),
+                    way.server.map(Tree::resident),
+                ];
                 ready.push(way);
             }
             Err(error) if way.is_ours => return Err(error.context(way.name)),
@@ -313,7 +318,7 @@ impl Way {
         server: Option<Tree>,
     ) -> Self {
         let name = name.into();
-        Self { name, level, is_ours, target, agent, server, idle: (None, None), rounds: Vec::new() }
+        Self { name, level, is_ours, target, agent, server, idle: [None; 3], rounds: Vec::new() }
     }
 
     /// Returns when requests come through.
@@ -433,8 +438,9 @@ impl Way {
             event_delay_ms: of(|round| round.events.map(|all| all[0]))
                 .zip(of(|round| round.events.map(|all| all[1])))
                 .map(|(half, most)| [half, most]),
-            agent_idle_mb: self.idle.0,
-            server_idle_mb: self.idle.1,
+            agent_idle_mb: self.idle[0],
+            agent_idle_not_shared_mb: self.idle[1],
+            server_idle_mb: self.idle[2],
             agent_peak_mb: self.agent.map(Tree::peak),
             server_peak_mb: self.server.map(Tree::peak),
         }
@@ -561,16 +567,17 @@ fn tables(options: &Options, rows: &[Row]) -> String {
     }
     let _ = writeln!(
         text,
-        "\n| | 1 MiB bodies, {FEW} clients | event delay p50 · p99 | resident, idle: agent · server \
+        "\n| | 1 MiB bodies, {FEW} clients | event delay p50 · p99 | resident, idle: agent (not shared) · server \
          | peak: agent · server |\n|---|---:|---:|---:|---:|"
     );
     for row in rows {
         let events = row
             .event_delay_ms
             .map_or_else(|| "–".to_owned(), |[half, most]| format!("{half:.2} · {most:.2} ms"));
+        let own = row.agent_idle_not_shared_mb.map_or_else(String::new, |own| format!(" ({})", number(own)));
         let _ = writeln!(
             text,
-            "| {} | {} MB/s | {events} | {} · {} MB | {} · {} MB |",
+            "| {} | {} MB/s | {events} | {}{own} · {} MB | {} · {} MB |",
             row.name,
             whole(row.bodies_mb_per_second),
             figure(row.agent_idle_mb),
@@ -616,8 +623,12 @@ fn verdicts(rows: &[Row]) -> Vec<String> {
     for peer in peers(Level::Relay) {
         if let (Some(ours), Some(theirs)) = (own.agent_idle_mb, peer.agent_idle_mb) {
             let word = if ours <= 2.0 * theirs { "reached" } else { "missed" };
+            let own = own.agent_idle_not_shared_mb.zip(peer.agent_idle_not_shared_mb);
+            let own = own.map_or_else(String::new, |(ours, theirs)| {
+                format!(" (not shared: {:.2} times)", ours / theirs)
+            });
             lines.push(format!(
-                "goal, at most twice the memory of a relay's idle agent: {:.2} times that of {}: {word}",
+                "goal, at most twice the memory of a relay's idle agent: {:.2} times that of {}: {word}{own}",
                 ours / theirs,
                 peer.name
             ));
@@ -658,7 +669,7 @@ mod tests {
             None,
             None,
         );
-        way.idle.0 = Some(idle);
+        way.idle = [Some(idle), Some(1.0), None];
         way.rounds = vec![Round { many: Some(rate), alone: Some([1.0, 2.0, 3.0]), ..Round::default() }];
         way.row(&way)
     }

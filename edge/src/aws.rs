@@ -118,7 +118,7 @@ fn timeouts(attempt: Duration) -> TimeoutConfig {
 /// Takes back the `sync-` that the SDK puts before the host of `StartSyncExecution`: on a custom endpoint
 /// there is no such host.
 #[derive(Debug)]
-struct WithoutSyncPrefix;
+pub struct WithoutSyncPrefix;
 
 impl Intercept for WithoutSyncPrefix {
     fn name(&self) -> &'static str {

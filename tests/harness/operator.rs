@@ -63,6 +63,14 @@ impl Local {
         serde_json::from_slice(&answer.body).unwrap()
     }
 
+    /// Calls SQS.
+    pub async fn sqs(&self, operation: &str, request: Value) -> Value {
+        let target = format!("AmazonSQS.{operation}");
+        let answer = self.call("POST", "/", &[("X-Amz-Target", &target)], &request.to_string()).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        serde_json::from_slice(&answer.body).unwrap()
+    }
+
     /// One row of the connections table.
     pub async fn row(&self, tunnel: &str, connection: &str) -> Option<Value> {
         let key = json!({"tunnel": {"S": tunnel}, "connection_id": {"S": connection}});

@@ -1,5 +1,7 @@
 //! An agent that says exactly what a test tells it to, true or not.
 
+use std::time::{Duration, Instant};
+
 use futures_util::{SinkExt, StreamExt};
 use proto::{
     body::{Body, Codecs},
@@ -119,6 +121,40 @@ impl RawAgent {
                 Some(Ok(Message::Text(text))) => return text.to_string(),
                 Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
                 other => panic!("not a message: {other:?}"),
+            }
+        }
+    }
+
+    /// Sends a ping; how long its pong took, if it came within `wait`.
+    pub async fn ping(&mut self, wait: Duration) -> Option<Duration> {
+        let begun = Instant::now();
+        self.socket.send(Message::Ping("tunnel".into())).await.unwrap();
+        let pong = async {
+            while let Some(message) = self.socket.next().await {
+                if matches!(message, Ok(Message::Pong(_))) {
+                    return Some(begun.elapsed());
+                }
+            }
+            None
+        };
+        timeout(wait, pong).await.ok().flatten()
+    }
+
+    /// How long the connection stays open, with nothing but a ping now and then said; `None` where it still is
+    /// after `most`.
+    pub async fn lasts(&mut self, most: Duration, ping_every: Option<Duration>) -> Option<Duration> {
+        let begun = Instant::now();
+        let mut pings = tokio::time::interval(ping_every.unwrap_or(most * 2));
+        let over = tokio::time::sleep(most);
+        let mut over = std::pin::pin!(over);
+        loop {
+            tokio::select! {
+                () = &mut over => return None,
+                message = self.socket.next() => if matches!(message, None | Some(Err(_) | Ok(Message::Close(_)))) {
+                    return Some(begun.elapsed());
+                },
+                // A failure shows in what is read next.
+                _ = pings.tick(), if ping_every.is_some() => drop(self.socket.send(Message::Ping("".into())).await),
             }
         }
     }

@@ -73,16 +73,6 @@ impl Front {
         }
     }
 
-    /// How long a public client waits for a head, as the stack's files say.
-    #[must_use]
-    pub const fn reply_timeout(self) -> Duration {
-        match self {
-            Self::Local | Self::None => limits::REPLY_TIMEOUT,
-            Self::CloudFront => Duration::from_secs(55),
-            Self::HttpApi => Duration::from_secs(27),
-        }
-    }
-
     /// Within what time something happens that happens at once: on this machine, or an ocean away.
     #[must_use]
     pub const fn at_once(self) -> Duration {
@@ -226,7 +216,7 @@ impl Stack {
             None
         };
         let scale = Scale { clients: 50, rounds: 40, download_mib: 100 };
-        Ok(Self { reply_timeout: place.front.reply_timeout(), place, scale, tls, names: Arc::default() })
+        Ok(Self { reply_timeout: limits::REPLY_TIMEOUT, place, scale, tls, names: Arc::default() })
     }
 
     /// The same with more or less of everything.

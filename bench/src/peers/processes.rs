@@ -69,6 +69,17 @@ impl Tree {
         self.megabytes(::tests::resident_bytes)
     }
 
+    /// 10^6 bytes of that which are nobody else's: what one more such process costs, for the pages of a program
+    /// are there once.
+    pub(crate) fn anonymous(self) -> f64 {
+        self.megabytes(|pid| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let kib =
+                status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?.split_whitespace().next()?;
+            kib.parse::<u64>().ok().map(|kib| kib * 1024)
+        })
+    }
+
     /// The most that each of them has had resident, in sum.
     pub(crate) fn peak(self) -> f64 {
         self.megabytes(::tests::peak_resident_bytes)
@@ -150,6 +161,10 @@ mod tests {
         assert!(!child.has(Socket::Listening(address)).unwrap());
         assert!(this.processes().contains(&other.id()));
         assert_eq!(child.processes(), [other.id()]);
+        assert!(
+            child.anonymous() > 0.0 && child.anonymous() < child.resident(),
+            "a part of what is resident"
+        );
         other.kill().unwrap();
         other.wait().unwrap();
     }
