@@ -257,8 +257,8 @@ async fn streams(mut stage: Stage, report: &mut Report) -> anyhow::Result<()> {
         time.as_secs_f64() * 1e3,
     );
     report.note(format!("agent: memory with {STREAMS} streams"), Unit::Memory, None, None, open);
-    let name = "agent: memory for an open stream, KB";
-    report.note(name, Unit::Count, None, None, (open - before) * 1e3 / STREAMS as f64);
+    let name = "agent: memory for an open stream";
+    report.note(name, Unit::Kilobytes, None, None, (open - before) * 1e3 / STREAMS as f64);
     report.note("agent: memory after them", Unit::Memory, None, None, stage.memory());
     Ok(())
 }

@@ -44,6 +44,18 @@ impl Client {
         path: &str,
         body: Option<Bytes>,
     ) -> anyhow::Result<Response<Incoming>> {
+        let response = self.answer(path, body).await?;
+        let status = response.status();
+        anyhow::ensure!(status == StatusCode::OK, "{path}: {status}");
+        Ok(response)
+    }
+
+    /// Sends a request; `POST` if there is a body. Any status will do.
+    pub(crate) async fn answer(
+        &mut self,
+        path: &str,
+        body: Option<Bytes>,
+    ) -> anyhow::Result<Response<Incoming>> {
         let method = if body.is_some() { http::Method::POST } else { http::Method::GET };
         let request = Request::builder()
             .method(method)
@@ -56,10 +68,7 @@ impl Client {
             .header(header::ACCEPT, "*/*")
             .body(Full::new(body.unwrap_or_default()))?;
         self.sender.ready().await?;
-        let response = self.sender.send_request(request).await?;
-        let status = response.status();
-        anyhow::ensure!(status == StatusCode::OK, "{path}: {status}");
-        Ok(response)
+        Ok(self.sender.send_request(request).await?)
     }
 
     /// Sends a request and reads its whole answer.

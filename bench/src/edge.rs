@@ -181,7 +181,8 @@ impl Line {
                         url: format!("http://{TUNNEL}.localhost"),
                     }],
                     refused: Vec::new(),
-                    heartbeat_ms: 25_000,
+                    // Nobody reads an agent's connection while something else is measured.
+                    heartbeat_ms: 240_000,
                     lifetime_ms: 7_200_000,
                     codecs: Codecs::all(),
                     owner: None,

@@ -1,10 +1,12 @@
-//! Figures of several rounds: enter one by one, leave as medians in a table or as JSON.
+//! Figures of several rounds: enter one by one, leave as medians in tables or as JSON.
+//!
+//! The name of a figure begins with the part it belongs to: `latency: …`.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use serde::Serialize;
 
-use crate::usage;
+use crate::{measure, usage};
 
 /// What a figure counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -27,9 +29,18 @@ pub(crate) enum Unit {
     /// Bytes.
     #[serde(rename = "B")]
     Bytes,
+    /// 1000 bytes.
+    #[serde(rename = "KB")]
+    Kilobytes,
     /// A number of things.
-    #[serde(rename = "")]
+    #[serde(rename = "count")]
     Count,
+    /// Requests without their own, whole answer. One of them makes the run fail.
+    #[serde(rename = "errors")]
+    Errors,
+    /// What HTTP says of a request.
+    #[serde(rename = "status")]
+    Status,
 }
 
 impl Unit {
@@ -41,7 +52,10 @@ impl Unit {
             Self::Throughput => "MB/s",
             Self::Memory => "MB",
             Self::Bytes => "B",
+            Self::Kilobytes => "KB",
             Self::Count => "",
+            Self::Errors => "errors",
+            Self::Status => "status",
         }
     }
 }
@@ -66,16 +80,18 @@ struct Line {
     rounds: Vec<(Option<f64>, f64)>,
 }
 
-/// One line of the table.
+/// One line of a table.
 #[derive(Debug, Serialize)]
 pub(crate) struct Row {
+    part: String,
     name: String,
     unit: Unit,
+    /// The same without the tunnel, where that can be had.
     direct: Option<f64>,
-    tunnel: f64,
-    /// Tunnel less direct, for what takes time.
+    measured: f64,
+    /// Measured less direct, for what takes time.
     added: Option<f64>,
-    /// Tunnel by direct, for what is a rate.
+    /// Measured by direct, for what is a rate.
     ratio: Option<f64>,
     /// The least and the most of the rounds, of the figure the goal is about.
     range: (f64, f64),
@@ -84,22 +100,47 @@ pub(crate) struct Row {
 }
 
 #[derive(Debug, Serialize)]
-pub(crate) struct Json {
+pub(crate) struct Json<'r> {
     machine: String,
+    date: String,
+    version: &'static str,
+    size: &'r str,
     rounds: usize,
+    method: &'static str,
+    /// What each part measures.
+    parts: BTreeMap<String, &'static str>,
     rows: Vec<Row>,
 }
+
+/// What is true of every figure.
+const METHOD: &str = "The real binaries over loopback, beside an upstream in a process of its own; load generator, upstream and \
+everything else share the machine. A figure is the median of the rounds, with their range; what takes time is also given as what is \
+added to the direct way, which takes turns with the tunnel. Every answer is checked.";
 
 /// Every figure.
 #[derive(Debug)]
 pub(crate) struct Report {
+    /// How much is measured: `quick` or `full`.
+    size: &'static str,
     rounds: usize,
     lines: Vec<Line>,
 }
 
 impl Report {
-    pub(crate) const fn new(rounds: usize) -> Self {
-        Self { rounds, lines: Vec::new() }
+    pub(crate) const fn new(size: &'static str, rounds: usize) -> Self {
+        Self { size, rounds, lines: Vec::new() }
+    }
+
+    /// Counts requests that failed; there must be none.
+    pub(crate) fn note_errors(&mut self, name: impl Into<String>, errors: u64) {
+        // Counts are whole numbers far below what a float holds.
+        self.note(name, Unit::Errors, Some(Goal::AtMost(0.0)), None, errors as f64);
+    }
+
+    /// Whether any request has failed, in any round.
+    pub(crate) fn has_errors(&self) -> bool {
+        let errors = self.lines.iter().filter(|line| line.unit == Unit::Errors);
+        errors.flat_map(|line| &line.rounds).any(|round| round.1 > 0.0)
     }
 
     /// Adds what one round has found.
@@ -143,40 +184,72 @@ impl Report {
     }
 
     /// Everything, for programs.
-    pub(crate) fn json(&self) -> Json {
-        Json { machine: usage::machine(), rounds: self.rounds, rows: self.rows() }
+    pub(crate) fn json(&self) -> Json<'_> {
+        let rows = self.rows();
+        Json {
+            machine: usage::machine(),
+            date: usage::date(),
+            version: env!("CARGO_PKG_VERSION"),
+            size: self.size,
+            rounds: self.rounds,
+            method: METHOD,
+            parts: rows.iter().map(|row| (row.part.clone(), measure::method_of(&row.part))).collect(),
+            rows,
+        }
     }
 
-    /// Everything, for people.
+    /// Everything, for people: a table for each part.
     pub(crate) fn table(&self) -> String {
-        let mut text = format!("{}; medians of {} rounds\n\n", usage::machine(), self.rounds);
-        text.push_str("| | unit | direct | tunnel | compared | range of rounds | goal | |\n");
-        text.push_str("|---|---|---:|---:|---:|---:|---|---|\n");
-        for row in self.rows() {
-            let compared = match (row.added, row.ratio) {
-                (Some(added), _) if added < 0.0 => number(added),
-                (Some(added), _) => format!("+{}", number(added)),
-                (None, Some(ratio)) => format!("× {ratio:.3}"),
-                (None, None) => String::new(),
-            };
-            let goal = match row.goal {
-                Some(Goal::AtMost(most)) => format!("≤ {most}"),
-                Some(Goal::AtLeast(least)) => format!("≥ {least}"),
-                None => String::new(),
-            };
-            let met = row.met.map_or("", |met| if met { "met" } else { "missed" });
-            let _ = writeln!(
-                text,
-                "| {} | {} | {} | {} | {compared} | {} … {} | {goal} | {met} |",
-                row.name,
-                row.unit.text(),
-                row.direct.map(number).unwrap_or_default(),
-                number(row.tunnel),
-                number(row.range.0),
-                number(row.range.1),
-            );
+        let rows = self.rows();
+        let mut text = format!(
+            "{}; {}; {}, medians of {} round(s)\n\n{METHOD}\n",
+            usage::machine(),
+            usage::date(),
+            self.size,
+            self.rounds
+        );
+        for part in rows.chunk_by(|one, other| one.part == other.part) {
+            let _ = writeln!(text, "\n## {}\n\n{}\n", part[0].part, measure::method_of(&part[0].part));
+            let is_compared = part.iter().any(|row| row.direct.is_some());
+            text.push_str(if is_compared {
+                "| | unit | direct | tunnel | added, or by direct | of the rounds | goal | |\n\
+                 |---|---|---:|---:|---:|---:|---|---|\n"
+            } else {
+                "| | unit | measured | of the rounds | goal | |\n|---|---|---:|---:|---|---|\n"
+            });
+            for row in part {
+                let _ = writeln!(text, "{}", row.line(is_compared));
+            }
         }
         text
+    }
+}
+
+impl Row {
+    fn line(&self, is_compared: bool) -> String {
+        let compared = match (self.added, self.ratio) {
+            (Some(added), _) if added < 0.0 => number(added),
+            (Some(added), _) => format!("+{}", number(added)),
+            (None, Some(ratio)) => format!("× {ratio:.3}"),
+            (None, None) => String::new(),
+        };
+        let goal = match self.goal {
+            Some(Goal::AtMost(most)) => format!("≤ {most}"),
+            Some(Goal::AtLeast(least)) => format!("≥ {least}"),
+            None => String::new(),
+        };
+        let range = match self.range {
+            (least, most) if least < most => format!("{} … {}", number(least), number(most)),
+            _ => String::new(),
+        };
+        let met = self.met.map_or("", |met| if met { "met" } else { "**missed**" });
+        let (name, unit, measured) = (&self.name, self.unit.text(), number(self.measured));
+        if is_compared {
+            let direct = self.direct.map(number).unwrap_or_default();
+            format!("| {name} | {unit} | {direct} | {measured} | {compared} | {range} | {goal} | {met} |")
+        } else {
+            format!("| {name} | {unit} | {measured} | {range} | {goal} | {met} |")
+        }
     }
 }
 
@@ -198,11 +271,13 @@ impl Line {
         });
         let least = judged.iter().copied().fold(f64::INFINITY, f64::min);
         let most = judged.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let (part, name) = self.name.split_once(": ").unwrap_or(("", &self.name));
         Row {
-            name: self.name.clone(),
+            part: part.to_owned(),
+            name: name.to_owned(),
             unit: self.unit,
             direct: (!direct.is_empty()).then(|| median(direct)),
-            tunnel: median(tunnel),
+            measured: median(tunnel),
             added: added.map(median),
             ratio: ratio.map(median),
             range: (least, most),
@@ -212,9 +287,10 @@ impl Line {
     }
 }
 
-/// Three digits that count.
+/// Three digits that count; whole numbers as they are.
 pub(crate) fn number(value: f64) -> String {
     match value.abs() {
+        size if size.fract() == 0.0 => format!("{value:.0}"),
         size if size >= 100.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),
         size if size >= 1.0 => format!("{value:.2}"),
@@ -248,11 +324,35 @@ mod tests {
 
     #[test]
     fn a_goal_is_about_what_is_added_or_about_the_rate() {
-        let mut report = Report::new(1);
+        let mut report = Report::new("quick", 1);
         report.note("delay", Unit::Millis, Some(Goal::AtMost(2.0)), Some(1.0), 2.5);
         report.note("rate", Unit::PerSecond, Some(Goal::AtLeast(10.0)), Some(100.0), 9.0);
         let rows = report.rows();
         assert_eq!((rows[0].added, rows[0].met), (Some(1.5), Some(true)));
         assert_eq!((rows[1].ratio, rows[1].met), (Some(0.09), Some(false)));
+    }
+
+    #[test]
+    fn one_error_in_any_round_is_an_error() {
+        let mut report = Report::new("quick", 3);
+        for errors in [0, 0, 1] {
+            assert!(!report.has_errors());
+            report.note_errors("load: errors", errors);
+        }
+        assert!(report.has_errors());
+    }
+
+    #[test]
+    fn a_table_for_each_part_says_what_it_measures() {
+        let mut report = Report::new("quick", 1);
+        report.note("latency: p50", Unit::Millis, None, Some(1.0), 2.5);
+        report.note("start: ready", Unit::Millis, Some(Goal::AtMost(25.0)), None, 30.0);
+        let table = report.table();
+        assert!(table.contains("| p50 | ms | 1 | 2.50 | +1.50 |  |  |  |"), "{table}");
+        assert!(table.contains("| ready | ms | 30 |  | ≤ 25 | **missed** |"), "{table}");
+        assert_eq!(table.matches("\n## ").count(), 2);
+        let json = report.json();
+        assert_eq!(json.parts.len(), 2);
+        assert!(json.parts.values().all(|method| !method.is_empty()));
     }
 }

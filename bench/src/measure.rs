@@ -9,7 +9,9 @@ use std::{
 
 use anyhow::Context;
 use bytes::Bytes;
+use http::StatusCode;
 use http_body_util::BodyExt;
+use proto::limits;
 use tests::{Agent, Local};
 use tokio::task::LocalSet;
 
@@ -18,7 +20,9 @@ use crate::{
     client::{Client, Target},
     compression, designs,
     figures::{Goal, Report, Unit},
-    hops, scale,
+    hops,
+    pace::{self, Pace},
+    scale, start,
     upstream::{self, Upstream},
     usage::{self, Cpu},
 };
@@ -31,6 +35,8 @@ pub(crate) struct Plan {
     pub(crate) rounds: usize,
     /// Requests one after the other.
     requests: usize,
+    /// For how long requests come at a constant rate, each way.
+    paced: Duration,
     /// How long a load lasts.
     load: Duration,
     /// Clients at the same time, beside 32.
@@ -41,8 +47,10 @@ pub(crate) struct Plan {
     downloads: &'static [(usize, usize)],
     uploads: &'static [(usize, usize)],
     agent: agent::Plan,
-    /// Requests under the latencies of AWS, for each design.
+    /// Tenths of [`designs::KINDS`]' requests, for each design.
     aws: usize,
+    /// How often each function's process is started.
+    starts: usize,
     scale: scale::Plan,
 }
 
@@ -51,13 +59,15 @@ impl Plan {
         Self {
             rounds,
             requests: 1500,
+            paced: Duration::from_secs(12),
             load: Duration::from_secs(5),
             steps: &[1, 4, 8, 16, 64, 128],
             first_bytes: 20,
             downloads: &[(MIB, 10), (10 * MIB, 4), (100 * MIB, 1)],
-            uploads: &[(MIB, 8), (4 * MIB, 5)],
+            uploads: &[(MIB, 8), (limits::REQUEST_BODY_BYTES, 5), (10 * MIB, 2), (100 * MIB, 1)],
             agent: agent::Plan { load: Duration::from_secs(3), requests: 2000 },
-            aws: 100,
+            aws: 20,
+            starts: 5,
             scale: scale::Plan { agents: &[1, 10, 50, 100, 200, 500], in_flight: &[1, 10, 100, 300, 1000] },
         }
     }
@@ -66,14 +76,16 @@ impl Plan {
         Self {
             rounds: 1,
             requests: 500,
+            paced: Duration::from_secs(6),
             load: Duration::from_secs(3),
             steps: &[64],
             first_bytes: 10,
-            downloads: &[(MIB, 5), (10 * MIB, 2)],
-            uploads: &[(MIB, 4), (4 * MIB, 3)],
+            downloads: &[(MIB, 5), (10 * MIB, 2), (100 * MIB, 1)],
+            uploads: &[(MIB, 4), (limits::REQUEST_BODY_BYTES, 3), (10 * MIB, 1), (100 * MIB, 1)],
             agent: agent::Plan { load: Duration::from_secs(2), requests: 1000 },
-            aws: 40,
-            scale: scale::Plan { agents: &[1, 10, 50], in_flight: &[1, 10, 100] },
+            aws: 10,
+            starts: 3,
+            scale: scale::Plan { agents: &[1, 10, 100], in_flight: &[1, 10, 100, 300] },
         }
     }
 }
@@ -109,22 +121,53 @@ impl Stage {
 /// The parts that need the whole path.
 const PATH: [&str; 7] = ["latency", "load", "events", "first-byte", "download", "upload", "memory"];
 
-/// Every part.
-const PARTS: [&str; 13] = [
-    "latency",
-    "load",
-    "events",
-    "first-byte",
-    "download",
-    "upload",
-    "memory",
-    "start",
-    "agent",
-    "aws",
-    "scale",
-    "hops",
-    "compression",
+/// Every part, and what it measures.
+const PARTS: [(&str, &str); 13] = [
+    (
+        "latency",
+        "One small request after the other, and at a constant rate: then a delay counts from the moment the request was due, \
+         so that one slow answer shows in all that wait behind it.",
+    ),
+    (
+        "load",
+        "Clients that ask again as soon as they have their answer; each answer must be its own. The generator shares the machine, so a \
+         rate is what the whole path costs.",
+    ),
+    ("events", "How long a server-sent event is on its way."),
+    ("first-byte", "From the request to the first byte of a body that comes slowly."),
+    ("download", "Bodies of bytes that do not compress, one after the other; each byte is compared."),
+    (
+        "upload",
+        "Bodies of bytes that do not compress. An event of Lambda holds 6 MB, which is 4.5 MB in base64; what is larger is answered with \
+         413 before it is read.",
+    ),
+    ("memory", "Resident memory of each kind of process, the largest where there are several."),
+    (
+        "start",
+        "A function's process from its start until it asks for an event, and from its first event until that is answered, with `local` in \
+         the place of Lambda.",
+    ),
+    (
+        "agent",
+        "`agentd` alone: a bare edge keeps it busy over one WebSocket. No AWS hop, no TLS: what compares with other tunnels' agents.",
+    ),
+    (
+        "aws",
+        "`local --latency aws`, and the two designs it replaces under the same latencies: what each adds to what the upstream takes itself, \
+         8 requests under way.",
+    ),
+    (
+        "scale",
+        "Agents on one `local`, each a process; and requests that the upstream holds for 2 s, all sent at once.",
+    ),
+    ("hops", "Where the time of one request goes, one request at a time."),
+    ("compression", "What compression on the link saves and costs."),
 ];
+
+/// What a part measures.
+pub(crate) fn method_of(part: &str) -> &'static str {
+    PARTS.iter().find(|one| one.0 == part).map_or("", |one| one.1)
+}
 
 /// Measures everything, or what is named in `only`; `agentd` is what is measured alone.
 pub(crate) async fn run(
@@ -134,8 +177,9 @@ pub(crate) async fn run(
     picture: Option<&Path>,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    if let Some(unknown) = only.iter().find(|only| !PARTS.contains(&only.as_str())) {
-        anyhow::bail!("there is no part {unknown:?}; there are {}", PARTS.join(", "));
+    if let Some(unknown) = only.iter().find(|only| PARTS.iter().all(|part| part.0 != **only)) {
+        let all: Vec<_> = PARTS.iter().map(|part| part.0).collect();
+        anyhow::bail!("there is no part {unknown:?}; there are {}", all.join(", "));
     }
     let wanted = |part: &str| only.is_empty() || only.iter().any(|only| part == only);
     let upstream = Upstream::start()?;
@@ -161,11 +205,14 @@ pub(crate) async fn run(
     if wanted("hops") {
         hops::measure(&upstream, picture, report).await?;
     }
-    for _ in 0..plan.rounds {
-        if wanted("start") {
-            starts(report)?;
+    if wanted("start") {
+        for number in 1..=plan.starts {
+            eprintln!("start: {number} of {}", plan.starts);
+            start::measure(&upstream, report).await?;
         }
-        if wanted("compression") {
+    }
+    if wanted("compression") {
+        for _ in 0..plan.rounds {
             compression::measure(report)?;
         }
     }
@@ -191,11 +238,12 @@ async fn path(
         if wanted("latency") {
             let mut by_way = (delays(direct, plan.requests).await?, delays(tunnel, plan.requests).await?);
             report.note_delays(
-                "latency: 13 B, one client",
+                "latency: 13 B, one after the other",
                 &mut by_way.0,
                 &mut by_way.1,
                 [Some(2.5), Some(5.0), None],
             );
+            paced(&stage, plan, report).await?;
         }
         if wanted("load") {
             load(&stage, plan, report).await?;
@@ -221,10 +269,17 @@ async fn path(
         }
         if wanted("upload") {
             for &(bytes, times) in plan.uploads {
-                let rates = (upload(direct, bytes, times).await?, upload(tunnel, bytes, times).await?);
-                let goal = (bytes == 4 * MIB).then_some(Goal::AtLeast(25.0));
-                let name = format!("upload: {} MiB", bytes / MIB);
-                report.note(name, Unit::Throughput, goal, Some(rates.0), rates.1);
+                let name = format!("upload: {:.3} MB", bytes as f64 / 1e6);
+                let direct_rate = upload(direct, bytes, times).await?;
+                if bytes > limits::REQUEST_BODY_BYTES {
+                    let status = upload_status(tunnel, bytes).await?;
+                    let name = format!("{name}, above the ceiling");
+                    report.note(name, Unit::Status, None, None, f64::from(status.as_u16()));
+                } else {
+                    let goal = (bytes > MIB).then_some(Goal::AtLeast(25.0));
+                    let rate = upload(tunnel, bytes, times).await?;
+                    report.note(name, Unit::Throughput, goal, Some(direct_rate), rate);
+                }
             }
         }
         if let (true, Some(fresh)) = (wanted("memory"), fresh.take()) {
@@ -339,9 +394,25 @@ async fn load(stage: &Stage, plan: &Plan, report: &mut Report) -> anyhow::Result
         errors += failed;
         report.note(format!("load: {clients} clients"), Unit::PerSecond, None, Some(direct_rate), rate);
     }
-    let goal = Some(Goal::AtMost(0.0));
-    // Counts are whole numbers far below what a float holds.
-    report.note("load: errors and wrong answers", Unit::Count, goal, None, errors as f64);
+    report.note_errors("load: errors and wrong answers", errors);
+    Ok(())
+}
+
+/// At a constant rate, far below saturation, from one client and from 32.
+async fn paced(stage: &Stage, plan: &Plan, report: &mut Report) -> anyhow::Result<()> {
+    let (direct, tunnel) = (&stage.ways.direct, &stage.ways.tunnel);
+    let mut errors = 0;
+    for (clients, rate) in [(1, 100), (32, 400)] {
+        // Processes for that many clients are there before it counts.
+        errors += flood(tunnel, clients, plan.load / 3).await.1;
+        let pace = Pace { clients, rate, time: plan.paced };
+        let (mut direct, mut tunnel) = pace::both(direct, tunnel, pace).await?;
+        errors += direct.errors + tunnel.errors;
+        let name = format!("latency: 13 B, {rate} a second over {clients} connection(s)");
+        let goals = if clients == 1 { [Some(2.5), Some(5.0), None] } else { [None; 3] };
+        report.note_delays(&name, &mut direct.delays, &mut tunnel.delays, goals);
+    }
+    report.note_errors("latency: errors and wrong answers", errors);
     Ok(())
 }
 
@@ -407,31 +478,9 @@ async fn upload(way: &Target, bytes: usize, times: usize) -> anyhow::Result<f64>
     Ok((bytes * times) as f64 / 1e6 / begun.elapsed().as_secs_f64())
 }
 
-/// How long each function's process takes from its start until it asks for its first event.
-fn starts(report: &mut Report) -> anyhow::Result<()> {
-    let local = Local::start(&["--log-level", "debug"]);
-    let agent = local.agent("bench", "127.0.0.1:9");
-    let ready = |function: &str| {
-        let line = local.process().wait_for_line(|line| {
-            line.contains("process is ready") && line.contains(&format!("function=\"{function}\""))
-        });
-        let micros = line.split("init_us=").nth(1).and_then(|rest| rest.split_whitespace().next());
-        micros.and_then(|micros| micros.parse::<f64>().ok()).context("no time in the line")
-    };
-    let mut note = |function: &str| -> anyhow::Result<()> {
-        let goal = Some(Goal::AtMost(25.0));
-        report.note(
-            format!("start: {function}, spawned to ready"),
-            Unit::Millis,
-            goal,
-            None,
-            ready(function)? / 1e3,
-        );
-        Ok(())
-    };
-    for function in ["authorizer", "connect", "response", "ingress"] {
-        note(function)?;
-    }
-    drop(agent);
-    note("disconnect")
+/// What is answered to a body of that size, which may be before all of it is sent.
+async fn upload_status(way: &Target, bytes: usize) -> anyhow::Result<StatusCode> {
+    let body = Bytes::from(tests::noise(2, bytes));
+    let mut client = Client::connect(way).await?;
+    Ok(client.answer("/sink", Some(body)).await?.status())
 }

@@ -11,8 +11,9 @@ use tokio::task::LocalSet;
 
 use crate::{
     client::{Client, Target},
-    figures::{Goal, Report, Unit, quantile},
+    figures::{Report, Unit, quantile},
     upstream::{HELLO, Upstream},
+    usage,
 };
 
 /// How many requests are sent one after the other at each step, to one agent after the other.
@@ -35,6 +36,8 @@ pub(crate) struct Plan {
 pub(crate) async fn measure(upstream: &Upstream, plan: &Plan, report: &mut Report) -> anyhow::Result<()> {
     let local = Local::start(&[]);
     let mut agents: Vec<Agent> = Vec::new();
+    // The first step, and the memory of `local` then.
+    let mut least: Option<(usize, f64)> = None;
     for &step in plan.agents {
         while agents.len() < step {
             let name = format!("a{}", agents.len());
@@ -45,18 +48,31 @@ pub(crate) async fn measure(upstream: &Upstream, plan: &Plan, report: &mut Repor
             agents.push(local.agent_with(&tunnel, &[&name]));
         }
         eprintln!("scale: {step} agents");
+        // What is new is new only once.
+        for number in 0..step.min(REQUESTS) {
+            ask(&target(&local, number), "/hello").await?;
+        }
+        let before = cpu(&local, &agents);
         let mut delays = Vec::with_capacity(REQUESTS);
         for number in 0..REQUESTS {
             let begun = Instant::now();
             ask(&target(&local, number % step), "/hello").await?;
             delays.push(begun.elapsed().as_secs_f64() * 1e3);
         }
-        let name = format!("scale: {step} agents");
+        let used = cpu(&local, &agents) - before;
+        let name = format!("scale: {step} agent(s)");
         let mut note =
             |what: &str, unit, value| report.note(format!("{name}, {what}"), unit, None, None, value);
         note("a new connection and request, p50", Unit::Millis, quantile(&mut delays, 0.5));
         note("p95", Unit::Millis, quantile(&mut delays, 0.95));
-        note("memory of local", Unit::Memory, resident(local.process().id()));
+        note("CPU of a request, all processes", Unit::Micros, used * 1e6 / REQUESTS as f64);
+        let memory = resident(local.process().id());
+        note("memory of local", Unit::Memory, memory);
+        if let Some((fewer, less)) = least.filter(|least| least.0 < step) {
+            let each = (memory - less) * 1e3 / (step - fewer) as f64;
+            note("memory of local, for each further agent", Unit::Kilobytes, each);
+        }
+        least.get_or_insert((step, memory));
         let own: f64 = agents.iter().map(|agent| unshared(agent.process().id())).sum();
         note("memory of an agent that it does not share", Unit::Memory, own / step as f64);
     }
@@ -73,6 +89,13 @@ pub(crate) async fn measure(upstream: &Upstream, plan: &Plan, report: &mut Repor
             .await?;
     }
     Ok(())
+}
+
+/// The CPU time of everything but the load generator and the upstream, in seconds.
+fn cpu(local: &Local, agents: &[Agent]) -> f64 {
+    let functions = local.function_processes().into_iter().map(|process| process.1);
+    let agents = agents.iter().map(|agent| agent.process().id());
+    usage::cpu_seconds(functions.chain(agents).chain([local.process().id()]))
 }
 
 fn target(local: &Local, agent: usize) -> Target {
@@ -93,8 +116,8 @@ async fn together(
     report: &mut Report,
 ) -> anyhow::Result<()> {
     let count = targets.len();
-    // The first time, processes start; the second time counts.
-    for counts in [false, true] {
+    // The first time, processes start.
+    for name in [format!("{name} for the first time"), name.to_owned()] {
         let set = LocalSet::new();
         let path: Rc<str> = format!("/wait/{HELD_MS}").into();
         let tasks: Vec<_> = targets
@@ -122,29 +145,27 @@ async fn together(
                 }
             }
         }
-        if counts {
-            let mut note = |what: &str, unit, goal, value| {
-                report.note(format!("{name}, {what}"), unit, goal, None, value)
-            };
-            note("added p50", Unit::Millis, None, quantile(&mut added, 0.5));
-            note("added p95", Unit::Millis, None, quantile(&mut added, 0.95));
-            note("errors", Unit::Count, Some(Goal::AtMost(0.0)), f64::from(errors));
-            let functions = local.function_processes();
-            note("function processes", Unit::Count, None, functions.len() as f64);
-            let own: f64 = functions.iter().map(|process| unshared(process.1)).sum();
-            note("their memory, not shared", Unit::Memory, None, own);
-            note("memory of local", Unit::Memory, None, resident(local.process().id()));
-        }
+        report.note_errors(format!("{name}, errors"), errors);
+        let mut note =
+            |what: &str, unit, value| report.note(format!("{name}, {what}"), unit, None, None, value);
+        note("added p50", Unit::Millis, quantile(&mut added, 0.5));
+        note("added p95", Unit::Millis, quantile(&mut added, 0.95));
     }
+    let mut note = |what: &str, unit, value| report.note(format!("{name}, {what}"), unit, None, None, value);
+    let functions = local.function_processes();
+    note("function processes", Unit::Count, functions.len() as f64);
+    let own: f64 = functions.iter().map(|process| unshared(process.1)).sum();
+    note("their memory, not shared", Unit::Memory, own);
+    note("memory of local", Unit::Memory, resident(local.process().id()));
     Ok(())
 }
 
-fn resident(pid: u32) -> f64 {
+pub(crate) fn resident(pid: u32) -> f64 {
     tests::resident_bytes(pid).unwrap_or_default() as f64 / 1e6
 }
 
 /// The memory that a process shares with nobody, in 10^6 bytes.
-fn unshared(pid: u32) -> f64 {
+pub(crate) fn unshared(pid: u32) -> f64 {
     let Ok(text) = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")) else { return 0.0 };
     let kib: u64 = text
         .lines()

@@ -1,5 +1,5 @@
-//! The upstream, in a process of its own: `/hello`, `/stamp`, `/wait/MS`, `/echo`, `/events`, `/hold`, `/trickle`, `/body/BYTES`,
-//! `/sink`, `/peer`.
+//! The upstream, in a process of its own: `/hello`, `/stamp`, `/wait/MS`, `/talk/MS`, `/echo`, `/events`, `/hold`, `/trickle`,
+//! `/body/BYTES`, `/sink`, `/peer`.
 
 use std::{
     convert::Infallible,
@@ -37,6 +37,9 @@ pub(crate) const EVENT_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How far apart the events of `/hold` are, which never ends.
 const HOLD_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How far apart the events of `/talk` are, which go on for as long as it was asked for: a model that writes.
+const TALK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// How many bytes `/trickle` sends one by one, and how far apart.
 const TRICKLE: usize = 5;
@@ -149,6 +152,11 @@ async fn answer(
         path if path.starts_with("/wait/") => {
             time::sleep(Duration::from_millis(path["/wait/".len()..].parse()?)).await;
             whole(Bytes::from_static(HELLO.as_bytes()))
+        }
+        path if path.starts_with("/talk/") => {
+            let time = Duration::from_millis(path["/talk/".len()..].parse()?);
+            let pauses = time.as_millis() / TALK_INTERVAL.as_millis();
+            events(TALK_INTERVAL, usize::try_from(pauses)? + 1)
         }
         "/stamp" => whole(now_ns().to_string().into()),
         // Where the connection comes from on which this is asked.

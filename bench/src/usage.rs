@@ -1,6 +1,9 @@
 //! What processes use, as the kernel counts it: enters a process id, leaves CPU time or memory.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime},
+};
 
 use tests::{Agent, Local};
 
@@ -50,6 +53,16 @@ pub(crate) fn memory(local: &Local, agent: &Agent) -> BTreeMap<String, f64> {
         *most = most.max(bytes);
     }
     found
+}
+
+/// The CPU time of all of these together, in seconds.
+pub(crate) fn cpu_seconds(pids: impl IntoIterator<Item = u32>) -> f64 {
+    pids.into_iter().filter_map(cpu_time).sum::<Duration>().as_secs_f64()
+}
+
+/// Now, as HTTP writes it.
+pub(crate) fn date() -> String {
+    httpdate::fmt_http_date(SystemTime::now())
 }
 
 /// Processor, cores and kernel, in one line.

@@ -178,6 +178,16 @@ enum Piece {
 pub struct StreamBody(mpsc::Receiver<Piece>);
 
 impl StreamBody {
+    /// An answer of these pieces which its function has not ended yet, and what tells whether anybody listens.
+    #[cfg(test)]
+    pub(crate) fn unended(pieces: &[&'static str]) -> (Self, impl Fn() -> bool + use<>) {
+        let (sender, receiver) = mpsc::channel(pieces.len().max(1));
+        for piece in pieces {
+            sender.try_send(Piece::Chunk(Bytes::from_static(piece.as_bytes()))).expect("there is room");
+        }
+        (Self(receiver), move || !sender.is_closed())
+    }
+
     /// The next piece; none at the end.
     ///
     /// # Errors

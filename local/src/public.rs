@@ -517,6 +517,7 @@ fn respond(
         Some(value) => Some(value.to_str().ok()?.parse::<u64>().ok()?),
     };
     let has_body = *method != Method::HEAD
+        && length != Some(0)
         && !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED | StatusCode::RESET_CONTENT);
     let answer = if has_body {
         let ends_with_connection = version < Version::HTTP_11 && length.is_none();
@@ -571,7 +572,8 @@ impl Body for Answer {
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
-        let (body, left, notes, is_broken) = match self.get_mut() {
+        let this = self.get_mut();
+        let (body, left, notes, is_broken) = match this {
             Self::Whole(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Bodiless => return Poll::Ready(None),
             Self::Stream { body, left, notes, is_broken } => (body, left, notes, is_broken),
@@ -579,6 +581,7 @@ impl Body for Answer {
         if *is_broken {
             return Poll::Ready(Some(Err(BrokenOff)));
         }
+        let mut is_last = false;
         let piece = match ready!(body.poll_next(context)) {
             Ok(None) if left.is_none_or(|left| left == 0) => return Poll::Ready(None),
             Ok(Some(piece)) => match left {
@@ -586,6 +589,7 @@ impl Body for Answer {
                 Some(left) => match left.checked_sub(piece.len() as u64) {
                     Some(less) => {
                         *left = less;
+                        is_last = less == 0;
                         Some(piece)
                     }
                     None => None,
@@ -594,7 +598,13 @@ impl Body for Answer {
             Ok(None) | Err(lambda::Broken) => None,
         };
         match piece {
-            Some(piece) => Poll::Ready(Some(Ok(Frame::data(piece)))),
+            Some(piece) => {
+                // Whoever writes this asks for no more and drops what is left; yet no client has gone.
+                if is_last && let Self::Stream { body, .. } = std::mem::replace(this, Self::Whole(None)) {
+                    tokio::spawn(finish(body));
+                }
+                Poll::Ready(Some(Ok(Frame::data(piece))))
+            }
             None => {
                 if let Some(notes) = notes {
                     heads::end_with_reset(notes);

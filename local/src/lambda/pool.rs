@@ -384,10 +384,14 @@ impl Pool {
     /// A process has answered completely: what comes next may wait for it instead of a new one.
     pub(super) fn answered(&self, id: &EnvironmentId) {
         let mut state = self.lock();
-        if let Some(Environment { phase: Phase::Busy { is_answered, .. }, .. }) =
+        if let Some(Environment { phase: Phase::Busy { is_answered, begun, .. }, invocations, .. }) =
             state.environments.get_mut(id)
             && !std::mem::replace(is_answered, true)
         {
+            if *invocations == 1 {
+                let answer_us = begun.elapsed().as_micros();
+                tracing::debug!(function = self.config.name, answer_us, "first event is answered");
+            }
             state.answered += 1;
         }
     }

@@ -328,3 +328,27 @@ async fn a_client_that_leaves_is_reported_once() {
     assert!(gone[0].starts_with("LOCAL"));
     fixture.end().await;
 }
+
+#[tokio::test]
+async fn a_function_whose_announced_length_is_sent_may_still_end_its_answer() {
+    use http_body_util::BodyExt as _;
+    let answer = |length: u32, body| {
+        let prelude = format!("{{\"statusCode\":200,\"headers\":{{\"content-length\":\"{length}\"}}}}");
+        respond(prelude.as_bytes(), body, &Method::GET, Version::HTTP_11, SharedNotes::default()).unwrap()
+    };
+    for (length, read, is_listened_to) in [(10, 2, true), (11, 2, false), (10, 1, false)] {
+        let (body, listens) = StreamBody::unended(&["hello", "again"]);
+        let mut response = answer(length, body);
+        for _ in 0..read {
+            response.body_mut().frame().await.unwrap().unwrap();
+        }
+        // As whoever writes it does when the length is reached, or the client has gone.
+        drop(response);
+        tokio::task::yield_now().await;
+        assert_eq!(listens(), is_listened_to, "{read} of 2 pieces of a body of {length}");
+    }
+    let (body, listens) = StreamBody::unended(&[]);
+    drop(answer(0, body));
+    tokio::task::yield_now().await;
+    assert!(listens());
+}
