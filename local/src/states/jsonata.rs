@@ -701,7 +701,7 @@ mod tests {
                 ("pick", json!(0.7)),
                 ("request_id", json!("r1")),
             ]),
-            input: json!({ "rows": 0, "Messages": [{ "MessageAttributes": { "request_id": { "StringValue": "r1" } } }] }),
+            input: json!({ "rows": 0, "Messages": [{ "Attributes": { "SentTimestamp": "1790000000123" }, "MessageAttributes": { "request_id": { "StringValue": "r1" } } }] }),
             result: Some(json!({ "Items": [
                 { "connection_id": { "S": "#name" } }, { "connection_id": { "S": "a=" } }, { "other": 1 },
             ] })),
