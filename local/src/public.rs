@@ -51,10 +51,8 @@ const BODY_PAUSE: Duration = Duration::from_secs(30);
 /// How much memory a request body gets before it has come.
 const RESERVED_BYTES: usize = 64 * 1024;
 
-/// How much of a refused body is read, so that a client that sends it all sees the answer.
-const DRAIN_BYTES: usize = 32 * 1024 * 1024;
-
-/// For how long.
+/// For how long a refused body is read, so that a client that sends it all sees the answer. How much that is does not
+/// matter: nothing of it is kept.
 const DRAIN_TIME: Duration = Duration::from_secs(2);
 
 /// How many of the last requests the front remembers.
@@ -426,15 +424,7 @@ fn refuse_body(refusal: Refusal, mut body: Incoming) -> Response<Answer> {
     // reset the connection under the answer. A client that waits for 100 is not asked to go on.
     if refusal == Refusal::TooLarge && !body.is_end_stream() {
         tokio::spawn(async move {
-            let drain = async {
-                let mut left = DRAIN_BYTES;
-                while let Some(Ok(frame)) = body.frame().await {
-                    match left.checked_sub(frame.data_ref().map_or(0, Bytes::len)) {
-                        Some(less) => left = less,
-                        None => break,
-                    }
-                }
-            };
+            let drain = async { while let Some(Ok(_)) = body.frame().await {} };
             let _ = time::timeout(DRAIN_TIME, drain).await;
         });
     }

@@ -272,8 +272,8 @@ async fn a_broken_response_never_looks_complete() {
 async fn bodies_over_the_ceiling_are_refused_without_an_invocation() {
     let fixture = Fixture::start().await;
     // Announced, and all of it sent at once.
-    let mut request = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 8000000\r\n\r\n".to_vec();
-    request.resize(request.len() + 8_000_000, b'x');
+    let mut request = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 64000000\r\n\r\n".to_vec();
+    request.resize(request.len() + 64_000_000, b'x');
     let (answer, is_clean) = fixture.exchange(&request).await;
     assert!(is_clean && answer.starts_with("HTTP/1.1 413"), "{answer}");
     // Announced, by a client that asks first.
