@@ -68,6 +68,9 @@ enum Command {
         /// The `agentd` to count
         #[arg(long, value_name = "FILE")]
         agentd: PathBuf,
+        /// The `local` to count, and the functions in it
+        #[arg(long, value_name = "FILE")]
+        local: PathBuf,
         /// The budget
         #[arg(long, value_name = "FILE", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/budget.toml"))]
         budget: PathBuf,
@@ -98,8 +101,9 @@ fn main() -> ExitCode {
                 Some(Command::Upstream) => upstream::serve().await.map(|()| true),
                 Some(Command::Front) => peers::front::serve().await.map(|()| true),
                 Some(Command::Peers(options)) => peers::run(&options).await.map(|()| true),
-                Some(Command::Budget { agentd, budget, write, profiles }) => {
-                    let is_met = callgrind::check(&agentd, &budget, write, profiles.as_deref()).await?;
+                Some(Command::Budget { agentd, local, budget, write, profiles }) => {
+                    let programs = callgrind::Programs { agentd: &agentd, local: &local };
+                    let is_met = callgrind::check(&programs, &budget, write, profiles.as_deref()).await?;
                     if !is_met {
                         eprintln!("bench: over the budget; make it cheaper, or say why with a new budget");
                     }

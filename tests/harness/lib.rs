@@ -23,10 +23,11 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     path::{Path, PathBuf},
+    process::Command,
     time::Duration,
 };
 
-use process::Process;
+use self::process::Process;
 use stack::{Front, Place, Stack};
 use tempfile::TempDir;
 
@@ -73,10 +74,16 @@ impl Local {
     /// Starts it with more in its environment.
     #[must_use]
     pub fn start_in(environment: &[(&str, &str)], more: &[&str]) -> Self {
+        Self::start_as(Command::new(process::binary("local")), environment, more)
+    }
+
+    /// Starts it by `command`, as [`Process::start_as`] does.
+    #[must_use]
+    pub fn start_as(command: Command, environment: &[(&str, &str)], more: &[&str]) -> Self {
         let state = tempfile::tempdir().unwrap();
         let dir = state.path().to_str().unwrap();
         let common = ["--public", "127.0.0.1:0", "--agents", "127.0.0.1:0", "--state-dir", dir];
-        let process = Process::start("local", &[&common, more].concat(), environment);
+        let process = Process::start_as("local", command, &[&common, more].concat(), environment);
         let value = |name: &str| {
             let line = process.wait_for_line(|line| line.split_whitespace().next() == Some(name));
             line.split_whitespace().nth(1).unwrap().to_owned()
@@ -209,8 +216,9 @@ impl Local {
             if parent == Some(own) {
                 let command = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
                 let words: Vec<_> = command.split(|&b| b == 0).map(String::from_utf8_lossy).collect();
-                if words.get(1).is_some_and(|word| word == "function") {
-                    found.push((words[2].clone().into_owned(), pid));
+                // Words of a program that watches it may stand before.
+                if let Some(at) = words.iter().position(|word| word == "function") {
+                    found.push((words[at + 1].clone().into_owned(), pid));
                 }
             }
         }

@@ -38,7 +38,18 @@ impl Process {
     /// Starts `name`, a binary of this workspace, with its output read line by line.
     #[must_use]
     pub fn start(name: &'static str, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
-        let mut command = Command::new(binary(name));
+        Self::start_as(name, Command::new(binary(name)), arguments, environment)
+    }
+
+    /// Starts `command`, which has the program's name for its last word so far: another build of `name`, or under
+    /// a program that watches it.
+    #[must_use]
+    pub fn start_as(
+        name: &'static str,
+        mut command: Command,
+        arguments: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Self {
         // What the tests were started with is about another edge, if about any.
         for (variable, _) in std::env::vars_os() {
             let about = |prefix: &str| variable.as_encoded_bytes().starts_with(prefix.as_bytes());
