@@ -328,8 +328,10 @@ impl Connection {
         // The edge receives until it has heard the last word, so it is said for those that cannot any more.
         if let (Some(Running { token, sent, .. }), Some(code)) = (running, unsaid) {
             let seq = sent.load(Ordering::Relaxed);
-            let failed = AgentMessage::Failed(Failed { token: (&*token).into(), seq, code });
-            self.outbox.send_behind(failed.encode());
+            let failed = AgentMessage::Failed(Failed { token: (&*token).into(), seq, code }).encode();
+            let outbox = self.outbox.clone();
+            // It waits its turn as the exchange would have, so that none is lost when a crowd is cancelled at once.
+            self.exchanges.spawn(async move { drop(outbox.send(failed.into_bytes(), None).await) });
         }
     }
 

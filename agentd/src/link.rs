@@ -309,7 +309,8 @@ impl Outbox {
         self.control.try_send(Control::Text(text.into())).map_err(|_| LinkGone)
     }
 
-    /// Sends a small message behind everything that waits. Dropped where too much does; never waits itself.
+    /// Sends a small message behind everything that waits. Dropped where too much does, so it is for what the edge
+    /// asks for again; never waits itself.
     pub(crate) fn send_behind(&self, text: String) {
         let _ = self.data.try_send(Outgoing { text: text.into(), _bulk: None });
     }

@@ -156,6 +156,48 @@ async fn cancelling_closes_the_upstream_at_once() {
     assert_eq!(line.failure().await, (1, ErrorCode::Cancelled), "its last word, after the head");
 }
 
+/// Many more than may wait to be written on a link.
+const CROWD: usize = 200;
+
+#[tokio::test]
+async fn each_of_a_crowd_that_is_cancelled_at_once_gets_its_last_word_also_over_a_full_link() {
+    let (_edge, mut line, upstream, _agent) =
+        connected_with(Manners::default(), &["--max-concurrent", "256"]).await;
+    let mut held = Vec::new();
+    for _ in 0..CROWD {
+        let sent = get("/held");
+        line.request(&sent).await;
+        let mut peer = upstream.accept().await;
+        peer.head().await;
+        held.push((sent, peer));
+    }
+    // Nobody reads the link, and downloads fill it.
+    let mut downloads = Vec::new();
+    for _ in 0..3 {
+        line.request(&get("/")).await;
+        let mut peer = upstream.accept().await;
+        peer.head().await;
+        peer.write("HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n").await;
+        let piece = noise(64 * 1024);
+        while timeout(Duration::from_millis(500), peer.stream.write_all(&piece)).await.is_ok() {}
+        downloads.push(peer);
+    }
+    for (sent, _) in &held {
+        line.cancel(sent).await;
+    }
+    for (_, peer) in &mut held {
+        peer.closed().await;
+    }
+    let mut last_words = 0;
+    while last_words < CROWD {
+        match line.answer().await {
+            Sent::Failed { seq: 0, code: ErrorCode::Cancelled, .. } => last_words += 1,
+            Sent::Reply { .. } | Sent::Chunk { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_probe_is_told_how_far_the_response_is() {
     let (_edge, mut line, upstream, _agent) = connected().await;
