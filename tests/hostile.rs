@@ -14,7 +14,7 @@ use std::sync::{
 use proto::{
     header::Headers,
     limits,
-    message::{AgentMessage, Reply},
+    message::{AgentMessage, EdgeMessage, Refusal, Reply, VERSION},
 };
 use tests::{
     Local, PATIENCE,
@@ -83,6 +83,44 @@ async fn frames_and_messages_have_the_lengths_of_the_real_service() {
     let mut agent = RawAgent::open(&local, &["web"]).await;
     agent.say_frame(Data::Binary, b"{}", true).await;
     assert_eq!(agent.closed().await, Some(1003), "a binary frame");
+}
+
+#[tokio::test]
+async fn an_agent_of_another_version_is_told_so_and_one_that_says_less_or_more_is_served() {
+    let local = Local::start(&[]);
+    let mut agent = RawAgent::with(&local, &local.as_ref().token()).await;
+    for version in [0, VERSION + 1, u32::MAX] {
+        agent
+            .say_text(&format!(
+                r#"{{"type":"hello","seq":{version},"version":{version},"agent":"a","tunnels":["web","a b"]}}"#
+            ))
+            .await;
+        let text = agent.hear().await;
+        let EdgeMessage::Welcome(welcome) = EdgeMessage::decode(&text).unwrap() else { panic!("{text}") };
+        assert_eq!((welcome.seq, welcome.version, welcome.tunnels.len()), (version, VERSION, 0));
+        let refused: Vec<_> = welcome.refused.iter().map(|one| (&*one.name, one.reason)).collect();
+        assert_eq!(refused, [("web", Refusal::OtherVersion), ("a b", Refusal::OtherVersion)]);
+    }
+    assert_eq!(Request::to("web", "GET", "/").send(local.public).await.status, 404, "it serves nothing");
+    // What the first agents said, and what later ones may say.
+    for hello in [
+        r#"{"type":"hello","seq":1,"version":1,"agent":"a","tunnels":["web"]}"#,
+        r#"{"later":[{}],"type":"hello","seq":2,"version":1,"agent":"a","tunnels":["web"],"codecs":["later"],"software":""}"#,
+    ] {
+        agent.say_text(hello).await;
+        let text = agent.hear().await;
+        let EdgeMessage::Welcome(welcome) = EdgeMessage::decode(&text).unwrap() else { panic!("{text}") };
+        assert_eq!(welcome.tunnels.len(), 1, "{text}");
+        let asked = ask(&local, "web", "/");
+        let call = agent.request().await;
+        agent.say_text(r#"{"type":"later","seq":1}"#).await;
+        let reply = format!(
+            r#"{{"type":"reply","token":"{}","status":200,"headers":[],"body":{{"text":"ok"}},"end":true,"later":1}}"#,
+            call.token
+        );
+        agent.say_text(&reply).await;
+        assert_eq!(asked.await.unwrap().text(), "ok");
+    }
 }
 
 #[tokio::test]

@@ -331,7 +331,7 @@ impl Connection {
             let failed = AgentMessage::Failed(Failed { token: (&*token).into(), seq, code }).encode();
             let outbox = self.outbox.clone();
             // It waits its turn as the exchange would have, so that none is lost when a crowd is cancelled at once.
-            self.exchanges.spawn(async move { drop(outbox.send(failed.into_bytes(), None).await) });
+            self.exchanges.spawn(async move { _ = outbox.send(failed.into_bytes(), None).await });
         }
     }
 

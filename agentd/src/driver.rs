@@ -970,6 +970,9 @@ pub(crate) const fn advice(reason: Refusal) -> &'static str {
             "as many tunnels are open as the owner may have: close another one; it will be asked again"
         }
         Refusal::TryAgain => "the edge could not open it now: it will be asked again",
+        Refusal::OtherVersion => {
+            "the edge speaks another version of the protocol: deploy the edge of this release, or run the agentd of the edge's; it will be asked again"
+        }
         Refusal::Other => "the edge gave a reason this version does not know: update agentd",
     }
 }
@@ -982,13 +985,24 @@ const fn is_permanent(reason: Refusal) -> bool {
         | Refusal::TooManyConnections
         | Refusal::TooManyTunnels
         | Refusal::TryAgain
+        | Refusal::OtherVersion
         | Refusal::Other => false,
     }
 }
 
 /// Whether asking again in a moment may help.
 const fn is_passing(reason: Refusal) -> bool {
-    matches!(reason, Refusal::TooManyConnections | Refusal::TooManyTunnels | Refusal::TryAgain)
+    match reason {
+        Refusal::TooManyConnections | Refusal::TooManyTunnels | Refusal::TryAgain | Refusal::OtherVersion => {
+            true
+        }
+        Refusal::InvalidName
+        | Refusal::ReservedName
+        | Refusal::NotAllowed
+        | Refusal::NameTaken
+        | Refusal::TooMany
+        | Refusal::Other => false,
+    }
 }
 
 async fn at(deadline: Option<Instant>) {

@@ -44,7 +44,8 @@ use crate::{
 };
 
 /// The version of this protocol. It changes only when an older peer would misunderstand a newer one;
-/// new optional fields do not change it.
+/// new optional fields do not change it. An edge that has a new one goes on taking the one before for a
+/// release, so that agents can follow one after the other; `fixtures/version-1.jsonl` holds what that one says.
 pub const VERSION: u32 = 1;
 
 /// Why a text is not a message.
@@ -259,6 +260,8 @@ pub enum Refusal {
     TooManyTunnels,
     /// The edge could not register it now; worth another try.
     TryAgain,
+    /// The edge does not take the agent's [`VERSION`]; the edge may be the next one to be upgraded.
+    OtherVersion,
     /// A reason that this version does not know.
     #[serde(other)]
     Other,
@@ -599,6 +602,72 @@ mod tests {
         assert!(envelope.answers_a_request());
         assert_eq!(envelope.token.as_deref(), Some(TOKEN));
         assert!(!Envelope::peek(r#"{"type":"hello"}"#).unwrap().answers_a_request());
+    }
+
+    /// One line for each form that a message of version 1 may have. Lines may be added, never changed.
+    const VERSION_1: &str = include_str!("../fixtures/version-1.jsonl");
+
+    /// What a message says, read and written again by whoever may receive it.
+    fn read_and_written(text: &str) -> Vec<serde_json::Value> {
+        let by_agent = EdgeMessage::decode(text).map(|message| message.encode());
+        let by_edge = AgentMessage::decode(text).map(|message| message.encode());
+        [by_agent, by_edge].into_iter().flatten().map(|text| serde_json::from_str(&text).unwrap()).collect()
+    }
+
+    /// Calls `change` for each object of a JSON value.
+    fn for_each_object(
+        value: &mut serde_json::Value,
+        change: &mut impl FnMut(&mut serde_json::Map<String, serde_json::Value>),
+    ) {
+        match value {
+            serde_json::Value::Object(map) => {
+                map.values_mut().for_each(|value| for_each_object(value, change));
+                change(map);
+            }
+            serde_json::Value::Array(list) => {
+                list.iter_mut().for_each(|value| for_each_object(value, change));
+            }
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn every_message_of_version_1_is_understood_as_it_was() {
+        let mut kinds = std::collections::BTreeSet::new();
+        for line in VERSION_1.lines() {
+            let said: serde_json::Value = serde_json::from_str(line).unwrap();
+            let read = read_and_written(line);
+            assert!(
+                !read.is_empty() && read.iter().all(|read| *read == said),
+                "{line}\nwas read as {read:?}"
+            );
+            kinds.insert(said["type"].as_str().unwrap().to_owned());
+        }
+        assert_eq!(kinds.len(), 14, "{kinds:?}");
+    }
+
+    #[test]
+    fn what_a_later_release_adds_changes_nothing_and_what_an_earlier_one_lacks_is_not_missed() {
+        for line in VERSION_1.lines() {
+            let mut said: serde_json::Value = serde_json::from_str(line).unwrap();
+            for_each_object(&mut said, &mut |map| {
+                // A body is one of its forms and nothing else.
+                if !["text", "base64", "zstd"].iter().any(|form| map.contains_key(*form)) {
+                    map.insert("later".into(), serde_json::json!({ "type": "later", "seq": [0] }));
+                }
+            });
+            assert_eq!(read_and_written(&said.to_string()), read_and_written(line), "{said}");
+            // Lists that may be empty may be absent.
+            let mut said: serde_json::Value = serde_json::from_str(line).unwrap();
+            for_each_object(&mut said, &mut |map| {
+                for optional in ["software", "refused", "codecs", "may_open"] {
+                    if map.get(optional).is_some_and(|value| *value == serde_json::json!([]) || value == "") {
+                        map.remove(optional);
+                    }
+                }
+            });
+            assert_eq!(read_and_written(&said.to_string()), read_and_written(line), "{said}");
+        }
     }
 
     #[test]

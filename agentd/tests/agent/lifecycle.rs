@@ -161,12 +161,15 @@ async fn a_name_that_cannot_be_had_ends_the_agent_and_a_busy_edge_does_not() {
         assert_eq!(line.closed().await, Some(1000));
         assert_eq!(agent.exit().await.code(), Some(77), "{reason:?}");
     }
-    let manners = Manners { refuse: vec![("web".into(), Refusal::TryAgain)], ..Manners::default() };
-    let (_edge, mut line, _upstream, mut agent) = connected_with(manners, &[]).await;
-    assert!(agent.line().await.starts_with("web is not open: "));
-    line.manners.refuse.clear();
-    line.expect_hello().await;
-    assert!(agent.line().await.starts_with("https://web."));
+    // An edge of another version may be the next one to be upgraded.
+    for reason in [Refusal::TryAgain, Refusal::OtherVersion] {
+        let manners = Manners { refuse: vec![("web".into(), reason)], ..Manners::default() };
+        let (_edge, mut line, _upstream, mut agent) = connected_with(manners, &[]).await;
+        assert!(agent.line().await.starts_with("web is not open: "));
+        line.manners.refuse.clear();
+        line.expect_hello().await;
+        assert!(agent.line().await.starts_with("https://web."));
+    }
 }
 
 #[tokio::test]

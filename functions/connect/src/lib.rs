@@ -25,7 +25,7 @@ use edge::{
 };
 use proto::{
     body::Codecs,
-    id::{IdError, TunnelName},
+    id::{ConnectionId, IdError, TunnelName},
     limits,
     message::{AgentMessage, EdgeMessage, Hello, OpenTunnel, Refusal, RefusedTunnel, VERSION, Welcome},
 };
@@ -91,7 +91,7 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         Ok(AgentMessage::Hello(hello)) if hello.version == VERSION => hello,
         Ok(AgentMessage::Hello(hello)) => {
             tracing::warn!(connection_id = %context.connection_id, version = hello.version, "agent speaks another version");
-            return Ok(Answer::status(400));
+            return Ok(Answer::message(refuse_version(hello, context.connection_id, connect).encode()));
         }
         Ok(_) | Err(_) => {
             tracing::warn!(connection_id = %context.connection_id, "hello was malformed");
@@ -146,6 +146,28 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         owner: Some(authorized.owner),
     });
     Ok(Answer::message(welcome.encode()))
+}
+
+/// Tells an agent of another version that it serves nothing here, in the words of this one: whoever changes
+/// the version leaves `welcome` readable.
+fn refuse_version(hello: Hello, connection_id: ConnectionId, connect: &Connect) -> EdgeMessage<'static> {
+    let names = hello.tunnels.into_iter().take(limits::TUNNELS_PER_CONNECTION);
+    let refused = names
+        .map(|name| RefusedTunnel { name: name.chars().take(64).collect(), reason: Refusal::OtherVersion })
+        .collect();
+    EdgeMessage::Welcome(Welcome {
+        seq: hello.seq,
+        version: VERSION,
+        connection_id,
+        tunnels: Vec::new(),
+        refused,
+        heartbeat_ms: millis(connect.heartbeat),
+        lifetime_ms: millis(connect.lifetime),
+        codecs: Codecs::default(),
+        owner: None,
+        may_open: Vec::new(),
+        identity_ms: None,
+    })
 }
 
 fn millis(duration: Duration) -> u64 {
