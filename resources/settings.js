@@ -72,6 +72,11 @@ function settings(parameters, { stage, region, root, fronts }) {
     fail('wwwAuthenticateArn', 'is not the ARN of a version of a function in us-east-1');
   }
   if (edge && front !== 'cloudfront') fail('wwwAuthenticateArn', `has no place in the front ${front}`);
+  const acl = parameters.webAclArn;
+  if (acl && !/^arn:[a-z-]+:wafv2:us-east-1:[0-9]{12}:global\/webacl\/[^/]+\/[0-9a-f-]{36}$/.test(acl)) {
+    fail('webAclArn', `'${acl}' is not the ARN of a web ACL for CloudFront (scope CLOUDFRONT, made in us-east-1)`);
+  }
+  if (acl && front !== 'cloudfront') fail('webAclArn', `AWS WAF cannot stand before the front ${front}; it can before cloudfront`);
 
   if (agentsDomain) {
     host('agentsDomain', agentsDomain);
@@ -106,6 +111,7 @@ function settings(parameters, { stage, region, root, fronts }) {
     jwksUrl,
     keyGeneration: number('keyGeneration', parameters.keyGeneration, 0, 999_999_999),
     logRetentionDays: oneOf('logRetentionDays', retention, RETENTION_DAYS),
+    webAclArn: acl || { Ref: 'AWS::NoValue' },
     tracing: flag('tracing', parameters.tracing),
     pointInTimeRecovery: flag('pointInTimeRecovery', parameters.pointInTimeRecovery),
     reservedConcurrency:

@@ -438,6 +438,16 @@ fn the_packaged_stack_is_the_one_that_local_imitates() {
 }
 
 #[test]
+fn a_packaged_firewall_stands_before_the_distribution_that_asked_for_it() {
+    for (name, template) in templates() {
+        for (_, front) in of_type(&template, "AWS::CloudFront::Distribution") {
+            let acl = front["DistributionConfig"]["WebACLId"].as_str().unwrap_or_default();
+            assert!(acl.contains(":global/webacl/"), "{name}: {acl}");
+        }
+    }
+}
+
+#[test]
 fn the_packaged_function_url_streams_and_may_be_called() {
     for (name, template) in templates() {
         let urls: Vec<_> = of_type(&template, "AWS::Lambda::Url").collect();
