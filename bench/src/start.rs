@@ -8,9 +8,11 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
+use edge::config::env;
 use serde_json::json;
 use tests::{Local, process::binary};
+use tokio::{io::AsyncReadExt, net::TcpListener};
 
 use crate::{
     client::{Client, Target},
@@ -26,12 +28,12 @@ const FUNCTIONS: [&str; 7] =
 /// The start of `ingress` that counts.
 const INGRESS_STARTS: usize = 2;
 
-/// How often a process that does nothing is started.
-const EMPTY_STARTS: usize = 20;
+/// How often a process is started to find out what its start consists of.
+const STARTS: usize = 20;
 
 /// Starts each function once.
 pub(crate) async fn measure(upstream: &Upstream, report: &mut Report) -> anyhow::Result<()> {
-    empty(report)?;
+    contributors(report).await?;
     let local = Local::start(&["--log-level", "debug"]);
     let agent = local.agent("bench", &format!("127.0.0.1:{}", upstream.port));
     let tunnel = Target { address: local.public, host: "bench.localhost".to_owned() };
@@ -92,17 +94,60 @@ fn first(local: &Local, function: &str) -> anyhow::Result<(f64, f64)> {
     Ok((value("process is ready", "init_us=")?, value("first event is answered", "answer_us=")?))
 }
 
-/// How long the same program takes to do nothing: what of a start is the kernel's and the loader's.
-fn empty(report: &mut Report) -> anyhow::Result<()> {
-    let program = binary("local");
-    let mut taken = Vec::with_capacity(EMPTY_STARTS);
-    for _ in 0..EMPTY_STARTS {
+/// What a start consists of, by what it takes without: the kernel and the loader are what the same program
+/// takes to do nothing, its own work is what `response` takes beyond that until it asks for its first event,
+/// and the roots of trust are what that takes longer where AWS is spoken to over TLS.
+async fn contributors(report: &mut Report) -> anyhow::Result<()> {
+    let mut taken: [Vec<f64>; 3] = Default::default();
+    for _ in 0..STARTS {
         let begun = Instant::now();
-        let status = Command::new(&program).arg("--version").stdout(Stdio::null()).status()?;
-        taken.push(begun.elapsed().as_secs_f64() * 1e3);
+        let status = Command::new(binary("local")).arg("--version").stdout(Stdio::null()).status()?;
+        taken[0].push(begun.elapsed().as_secs_f64() * 1e3);
         ensure!(status.success(), "local --version: {status}");
+        taken[1].push(until_first_poll(Some("http://127.0.0.1:1")).await?);
+        taken[2].push(until_first_poll(None).await?);
     }
-    let name = "start: `local --version`, spawned to ended";
-    report.note(name, Unit::Millis, None, None, quantile(&mut taken, 0.5));
+    let [nothing, plain, tls] = taken.map(|mut taken| quantile(&mut taken, 0.5));
+    let mut note = |what: &str, value| {
+        report.note(format!("start: of a start alone, {what}"), Unit::Millis, None, None, value);
+    };
+    note("kernel and loader (`local --version`)", nothing);
+    note("the function itself (`response`, without TLS)", plain - nothing);
+    note("reading the roots of trust, with TLS", tls - plain);
     Ok(())
+}
+
+/// Starts `response` and takes the place of the Runtime API: the milliseconds until it asks for an event.
+async fn until_first_poll(endpoint: Option<&str>) -> anyhow::Result<f64> {
+    let runtime_api = TcpListener::bind("127.0.0.1:0").await?;
+    let mut command = tokio::process::Command::new(binary("local"));
+    command
+        .args(["function", "response"])
+        .env_clear()
+        .env("AWS_LAMBDA_RUNTIME_API", runtime_api.local_addr()?.to_string())
+        .env("AWS_LAMBDA_FUNCTION_NAME", "response")
+        .env("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "512")
+        .env("AWS_LAMBDA_FUNCTION_VERSION", "1")
+        .env("AWS_LAMBDA_LOG_GROUP_NAME", "response")
+        .env("AWS_LAMBDA_LOG_STREAM_NAME", "response")
+        .env("AWS_REGION", "local-1")
+        .envs(endpoint.map(|endpoint| ("AWS_ENDPOINT_URL", endpoint)))
+        .env(env::METRICS_NAMESPACE, "bench")
+        .env(env::TOKEN_KEYS, "0".repeat(64))
+        .env(env::AGENT_ENDPOINT, "https://127.0.0.1:1/dev")
+        .env(env::MAILBOX_URL_PREFIX, "https://127.0.0.1:1/mailbox-")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true);
+    let begun = Instant::now();
+    let mut child = command.spawn()?;
+    let mut poll = tokio::select! {
+        accepted = runtime_api.accept() => accepted?.0,
+        status = child.wait() => bail!("`response` did not ask for an event: {}", status?),
+    };
+    poll.read_exact(&mut [0; 4]).await.context("`response` did not ask for an event")?;
+    let taken = begun.elapsed().as_secs_f64() * 1e3;
+    child.kill().await?;
+    Ok(taken)
 }
