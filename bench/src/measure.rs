@@ -47,7 +47,7 @@ pub(crate) struct Plan {
     downloads: &'static [(usize, usize)],
     uploads: &'static [(usize, usize)],
     agent: agent::Plan,
-    /// Tenths of [`designs::KINDS`]' requests, for each design.
+    /// Tenths of the requests that each kind in `designs` has, for each design.
     aws: usize,
     /// How often each function's process is started.
     starts: usize,
