@@ -142,6 +142,7 @@ struct Connection {
     session: Session,
     outbox: Outbox,
     codecs: Codecs,
+    /// What is under way, last words that wait for their turn included.
     exchanges: JoinSet<()>,
     running: HashMap<RequestId, Running>,
     by_task: HashMap<tokio::task::Id, RequestId>,
@@ -264,7 +265,7 @@ impl Connection {
     fn wake_at(&self) -> Option<Instant> {
         let session = self.session.poll_timeout().map(Instant::from_std);
         let retirement = self.retirement.as_ref().map(|retirement| {
-            if retirement.confirmed && self.running.is_empty() {
+            if retirement.confirmed && self.exchanges.is_empty() {
                 retirement.quiet_until.min(retirement.deadline)
             } else {
                 retirement.deadline
@@ -278,7 +279,7 @@ impl Connection {
         let now = Instant::now();
         self.retirement.as_ref().is_some_and(|retirement| {
             now >= retirement.deadline
-                || (retirement.confirmed && self.running.is_empty() && now >= retirement.quiet_until)
+                || (retirement.confirmed && self.exchanges.is_empty() && now >= retirement.quiet_until)
         })
     }
 

@@ -992,17 +992,10 @@ const fn is_permanent(reason: Refusal) -> bool {
 
 /// Whether asking again in a moment may help.
 const fn is_passing(reason: Refusal) -> bool {
-    match reason {
-        Refusal::TooManyConnections | Refusal::TooManyTunnels | Refusal::TryAgain | Refusal::OtherVersion => {
-            true
-        }
-        Refusal::InvalidName
-        | Refusal::ReservedName
-        | Refusal::NotAllowed
-        | Refusal::NameTaken
-        | Refusal::TooMany
-        | Refusal::Other => false,
-    }
+    matches!(
+        reason,
+        Refusal::TooManyConnections | Refusal::TooManyTunnels | Refusal::TryAgain | Refusal::OtherVersion
+    )
 }
 
 async fn at(deadline: Option<Instant>) {
