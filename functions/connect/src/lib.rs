@@ -64,6 +64,23 @@ impl Connect {
             heartbeat: env.heartbeat()?,
         })
     }
+
+    /// What every welcome says. It opens nothing.
+    fn welcome(&self, seq: u32, connection_id: ConnectionId, refused: Vec<RefusedTunnel>) -> Welcome {
+        Welcome {
+            seq,
+            version: VERSION,
+            connection_id,
+            tunnels: Vec::new(),
+            refused,
+            heartbeat_ms: millis(self.heartbeat),
+            lifetime_ms: millis(self.lifetime),
+            codecs: Codecs::default(),
+            owner: None,
+            may_open: Vec::new(),
+            identity_ms: None,
+        }
+    }
 }
 
 /// Handles one event of either route.
@@ -91,7 +108,11 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         Ok(AgentMessage::Hello(hello)) if hello.version == VERSION => hello,
         Ok(AgentMessage::Hello(hello)) => {
             tracing::warn!(connection_id = %context.connection_id, version = hello.version, "agent speaks another version");
-            return Ok(Answer::message(refuse_version(hello, context.connection_id, connect).encode()));
+            // In the words of this version: whoever changes it leaves `welcome` readable.
+            let refused = hello.tunnels.iter().take(limits::TUNNELS_PER_CONNECTION);
+            let refused = refused.map(|name| refusal(name, Refusal::OtherVersion)).collect();
+            let nothing = connect.welcome(hello.seq, context.connection_id, refused);
+            return Ok(Answer::message(EdgeMessage::Welcome(nothing).encode()));
         }
         Ok(_) | Err(_) => {
             tracing::warn!(connection_id = %context.connection_id, "hello was malformed");
@@ -133,41 +154,19 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         tunnels = tunnels.len(), refused = refused.len(), "agent registered"
     );
     let welcome = EdgeMessage::Welcome(Welcome {
-        seq: hello.seq,
-        version: VERSION,
-        connection_id: connection.id,
         tunnels,
-        refused,
-        heartbeat_ms: millis(connect.heartbeat),
-        lifetime_ms: millis(connect.lifetime),
         codecs: Codecs::all(),
         may_open: authorized.tunnels.0.iter().map(ToString::to_string).collect(),
         identity_ms: authorized.ends_at().map(|end| end.saturating_sub(now).saturating_mul(1000)),
         owner: Some(authorized.owner),
+        ..connect.welcome(hello.seq, connection.id, refused)
     });
     Ok(Answer::message(welcome.encode()))
 }
 
-/// Tells an agent of another version that it serves nothing here, in the words of this one: whoever changes
-/// the version leaves `welcome` readable.
-fn refuse_version(hello: Hello, connection_id: ConnectionId, connect: &Connect) -> EdgeMessage<'static> {
-    let names = hello.tunnels.into_iter().take(limits::TUNNELS_PER_CONNECTION);
-    let refused = names
-        .map(|name| RefusedTunnel { name: name.chars().take(64).collect(), reason: Refusal::OtherVersion })
-        .collect();
-    EdgeMessage::Welcome(Welcome {
-        seq: hello.seq,
-        version: VERSION,
-        connection_id,
-        tunnels: Vec::new(),
-        refused,
-        heartbeat_ms: millis(connect.heartbeat),
-        lifetime_ms: millis(connect.lifetime),
-        codecs: Codecs::default(),
-        owner: None,
-        may_open: Vec::new(),
-        identity_ms: None,
-    })
+/// The name as the agent gave it, but not at any length.
+fn refusal(name: &str, reason: Refusal) -> RefusedTunnel {
+    RefusedTunnel { name: name.chars().take(64).collect(), reason }
 }
 
 fn millis(duration: Duration) -> u64 {
@@ -193,7 +192,7 @@ fn sort_names(hello: &Hello, authorized: &Authorized) -> (BTreeSet<TunnelName>, 
         };
         // A hostile list must not make a long answer.
         if refused.len() < limits::TUNNELS_PER_CONNECTION {
-            refused.push(RefusedTunnel { name: name.chars().take(64).collect(), reason });
+            refused.push(refusal(name, reason));
         }
     }
     (allowed, refused)
