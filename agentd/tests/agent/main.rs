@@ -8,6 +8,5 @@ mod cli;
 mod fidelity;
 mod lifecycle;
 mod limit;
-mod measure;
 mod stage;
 mod transport;
