@@ -31,6 +31,9 @@ const INGRESS_STARTS: usize = 2;
 /// How often a process is started to find out what its start consists of.
 const STARTS: usize = 20;
 
+/// How many agents ask to be let in, one after the other.
+const DECISIONS: usize = 1000;
+
 /// Starts each function once.
 pub(crate) async fn measure(upstream: &Upstream, report: &mut Report) -> anyhow::Result<()> {
     contributors(report).await?;
@@ -69,12 +72,37 @@ pub(crate) async fn measure(upstream: &Upstream, report: &mut Report) -> anyhow:
         note("resident then", Unit::Memory, None, *resident);
         note("of it shared with nobody", Unit::Memory, None, *own);
     }
+    decisions(&local, report).await?;
     // What is not built here is not shown: `local` has the functions in itself.
     for name in ["agentd", "local"].iter().chain(&FUNCTIONS) {
         if let Ok(file) = std::fs::metadata(binary("local").with_file_name(name)) {
             let megabytes = file.len() as f64 / 1e6;
             report.note(format!("start: size of the program {name}"), Unit::Memory, None, None, megabytes);
         }
+    }
+    Ok(())
+}
+
+/// How long `authorizer` takes to let an agent in, from the event to the answer and with `local` in between.
+async fn decisions(local: &Local, report: &mut Report) -> anyhow::Result<()> {
+    let authorization = format!("Bearer {}", local.as_ref().token());
+    let event = json!({
+        "type": "REQUEST",
+        "methodArn": "arn:aws:execute-api:local-1:000000000000:local/dev/$connect",
+        "headers": {"Authorization": authorization},
+        "multiValueHeaders": {"Authorization": [authorization]},
+        "requestContext": {"connectionId": "L0SM9cOFvHcCIhw=", "eventType": "CONNECT", "routeKey": "$connect"},
+    });
+    let mut taken = Vec::with_capacity(DECISIONS);
+    for _ in 0..DECISIONS {
+        let begun = Instant::now();
+        let answer = local.invoke("authorizer", &event).await;
+        taken.push(begun.elapsed().as_secs_f64() * 1e3);
+        ensure!(answer.text().contains(r#""Effect":"Allow""#), "authorizer: {}", answer.text());
+    }
+    for (name, rank, goal) in [("p50", 0.5, None), ("p99", 0.99, Some(Goal::AtMost(2.0)))] {
+        let name = format!("start: authorizer, letting an agent in, {name}");
+        report.note(name, Unit::Millis, goal, None, quantile(&mut taken, rank));
     }
     Ok(())
 }
