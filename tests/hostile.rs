@@ -14,7 +14,7 @@ use std::sync::{
 use proto::{
     header::Headers,
     limits,
-    message::{AgentMessage, EdgeMessage, Refusal, Reply, VERSION},
+    message::{AgentMessage, Refusal, Reply, VERSION},
 };
 use tests::{
     Local, PATIENCE,
@@ -95,8 +95,7 @@ async fn an_agent_of_another_version_is_told_so_and_one_that_says_less_or_more_i
                 r#"{{"type":"hello","seq":{version},"version":{version},"agent":"a","tunnels":["web","a b"]}}"#
             ))
             .await;
-        let text = agent.hear().await;
-        let EdgeMessage::Welcome(welcome) = EdgeMessage::decode(&text).unwrap() else { panic!("{text}") };
+        let welcome = agent.welcome().await;
         assert_eq!((welcome.seq, welcome.version, welcome.tunnels.len()), (version, VERSION, 0));
         let refused: Vec<_> = welcome.refused.iter().map(|one| (&*one.name, one.reason)).collect();
         assert_eq!(refused, [("web", Refusal::OtherVersion), ("a b", Refusal::OtherVersion)]);
@@ -108,9 +107,8 @@ async fn an_agent_of_another_version_is_told_so_and_one_that_says_less_or_more_i
         r#"{"later":[{}],"type":"hello","seq":2,"version":1,"agent":"a","tunnels":["web"],"codecs":["later"],"software":""}"#,
     ] {
         agent.say_text(hello).await;
-        let text = agent.hear().await;
-        let EdgeMessage::Welcome(welcome) = EdgeMessage::decode(&text).unwrap() else { panic!("{text}") };
-        assert_eq!(welcome.tunnels.len(), 1, "{text}");
+        let welcome = agent.welcome().await;
+        assert_eq!(welcome.tunnels.len(), 1, "{hello}");
         let asked = ask(&local, "web", "/");
         let call = agent.request().await;
         agent.say_text(r#"{"type":"later","seq":1}"#).await;

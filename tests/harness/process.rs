@@ -8,7 +8,11 @@ use std::{
     time::Instant,
 };
 
-use rustix::process::{Pid, Signal};
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::retry_on_intr,
+    process::{Pid, PidfdFlags, Signal, pidfd_open},
+};
 
 use crate::PATIENCE;
 
@@ -123,25 +127,30 @@ impl Process {
 
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
-        rustix::process::kill_process(pid, signal).unwrap();
+        rustix::process::kill_process(self.pid(), signal).unwrap();
     }
 
     /// Waits for its end and returns the exit code, `None` after a signal.
     pub fn wait(&mut self) -> Option<i32> {
         let begun = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                // The pipes end with the last process that holds them.
-                let mut output = self.output.lock();
-                while output.1 > 0 && begun.elapsed() < PATIENCE {
-                    output = self.output.news.wait_timeout(output, PATIENCE).unwrap().0;
-                }
-                return status.code();
-            }
-            assert!(begun.elapsed() < PATIENCE, "{} did not end; it printed:\n{}", self.name, self.printed());
-            std::thread::sleep(std::time::Duration::from_millis(5));
+        if self.child.try_wait().unwrap().is_none() {
+            // Readable once the process has ended.
+            let end = pidfd_open(self.pid(), PidfdFlags::empty()).unwrap();
+            let patience = PATIENCE.try_into().unwrap();
+            let ended = retry_on_intr(|| poll(&mut [PollFd::new(&end, PollFlags::IN)], Some(&patience)));
+            assert!(ended.unwrap() == 1, "{} did not end; it printed:\n{}", self.name, self.printed());
         }
+        // The pipes end with the last process that holds them.
+        let mut output = self.output.lock();
+        while output.1 > 0 && begun.elapsed() < PATIENCE {
+            output = self.output.news.wait_timeout(output, PATIENCE).unwrap().0;
+        }
+        drop(output);
+        self.child.wait().unwrap().code()
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap()
     }
 }
 

@@ -86,6 +86,11 @@ impl RawAgent {
             codecs: Codecs::default(),
         };
         self.say(AgentMessage::Hello(hello)).await;
+        self.welcome().await
+    }
+
+    /// Waits for a `welcome`, whatever it says.
+    pub async fn welcome(&mut self) -> Welcome {
         loop {
             let text = self.hear().await;
             if let EdgeMessage::Welcome(welcome) = EdgeMessage::decode(&text).unwrap() {
