@@ -9,21 +9,25 @@ use clap::{
 use tracing_subscriber::filter::Targets;
 
 use crate::{
-    background::{self, Forked, StateDir},
     config::{
         self, Config, ConfigError, LogConfig, Overrides, TunnelConfig, parse_duration, parse_host_header,
         parse_log_level,
     },
-    control::{
+    identity,
+    identity::credential::{ENV_CREDENTIALS, ENV_TOKEN},
+    identity::name,
+    operate::background::{self, Forked, StateDir},
+    operate::control::{
         self, client,
         command::{self, Format},
     },
-    credential::{ENV_CREDENTIALS, ENV_TOKEN},
-    diagnose,
-    driver::{self, Audience, Outcome, Setup, Source},
-    identity, name, reference, service, telemetry,
-    telemetry::LogFormat,
-    upstream::address::Address,
+    operate::diagnose,
+    operate::reference,
+    operate::service,
+    report::telemetry,
+    report::telemetry::LogFormat,
+    serve::upstream::address::Address,
+    supervisor::{self, Audience, Outcome, Setup, Source},
 };
 
 /// Exit codes that scripts and systemd units may rely on.
@@ -446,14 +450,14 @@ fn run(setup: Setup) -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return failed(&format!("cannot start: {error}")),
     };
-    let outcome = runtime.block_on(driver::run(setup));
+    let outcome = runtime.block_on(supervisor::run(setup));
     // A look-up in progress must not hold up the exit.
     runtime.shutdown_background();
     match outcome {
         Ok(Outcome::Stopped) => ExitCode::SUCCESS,
         Ok(Outcome::IdentityRefused) => ExitCode::from(exit::IDENTITY_REFUSED),
-        Err(driver::StartError::Tls(error)) => bad_config(&ConfigError::new(error.to_string())),
-        Err(error @ (driver::StartError::System(_) | driver::StartError::Listen(_))) => {
+        Err(supervisor::StartError::Tls(error)) => bad_config(&ConfigError::new(error.to_string())),
+        Err(error @ (supervisor::StartError::System(_) | supervisor::StartError::Listen(_))) => {
             failed(&error.to_string())
         }
     }

@@ -3,6 +3,7 @@
 //! Enters: file names and [`Overrides`]. Leaves: a valid [`Config`], or one [`ConfigError`] that says
 //! where and what to write instead.
 
+pub mod edge_url;
 mod file;
 mod value;
 
@@ -23,10 +24,10 @@ use tracing_subscriber::filter::{LevelFilter, Targets};
 
 pub use self::file::{control_socket_named_in, load};
 use crate::{
-    credential::{CREDENTIAL, Token, TokenError, TokenSource},
-    edge_url::EdgeUrl,
-    telemetry::LogFormat,
-    upstream::{Http2, address::Address},
+    config::edge_url::EdgeUrl,
+    identity::credential::{CREDENTIAL, Token, TokenError, TokenSource},
+    report::telemetry::LogFormat,
+    serve::upstream::{Http2, address::Address},
 };
 
 /// Where the configuration is unless somebody says otherwise.

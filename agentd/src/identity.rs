@@ -15,7 +15,9 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use proto::id::{Owner, TunnelPattern, TunnelPatterns};
 
+pub mod credential;
 mod keys;
+pub(crate) mod name;
 mod token;
 
 pub use keys::{Algorithm, JWKS_FILE, KEY_FILE, KeyError, Keys};

@@ -1,37 +1,26 @@
 //! The daemon beside a private service. It keeps a WebSocket to the edge, answers the public requests
 //! that arrive on it by calling the configured upstreams, and connects to nothing else.
 //!
-//! One task owns one thing: [`driver`] the set of connections, `connection` one WebSocket with its
-//! session, `link` its writing half, `exchange` one request, `upstream` the connections to one
-//! service. All of them run on one thread.
+//! The rooms, and the only direction in which they know each other:
+//!
+//! ```text
+//! cli ──► operate ──► supervisor ──► link ──► serve ──► report ──► identity, config
+//! ```
+//!
+//! One task owns one thing: [`supervisor`] the set of connections, [`link`] one WebSocket with its
+//! session and its writing half, [`serve`] one request and the connections to its upstream. All of them
+//! run on one thread.
 
 use std::{ffi::OsString, process::ExitCode};
 
-mod access;
-mod background;
 mod cli;
 pub mod config;
-mod connection;
-mod control;
-pub mod credential;
-mod diagnose;
-pub mod driver;
-pub mod edge_url;
-mod exchange;
-mod health;
 pub mod identity;
 mod link;
-mod metrics;
-mod name;
-mod reference;
-mod reload;
-mod service;
-mod status;
-mod systemd;
-mod telemetry;
-mod tunnel;
-mod upload;
-pub mod upstream;
+mod operate;
+mod report;
+mod serve;
+mod supervisor;
 
 /// How this program names itself to the edge.
 pub const SOFTWARE: &str = concat!("agentd/", env!("CARGO_PKG_VERSION"));

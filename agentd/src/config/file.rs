@@ -15,7 +15,7 @@ use super::{
     parse_host_header, parse_log_level, parse_status_address,
     value::{Document, Table},
 };
-use crate::upstream::{
+use crate::serve::upstream::{
     Http2,
     address::{Address, Scheme},
 };

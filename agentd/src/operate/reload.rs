@@ -100,7 +100,7 @@ impl Change {
 
 #[cfg(test)]
 mod tests {
-    use crate::{config::Overrides, credential::TokenSource};
+    use crate::{config::Overrides, identity::credential::TokenSource};
 
     use super::*;
 

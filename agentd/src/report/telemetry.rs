@@ -53,7 +53,7 @@ fn queue(to: impl std::io::Write + Send + 'static, name: &str) -> (NonBlocking, 
 
 /// Lines for people on standard output.
 #[derive(Debug, Clone)]
-pub struct Terminal(NonBlocking);
+pub(crate) struct Terminal(NonBlocking);
 
 impl Terminal {
     /// Begins writing to standard output.

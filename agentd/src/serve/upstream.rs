@@ -4,10 +4,10 @@
 //! sent, or why there is none. It follows no redirect, decodes nothing, obeys no proxy variable
 //! and dials the configured address only, whatever the request says.
 
-pub mod address;
+pub(crate) mod address;
 mod pool;
 mod socket;
-pub mod tls;
+pub(crate) mod tls;
 
 use std::{
     error::Error as StdError,
@@ -35,7 +35,7 @@ use self::{
     pool::{Checkout, Pool, Sender},
     socket::{Socket, Watch},
 };
-use crate::upload::{UploadBody, UploadError};
+use crate::serve::upload::{UploadBody, UploadError};
 
 /// How long opening a connection to an upstream may take. A head may be due sooner.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -173,7 +173,7 @@ impl Body for RequestBody {
 
 /// How TLS is spoken to one upstream.
 #[derive(Clone)]
-pub struct Tls {
+pub(crate) struct Tls {
     /// Settings with the roots of trust and the protocols offered.
     pub config: Arc<rustls::ClientConfig>,
     /// The name asked for and checked.

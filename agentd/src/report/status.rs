@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::{health, metrics::Figures};
+use crate::{report::metrics::Figures, serve::health};
 
 /// The state of the agent.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -274,7 +274,7 @@ impl TunnelStatus {
         line("errors", figures.errors.to_string());
         line("request bytes", figures.request_bytes.to_string());
         line("response bytes", figures.response_bytes.to_string());
-        let now = crate::metrics::unix_now().as_secs();
+        let now = crate::report::metrics::unix_now().as_secs();
         let ago = |at: u64| format!("{} ago", span(now.saturating_sub(at)));
         line("last delivery", figures.last_delivery_at.map_or_else(|| "never".to_owned(), ago));
         text

@@ -32,24 +32,24 @@ use tokio::{
 
 use self::report::{Report, Verdict};
 use crate::{
-    access::AccessLog,
     cli::exit,
+    config::edge_url::EdgeUrl,
     config::{Config, ConfigError, TunnelConfig},
-    connection::{self, Command, Report as FromConnection, Seen, Shared},
-    control::client::Agent,
-    credential::TokenSource,
-    driver::random_fraction,
-    edge_url::EdgeUrl,
     identity,
+    identity::credential::TokenSource,
+    link::connection::{self, Command, Report as FromConnection, Seen, Shared},
     link::{DialError, Dialer},
-    metrics::Metrics,
-    status::{Status, TunnelState},
-    tunnel::{Tunnel, Tunnels},
-    upstream::{
+    operate::control::client::Agent,
+    report::access::AccessLog,
+    report::metrics::Metrics,
+    report::status::{Status, TunnelState},
+    serve::tunnel::{Tunnel, Tunnels},
+    serve::upstream::{
         Http2, RequestBody, Tls, Upstream, UpstreamError,
         address::{Address, Scheme},
         tls::{Trust, client_config},
     },
+    supervisor::random_fraction,
 };
 
 /// No single step takes longer.
@@ -170,7 +170,7 @@ async fn diagnose(config: Result<Config, ConfigError>, places: &[PathBuf], repor
 fn check_token(config: &Config, report: &mut Report) {
     let place = match &config.token_source {
         TokenSource::File(path) | TokenSource::Credential(path) => path.display().to_string(),
-        TokenSource::Value(_) => crate::credential::ENV_TOKEN.to_owned(),
+        TokenSource::Value(_) => identity::credential::ENV_TOKEN.to_owned(),
     };
     let Some(says) = config.token.says() else {
         return report.line(Verdict::Warn, format!("the token in {place} does not say when it ends"));
@@ -312,7 +312,7 @@ fn urls_of(status: &Status, report: &mut Report) -> BTreeMap<String, String> {
 fn opened(welcome: &Welcome, report: &mut Report) -> BTreeMap<String, String> {
     for refused in &welcome.refused {
         let name: String = refused.name.chars().filter(|c| !c.is_control()).take(64).collect();
-        let advice = crate::driver::advice(refused.reason);
+        let advice = crate::supervisor::advice(refused.reason);
         report.line(Verdict::Fail, format!("{name} is not open: {advice}"));
     }
     welcome.tunnels.iter().map(|tunnel| (tunnel.name.to_string(), tunnel.url.clone())).collect()

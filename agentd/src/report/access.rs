@@ -8,8 +8,8 @@ use std::{
 };
 
 use crate::{
-    metrics::{Ended, TunnelMetrics},
-    telemetry::Terminal,
+    report::metrics::{Ended, TunnelMetrics},
+    report::telemetry::Terminal,
 };
 
 use proto::{error::ErrorCode, id::RequestId, id::TunnelName, target::Target};

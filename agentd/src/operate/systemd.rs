@@ -49,7 +49,7 @@ impl Notifier {
         self.send(&[NotifyState::Status(text)]);
     }
 
-    /// The driver and the loops of all its connections turn.
+    /// The supervisor and the loops of all its connections turn.
     pub(crate) fn alive(self) {
         self.send(&[NotifyState::Watchdog]);
     }

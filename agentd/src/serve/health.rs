@@ -10,7 +10,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::{
     config::HealthCheck,
-    upstream::{RequestBody, Upstream, UpstreamError},
+    serve::upstream::{RequestBody, Upstream, UpstreamError},
 };
 
 /// What the checks have come to.
@@ -105,7 +105,7 @@ pub(crate) async fn check(
             changed(&health.state());
         }
         // A little uneven, so that many upstreams on one machine are not asked together.
-        sleep(settings.interval.mul_f64(0.9 + 0.2 * crate::driver::random_fraction())).await;
+        sleep(settings.interval.mul_f64(0.9 + 0.2 * crate::supervisor::random_fraction())).await;
     }
 }
 

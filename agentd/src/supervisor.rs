@@ -27,23 +27,24 @@ use tokio::{
 };
 
 use crate::{
-    access::AccessLog,
     config::{self, Config, Overrides, TunnelConfig},
-    connection::{self, Command, End, Report, Seen, Serial, Shared},
-    control::{self, Ask, Control, ControlSocket, Stopping},
-    credential::{ENV_TOKEN, Token, TokenSource},
-    health, identity,
+    identity,
+    identity::credential::{ENV_TOKEN, Token, TokenSource},
+    link::connection::{self, Command, End, Report, Seen, Serial, Shared},
     link::{DialError, Dialer, Link, Retry},
-    metrics::{Metrics, unix_now},
-    reload::Change,
-    status::{
+    operate::control::{self, Ask, Control, ControlSocket, Stopping},
+    operate::reload::Change,
+    operate::systemd::Notifier,
+    report::access::AccessLog,
+    report::metrics::{Metrics, unix_now},
+    report::status::{
         ConfigStatus, ConnectionState, ConnectionStatus, EdgeStatus, LinkState, Status, TunnelState,
         TunnelStatus,
     },
-    systemd::Notifier,
-    telemetry::Terminal,
-    tunnel::Tunnels,
-    upstream::tls::TlsError,
+    report::telemetry::Terminal,
+    serve::health,
+    serve::tunnel::Tunnels,
+    serve::upstream::tls::TlsError,
 };
 
 /// How long a connection that was replaced waits for requests that were dispatched to it just
@@ -69,7 +70,7 @@ const LEAVING: Duration = Duration::from_secs(15);
 /// How long a reload waits for the edge to confirm it.
 const CONFIRMATION: Duration = Duration::from_secs(10);
 
-/// Reports that wait for the driver. A connection that finds it full waits.
+/// Reports that wait for the supervisor. A connection that finds it full waits.
 const REPORTS: usize = 64;
 
 /// A connection is sent few commands.
@@ -77,7 +78,7 @@ const COMMANDS: usize = 4;
 
 /// How the agent ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// It was asked to stop, and did.
     Stopped,
     /// The edge does not accept the token, or none of the tunnels: trying again is of no use.
@@ -86,7 +87,7 @@ pub enum Outcome {
 
 /// What the agent starts with.
 #[derive(Debug)]
-pub struct Setup {
+pub(crate) struct Setup {
     /// The configuration.
     pub config: Config,
     /// Where it is read again at a reload; without it there is none.
@@ -100,7 +101,7 @@ pub struct Setup {
 
 /// Where a configuration comes from.
 #[derive(Debug, Clone)]
-pub struct Source {
+pub(crate) struct Source {
     /// The file.
     pub path: PathBuf,
     /// What goes over it.
@@ -109,7 +110,7 @@ pub struct Source {
 
 /// Why the agent could not begin.
 #[derive(Debug, thiserror::Error)]
-pub enum StartError {
+pub(crate) enum StartError {
     /// It cannot listen where the configuration says.
     #[error("{0}")]
     Listen(String),
@@ -123,7 +124,7 @@ pub enum StartError {
 
 /// Who is told what, beside the log.
 #[derive(Debug, Clone)]
-pub enum Audience {
+pub(crate) enum Audience {
     /// A service manager and a log.
     Service,
     /// Somebody at a terminal.
@@ -135,7 +136,7 @@ pub enum Audience {
 /// # Errors
 ///
 /// [`StartError`] when it cannot begin. An edge or an upstream that cannot be reached is no error.
-pub async fn run(setup: Setup) -> Result<Outcome, StartError> {
+pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
     let Setup { config, source, audience, control_socket } = setup;
     let signals = Signals::new(source.is_some())?;
     let metrics = Arc::new(Metrics::new());
@@ -158,7 +159,7 @@ pub async fn run(setup: Setup) -> Result<Outcome, StartError> {
             .map_err(|error| StartError::Listen(format!("status_address {address}: {error}")))?;
         servers.spawn(control.serve_loopback(listener));
     }
-    let driver = Driver {
+    let supervisor = Supervisor {
         wanted: tunnels.names().into_iter().collect(),
         shared: Arc::new(Shared { tunnels, access, seen: Mutex::new(Seen::default()) }),
         agent: agent_id(getrandom::u64().map_err(std::io::Error::other)?),
@@ -189,7 +190,7 @@ pub async fn run(setup: Setup) -> Result<Outcome, StartError> {
         reloads: 0,
         reload_error: None,
     };
-    let outcome = driver.run(reports, asked, signals).await;
+    let outcome = supervisor.run(reports, asked, signals).await;
     servers.shutdown().await;
     Ok(outcome)
 }
@@ -258,7 +259,7 @@ pub(crate) fn random_fraction() -> f64 {
     getrandom::u64().map_or(0.5, |random| (random >> 11) as f64 / (1u64 << 53) as f64)
 }
 
-/// A connection as the driver sees it.
+/// A connection as the supervisor sees it.
 struct Known {
     commands: mpsc::Sender<Command>,
     since: Instant,
@@ -292,7 +293,7 @@ struct Unconfirmed {
     until: Option<Instant>,
 }
 
-struct Driver {
+struct Supervisor {
     config: Config,
     source: Option<Source>,
     metrics: Arc<Metrics>,
@@ -331,7 +332,7 @@ struct Driver {
     reload_error: Option<String>,
 }
 
-/// What the driver does about a next connection.
+/// What the supervisor does about a next connection.
 enum Opening {
     /// Nothing: there is one, or none is wanted.
     Idle,
@@ -341,7 +342,7 @@ enum Opening {
     Dialling(Pin<Box<dyn Future<Output = Result<Link, DialError>> + Send>>),
 }
 
-impl Driver {
+impl Supervisor {
     async fn run(
         mut self,
         mut reports: mpsc::Receiver<(Serial, Report)>,
@@ -573,7 +574,7 @@ impl Driver {
     }
 
     /// Asks every connection whether its loop turns. The service manager hears of it once all have
-    /// answered: one that hangs gets this process restarted, although the driver itself is well.
+    /// answered: one that hangs gets this process restarted, although the supervisor itself is well.
     fn prove(&mut self) {
         if self.unproven.is_empty() {
             self.unproven = self.connections.keys().copied().collect();

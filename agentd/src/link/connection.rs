@@ -1,7 +1,7 @@
 //! One connection to the edge from its `hello` to its end: the loop that owns the session, the link
 //! and every exchange on it.
 //!
-//! Enters: what the edge sends, commands of the driver. Leaves: [`Report`]s to the driver. When the loop
+//! Enters: what the edge sends, commands of the supervisor. Leaves: [`Report`]s to the supervisor. When the loop
 //! ends, every exchange that still runs on it ends with it, and so does its call to the upstream.
 
 use std::{
@@ -34,11 +34,11 @@ use tokio::{
 use tokio_tungstenite::tungstenite::{Message, protocol::frame::coding::CloseCode};
 
 use crate::{
-    access::AccessLog,
-    exchange::{Exchange, Job, JobBody},
     link::{Incoming, Link, LinkError, Outbox},
-    tunnel::Tunnels,
-    upload::{self, Upload, UploadError},
+    report::access::AccessLog,
+    serve::exchange::{Exchange, Job, JobBody},
+    serve::tunnel::Tunnels,
+    serve::upload::{self, Upload, UploadError},
 };
 
 /// How long the edge may take to answer a goodbye.
@@ -81,7 +81,7 @@ impl Seen {
     }
 }
 
-/// What the driver may ask of a connection.
+/// What the supervisor may ask of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Command {
     /// Say `hello` again: some tunnels were not opened yet, or others are to be served.
@@ -93,7 +93,7 @@ pub(crate) enum Command {
     Prove,
 }
 
-/// What the driver must know.
+/// What the supervisor must know.
 #[derive(Debug)]
 pub(crate) enum Report {
     /// The edge answered `hello`.
@@ -221,7 +221,7 @@ pub(crate) async fn run(
                 Some(Command::Prove) => {
                     let _ = reports.send((serial, Report::Alive)).await;
                 }
-                // The driver has gone, and nobody is left to serve for.
+                // The supervisor has gone, and nobody is left to serve for.
                 None => break End::Retired,
             },
             written = &mut writer => break match written {

@@ -20,9 +20,9 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     config::{HostHeader, TunnelConfig},
-    health::{self, Health},
-    metrics::{Metrics, TunnelMetrics},
-    upstream::{
+    report::metrics::{Metrics, TunnelMetrics},
+    serve::health::{self, Health},
+    serve::upstream::{
         Http2, Tls, Upstream,
         address::{Address, Host, Scheme},
         tls::{TlsError, Trust, client_config},

@@ -17,12 +17,12 @@ use clap::{Args, Subcommand};
 
 use crate::{
     config::{self, ConfigError, Overrides},
-    credential::{Token, TokenSource},
+    identity::credential::{Token, TokenSource},
 };
 
-const SYSTEM_UNIT: &str = include_str!("../../systemd/agentd.service");
-const TEMPLATE_UNIT: &str = include_str!("../../systemd/agentd@.service");
-const USER_UNIT: &str = include_str!("../../systemd/user/agentd.service");
+const SYSTEM_UNIT: &str = include_str!("../../../systemd/agentd.service");
+const TEMPLATE_UNIT: &str = include_str!("../../../systemd/agentd@.service");
+const USER_UNIT: &str = include_str!("../../../systemd/user/agentd.service");
 
 /// The program in the units as they are packaged.
 const PACKAGED_PROGRAM: &str = "/usr/bin/agentd";

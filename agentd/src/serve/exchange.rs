@@ -30,11 +30,11 @@ use tokio::{
 };
 
 use crate::{
-    access::{AccessLine, AccessLog, Ending},
     link::{LinkGone, Outbox},
-    tunnel::{HostRule, Tunnel, Tunnels},
-    upload::{UploadBody, UploadProgress},
-    upstream::{RequestBody, ResponseBody, UpstreamError},
+    report::access::{AccessLine, AccessLog, Ending},
+    serve::tunnel::{HostRule, Tunnel, Tunnels},
+    serve::upload::{UploadBody, UploadProgress},
+    serve::upstream::{RequestBody, ResponseBody, UpstreamError},
 };
 
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");

@@ -11,8 +11,8 @@ use rustix::process::Pid;
 
 use super::client::{Agent, AskError};
 use crate::{
-    background::{Process, STOP_MARGIN},
-    status::{Status, list},
+    operate::background::{Process, STOP_MARGIN},
+    report::status::{Status, list},
 };
 
 /// How often an agent that is not ready is asked again.

@@ -1,7 +1,7 @@
 //! How the running agent is asked and told: HTTP over a unix socket for whoever may open it, and the
 //! harmless part of it over TCP on loopback for monitoring.
 //!
-//! Enters: requests. Leaves: [`Ask`]s to the driver, so that an answer also proves that its loop turns.
+//! Enters: requests. Leaves: [`Ask`]s to the supervisor, so that an answer also proves that its loop turns.
 //!
 //! | | unix socket | loopback |
 //! |---|---|---|
@@ -28,9 +28,9 @@ use tokio::{
 };
 
 pub(crate) use self::socket::{ControlSocket, in_folder, place_for_service};
-use crate::{metrics::Metrics, reload::Change, status::Status};
+use crate::{operate::reload::Change, report::metrics::Metrics, report::status::Status};
 
-/// What the driver is asked.
+/// What the supervisor is asked.
 #[derive(Debug)]
 pub(crate) enum Ask {
     /// How it is.
@@ -66,7 +66,7 @@ struct Readiness {
     reason: Option<String>,
 }
 
-/// How many asks may wait for the driver.
+/// How many asks may wait for the supervisor.
 pub(crate) const ASKS: usize = 8;
 
 /// How many connections are served at a time. One more waits in the kernel's queue.
@@ -75,10 +75,10 @@ const CONNECTIONS: usize = 32;
 /// How long a head may take, and a connection may be idle.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A driver that does not answer by then is stuck.
+/// A supervisor that does not answer by then is stuck.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A reload waits for the edge's confirmation, see [`crate::driver`].
+/// A reload waits for the edge's confirmation, see [`crate::supervisor`].
 const RELOAD_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Who asks.
@@ -181,7 +181,7 @@ impl Control {
             return answer;
         }
         match path {
-            "/metrics" => content(StatusCode::OK, crate::metrics::CONTENT_TYPE, self.metrics.text()),
+            "/metrics" => content(StatusCode::OK, crate::report::metrics::CONTENT_TYPE, self.metrics.text()),
             "/healthz" => match self.status().await {
                 Some(_) => text(StatusCode::OK, "ok\n"),
                 None => stuck(),

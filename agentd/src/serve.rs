@@ -1,0 +1,7 @@
+//! One public request on this machine: from the message that brings it to the last word about it.
+
+pub(crate) mod exchange;
+pub(crate) mod health;
+pub(crate) mod tunnel;
+pub(crate) mod upload;
+pub(crate) mod upstream;
