@@ -21,6 +21,7 @@ mod operate;
 mod report;
 mod serve;
 mod supervisor;
+pub mod tls;
 
 /// How this program names itself to the edge.
 pub const SOFTWARE: &str = concat!("agentd/", env!("CARGO_PKG_VERSION"));

@@ -36,7 +36,7 @@ use tokio_tungstenite::{
     },
 };
 
-use crate::{config::edge_url::EdgeUrl, identity::credential::Token, serve::upstream::tls::TlsError};
+use crate::{config::edge_url::EdgeUrl, identity::credential::Token, tls::TlsError};
 
 /// A received message may be a little longer than the edge is allowed to send.
 const RECEIVE_BYTES: usize = limits::MESSAGE_BYTES + 8 * 1024;
@@ -185,7 +185,7 @@ pub(crate) struct Dialer {
 impl Dialer {
     /// Prepares dialling `url`; `ca_file` is trusted beside the system's roots.
     pub(crate) fn new(url: EdgeUrl, ca_file: Option<&std::path::Path>) -> Result<Self, TlsError> {
-        use crate::serve::upstream::tls::{Trust, client_config};
+        use crate::tls::{Trust, client_config};
         let tls = if url.is_secure() {
             Some(client_config(ca_file.map_or(Trust::System, Trust::SystemAnd), &[])?)
         } else {

@@ -44,7 +44,7 @@ use crate::{
     report::telemetry::Terminal,
     serve::health,
     serve::tunnel::Tunnels,
-    serve::upstream::tls::TlsError,
+    tls::TlsError,
 };
 
 /// How long a connection that was replaced waits for requests that were dispatched to it just

@@ -11,8 +11,8 @@ use std::{
 };
 
 use agentd::{
-    edge_url::EdgeUrl,
-    upstream::tls::{Trust, client_config},
+    config::edge_url::EdgeUrl,
+    tls::{Trust, client_config},
 };
 use proto::limits;
 use rustls::{ClientConfig, pki_types::ServerName};

@@ -47,9 +47,9 @@ use crate::{
     serve::upstream::{
         Http2, RequestBody, Tls, Upstream, UpstreamError,
         address::{Address, Scheme},
-        tls::{Trust, client_config},
     },
     supervisor::random_fraction,
+    tls::{Trust, client_config},
 };
 
 /// No single step takes longer.

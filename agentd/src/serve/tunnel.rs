@@ -25,8 +25,8 @@ use crate::{
     serve::upstream::{
         Http2, Tls, Upstream,
         address::{Address, Host, Scheme},
-        tls::{TlsError, Trust, client_config},
     },
+    tls::{TlsError, Trust, client_config},
 };
 
 /// How many bytes of announced request bodies may be held at a time, for all tunnels together.

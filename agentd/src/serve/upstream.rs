@@ -7,7 +7,6 @@
 pub(crate) mod address;
 mod pool;
 mod socket;
-pub(crate) mod tls;
 
 use std::{
     error::Error as StdError,

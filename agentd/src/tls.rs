@@ -11,7 +11,7 @@ use rustls::{
 
 /// Whom to believe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Trust<'a> {
+pub enum Trust<'a> {
     /// The system's roots.
     System,
     /// The system's roots and the certificates of a PEM file.
@@ -22,7 +22,7 @@ pub(crate) enum Trust<'a> {
 
 /// Why TLS cannot be set up.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum TlsError {
+pub enum TlsError {
     /// The file cannot be read.
     #[error("cannot read certificates from {path}: {source}")]
     Read {
@@ -47,7 +47,7 @@ pub(crate) enum TlsError {
 /// # Errors
 ///
 /// [`TlsError`] when the extra certificates are missing or broken.
-pub(crate) fn client_config(trust: Trust<'_>, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, TlsError> {
+pub fn client_config(trust: Trust<'_>, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, TlsError> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let builder =
         ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
