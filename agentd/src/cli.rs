@@ -11,7 +11,7 @@ use tracing_subscriber::filter::Targets;
 use crate::{
     config::{
         self, Config, ConfigError, LogConfig, Overrides, TunnelConfig, parse_duration, parse_host_header,
-        parse_log_level,
+        parse_log_level, parse_origin,
     },
     identity,
     identity::credential::{ENV_CREDENTIALS, ENV_TOKEN},
@@ -225,6 +225,10 @@ struct Http {
     /// What the Host field says to the service: "upstream", "preserve" or a host name.
     #[arg(long, value_name = "RULE")]
     host_header: Option<String>,
+    /// What the Origin field says to the service where it is the tunnel's own: "preserve" or "upstream".
+    /// Default: "upstream" for WebSockets, "preserve" for the rest.
+    #[arg(long, value_name = "RULE", value_parser = ["preserve", "upstream"])]
+    origin: Option<String>,
     /// How long the service may take to begin an answer.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     request_timeout: Option<Duration>,
@@ -486,6 +490,9 @@ impl Http {
         let mut tunnel = TunnelConfig::new(name, self.upstream);
         if let Some(rule) = &self.host_header {
             tunnel.host_header = parse_host_header(rule).map_err(ConfigError::new)?;
+        }
+        if let Some(rule) = &self.origin {
+            tunnel.origin = parse_origin(rule).map_err(ConfigError::new)?;
         }
         if let Some(timeout) = self.request_timeout {
             tunnel.request_timeout = timeout;

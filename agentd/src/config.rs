@@ -98,6 +98,12 @@ pub struct TunnelConfig {
     pub upstream: Address,
     /// What `host` says to the upstream.
     pub host_header: HostHeader,
+    /// What `origin` says to the upstream.
+    pub origin: OriginRule,
+    /// Whether addresses of the upstream in a response's head become public ones.
+    pub rewrite_location: bool,
+    /// Whether the edge's entry in `Via` reaches the upstream.
+    pub via: bool,
     /// How long the upstream may take to begin its answer.
     pub request_timeout: Duration,
     /// How many requests are served at a time.
@@ -143,6 +149,9 @@ impl TunnelConfig {
             name,
             upstream,
             host_header: HostHeader::Upstream,
+            origin: OriginRule::Auto,
+            rewrite_location: true,
+            via: true,
             request_timeout: limits::REPLY_TIMEOUT,
             max_concurrent: limits::MAX_CONCURRENT,
             ca_file: None,
@@ -174,6 +183,18 @@ pub enum HostHeader {
     Preserve,
     /// Always this.
     Value(HeaderValue),
+}
+
+/// What `origin` says to the upstream, where it is the tunnel's own public one. Any other is passed on as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OriginRule {
+    /// The upstream's own where another protocol is asked for (WebSockets), else as it was sent.
+    #[default]
+    Auto,
+    /// As it was sent.
+    Preserve,
+    /// The upstream's own scheme and the `host` it is sent; `referer` likewise.
+    Upstream,
 }
 
 /// What environment and flags say; it goes over what files say.
@@ -411,6 +432,19 @@ pub fn parse_host_header(text: &str) -> Result<HostHeader, String> {
                 .map(HostHeader::Value)
                 .ok_or_else(|| format!("{value:?} is neither \"upstream\" nor \"preserve\" nor a host name"))
         }
+    }
+}
+
+/// Reads an `origin` setting.
+///
+/// # Errors
+///
+/// A sentence for the user.
+pub fn parse_origin(text: &str) -> Result<OriginRule, String> {
+    match text {
+        "preserve" => Ok(OriginRule::Preserve),
+        "upstream" => Ok(OriginRule::Upstream),
+        other => Err(format!("{other:?} is neither \"preserve\" nor \"upstream\"")),
     }
 }
 

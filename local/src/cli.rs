@@ -30,6 +30,10 @@ pub struct Options {
     /// Where agents connect; port 0 takes a free one
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8081", value_parser = loopback)]
     pub agents: SocketAddr,
+    /// The domain of the tunnels: names under it lead here where they resolve to this machine, as every name
+    /// under localhost does
+    #[arg(long, value_name = "NAME", default_value = "localhost", value_parser = domain)]
+    pub domain: String,
     /// Do not start an agent for the tunnel `demo`
     #[arg(long)]
     pub no_agent: bool,
@@ -182,6 +186,23 @@ fn limits(text: &str) -> Result<String, String> {
     checked.map(|_| text.to_owned()).map_err(|problem| format!("the list {problem}"))
 }
 
+/// A name that may stand behind a tunnel's.
+fn domain(text: &str) -> Result<String, String> {
+    let name = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    // A tunnel's name, at most 63 characters and a dot, stands before it.
+    if name.len() <= 253 - 64 && name.split('.').all(is_label) {
+        Ok(name)
+    } else {
+        Err("use a DNS name such as localhost or tunnel.example.com".to_owned())
+    }
+}
+
 /// An address of this machine alone, or a port of it.
 fn loopback(text: &str) -> Result<SocketAddr, String> {
     let address = match text.parse::<u16>() {
@@ -234,6 +255,8 @@ mod tests {
         let defaults = options("local");
         assert_eq!(defaults.public, "127.0.0.1:8080".parse().unwrap());
         assert_eq!(defaults.agents, "127.0.0.1:8081".parse().unwrap());
+        assert_eq!(defaults.domain, "localhost");
+        assert_eq!(options("local --domain Tunnel.Example.com.").domain, "tunnel.example.com");
         assert!(!defaults.no_agent && defaults.upstream.is_none() && defaults.state_dir.is_none());
         let set = options(
             "local --upstream 3000 --public 0 --agents localhost:9 --no-agent --latency aws --chaos clock=10,gone=0.5 \
@@ -251,6 +274,8 @@ mod tests {
             ("local --agents x", "use a port"),
             ("local --chaos wind=1", "unknown key"),
             ("local --chaos gone=2", "probability"),
+            ("local --domain http://x", "use a DNS name"),
+            ("local --domain a..b", "use a DNS name"),
             ("local --limits tunnel_requests=0", "out of range"),
         ] {
             let error = parse(line).unwrap_err().to_string();

@@ -67,9 +67,6 @@ const SCHEDULED_EVENT: &str = r#"{"source":"aws.events","detail-type":"Scheduled
 /// The tunnel that is there from the beginning.
 const DEMO: &str = "demo";
 
-/// The domain of the tunnels. Browsers and curl resolve every name under it to this machine.
-const DOMAIN: &str = "localhost";
-
 /// How long the end waits for public requests in flight.
 const DRAIN_TIME: Duration = Duration::from_secs(10);
 
@@ -215,13 +212,14 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     std::fs::write(folder.path().join("endpoint"), aws.endpoint()).context("writing the endpoint's file")?;
     let machine = create_machine(&aws)?;
     let front_secret = lambda::random_hex::<24>();
-    let public_url = format!("http://{{name}}.{DOMAIN}:{}", public_address.port());
+    let public_url = format!("http://{{name}}.{}:{}", options.domain, public_address.port());
     let settings = Settings {
         aws: &aws,
         identity: &identity,
         machine: &machine,
         front_secret: &front_secret,
         public_url: &public_url,
+        domain: &options.domain,
         token_key: STANDARD.encode(lambda::random_bytes::<32>()),
         limits: &options.limits,
         log_level: options.log_level,
@@ -382,6 +380,7 @@ struct Settings<'a> {
     machine: &'a str,
     front_secret: &'a str,
     public_url: &'a str,
+    domain: &'a str,
     token_key: String,
     limits: &'a str,
     log_level: LogLevel,
@@ -460,7 +459,7 @@ impl Settings<'_> {
             (env::TOKEN_KEYS, self.token_key.clone()),
             (env::STATE_MACHINE_ARN, self.machine.to_owned()),
             (env::AGENT_ENDPOINT, self.aws.connections_endpoint()),
-            (env::DOMAIN, DOMAIN.to_owned()),
+            (env::DOMAIN, self.domain.to_owned()),
             (env::PUBLIC_URL, self.public_url.to_owned()),
             (env::FRONT_SECRET, self.front_secret.to_owned()),
             (env::FRONT_ONLY, "true".to_owned()),

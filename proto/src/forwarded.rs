@@ -50,6 +50,9 @@ pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-tunnel-request-id"
 /// The field that carries an [`crate::error::ErrorCode`] to the public client.
 pub const ERROR: HeaderName = HeaderName::from_static("x-tunnel-error");
 
+/// The edge's own entry in `Via`.
+pub const VIA: &str = "1.1 tunnel";
+
 /// Rewrites the forwarding fields of a request on its way to the upstream.
 pub fn apply(headers: &mut Headers, hop: &Hop<'_>, trust: Trust, request_id: &RequestId) {
     let earlier = |headers: &Headers, name: HeaderName| match trust {
@@ -79,7 +82,7 @@ pub fn apply(headers: &mut Headers, hop: &Hop<'_>, trust: Trust, request_id: &Re
     set_list(headers, header::FORWARDED, chain_forwarded, Some(&forwarded_element(hop)));
     // RFC 9110 §7.6.3: every proxy adds itself; the client's own entries say how it came this far.
     let via = headers.get_all(header::VIA).map(|value| value.as_bytes().to_vec()).collect();
-    set_list(headers, header::VIA, via, Some("1.1 tunnel"));
+    set_list(headers, header::VIA, via, Some(VIA));
     set(headers, REQUEST_ID, request_id.as_str());
     if !headers.get(TRACEPARENT).is_some_and(is_traceparent) {
         headers.remove("tracestate");

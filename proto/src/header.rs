@@ -102,13 +102,15 @@ impl Headers {
 }
 
 /// Fields that are hop-by-hop whether or not `Connection` names them.
+///
+/// `Proxy-Authorization` is for whoever consumes it (RFC 9110 §11.7.2), and a gateway does not. What
+/// `Proxy-Authenticate` says is for the next client on the way back (§11.7.1), which is not the visitor.
 fn is_hop_by_hop(name: &HeaderName) -> bool {
     matches!(
         name.as_str(),
         "connection"
             | "keep-alive"
             | "proxy-authenticate"
-            | "proxy-authorization"
             | "proxy-connection"
             | "te"
             | "trailer"
@@ -274,7 +276,10 @@ mod tests {
             ("x-other", "2"),
         ]);
         list.strip_hop_by_hop();
-        assert_eq!(names(&list), ["host", "content-length", "x-forwarded-for", "cookie", "x-other"]);
+        assert_eq!(
+            names(&list),
+            ["host", "content-length", "x-forwarded-for", "cookie", "proxy-authorization", "x-other"]
+        );
     }
 
     #[test]

@@ -12,7 +12,7 @@ use rustls::pki_types::ServerName;
 
 use super::{
     Config, ConfigError, FileConfig, HealthCheck, LogConfig, Overrides, TunnelConfig, beside, parse_duration,
-    parse_host_header, parse_log_level, parse_status_address,
+    parse_host_header, parse_log_level, parse_origin, parse_status_address,
     value::{Document, Table},
 };
 use crate::serve::upstream::{
@@ -42,9 +42,12 @@ const TUNNEL_KEYS: &[&str] = &[
     "insecure_skip_verify",
     "max_concurrent",
     "name",
+    "origin",
     "request_timeout",
+    "rewrite_location",
     "server_name",
     "upstream",
+    "via",
 ];
 
 /// Every key there is, for whoever describes them.
@@ -154,6 +157,11 @@ fn read_tunnel(document: &Document<'_>, table: &Table<'_>) -> Result<TunnelConfi
     if let Some(host_header) = table.text("host_header", parse_host_header)? {
         tunnel.host_header = host_header;
     }
+    if let Some(origin) = table.text("origin", parse_origin)? {
+        tunnel.origin = origin;
+    }
+    tunnel.rewrite_location = table.flag("rewrite_location")?.unwrap_or(true);
+    tunnel.via = table.flag("via")?.unwrap_or(true);
     if let Some(timeout) = table.text("request_timeout", |text| duration_within(text, "1ms", "15m"))? {
         tunnel.request_timeout = timeout;
     }

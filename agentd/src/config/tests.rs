@@ -63,6 +63,9 @@ fn reads_every_key() {
             name = "web"
             upstream = "https://app.internal"
             host_header = "preserve"
+            origin = "upstream"
+            rewrite_location = false
+            via = false
             request_timeout = "500ms"
             max_concurrent = 7
             ca_file = "/etc/ca.pem"
@@ -86,6 +89,8 @@ fn reads_every_key() {
     assert_eq!(config.grace_period, Duration::from_secs(5));
     let [web, api] = &config.tunnels[..] else { panic!("two tunnels") };
     assert_eq!(web.host_header, HostHeader::Preserve);
+    assert_eq!((web.origin, web.rewrite_location, web.via), (OriginRule::Upstream, false, false));
+    assert_eq!((api.origin, api.rewrite_location, api.via), (OriginRule::Auto, true, true));
     assert_eq!(web.request_timeout, Duration::from_millis(500));
     assert_eq!(web.max_concurrent, 7);
     assert_eq!(web.http2, Http2::Never);
@@ -175,6 +180,8 @@ fn a_bad_value_is_named_with_its_place() {
         ("request_timeout = \"16m\"", "7:19: \"16m\" must be from 1ms to 15m"),
         ("http2 = \"yes\"", "7:9: \"yes\" is none of \"auto\", \"always\" and \"never\""),
         ("insecure_skip_verify = 1", "7:24: \"insecure_skip_verify\" must be true or false, not an integer"),
+        ("origin = \"null\"", "7:10: \"null\" is neither \"preserve\" nor \"upstream\""),
+        ("via = \"no\"", "7:7: \"via\" must be true or false, not a string"),
         ("host_header = \"a b\"", "7:15: \"a b\" is neither \"upstream\" nor \"preserve\" nor a host name"),
     ] {
         assert_eq!(folder.error(&tunnel(line)), format!("agentd.toml:{message}"));

@@ -32,6 +32,7 @@ use tokio::{
 use crate::{
     link::{LinkGone, Outbox},
     report::access::{AccessLine, AccessLog, Ending},
+    serve::origin::{View, without_own_via},
     serve::tunnel::{HostRule, Tunnel, Tunnels},
     serve::upload::{UploadBody, UploadProgress},
     serve::upstream::{RequestBody, ResponseBody, UpstreamError},
@@ -157,7 +158,8 @@ async fn answer(
     let tunnel = tunnels.get(&job.tunnel).ok_or(fail(ErrorCode::NoSuchTunnel))?;
     line.counted_by(tunnel.metrics());
     let _place = tunnels.enter(&tunnel).map_err(fail)?;
-    let headers = upstream_headers(&job, &tunnel).map_err(fail)?;
+    let host = host_for(&job, &tunnel).map_err(fail)?;
+    let headers = upstream_headers(&job, &tunnel, &host).map_err(fail)?;
 
     let head_due = began + min(tunnel.request_timeout, job.timeout);
     let (response, progress) = timeout_at(head_due, async {
@@ -191,11 +193,17 @@ async fn answer(
     .await
     .unwrap_or(Err(fail(ErrorCode::UpstreamTimedOut)))?;
 
-    let (status, headers, body) = check_head(response).map_err(|error| {
+    let (status, mut headers, body) = check_head(response).map_err(|error| {
         log_failure(&job, &error);
         fail(error.code())
     })?;
     line.head(status);
+    if tunnel.rewrites_location()
+        && View::concerns(&headers)
+        && let Some(view) = View::of(&job.headers, tunnel.upstream.address(), &host)
+    {
+        view.to_public(&mut headers);
+    }
     let codec = (codecs.has(Codec::Zstd) && wants_codec(&headers)).then_some(Codec::Zstd);
     let mut response = Outflow {
         sender,
@@ -254,24 +262,28 @@ fn origin_form(target: &Target) -> Option<Uri> {
     (same && uri.authority().is_none()).then_some(uri)
 }
 
+/// What `host` says to the upstream.
+fn host_for(job: &Job, tunnel: &Tunnel) -> Result<HeaderValue, ErrorCode> {
+    match &tunnel.host {
+        HostRule::Fixed(value) => Ok(value.clone()),
+        HostRule::Public => job
+            .headers
+            .get(X_FORWARDED_HOST)
+            .or_else(|| job.headers.get(header::HOST))
+            .cloned()
+            .ok_or(ErrorCode::BadRequest),
+    }
+}
+
 /// The header fields for the upstream: in the order they came, `host` by the tunnel's rule and first,
 /// the length exact, nothing that belongs to one connection.
-fn upstream_headers(job: &Job, tunnel: &Tunnel) -> Result<HeaderMap, ErrorCode> {
+fn upstream_headers(job: &Job, tunnel: &Tunnel, host: &HeaderValue) -> Result<HeaderMap, ErrorCode> {
     // An offer of HTTP/2 may be ignored (RFC 9110 §7.8); anything else is waited for.
     let upgrades =
         job.headers.get_all(header::UPGRADE).any(|value| !value.as_bytes().eq_ignore_ascii_case(b"h2c"));
     if upgrades || job.method == Method::CONNECT {
         return Err(ErrorCode::UpgradeUnsupported);
     }
-    let host = match &tunnel.host {
-        HostRule::Fixed(value) => value.clone(),
-        HostRule::Public => job
-            .headers
-            .get(X_FORWARDED_HOST)
-            .or_else(|| job.headers.get(header::HOST))
-            .cloned()
-            .ok_or(ErrorCode::BadRequest)?,
-    };
     let length = match &job.body {
         JobBody::Whole(bytes) => bytes.len() as u64,
         JobBody::Announced(body, _) => body.announced(),
@@ -283,15 +295,22 @@ fn upstream_headers(job: &Job, tunnel: &Tunnel) -> Result<HeaderMap, ErrorCode> 
     let mut kept = job.headers.clone();
     kept.strip_hop_by_hop();
     let mut headers = HeaderMap::with_capacity(kept.len() + 2);
-    headers.insert(header::HOST, host);
+    headers.insert(header::HOST, host.clone());
+    let rewrites = tunnel.rewrites(false);
+    let view = || View::of(&job.headers, tunnel.upstream.address(), host);
     for (name, value) in kept {
         if name == header::CONTENT_LENGTH {
             // At its place, once.
             if let Some(length) = length.take() {
                 headers.insert(name, length);
             }
+        } else if name == header::VIA && !tunnel.says_via() {
+            headers.extend(without_own_via(&value).map(|value| (name, value)));
         } else if name != header::HOST && name != header::EXPECT {
-            headers.append(name, value);
+            let concerned = rewrites.concern(&name);
+            let moved =
+                concerned.then(view).flatten().and_then(|view| view.to_upstream(rewrites, &name, &value));
+            headers.append(name, moved.unwrap_or(value));
         }
     }
     if let Some(length) = length {

@@ -22,6 +22,7 @@ use crate::{
     config::{HostHeader, TunnelConfig},
     report::metrics::{Metrics, TunnelMetrics},
     serve::health::{self, Health},
+    serve::origin::Rewrites,
     serve::upstream::{
         Http2, Tls, Upstream,
         address::{Address, Host, Scheme},
@@ -255,6 +256,21 @@ impl Tunnel {
     /// Where this tunnel's requests are counted.
     pub(crate) const fn metrics(&self) -> &Arc<TunnelMetrics> {
         &self.metrics
+    }
+
+    /// Whether addresses of the upstream in a response become public ones.
+    pub(crate) const fn rewrites_location(&self) -> bool {
+        self.config.rewrite_location
+    }
+
+    /// What of a request is said in the upstream's terms; `upgrade` for one that asks for another protocol.
+    pub(crate) const fn rewrites(&self, upgrade: bool) -> Rewrites {
+        Rewrites::of(self.config.rewrite_location, self.config.origin, upgrade)
+    }
+
+    /// Whether the edge's entry in `Via` reaches the upstream.
+    pub(crate) const fn says_via(&self) -> bool {
+        self.config.via
     }
 
     /// Whether the upstream is well.

@@ -192,12 +192,17 @@ impl Upstream {
     /// An upstream at `address`; `tls` is there exactly if its scheme is https.
     pub(crate) fn new(address: Address, tls: Option<Tls>, http2: Http2) -> Self {
         debug_assert_eq!(tls.is_some(), address.scheme() == address::Scheme::Https);
-        let authority = HeaderValue::try_from(address.authority())
+        let authority = HeaderValue::try_from(address.host_field())
             .expect("an authority of letters, digits and punctuation is a field value");
         Self { address, authority, tls, http2, pool: Arc::new(Pool::default()) }
     }
 
-    /// The upstream's own `host[:port]`.
+    /// Where it listens.
+    pub(crate) const fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// The upstream's own `host[:port]`, as `host` says it.
     pub(crate) const fn authority(&self) -> &HeaderValue {
         &self.authority
     }

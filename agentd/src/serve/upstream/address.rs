@@ -119,6 +119,20 @@ impl Address {
         }
     }
 
+    /// What `host` says to this upstream: its authority, but a name of this machine is always said with a port.
+    ///
+    /// Servers that guard themselves against DNS rebinding let `localhost` in with any port, and some of them
+    /// with no other spelling.
+    #[must_use]
+    pub fn host_field(&self) -> String {
+        match self {
+            Self::Unix(_) => "localhost:80".to_owned(),
+            Self::Tcp { host: Host::Localhost, port, .. } => format!("localhost:{port}"),
+            Self::Tcp { host: host @ Host::Ip(ip), port, .. } if ip.is_loopback() => format!("{host}:{port}"),
+            Self::Tcp { .. } => self.authority(),
+        }
+    }
+
     /// Whether TLS is spoken.
     #[must_use]
     pub const fn scheme(&self) -> Scheme {
@@ -235,6 +249,22 @@ mod tests {
         ] {
             let address: Address = text.parse().unwrap();
             assert_eq!(address.to_string(), shown, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_name_of_this_machine_is_said_with_its_port() {
+        for (text, host) in [
+            ("unix:/run/x.sock", "localhost:80"),
+            ("80", "localhost:80"),
+            ("3000", "localhost:3000"),
+            ("https://localhost", "localhost:443"),
+            ("http://127.0.0.1", "127.0.0.1:80"),
+            ("http://[::1]", "[::1]:80"),
+            ("http://app.internal", "app.internal"),
+            ("https://10.0.0.1", "10.0.0.1"),
+        ] {
+            assert_eq!(text.parse::<Address>().unwrap().host_field(), host, "{text}");
         }
     }
 
