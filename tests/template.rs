@@ -81,7 +81,7 @@ fn asked(function: &str) -> BTreeSet<String> {
         }
         "connect" => connect::Connect::from_env(&env).map(drop).map_err(|error| error.to_string()),
         "disconnect" => disconnect::Disconnect::from_env(&env).map(drop).map_err(|error| error.to_string()),
-        "ingress" => ingress::Ingress::from_env(&env).map(drop).map_err(|error| error.to_string()),
+        "ingress" => exchange::Services::from_env(&env).map(drop).map_err(|error| error.to_string()),
         "response" => response::Response::from_env(&env).map(drop).map_err(|error| error.to_string()),
         "revoke" => revoke::Revoke::from_env(&env).map(drop).map_err(|error| error.to_string()),
         "sweep" => sweep::Sweep::from_env(&env).map(drop).map_err(|error| error.to_string()),
@@ -178,13 +178,26 @@ fn code_of_edge() -> BTreeMap<String, Vec<Code>> {
     code
 }
 
+/// What a function ships with, by its manifest.
+fn packages_of(function: &str) -> String {
+    read(&format!("functions/{function}/Cargo.toml"))
+        .split("[dev-dependencies]")
+        .next()
+        .unwrap_or_default()
+        .to_owned()
+}
+
 /// What a function's code can call of AWS through `edge`. Names decide, so it may be more than is called.
 fn reachable(function: &str, code: &BTreeMap<String, Vec<Code>>) -> BTreeSet<Permission> {
-    let folder = format!("functions/{function}/src");
-    let own: String = names(&folder)
+    let mut folders = vec![format!("functions/{function}/src")];
+    if packages_of(function).contains("exchange") {
+        folders.push("exchange/src".to_owned());
+    }
+    let own: String = folders
         .iter()
-        .filter(|name| name.ends_with(".rs"))
-        .map(|name| shipped(&read(&format!("{folder}/{name}"))))
+        .flat_map(|folder| names(folder).into_iter().map(move |name| format!("{folder}/{name}")))
+        .filter(|path| path.ends_with(".rs"))
+        .map(|path| shipped(&read(&path)))
         .collect();
     let mut open: Vec<(&str, &str)> = Vec::new();
     for (_, name) in calls(&own) {

@@ -5,20 +5,14 @@
 
 use std::fmt;
 
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use exchange::route::Arrival;
+use http::{HeaderName, HeaderValue, Method, header};
+use proto::{
+    error::ErrorCode,
+    header::{Headers, value_from_text},
+};
 use serde::{Deserialize, Deserializer, de};
-
-/// What a front of ours adds to a request. A request without the right [`front::SECRET`] is not
-/// believed the others.
-pub mod front {
-    /// The host that the public client asked for.
-    pub const HOST: &str = "x-tunnel-host";
-    /// The secret that only the front and `ingress` know.
-    pub const SECRET: &str = "x-tunnel-front";
-    /// The exact request-target, where the event's path and query do not give it back.
-    pub const TARGET: &str = "x-tunnel-target";
-    /// The address of the public client, where it is not the event's source address.
-    pub const CLIENT: &str = "x-tunnel-client";
-}
 
 /// One public request as Lambda's front describes it.
 #[derive(Debug, Deserialize)]
@@ -43,6 +37,58 @@ pub struct FrontEvent {
     /// Whether [`FrontEvent::body`] is base64.
     #[serde(default)]
     pub is_base64_encoded: bool,
+}
+
+impl FrontEvent {
+    /// The head of the request and its body.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorCode::BadRequest`] when it is none that HTTP allows.
+    pub fn arrival(self) -> Result<(Arrival, Vec<u8>), ErrorCode> {
+        let method = Method::from_bytes(self.request_context.http.method.as_bytes())
+            .map_err(|_| ErrorCode::BadRequest)?;
+        let body = match self.body {
+            None => Vec::new(),
+            Some(text) if self.is_base64_encoded => {
+                STANDARD.decode(text).map_err(|_| ErrorCode::BadRequest)?
+            }
+            Some(text) => text.into_bytes(),
+        };
+        let headers = fields(&self.headers, &self.cookies, body.len())?;
+        let mut target = self.raw_path;
+        if !self.raw_query_string.is_empty() {
+            target.push('?');
+            target.push_str(&self.raw_query_string);
+        }
+        let source = self.request_context.http.source_ip.parse().ok();
+        let domain_name = self.request_context.domain_name;
+        Ok((Arrival { method, target, headers, domain_name, source }, body))
+    }
+}
+
+fn fields(given: &Fields, cookies: &[String], body_bytes: usize) -> Result<Headers, ErrorCode> {
+    let length = HeaderValue::from(body_bytes);
+    let mut headers = Headers::new();
+    let mut has_length = false;
+    for (name, value) in &given.0 {
+        let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| ErrorCode::BadRequest)?;
+        let value = if name == header::CONTENT_LENGTH {
+            has_length = true;
+            length.clone()
+        } else {
+            value_from_text(value).ok_or(ErrorCode::BadRequest)?
+        };
+        headers.push(name, value);
+    }
+    if !has_length && body_bytes > 0 {
+        headers.push(header::CONTENT_LENGTH, length);
+    }
+    if !cookies.is_empty() {
+        let cookies = value_from_text(&cookies.join("; ")).ok_or(ErrorCode::BadRequest)?;
+        headers.push(header::COOKIE, cookies);
+    }
+    Ok(headers)
 }
 
 /// Where a public request comes from.
@@ -148,5 +194,40 @@ mod tests {
         let names: Vec<_> = event.headers.0.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["host", "x-b", "x-a"]);
         assert_eq!(event.headers.get("X-A"), Some("\u{e9}"));
+    }
+
+    fn with(headers: &[(&str, &str)]) -> FrontEvent {
+        let mut event: FrontEvent = serde_json::from_str(EVENT).unwrap();
+        event.headers = Fields(headers.iter().map(|&(n, v)| (n.to_owned(), v.to_owned())).collect());
+        event.cookies.clear();
+        event
+    }
+
+    #[test]
+    fn length_and_cookies_are_the_bodys_and_the_clients_own() {
+        let mut sent = with(&[("content-length", "999"), ("x-b", "1")]);
+        sent.cookies = vec!["a=1".into(), "b=\"x, y\"".into()];
+        let (arrival, body) = sent.arrival().unwrap();
+        assert_eq!(body, b"hi");
+        assert_eq!(arrival.target, "/a%2Fb//c?x=1&x=%2526");
+        assert_eq!(arrival.headers.get("content-length").unwrap(), "2");
+        assert_eq!(arrival.headers.get("cookie").unwrap(), "a=1; b=\"x, y\"");
+        assert_eq!(with(&[]).arrival().unwrap().0.headers.get("content-length").unwrap(), "2");
+        let mut empty = with(&[]);
+        empty.body = None;
+        assert!(empty.arrival().unwrap().0.headers.get("content-length").is_none());
+    }
+
+    #[test]
+    fn what_http_does_not_allow_is_refused() {
+        let refused = |event: FrontEvent| event.arrival().err() == Some(ErrorCode::BadRequest);
+        assert!(refused(with(&[("a b", "x")])));
+        assert!(refused(with(&[("a", "x\ny")])));
+        let mut bad = with(&[]);
+        bad.body = Some("%".into());
+        assert!(refused(bad));
+        let mut bad = with(&[]);
+        bad.request_context.http.method = "A B".into();
+        assert!(refused(bad));
     }
 }

@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::Context as _;
 use bytes::Bytes;
+use exchange::public::{Piece, Pieces};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
 use http_body::{Body as HttpBody, Frame};
 use http_body_util::BodyExt;
@@ -36,21 +37,6 @@ pub struct Invocation {
     /// The event.
     pub event: Bytes,
 }
-
-/// A part of an answer's body.
-#[derive(Debug)]
-pub enum Piece {
-    /// Some bytes.
-    Data(Bytes),
-    /// That was all of it.
-    End,
-    /// There should have been more.
-    Broken,
-}
-
-/// Where the parts of an answer's body go. Closed when the public client is gone; dropping it without a
-/// last [`Piece::End`] breaks the answer.
-pub type Pieces = mpsc::Sender<Piece>;
 
 /// The head of an answer and where its body comes from.
 #[derive(Debug)]

@@ -1,17 +1,18 @@
-//! The mailbox of this process, and what was taken out of it and is still to be deleted there.
+//! The mailbox of a process that serves one exchange at a time, and what was taken out of it and is still to be deleted there.
 //!
 //! Ten deletions are one call and are billed as one, and nothing waits for them: a message that was
 //! received is hidden from everybody for [`limits::MAILBOX_VISIBILITY`]. So receipts are kept, also from
 //! one request to the next, until there are ten of them or [`limits::MAILBOX_DELETE_AFTER`] has passed. While Lambda
 //! has this process frozen nothing is deleted; the next request begins with it. What is left when the
 //! process ends goes with [`limits::MAILBOX_RETENTION`], before the lease of the mailbox ends. A message that shows
-//! up again all the same is stale: the run and [`crate::exchange`] know it by its request id.
+//! up again all the same is stale: the run and [`crate::http`] know it by its request id.
 
 use std::{cell::RefCell, pin::pin, time::Duration};
 
 use edge::{
-    mailbox::{BATCH, Lease, Mailboxes},
-    unix_now_ms,
+    Error,
+    mailbox::{BATCH, Lease, Mailboxes, Pool},
+    unix_now, unix_now_ms,
 };
 use proto::limits;
 
@@ -34,6 +35,27 @@ impl Inbox {
     #[must_use]
     pub fn renewed(self, lease: Lease) -> Self {
         if lease.mailbox == self.lease.mailbox { Self { lease, ..self } } else { Self::new(lease) }
+    }
+
+    /// The same mailbox with a lease that outlives a request that begins now, or another one where it has gone
+    /// to somebody else. `random` is for a new lease.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when no mailbox can be had any more.
+    pub async fn keep(self, pool: &Pool, holder: &str, random: [u8; 16]) -> Result<Self, Error> {
+        if pool.is_fresh(&self.lease, unix_now()) {
+            return Ok(self);
+        }
+        match pool.renew(&self.lease).await {
+            Ok(Some(renewed)) => Ok(self.renewed(renewed)),
+            Ok(None) => Ok(self.renewed(pool.lease(holder, random).await?)),
+            Err(error) => {
+                // The old lease has not ended yet: the next request tries again.
+                tracing::warn!(%error, "mailbox lease was not renewed");
+                Ok(self)
+            }
+        }
     }
 
     /// Notes messages that are to be deleted. Returns those that are to be deleted now.

@@ -1,4 +1,4 @@
-//! One public request from its event to the last byte of its answer.
+//! One public request from its head to the last byte of its answer.
 //!
 //! The run brings the first reply. What follows (more of the body, an upload that the agent asked for)
 //! happens here: one loop receives from the mailbox, restores the order, writes to the public client and
@@ -12,14 +12,14 @@
 //! asked how far it is (`probe`), because nothing would show that the last piece was lost. What is known
 //! to have been sent and does not come breaks the response off.
 
-use std::{cell::Cell, collections::VecDeque, time::Duration};
+use std::{collections::VecDeque, time::Duration};
 
 use edge::{
     Error,
     agent_link::Posted,
     limit::Denied,
     mailbox::Letter,
-    metrics::{self, Counted, Line, Metric, OUTCOME, outcome},
+    metrics::{self, Counted, outcome},
     unix_now, unix_now_ms,
     workflow::{RunInput, RunOutcome},
 };
@@ -38,191 +38,66 @@ use proto::{
     message::{AgentMessage, Cancel, Credit, EdgeMessage, Probe, Reply, Request, RequestChunk, notice},
     token::Claims,
 };
-use tokio::{sync::oneshot, time::Instant};
+use tokio::time::Instant;
 
 use crate::{
-    Ingress, answer,
-    event::FrontEvent,
+    Services, answer,
     inbox::Inbox,
-    route::{PublicRequest, route, wants_html},
-    runtime::{Answer, Invocation, Piece, Pieces, Runtime},
+    public::{Head, Piece, Pieces, PublicSide},
+    record::Record,
+    route::PublicRequest,
 };
-
-/// What is kept free before Lambda's own deadline, to break an answer off in an orderly way.
-const DEADLINE_MARGIN: Duration = Duration::from_secs(3);
-
-/// A message that has lain in its mailbox for as long as this is worth telling about.
-const LATE: Duration = Duration::from_secs(1);
 
 /// How long each receive lasts that only waits for an agent's last word.
 const LAST_WORD_WAIT: Duration = Duration::from_secs(1);
 
-/// Answers one event, and returns the mailbox, its lease renewed if need be.
+/// Carries one exchange: from a head to the end of its answer.
 ///
-/// # Errors
-///
-/// When no mailbox can be had any more; the process should end then.
-pub async fn serve(
-    ingress: &Ingress,
-    runtime: &Runtime,
-    invocation: Invocation,
-    inbox: Inbox,
-) -> anyhow::Result<Inbox> {
-    let request_id = RequestId::from_random(crate::random()?);
-    let inbox = keep_lease(ingress, inbox).await?;
-    let (answers, answer) = oneshot::channel();
-    let respond = async {
-        if let Ok(answer) = answer.await {
-            runtime.respond(&invocation.aws_request_id, answer).await;
-        }
+/// `ends_at` is when whatever holds the client will hold it no longer.
+pub async fn carry<P: PublicSide>(
+    services: &Services,
+    inbox: &Inbox,
+    request_id: &RequestId,
+    request: Result<PublicRequest, ErrorCode>,
+    ends_at: Instant,
+    public: P,
+    record: &Record,
+) {
+    let answering = Answering { request_id, public, record };
+    let request = match request {
+        Ok(request) => request,
+        Err(code) => return answering.fail(code).await,
     };
-    let ends_at = Instant::now()
-        + Duration::from_millis(invocation.deadline_ms.saturating_sub(unix_now_ms()))
-            .saturating_sub(DEADLINE_MARGIN);
-    let record = Record::begin();
-    let exchange = carry(ingress, &inbox, &request_id, &invocation.event, ends_at, answers, &record);
-    let exchange = inbox.tidy_beside(ingress.pool.mailboxes(), exchange);
-    tokio::join!(exchange, respond);
-    record.write(&request_id);
-    Ok(inbox)
-}
+    record.tunnel.set(Some(request.tunnel.clone()));
 
-/// What becomes of a request, for the one line that is written about it.
-struct Record {
-    begun: Instant,
-    tunnel: Cell<Option<TunnelName>>,
-    outcome: Cell<&'static str>,
-    /// From the event to the head of the upstream's response.
-    latency: Cell<Option<Duration>>,
-    /// The longest that a message for it lay in the mailbox.
-    oldest: Cell<Duration>,
-}
-
-impl Record {
-    fn begin() -> Self {
-        Self {
-            begun: Instant::now(),
-            tunnel: Cell::new(None),
-            outcome: Cell::new(outcome::CLIENT_GONE),
-            latency: Cell::new(None),
-            oldest: Cell::new(Duration::ZERO),
-        }
-    }
-
-    /// Notes a message that was sent then and has just been taken. Clocks that differ make it no younger than new.
-    fn taken(&self, sent_ms: Option<u64>) {
-        if let Some(sent_ms) = sent_ms {
-            self.lay(Duration::from_millis(unix_now_ms().saturating_sub(sent_ms)));
-        }
-    }
-
-    /// Notes that a message has lain, or has been missing, for so long.
-    fn lay(&self, age: Duration) {
-        self.oldest.set(self.oldest.get().max(age));
-    }
-
-    /// [`Metric::OldestMessage`], where there is something to tell.
-    fn late(&self) -> Option<f64> {
-        (self.oldest.get() >= LATE).then(|| self.oldest.get().as_secs_f64())
-    }
-
-    fn write(self, request_id: &RequestId) {
-        let mut line = Line::begin();
-        line.add(Metric::Requests, 1.0);
-        line.member(OUTCOME, self.outcome.get());
-        if let Some(latency) = self.latency.get() {
-            line.add(Metric::Latency, latency.as_secs_f64() * 1000.0);
-        }
-        if let Some(age) = self.late() {
-            line.add(Metric::OldestMessage, age);
-        }
-        line.member("request_id", request_id.as_str());
-        if let Some(tunnel) = self.tunnel.take() {
-            line.member("tunnel_id", tunnel.as_str());
-        }
-        line.write();
-    }
-}
-
-async fn keep_lease(ingress: &Ingress, inbox: Inbox) -> anyhow::Result<Inbox> {
-    if ingress.pool.is_fresh(&inbox.lease, unix_now()) {
-        return Ok(inbox);
-    }
-    match ingress.pool.renew(&inbox.lease).await {
-        Ok(Some(renewed)) => Ok(inbox.renewed(renewed)),
-        Ok(None) => Ok(inbox.renewed(ingress.pool.lease(&crate::holder(), crate::random()?).await?)),
-        Err(error) => {
-            // The old lease has not ended yet: the next request tries again.
-            tracing::warn!(%error, "mailbox lease was not renewed");
-            Ok(inbox)
-        }
-    }
+    let admission = match services.limiter.admit(&request.tunnel, request_id, unix_now()).await {
+        Ok(admission) => admission,
+        Err(denied) => return answering.fail(denial(request_id, &request.tunnel, &denied)).await,
+    };
+    relay(services, inbox, request_id, &request, ends_at, answering).await;
+    services.limiter.release(admission).await;
 }
 
 /// The way to answer: once, with a whole error or with a head and what follows.
-struct Answering<'a> {
+struct Answering<'a, P> {
     request_id: &'a RequestId,
-    html: bool,
-    head_only: bool,
-    answers: oneshot::Sender<Answer>,
+    public: P,
     record: &'a Record,
 }
 
-impl Answering<'_> {
+impl<P: PublicSide> Answering<'_, P> {
     async fn fail(self, code: ErrorCode) {
         self.record.outcome.set(code.as_str());
         if code.status().is_server_error() {
             tracing::info!(request_id = %self.request_id, error_code = %code, "request was not answered by its upstream");
         }
-        let page = answer::problem(code, self.request_id, self.html, self.head_only);
-        let (answer, pieces) = Answer::new(page);
-        // Either may find that nobody listens any more; then there is nobody to tell.
-        if self.answers.send(answer).is_ok() {
-            drop(pieces.send(Piece::End).await);
-        }
+        self.public.fail(code).await;
     }
 
-    fn begin(self, first: Vec<u8>) -> Pieces {
-        self.record.outcome.set(outcome::ANSWERED);
-        self.record.latency.set(Some(self.record.begun.elapsed()));
-        let (answer, pieces) = Answer::new(first);
-        drop(self.answers.send(answer));
-        pieces
+    fn begin(self, head: Head, first: Vec<u8>) -> Pieces {
+        self.record.answered();
+        self.public.begin(head, first)
     }
-}
-
-async fn carry(
-    ingress: &Ingress,
-    inbox: &Inbox,
-    request_id: &RequestId,
-    event: &[u8],
-    ends_at: Instant,
-    answers: oneshot::Sender<Answer>,
-    record: &Record,
-) {
-    let mut answering = Answering { request_id, html: false, head_only: false, answers, record };
-    let mut event: FrontEvent = match serde_json::from_slice(event) {
-        Ok(event) => event,
-        Err(error) => {
-            tracing::error!(%request_id, %error, "event is not one of a function URL");
-            return answering.fail(ErrorCode::EdgeFailed).await;
-        }
-    };
-    answering.html = wants_html(&event);
-    answering.head_only = event.request_context.http.method == "HEAD";
-    let request = match route(&mut event, &ingress.config, request_id) {
-        Ok(request) => request,
-        Err(code) => return answering.fail(code).await,
-    };
-    drop(event);
-    record.tunnel.set(Some(request.tunnel.clone()));
-
-    let admission = match ingress.limiter.admit(&request.tunnel, request_id, unix_now()).await {
-        Ok(admission) => admission,
-        Err(denied) => return answering.fail(denial(request_id, &request.tunnel, &denied)).await,
-    };
-    relay(ingress, inbox, request_id, &request, ends_at, answering).await;
-    ingress.limiter.release(admission).await;
 }
 
 /// The code for a request that a limit does not let through.
@@ -240,26 +115,26 @@ fn denial(request_id: &RequestId, tunnel: &TunnelName, denied: &Denied) -> Error
 }
 
 /// Has the workflow bring the request to an agent, and the answer back.
-async fn relay(
-    ingress: &Ingress,
+async fn relay<P: PublicSide>(
+    services: &Services,
     inbox: &Inbox,
     request_id: &RequestId,
     request: &PublicRequest,
     ends_at: Instant,
-    answering: Answering<'_>,
+    answering: Answering<'_, P>,
 ) {
     let record = answering.record;
-    let reply_by = (Instant::now() + ingress.config.reply_timeout).min(ends_at);
+    let reply_by = (Instant::now() + services.config.reply_timeout).min(ends_at);
     // Valid as long as an answer may go on. Nothing is gained by a shorter life: a reply to a request
     // that is over is recognised by its request id.
     let expires_at = unix_now() + limits::RESPONSE_DURATION.as_secs() + limits::RUN_DURATION.as_secs();
-    let token = ingress.config.keys.mint(&Claims {
+    let token = services.config.keys.mint(&Claims {
         request_id: request_id.clone(),
         mailbox: inbox.lease.mailbox.clone(),
         tunnel: request.tunnel.clone(),
         expires_at,
     });
-    let outcome = dispatch(ingress, inbox, request_id, request, &token, reply_by).await;
+    let outcome = dispatch(services, inbox, request_id, request, &token, reply_by).await;
     let (connection, first) = match outcome {
         Ok(RunOutcome::Replied { connection, reply, receipt, sent_ms }) => {
             let letter = Letter {
@@ -276,11 +151,11 @@ async fn relay(
         Ok(RunOutcome::Failed { code, connection, receipt }) => {
             let clean = async {
                 if let Some(receipts) = inbox.discard(receipt) {
-                    inbox.delete(ingress.pool.mailboxes(), receipts).await;
+                    inbox.delete(services.pool.mailboxes(), receipts).await;
                 }
                 if let (ErrorCode::UpstreamTimedOut, Some(connection)) = (code, connection) {
                     let exchange =
-                        Exchange::new(ingress, inbox, request_id, request, connection, &token, record);
+                        Exchange::new(services, inbox, request_id, request, connection, &token, record);
                     exchange.give_up(None).await;
                 }
             };
@@ -297,13 +172,13 @@ async fn relay(
             return answering.fail(ErrorCode::EdgeFailed).await;
         }
     };
-    Exchange::new(ingress, inbox, request_id, request, connection, &token, record)
+    Exchange::new(services, inbox, request_id, request, connection, &token, record)
         .run(first, answering, reply_by, ends_at)
         .await;
 }
 
 async fn dispatch(
-    ingress: &Ingress,
+    services: &Services,
     inbox: &Inbox,
     request_id: &RequestId,
     request: &PublicRequest,
@@ -344,7 +219,7 @@ async fn dispatch(
         pick: pick(request_id),
         message: &message,
     };
-    ingress.workflow.run(&input).await
+    services.workflow.run(&input).await
 }
 
 /// The request id is random; its last digits choose among several connections.
@@ -393,7 +268,7 @@ struct Missing {
 type Receiving<'a> = LocalBoxFuture<'a, Result<Vec<Letter>, Error>>;
 
 struct Exchange<'a> {
-    ingress: &'a Ingress,
+    services: &'a Services,
     inbox: &'a Inbox,
     request_id: &'a RequestId,
     request: &'a PublicRequest,
@@ -416,7 +291,7 @@ struct Exchange<'a> {
 
 impl<'a> Exchange<'a> {
     fn new(
-        ingress: &'a Ingress,
+        services: &'a Services,
         inbox: &'a Inbox,
         request_id: &'a RequestId,
         request: &'a PublicRequest,
@@ -425,7 +300,7 @@ impl<'a> Exchange<'a> {
         record: &'a Record,
     ) -> Self {
         Self {
-            ingress,
+            services,
             inbox,
             request_id,
             request,
@@ -443,7 +318,13 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    async fn run(mut self, first: Letter, answering: Answering<'_>, reply_by: Instant, ends_at: Instant) {
+    async fn run<P: PublicSide>(
+        mut self,
+        first: Letter,
+        answering: Answering<'_, P>,
+        reply_by: Instant,
+        ends_at: Instant,
+    ) {
         let record = answering.record;
         let mut receiving: Option<Receiving<'a>> = None;
         let mut stop = self.take(vec![first]).err();
@@ -500,9 +381,8 @@ impl<'a> Exchange<'a> {
             self.request.prefix.as_deref(),
             &self.request.host,
         );
-        let mut bytes = answer::prelude(reply.status, &reply.headers);
-        bytes.extend_from_slice(&body.unwrap_or_default());
-        let pieces = answering.begin(bytes);
+        let head = Head { status: reply.status, headers: reply.headers };
+        let pieces = answering.begin(head, body.unwrap_or_default());
         if reply.end {
             // Sent while messages are being deleted, where there are enough of them.
             let end = async { drop(pieces.send(Piece::End).await) };
@@ -590,7 +470,7 @@ impl<'a> Exchange<'a> {
     /// Begins a receive if one is wanted and none is under way.
     fn receive(&self, receiving: &mut Option<Receiving<'a>>) {
         if receiving.is_none() && !self.is_complete() {
-            let (mailboxes, inbox) = (self.ingress.pool.mailboxes(), self.inbox);
+            let (mailboxes, inbox) = (self.services.pool.mailboxes(), self.inbox);
             *receiving = Some(Box::pin(mailboxes.receive(&inbox.lease, limits::MAILBOX_WAIT)));
         }
     }
@@ -682,7 +562,7 @@ impl<'a> Exchange<'a> {
         }
         self.look_for_gaps();
         if let Some(receipts) = self.inbox.discard(receipts) {
-            let (mailboxes, inbox) = (self.ingress.pool.mailboxes(), self.inbox);
+            let (mailboxes, inbox) = (self.services.pool.mailboxes(), self.inbox);
             self.side.push(
                 async move {
                     inbox.delete(mailboxes, receipts).await;
@@ -752,7 +632,7 @@ impl<'a> Exchange<'a> {
         let compressible =
             is_compressible(text("content-type").as_deref(), text("content-encoding").as_deref());
         let codec = (compress && compressible).then_some(Codec::Zstd);
-        let (link, connection, request_id) = (&self.ingress.link, self.connection.clone(), self.request_id);
+        let (link, connection, request_id) = (&self.services.link, self.connection.clone(), self.request_id);
         let mut rest = &self.request.body[..];
         let mut seq = 0;
         let chunks = std::iter::from_fn(move || {
@@ -788,7 +668,7 @@ impl<'a> Exchange<'a> {
 
     /// Sends a message whose loss is noticed by other means.
     fn post(&self, message: EdgeMessage<'static>) {
-        let (link, connection, request_id) = (&self.ingress.link, self.connection.clone(), self.request_id);
+        let (link, connection, request_id) = (&self.services.link, self.connection.clone(), self.request_id);
         self.side.push(
             async move {
                 match link.post(&connection, &message).await {
@@ -843,7 +723,7 @@ impl<'a> Exchange<'a> {
         let mut quiet = false;
         while self.last.is_none() && !quiet {
             let next = receiving.take().unwrap_or_else(|| {
-                Box::pin(self.ingress.pool.mailboxes().receive(&self.inbox.lease, LAST_WORD_WAIT))
+                Box::pin(self.services.pool.mailboxes().receive(&self.inbox.lease, LAST_WORD_WAIT))
             });
             match self.await_beside(next).await {
                 Ok(letters) => {
@@ -858,28 +738,5 @@ impl<'a> Exchange<'a> {
             drop(self.await_beside(receiving).await);
         }
         self.settle().await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_message_is_late_from_one_second_on_and_the_oldest_counts() {
-        let record = Record::begin();
-        assert_eq!(record.late(), None);
-        record.taken(None);
-        // Another machine's clock.
-        record.taken(Some(unix_now_ms() + 60_000));
-        record.lay(LATE - Duration::from_millis(1));
-        assert_eq!(record.late(), None);
-        record.lay(LATE);
-        assert_eq!(record.late(), Some(1.0));
-        record.lay(Duration::from_secs(30));
-        record.lay(Duration::from_secs(2));
-        assert_eq!(record.late(), Some(30.0));
-        record.taken(Some(unix_now_ms() - 90_000));
-        assert!(record.late().is_some_and(|age| (90.0..100.0).contains(&age)));
     }
 }

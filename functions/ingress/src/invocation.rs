@@ -1,0 +1,106 @@
+//! One event of Lambda, answered through an exchange.
+
+use std::time::Duration;
+
+use edge::unix_now_ms;
+use exchange::{
+    Services, answer,
+    http::carry,
+    inbox::Inbox,
+    public::{Head, Piece, Pieces, PublicSide},
+    record::Record,
+    route::{PublicRequest, route},
+};
+use proto::{error::ErrorCode, id::RequestId, limits};
+use tokio::{sync::oneshot, time::Instant};
+
+use crate::{
+    answer::prelude,
+    event::FrontEvent,
+    runtime::{Answer, Invocation, Runtime},
+};
+
+/// What is kept free before Lambda's own deadline, to break an answer off in an orderly way.
+const DEADLINE_MARGIN: Duration = Duration::from_secs(3);
+
+/// Answers one event, and returns the mailbox, its lease renewed if need be.
+///
+/// # Errors
+///
+/// When no mailbox can be had any more; the process should end then.
+pub async fn serve(
+    services: &Services,
+    runtime: &Runtime,
+    invocation: Invocation,
+    inbox: Inbox,
+) -> anyhow::Result<Inbox> {
+    let request_id = RequestId::from_random(crate::random()?);
+    let inbox = inbox.keep(&services.pool, &crate::holder(), crate::random()?).await?;
+    let (answers, answer) = oneshot::channel();
+    let respond = async {
+        if let Ok(answer) = answer.await {
+            runtime.respond(&invocation.aws_request_id, answer).await;
+        }
+    };
+    let ends_at = Instant::now()
+        + Duration::from_millis(invocation.deadline_ms.saturating_sub(unix_now_ms()))
+            .saturating_sub(DEADLINE_MARGIN);
+    let record = Record::begin();
+    let mut public = LambdaAnswer { request_id: &request_id, html: false, head_only: false, answers };
+    let request = read(&invocation.event, services, &mut public);
+    let exchange = carry(services, &inbox, &request_id, request, ends_at, public, &record);
+    let exchange = inbox.tidy_beside(services.pool.mailboxes(), exchange);
+    tokio::join!(exchange, respond);
+    record.write(&request_id);
+    Ok(inbox)
+}
+
+fn read(
+    event: &[u8],
+    services: &Services,
+    public: &mut LambdaAnswer<'_>,
+) -> Result<PublicRequest, ErrorCode> {
+    let event: FrontEvent = serde_json::from_slice(event).map_err(|error| {
+        tracing::error!(request_id = %public.request_id, %error, "event is not one of a function URL");
+        ErrorCode::EdgeFailed
+    })?;
+    public.head_only = event.request_context.http.method == "HEAD";
+    public.html = event.headers.get("accept").is_some_and(|accept| accept.contains("text/html"));
+    let (arrival, body) = event.arrival()?;
+    let request = route(arrival, body, &services.config, public.request_id)?;
+    if request.body.len() > limits::REQUEST_BODY_BYTES {
+        return Err(ErrorCode::RequestTooLarge);
+    }
+    Ok(request)
+}
+
+/// The one answer to an event, in Lambda's form.
+struct LambdaAnswer<'a> {
+    request_id: &'a RequestId,
+    html: bool,
+    head_only: bool,
+    answers: oneshot::Sender<Answer>,
+}
+
+impl PublicSide for LambdaAnswer<'_> {
+    async fn fail(self, code: ErrorCode) {
+        let (head, body) = answer::problem(code, self.request_id, self.html);
+        let mut bytes = prelude(head.status, &head.headers);
+        if !self.head_only {
+            bytes.extend_from_slice(body.as_bytes());
+        }
+        let (answer, pieces) = Answer::new(bytes);
+        // Either may find that nobody listens any more; then there is nobody to tell.
+        if self.answers.send(answer).is_ok() {
+            drop(pieces.send(Piece::End).await);
+        }
+    }
+
+    fn begin(self, head: Head, first: Vec<u8>) -> Pieces {
+        let mut bytes = prelude(head.status, &head.headers);
+        bytes.extend_from_slice(&first);
+        let (answer, pieces) = Answer::new(bytes);
+        drop(self.answers.send(answer));
+        pieces
+    }
+}
