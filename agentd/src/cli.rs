@@ -10,33 +10,22 @@ use tracing_subscriber::filter::Targets;
 
 use crate::{
     config::{
-        self, Config, ConfigError, LogConfig, Overrides, TunnelConfig, parse_duration, parse_host_header,
-        parse_log_level, parse_origin,
+        self, Config, ConfigError, LogConfig, LogFormat, Overrides, TunnelConfig, address::Address,
+        parse_duration, parse_host_header, parse_log_level, parse_origin,
     },
+    control::{self, client},
     identity,
     identity::credential::{ENV_CREDENTIALS, ENV_TOKEN},
     identity::name,
+    operate::ask::{self, Format},
     operate::background::{self, Forked, StateDir},
-    operate::control::{
-        self, client,
-        command::{self, Format},
-    },
     operate::diagnose,
+    operate::exit,
     operate::reference,
     operate::service,
     report::telemetry,
-    report::telemetry::LogFormat,
-    serve::upstream::address::Address,
     supervisor::{self, Audience, Outcome, Setup, Source},
 };
-
-/// Exit codes that scripts and systemd units may rely on.
-pub(crate) mod exit {
-    pub(crate) const RUNTIME: u8 = 1;
-    pub(crate) const EDGE_UNREACHABLE: u8 = 69;
-    pub(crate) const IDENTITY_REFUSED: u8 = 77;
-    pub(crate) const BAD_CONFIG: u8 = 78;
-}
 
 /// Serves local HTTP services to the internet through your own AWS account.
 #[derive(Debug, Parser)]
@@ -317,27 +306,27 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
                         println!("stopped after {:.1} s", took.as_secs_f64());
                         ExitCode::SUCCESS
                     }
-                    None => command::stop(&places),
+                    None => ask::stop(&places),
                 })
             })
         }
         Command::Status { reach, json } => {
-            command::status(&reach.places(overrides.control_socket), Format::from_flag(json))
+            ask::status(&reach.places(overrides.control_socket), Format::from_flag(json))
         }
         Command::Reload { reach, json } => {
-            command::reload(&reach.places(overrides.control_socket), Format::from_flag(json))
+            ask::reload(&reach.places(overrides.control_socket), Format::from_flag(json))
         }
-        Command::Ready { reach, wait } => command::ready(&reach.places(overrides.control_socket), wait),
+        Command::Ready { reach, wait } => ask::ready(&reach.places(overrides.control_socket), wait),
         Command::Diagnose { reach, file } => {
             let places = reach.places(overrides.control_socket.clone());
             diagnose::run(config::load(&reach.config, &overrides), &places, file.as_deref())
         }
         Command::Tunnel { command } => match command {
             TunnelCommand::List { reach, json } => {
-                command::tunnel_list(&reach.places(overrides.control_socket), Format::from_flag(json))
+                ask::tunnel_list(&reach.places(overrides.control_socket), Format::from_flag(json))
             }
             TunnelCommand::Info { name, reach, json } => {
-                command::tunnel_info(&reach.places(overrides.control_socket), &name, Format::from_flag(json))
+                ask::tunnel_info(&reach.places(overrides.control_socket), &name, Format::from_flag(json))
             }
         },
         Command::Identity(command) => identity::run(command),

@@ -3,8 +3,11 @@
 //! Enters: file names and [`Overrides`]. Leaves: a valid [`Config`], or one [`ConfigError`] that says
 //! where and what to write instead.
 
+pub mod address;
+pub(crate) mod change;
 pub mod edge_url;
 mod file;
+mod log;
 mod value;
 
 use std::{
@@ -20,14 +23,14 @@ use proto::{
     limits,
 };
 use rustls::pki_types::ServerName;
-use tracing_subscriber::filter::{LevelFilter, Targets};
 
-pub use self::file::{control_socket_named_in, load};
+pub use self::{
+    file::{control_socket_named_in, load},
+    log::{DEFAULT_LOG_DAYS, LogConfig, LogFormat, parse_log_level},
+};
 use crate::{
-    config::edge_url::EdgeUrl,
+    config::{address::Address, edge_url::EdgeUrl},
     identity::credential::{CREDENTIAL, Token, TokenError, TokenSource},
-    report::telemetry::LogFormat,
-    serve::upstream::{Http2, address::Address},
 };
 
 /// Where the configuration is unless somebody says otherwise.
@@ -40,9 +43,6 @@ pub const DEFAULT_GRACE_PERIOD: Duration = Duration::from_secs(30);
 /// How many requests all tunnels together serve at a time, unless configured otherwise: it bounds the
 /// memory of the process. A tunnel that may serve more raises it.
 pub const DEFAULT_TOTAL_CONCURRENT: u32 = 256;
-
-/// How many days of log files are kept, unless configured otherwise.
-pub const DEFAULT_LOG_DAYS: u32 = 14;
 
 /// Everything the agent needs to run.
 #[derive(Debug, Clone)]
@@ -65,19 +65,6 @@ pub struct Config {
     pub status_address: Option<SocketAddr>,
     /// What is logged, how and where.
     pub log: LogConfig,
-}
-
-/// What is logged, how and where.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct LogConfig {
-    /// What is logged.
-    pub level: Option<Targets>,
-    /// How lines look.
-    pub format: Option<LogFormat>,
-    /// The folder of the log files; standard error or the journal without one.
-    pub dir: Option<PathBuf>,
-    /// How many days of log files are kept.
-    pub keep_days: Option<u32>,
 }
 
 /// How to reach the edge.
@@ -195,6 +182,18 @@ pub enum OriginRule {
     Preserve,
     /// The upstream's own scheme and the `host` it is sent; `referer` likewise.
     Upstream,
+}
+
+/// When HTTP/2 is spoken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Http2 {
+    /// Over TLS, if the upstream offers it.
+    #[default]
+    Auto,
+    /// Always: over TLS it must be offered, without TLS it is assumed ("prior knowledge").
+    Always,
+    /// Never.
+    Never,
 }
 
 /// What environment and flags say; it goes over what files say.
@@ -382,20 +381,6 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let ms = number.parse::<u64>().ok().zip(unit_ms).and_then(|(number, unit)| number.checked_mul(unit));
     ms.map(Duration::from_millis)
         .ok_or_else(|| format!("{text:?} is not a duration: write it as 500ms, 60s, 5m or 1h"))
-}
-
-/// Reads what is logged: a level for everything, `target=level` for a part, or both with commas.
-///
-/// # Errors
-///
-/// A sentence for the user. A lone word that is no level is one: it would be taken for a target, and
-/// silence everything else.
-pub fn parse_log_level(text: &str) -> Result<Targets, String> {
-    let is_known = |part: &str| part.contains('=') || part.trim().parse::<LevelFilter>().is_ok();
-    let targets = text.split(',').all(is_known).then(|| text.parse().ok()).flatten();
-    targets.ok_or_else(|| {
-        format!("{text:?} is not a level: use error, warn, info, debug or trace, or target=level")
-    })
 }
 
 /// Reads a `status_address` setting.

@@ -4,7 +4,9 @@
 //! The rooms, and the only direction in which they know each other:
 //!
 //! ```text
-//! cli ──► operate ──► supervisor ──► link ──► serve ──► report ──► identity, config
+//! cli ──► operate ──► supervisor ──► control
+//!            │             └───────► link ──► serve ──► report ──► identity, config, tls
+//!            └── diagnose: link, serve
 //! ```
 //!
 //! One task owns one thing: [`supervisor`] the set of connections, [`link`] one WebSocket with its
@@ -15,16 +17,15 @@ use std::{ffi::OsString, process::ExitCode};
 
 mod cli;
 pub mod config;
+mod control;
 pub mod identity;
 mod link;
 mod operate;
+mod random;
 mod report;
 mod serve;
 mod supervisor;
 pub mod tls;
-
-/// How this program names itself to the edge.
-pub const SOFTWARE: &str = concat!("agentd/", env!("CARGO_PKG_VERSION"));
 
 /// Runs `agentd` with `args`, the program's name first, until it is done. No thread exists before it
 /// needs one.

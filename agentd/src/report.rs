@@ -3,4 +3,8 @@
 pub(crate) mod access;
 pub(crate) mod metrics;
 pub(crate) mod status;
+pub(crate) mod systemd;
 pub(crate) mod telemetry;
+
+/// How this program names itself to the edge.
+pub(crate) const SOFTWARE: &str = concat!("agentd/", env!("CARGO_PKG_VERSION"));

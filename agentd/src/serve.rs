@@ -3,6 +3,7 @@
 pub(crate) mod exchange;
 pub(crate) mod health;
 pub(crate) mod origin;
+pub(crate) mod outbox;
 pub(crate) mod tunnel;
 pub(crate) mod upload;
 pub(crate) mod upstream;

@@ -27,22 +27,23 @@ use tokio::{
 };
 
 use crate::{
-    config::{self, Config, Overrides, TunnelConfig},
+    config::{self, Config, Overrides, TunnelConfig, change::Change},
+    control::{self, Ask, Control, ControlSocket, Stopping},
     identity,
     identity::credential::{ENV_TOKEN, Token, TokenSource},
     link::connection::{self, Command, End, Report, Seen, Serial, Shared},
-    link::{DialError, Dialer, Link, Retry},
-    operate::control::{self, Ask, Control, ControlSocket, Stopping},
-    operate::reload::Change,
-    operate::systemd::Notifier,
+    link::dial::{DialError, Dialer, Retry},
+    link::refusal::{advice, is_passing, is_permanent},
+    link::websocket::Link,
+    random, report,
     report::access::AccessLog,
     report::metrics::{Metrics, unix_now},
     report::status::{
-        ConfigStatus, ConnectionState, ConnectionStatus, EdgeStatus, LinkState, Status, TunnelState,
-        TunnelStatus,
+        ConfigStatus, ConnectionState, ConnectionStatus, EdgeStatus, HealthState, LinkState, Status,
+        TunnelState, TunnelStatus,
     },
+    report::systemd::Notifier,
     report::telemetry::Terminal,
-    serve::health,
     serve::tunnel::Tunnels,
     tls::TlsError,
 };
@@ -253,12 +254,6 @@ fn agent_id(random: u64) -> AgentId {
     format!("agent-{random:016x}").parse().expect("letters, digits and a dash are an agent id")
 }
 
-/// Uniform in `[0, 1)`.
-pub(crate) fn random_fraction() -> f64 {
-    // 53 bits are what a double holds. Without randomness every agent waits the same: half.
-    getrandom::u64().map_or(0.5, |random| (random >> 11) as f64 / (1u64 << 53) as f64)
-}
-
 /// A connection as the supervisor sees it.
 struct Known {
     commands: mpsc::Sender<Command>,
@@ -441,7 +436,7 @@ impl Supervisor {
         match error.retry() {
             // A token that was put in place of a good one does not end what that one has opened.
             Retry::Never if self.connections.values().any(|known| known.welcomed && !known.retiring) => {
-                let delay = self.backoff.lost(Instant::now().into_std(), random_fraction());
+                let delay = self.backoff.lost(Instant::now().into_std(), random::fraction());
                 tracing::error!(
                     delay_ms = delay.as_millis() as u64,
                     "{error}; the connection that is open stays in use while it can: {}",
@@ -457,7 +452,7 @@ impl Supervisor {
                 Opening::Idle
             }
             Retry::Later => {
-                let delay = self.backoff.lost(Instant::now().into_std(), random_fraction());
+                let delay = self.backoff.lost(Instant::now().into_std(), random::fraction());
                 tracing::warn!(
                     attempt = self.backoff.failures(),
                     delay_ms = delay.as_millis() as u64,
@@ -527,8 +522,8 @@ impl Supervisor {
         let (commands, inbox) = mpsc::channel(COMMANDS);
         let session = session::Config {
             agent: self.agent.clone(),
-            software: crate::SOFTWARE.to_owned(),
-            jitter: random_fraction(),
+            software: report::SOFTWARE.to_owned(),
+            jitter: random::fraction(),
         };
         self.tasks.spawn(connection::run(
             serial,
@@ -618,7 +613,7 @@ impl Supervisor {
         let again = welcome.refused.iter().any(|refused| is_passing(refused.reason));
         known.greet_at = again.then(|| {
             let factor = 1u32 << known.greetings.min(4);
-            Instant::now() + GREET_AGAIN.mul_f64(f64::from(factor) * (1.0 + random_fraction()))
+            Instant::now() + GREET_AGAIN.mul_f64(f64::from(factor) * (1.0 + random::fraction()))
         });
         known.greetings = if again { known.greetings + 1 } else { 0 };
         self.ever_open |= !welcome.tunnels.is_empty();
@@ -698,7 +693,7 @@ impl Supervisor {
             self.last_error = Some(end.to_string());
             // Also an edge that closes what it has just accepted is not asked again at once.
             let now = Instant::now();
-            let delay = self.backoff.lost(now.into_std(), random_fraction());
+            let delay = self.backoff.lost(now.into_std(), random::fraction());
             self.dial_after = now + delay;
             tracing::info!(delay_ms = delay.as_millis() as u64, "reconnecting");
         }
@@ -930,7 +925,7 @@ impl Supervisor {
                 state,
                 url: self.shown.get(&config.name).cloned(),
                 upstream: config.upstream.to_string(),
-                health: tunnel.as_ref().map_or(health::State::Unchecked, |tunnel| tunnel.health()),
+                health: tunnel.as_ref().map_or(HealthState::Unchecked, |tunnel| tunnel.health()),
                 max_concurrent: config.max_concurrent,
                 figures: tunnel.map(|tunnel| tunnel.metrics().figures()).unwrap_or_default(),
             }
@@ -954,49 +949,6 @@ impl Known {
         // Four places are more than a connection is ever sent; one that has ended takes none.
         let _ = self.commands.try_send(Command::Retire { quiet });
     }
-}
-
-/// What somebody can do about a refusal.
-pub(crate) const fn advice(reason: Refusal) -> &'static str {
-    match reason {
-        Refusal::InvalidName => "choose a name of a-z, 0-9 and '-'",
-        Refusal::ReservedName => "the name is reserved: choose another",
-        Refusal::NotAllowed => "the token does not cover this name: use another name or another token",
-        Refusal::NameTaken => "the name belongs to somebody else: choose another",
-        Refusal::TooMany => "too many tunnels for one agent: run a second agent for the rest",
-        Refusal::TooManyConnections => {
-            "as many agents are connected as the owner or the tunnel may have: it will be asked again"
-        }
-        Refusal::TooManyTunnels => {
-            "as many tunnels are open as the owner may have: close another one; it will be asked again"
-        }
-        Refusal::TryAgain => "the edge could not open it now: it will be asked again",
-        Refusal::OtherVersion => {
-            "the edge speaks another version of the protocol: deploy the edge of this release, or run the agentd of the edge's; it will be asked again"
-        }
-        Refusal::Other => "the edge gave a reason this version does not know: update agentd",
-    }
-}
-
-/// Whether a tunnel refused for this reason stays refused until somebody changes something.
-const fn is_permanent(reason: Refusal) -> bool {
-    match reason {
-        Refusal::InvalidName | Refusal::ReservedName | Refusal::NotAllowed | Refusal::NameTaken => true,
-        Refusal::TooMany
-        | Refusal::TooManyConnections
-        | Refusal::TooManyTunnels
-        | Refusal::TryAgain
-        | Refusal::OtherVersion
-        | Refusal::Other => false,
-    }
-}
-
-/// Whether asking again in a moment may help.
-const fn is_passing(reason: Refusal) -> bool {
-    matches!(
-        reason,
-        Refusal::TooManyConnections | Refusal::TooManyTunnels | Refusal::TryAgain | Refusal::OtherVersion
-    )
 }
 
 async fn at(deadline: Option<Instant>) {

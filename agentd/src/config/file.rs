@@ -11,15 +11,11 @@ use proto::id::TunnelName;
 use rustls::pki_types::ServerName;
 
 use super::{
-    Config, ConfigError, FileConfig, HealthCheck, LogConfig, Overrides, TunnelConfig, beside, parse_duration,
-    parse_host_header, parse_log_level, parse_origin, parse_status_address,
+    Config, ConfigError, FileConfig, HealthCheck, Http2, LogConfig, Overrides, TunnelConfig,
+    address::{Address, Scheme},
+    beside, parse_duration, parse_host_header, parse_log_level, parse_origin, parse_status_address,
     value::{Document, Table},
 };
-use crate::serve::upstream::{
-    Http2,
-    address::{Address, Scheme},
-};
-
 const ROOT_KEYS: &[&str] = &[
     "control_socket",
     "edge",

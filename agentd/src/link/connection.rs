@@ -34,9 +34,10 @@ use tokio::{
 use tokio_tungstenite::tungstenite::{Message, protocol::frame::coding::CloseCode};
 
 use crate::{
-    link::{Incoming, Link, LinkError, Outbox},
+    link::websocket::{Incoming, Link, LinkError},
     report::access::AccessLog,
     serve::exchange::{Exchange, Job, JobBody},
+    serve::outbox::Outbox,
     serve::tunnel::Tunnels,
     serve::upload::{self, Upload, UploadError},
 };

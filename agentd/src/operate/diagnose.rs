@@ -32,23 +32,26 @@ use tokio::{
 
 use self::report::{Report, Verdict};
 use crate::{
-    cli::exit,
     config::edge_url::EdgeUrl,
-    config::{Config, ConfigError, TunnelConfig},
+    config::{
+        Config, ConfigError, Http2, TunnelConfig,
+        address::{Address, Scheme},
+    },
+    control::client::Agent,
     identity,
     identity::credential::TokenSource,
     link::connection::{self, Command, Report as FromConnection, Seen, Shared},
-    link::{DialError, Dialer},
-    operate::control::client::Agent,
+    link::dial::{DialError, Dialer},
+    link::refusal::advice,
+    link::websocket::Link,
+    operate::exit,
+    random,
+    report::SOFTWARE,
     report::access::AccessLog,
     report::metrics::Metrics,
     report::status::{Status, TunnelState},
     serve::tunnel::{Tunnel, Tunnels},
-    serve::upstream::{
-        Http2, RequestBody, Tls, Upstream, UpstreamError,
-        address::{Address, Scheme},
-    },
-    supervisor::random_fraction,
+    serve::upstream::{RequestBody, Tls, Upstream, UpstreamError},
     tls::{Trust, client_config},
 };
 
@@ -247,15 +250,14 @@ struct Moment {
 }
 
 impl Moment {
-    fn begin(link: crate::link::Link, tunnels: &[TunnelConfig], max_concurrent: u32) -> Result<Self, String> {
+    fn begin(link: Link, tunnels: &[TunnelConfig], max_concurrent: u32) -> Result<Self, String> {
         let tunnels = Tunnels::new(tunnels, max_concurrent, Arc::new(Metrics::new()))
             .map_err(|error| error.to_string())?;
         let shared =
             Shared { tunnels: Arc::new(tunnels), access: AccessLog::Log, seen: Mutex::new(Seen::default()) };
         let random = getrandom::u64().map_err(|error| error.to_string())?;
         let agent: AgentId = format!("diagnose-{random:016x}").parse().map_err(|_| "no agent id")?;
-        let session =
-            session::Config { agent, software: crate::SOFTWARE.to_owned(), jitter: random_fraction() };
+        let session = session::Config { agent, software: SOFTWARE.to_owned(), jitter: random::fraction() };
         let (commands, inbox) = mpsc::channel(4);
         let (report, reports) = mpsc::channel(64);
         tokio::spawn(connection::run(1, link, Arc::new(shared), session, inbox, report));
@@ -312,7 +314,7 @@ fn urls_of(status: &Status, report: &mut Report) -> BTreeMap<String, String> {
 fn opened(welcome: &Welcome, report: &mut Report) -> BTreeMap<String, String> {
     for refused in &welcome.refused {
         let name: String = refused.name.chars().filter(|c| !c.is_control()).take(64).collect();
-        let advice = crate::supervisor::advice(refused.reason);
+        let advice = advice(refused.reason);
         report.line(Verdict::Fail, format!("{name} is not open: {advice}"));
     }
     welcome.tunnels.iter().map(|tunnel| (tunnel.name.to_string(), tunnel.url.clone())).collect()
@@ -392,7 +394,7 @@ async fn head(upstream: &Upstream, host: HeaderValue, path: &str) -> Result<http
     *request.method_mut() = Method::HEAD;
     *request.uri_mut() = path.parse().map_err(|error| format!("{error}"))?;
     request.headers_mut().insert(header::HOST, host);
-    request.headers_mut().insert(header::USER_AGENT, HeaderValue::from_static(crate::SOFTWARE));
+    request.headers_mut().insert(header::USER_AGENT, HeaderValue::from_static(SOFTWARE));
     let answered = timeout(STEP_TIMEOUT, upstream.send(request)).await;
     let answer = answered.map_err(|_| format!("no answer within {STEP_TIMEOUT:?}"))?;
     answer.map(|answer| answer.map(drop)).map_err(|error: UpstreamError| error.to_string())

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::{report::metrics::Figures, serve::health};
+use super::metrics::{self, Figures};
 
 /// The state of the agent.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -103,7 +103,7 @@ pub(crate) struct TunnelStatus {
     /// The public address, once the edge has said so.
     pub(crate) url: Option<String>,
     pub(crate) upstream: String,
-    pub(crate) health: health::State,
+    pub(crate) health: HealthState,
     pub(crate) max_concurrent: u32,
     #[serde(flatten)]
     pub(crate) figures: Figures,
@@ -120,6 +120,21 @@ pub(crate) enum TunnelState {
     /// The edge has said no.
     Refused {
         /// Why.
+        reason: String,
+    },
+}
+
+/// What the health checks of an upstream have come to.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub(crate) enum HealthState {
+    /// Nobody checks.
+    Unchecked,
+    /// The last check passed, or too few have failed in a row to say otherwise.
+    Up,
+    /// Too many checks in a row have failed.
+    Down {
+        /// Why the last one did.
         reason: String,
     },
 }
@@ -235,11 +250,11 @@ impl TunnelState {
     }
 }
 
-const fn word_of(health: &health::State) -> &'static str {
+const fn word_of(health: &HealthState) -> &'static str {
     match health {
-        health::State::Unchecked => "-",
-        health::State::Up => "up",
-        health::State::Down { .. } => "down",
+        HealthState::Unchecked => "-",
+        HealthState::Up => "up",
+        HealthState::Down { .. } => "down",
     }
 }
 
@@ -263,9 +278,9 @@ impl TunnelStatus {
         line(
             "health",
             match &self.health {
-                health::State::Unchecked => "not checked: add a health_check to the tunnel".to_owned(),
-                health::State::Down { reason } => format!("down: {reason}"),
-                up @ health::State::Up => word_of(up).to_owned(),
+                HealthState::Unchecked => "not checked: add a health_check to the tunnel".to_owned(),
+                HealthState::Down { reason } => format!("down: {reason}"),
+                up @ HealthState::Up => word_of(up).to_owned(),
             },
         );
         let figures = &self.figures;
@@ -274,7 +289,7 @@ impl TunnelStatus {
         line("errors", figures.errors.to_string());
         line("request bytes", figures.request_bytes.to_string());
         line("response bytes", figures.response_bytes.to_string());
-        let now = crate::report::metrics::unix_now().as_secs();
+        let now = metrics::unix_now().as_secs();
         let ago = |at: u64| format!("{} ago", span(now.saturating_sub(at)));
         line("last delivery", figures.last_delivery_at.map_or_else(|| "never".to_owned(), ago));
         text
@@ -301,7 +316,7 @@ mod tests {
             state,
             url: (name == "web").then(|| "https://web.example.com".into()),
             upstream: "http://localhost:3000".into(),
-            health: health::State::Unchecked,
+            health: HealthState::Unchecked,
             max_concurrent: 64,
             figures: Figures { requests: 12, ..Figures::default() },
         };

@@ -9,32 +9,12 @@ use std::{
     path::Path,
 };
 
-use crate::config::{self, LogConfig};
+use crate::config::{self, LogConfig, LogFormat};
 use tracing_appender::{
     non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard},
     rolling::{RollingFileAppender, Rotation},
 };
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
-
-/// How log lines look.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum LogFormat {
-    /// Short lines for people.
-    Human,
-    /// One JSON object for each event.
-    Json,
-    /// Entries of the systemd journal, with their fields.
-    Journal,
-}
-
-impl std::str::FromStr for LogFormat {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        <Self as clap::ValueEnum>::from_str(text, false)
-            .map_err(|_| format!("{text:?} is none of \"human\", \"json\" and \"journal\""))
-    }
-}
 
 /// How many lines may wait for their reader.
 const QUEUED_LINES: usize = 4096;

@@ -30,9 +30,9 @@ use tokio::{
 };
 
 use crate::{
-    link::{LinkGone, Outbox},
     report::access::{AccessLine, AccessLog, Ending},
     serve::origin::{View, without_own_via},
+    serve::outbox::{LinkGone, Outbox},
     serve::tunnel::{HostRule, Tunnel, Tunnels},
     serve::upload::{UploadBody, UploadProgress},
     serve::upstream::{RequestBody, ResponseBody, UpstreamError},

@@ -10,28 +10,14 @@ use tokio::time::{sleep, timeout};
 
 use crate::{
     config::HealthCheck,
+    report::status::HealthState,
     serve::upstream::{RequestBody, Upstream, UpstreamError},
 };
-
-/// What the checks have come to.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(tag = "state", rename_all = "snake_case")]
-pub(crate) enum State {
-    /// Nobody checks.
-    Unchecked,
-    /// The last check passed, or too few have failed in a row to say otherwise.
-    Up,
-    /// Too many checks in a row have failed.
-    Down {
-        /// Why the last one did.
-        reason: String,
-    },
-}
 
 /// The count of one upstream's checks, without IO.
 #[derive(Debug)]
 struct Tally {
-    state: State,
+    state: HealthState,
     failed: u32,
     max_failed: u32,
 }
@@ -42,8 +28,8 @@ impl Tally {
         match outcome {
             Ok(()) => {
                 self.failed = 0;
-                let changed = self.state != State::Up;
-                self.state = State::Up;
+                let changed = self.state != HealthState::Up;
+                self.state = HealthState::Up;
                 changed
             }
             Err(reason) => {
@@ -51,8 +37,8 @@ impl Tally {
                 if self.failed < self.max_failed {
                     return false;
                 }
-                let changed = !matches!(self.state, State::Down { .. });
-                self.state = State::Down { reason };
+                let changed = !matches!(self.state, HealthState::Down { .. });
+                self.state = HealthState::Down { reason };
                 changed
             }
         }
@@ -68,20 +54,20 @@ impl Health {
     /// nobody checks.
     pub(crate) const fn new(max_failed: Option<u32>) -> Self {
         let (state, max_failed) = match max_failed {
-            Some(max_failed) => (State::Up, max_failed),
-            None => (State::Unchecked, u32::MAX),
+            Some(max_failed) => (HealthState::Up, max_failed),
+            None => (HealthState::Unchecked, u32::MAX),
         };
         Self(Mutex::new(Tally { state, failed: 0, max_failed }))
     }
 
     /// What the checks have come to.
-    pub(crate) fn state(&self) -> State {
+    pub(crate) fn state(&self) -> HealthState {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).state.clone()
     }
 
     /// Whether the upstream should not be called.
     pub(crate) fn is_down(&self) -> bool {
-        matches!(self.0.lock().unwrap_or_else(PoisonError::into_inner).state, State::Down { .. })
+        matches!(self.0.lock().unwrap_or_else(PoisonError::into_inner).state, HealthState::Down { .. })
     }
 
     fn note(&self, outcome: Result<(), String>) -> bool {
@@ -95,7 +81,7 @@ pub(crate) async fn check(
     host: HeaderValue,
     upstream: Arc<Upstream>,
     health: Arc<Health>,
-    changed: impl Fn(&State) + Send,
+    changed: impl Fn(&HealthState) + Send,
 ) {
     loop {
         let outcome = timeout(settings.timeout, ask(&settings.path, &host, &upstream))
@@ -105,7 +91,7 @@ pub(crate) async fn check(
             changed(&health.state());
         }
         // A little uneven, so that many upstreams on one machine are not asked together.
-        sleep(settings.interval.mul_f64(0.9 + 0.2 * crate::supervisor::random_fraction())).await;
+        sleep(settings.interval.mul_f64(0.9 + 0.2 * crate::random::fraction())).await;
     }
 }
 
@@ -116,7 +102,7 @@ async fn ask(path: &PathAndQuery, host: &HeaderValue, upstream: &Upstream) -> Re
     *request.uri_mut() = Uri::from(path.clone());
     let headers: &mut HeaderMap = request.headers_mut();
     headers.insert(header::HOST, host.clone());
-    headers.insert(header::USER_AGENT, HeaderValue::from_static(crate::SOFTWARE));
+    headers.insert(header::USER_AGENT, HeaderValue::from_static(crate::report::SOFTWARE));
     let response = upstream.send(request).await.map_err(said)?;
     let status = response.status();
     let mut body = response.into_body();
@@ -156,9 +142,9 @@ mod tests {
         assert!(!health.note(down()) && !health.note(down()));
         assert!(health.note(down()) && health.is_down());
         assert!(!health.note(down()));
-        assert_eq!(health.state(), State::Down { reason: "x".into() });
+        assert_eq!(health.state(), HealthState::Down { reason: "x".into() });
         assert!(health.note(Ok(())) && !health.is_down());
-        assert_eq!(Health::new(None).state(), State::Unchecked);
+        assert_eq!(Health::new(None).state(), HealthState::Unchecked);
     }
 
     #[test]

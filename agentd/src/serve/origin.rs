@@ -13,7 +13,7 @@ use proto::header::Headers;
 
 use crate::{
     config::OriginRule,
-    serve::upstream::address::{Address, Host},
+    config::address::{Address, Host},
 };
 
 const DESTINATION: HeaderName = HeaderName::from_static("destination");

@@ -19,14 +19,15 @@ use tokio::sync::Semaphore;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
-    config::{HostHeader, TunnelConfig},
-    report::metrics::{Metrics, TunnelMetrics},
-    serve::health::{self, Health},
-    serve::origin::Rewrites,
-    serve::upstream::{
-        Http2, Tls, Upstream,
+    config::{
+        HostHeader, Http2, TunnelConfig,
         address::{Address, Host, Scheme},
     },
+    report::metrics::{Metrics, TunnelMetrics},
+    report::status::HealthState,
+    serve::health::{self, Health},
+    serve::origin::Rewrites,
+    serve::upstream::{Tls, Upstream},
     tls::{TlsError, Trust, client_config},
 };
 
@@ -223,13 +224,13 @@ impl Tunnel {
             };
             metrics.set_healthy(&config.name, true);
             let (name, metrics) = (config.name.clone(), Arc::clone(metrics));
-            let changed = move |state: &health::State| {
-                metrics.set_healthy(&name, *state == health::State::Up);
+            let changed = move |state: &HealthState| {
+                metrics.set_healthy(&name, *state == HealthState::Up);
                 match state {
-                    health::State::Down { reason } => {
+                    HealthState::Down { reason } => {
                         tracing::warn!(tunnel_id = %name, "the upstream of {name} is down: {reason}");
                     }
-                    health::State::Up | health::State::Unchecked => {
+                    HealthState::Up | HealthState::Unchecked => {
                         tracing::info!(tunnel_id = %name, "the upstream of {name} is up again");
                     }
                 }
@@ -274,7 +275,7 @@ impl Tunnel {
     }
 
     /// Whether the upstream is well.
-    pub(crate) fn health(&self) -> health::State {
+    pub(crate) fn health(&self) -> HealthState {
         self.health.state()
     }
 }

@@ -4,7 +4,6 @@
 //! sent, or why there is none. It follows no redirect, decodes nothing, obeys no proxy variable
 //! and dials the configured address only, whatever the request says.
 
-pub(crate) mod address;
 mod pool;
 mod socket;
 
@@ -30,11 +29,16 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use self::{
-    address::Address,
     pool::{Checkout, Pool, Sender},
     socket::{Socket, Watch},
 };
-use crate::serve::upload::{UploadBody, UploadError};
+use crate::{
+    config::{
+        Http2,
+        address::{self, Address},
+    },
+    serve::upload::{UploadBody, UploadError},
+};
 
 /// How long opening a connection to an upstream may take. A head may be due sooner.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -45,18 +49,6 @@ const READ_BUFFER_BYTES: usize = 128 * 1024;
 
 /// How much of an HTTP/2 response may be under way.
 const STREAM_WINDOW_BYTES: u32 = 512 * 1024;
-
-/// When HTTP/2 is spoken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Http2 {
-    /// Over TLS, if the upstream offers it.
-    #[default]
-    Auto,
-    /// Always: over TLS it must be offered, without TLS it is assumed ("prior knowledge").
-    Always,
-    /// Never.
-    Never,
-}
 
 /// Why an upstream gave no whole response.
 #[derive(Debug, thiserror::Error)]

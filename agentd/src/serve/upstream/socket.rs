@@ -14,7 +14,7 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
-use super::address::{Address, Host};
+use crate::config::address::{Address, Host};
 
 /// A connected stream. The HTTP connection owns it; the pool keeps a [`Watch`] on it.
 #[derive(Debug)]

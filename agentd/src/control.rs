@@ -10,7 +10,6 @@
 //! | `POST /reload` `/stop` | yes | no |
 
 pub(crate) mod client;
-pub(crate) mod command;
 mod socket;
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
@@ -28,7 +27,7 @@ use tokio::{
 };
 
 pub(crate) use self::socket::{ControlSocket, in_folder, place_for_service};
-use crate::{operate::reload::Change, report::metrics::Metrics, report::status::Status};
+use crate::{config::change::Change, report::metrics::Metrics, report::status::Status};
 
 /// What the supervisor is asked.
 #[derive(Debug)]

@@ -16,7 +16,7 @@ use hyper_util::rt::TokioIo;
 use tokio::{net::UnixStream, time::timeout};
 
 use super::{Refused, Stopping, socket};
-use crate::{operate::reload::Change, report::status::Status};
+use crate::{config::change::Change, report::status::Status};
 
 /// An agent answers sooner than this, or not at all.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -9,8 +9,9 @@ use std::{
 
 use rustix::process::Pid;
 
-use super::client::{Agent, AskError};
+use super::exit;
 use crate::{
+    control::client::{Agent, AskError},
     operate::background::{Process, STOP_MARGIN},
     report::status::{Status, list},
 };
@@ -140,7 +141,7 @@ pub(crate) fn reload(places: &[PathBuf], format: Format) -> ExitCode {
         Err(AskError::Refused(error)) => {
             let error = AskError::Refused(format!("nothing was changed: {error}"));
             no_answer(&error, format);
-            ExitCode::from(crate::cli::exit::BAD_CONFIG)
+            ExitCode::from(exit::BAD_CONFIG)
         }
         Err(error) => no_answer(&error, format),
     }
