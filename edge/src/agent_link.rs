@@ -40,11 +40,20 @@ impl AgentLink {
     ///
     /// [`Error`]; after anything but `Throttled` it is not known whether the agent got the message.
     pub async fn post(&self, connection: &ConnectionId, message: &EdgeMessage<'_>) -> Result<Posted, Error> {
+        self.post_text(connection, message.encode()).await
+    }
+
+    /// As [`Self::post`], for a message that is encoded already.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::post`].
+    pub async fn post_text(&self, connection: &ConnectionId, text: String) -> Result<Posted, Error> {
         let result = self
             .client
             .post_to_connection()
             .connection_id(connection.as_str())
-            .data(Blob::new(message.encode()))
+            .data(Blob::new(text))
             .send()
             .await;
         match result {

@@ -54,6 +54,16 @@ pub mod env {
     /// How much one owner, and one tunnel, may use: `key=number,…`, see `edge::limit::Limits`. Without it,
     /// nothing is limited and nothing is counted.
     pub const LIMITS: &str = "TUNNEL_LIMITS";
+    /// `true` where public WebSockets are carried; `connect` says so to agents.
+    pub const WEBSOCKETS: &str = "TUNNEL_WEBSOCKETS";
+    /// Where `relay` listens: an address and a port.
+    pub const RELAY_LISTEN: &str = "TUNNEL_RELAY_LISTEN";
+    /// The longest message of a public WebSocket, in bytes.
+    pub const RELAY_MESSAGE_BYTES: &str = "TUNNEL_RELAY_MESSAGE_BYTES";
+    /// How many public connections `relay` holds at the same time.
+    pub const RELAY_CONNECTIONS: &str = "TUNNEL_RELAY_CONNECTIONS";
+    /// How long `relay` waits for its exchanges when it is told to end, in seconds.
+    pub const RELAY_DRAIN_SECS: &str = "TUNNEL_RELAY_DRAIN_SECS";
     /// The namespace of the metrics; without it none are written.
     pub const METRICS_NAMESPACE: &str = "TUNNEL_METRICS_NAMESPACE";
     /// How many free mailboxes `sweep` keeps ready.

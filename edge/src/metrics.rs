@@ -59,6 +59,12 @@ metrics! {
     /// How long a message of an agent lay in its mailbox before the request that it was for took it, or went
     /// without it: the longest of one request. Written by `ingress` where that is long.
     OldestMessage, "OldestMessage", "Seconds", None;
+    /// A public WebSocket that was opened. Written by `relay`.
+    SocketsOpened, "SocketsOpened", "Count", None;
+    /// How long a public WebSocket was open. Written by `relay` at its end.
+    SocketSeconds, "SocketSeconds", "Seconds", None;
+    /// How many messages a public WebSocket carried, both ways. Written by `relay` at its end.
+    SocketMessages, "SocketMessages", "Count", None;
     /// A run that failed, timed out or could not be started. Written by `ingress`.
     RunFailures, "RunFailures", "Count", None;
     /// A token that was refused: an agent's by `authorizer`, a task's by `response`.

@@ -2,7 +2,7 @@
 
 use aws_sdk_sfn::types::SyncExecutionStatus;
 use proto::{
-    error::{ErrorCode, OUTCOME_REPLIED},
+    error::{ErrorCode, OUTCOME_DISPATCHED, OUTCOME_REPLIED},
     id::{ConnectionId, RequestId, TunnelName},
     message::EdgeMessage,
 };
@@ -23,7 +23,8 @@ pub struct RunInput<'a> {
     pub tunnel: &'a TunnelName,
     /// When the run stops waiting, in milliseconds since 1970.
     pub deadline_ms: u64,
-    /// The queue URL of the mailbox to wait at.
+    /// The queue URL of the mailbox to wait at; empty where the run ends once the request is dispatched, because
+    /// whoever started it reads its mailbox itself.
     pub mailbox: &'a str,
     /// Uniform in `[0, 1)`: which of several connections is tried first.
     pub pick: f64,
@@ -44,6 +45,11 @@ pub enum RunOutcome {
         receipt: String,
         /// When it was put there, in milliseconds since 1970.
         sent_ms: Option<u64>,
+    },
+    /// The request was dispatched; its answer goes to the mailbox.
+    Dispatched {
+        /// The connection it was dispatched to.
+        connection: ConnectionId,
     },
     /// There is no answer.
     Failed {
@@ -131,6 +137,11 @@ fn decode(output: &str) -> Result<RunOutcome, Error> {
             }
             _ => Err(invalid("run's output lacks a field of a reply".into())),
         };
+    }
+    if output.outcome == OUTCOME_DISPATCHED {
+        let connection = output.connection_id;
+        let connection = connection.ok_or_else(|| invalid("run's output lacks the connection".into()))?;
+        return Ok(RunOutcome::Dispatched { connection });
     }
     let code = ErrorCode::from_outcome(&output.outcome)
         .ok_or_else(|| invalid(format!("run's outcome {:?} is unknown", output.outcome)))?;

@@ -12,7 +12,7 @@
 //! asked how far it is (`probe`), because nothing would show that the last piece was lost. What is known
 //! to have been sent and does not come breaks the response off.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{borrow::Cow, collections::VecDeque, time::Duration};
 
 use edge::{
     Error,
@@ -30,22 +30,23 @@ use futures_util::{
 };
 use proto::{
     body::{Body, Codec, is_compressible},
-    chunk::{Accepted, Reassembler},
+    chunk::{self, Reassembler},
     error::ErrorCode,
     header::value_to_text,
     id::{ConnectionId, RequestId, TunnelName},
     limits,
-    message::{AgentMessage, Cancel, Credit, EdgeMessage, Probe, Reply, Request, RequestChunk, notice},
+    message::{Accepted, AgentMessage, Cancel, Credit, EdgeMessage, Probe, Reply, Request, RequestChunk, notice},
     token::Claims,
 };
 use tokio::time::Instant;
 
 use crate::{
     Services, answer,
-    inbox::Inbox,
+    inbox::Mail,
     public::{Head, Piece, Pieces, PublicSide},
     record::Record,
     route::PublicRequest,
+    socket::{FirstWord, Handshake, Socket},
 };
 
 /// How long each receive lasts that only waits for an agent's last word.
@@ -54,9 +55,9 @@ const LAST_WORD_WAIT: Duration = Duration::from_secs(1);
 /// Carries one exchange: from a head to the end of its answer.
 ///
 /// `ends_at` is when whatever holds the client will hold it no longer.
-pub async fn carry<P: PublicSide>(
+pub async fn carry<P: PublicSide, M: Mail>(
     services: &Services,
-    inbox: &Inbox,
+    mail: &M,
     request_id: &RequestId,
     request: Result<PublicRequest, ErrorCode>,
     ends_at: Instant,
@@ -74,8 +75,12 @@ pub async fn carry<P: PublicSide>(
         Ok(admission) => admission,
         Err(denied) => return answering.fail(denial(request_id, &request.tunnel, &denied)).await,
     };
-    relay(services, inbox, request_id, &request, ends_at, answering).await;
+    let socket = relay(services, mail, request_id, &request, ends_at, answering).await;
+    // A WebSocket counts as a request until it is open.
     services.limiter.release(admission).await;
+    if let Some((socket, public)) = socket {
+        socket.run(services, mail, request_id, &request.tunnel, public, record).await;
+    }
 }
 
 /// The way to answer: once, with a whole error or with a head and what follows.
@@ -115,26 +120,27 @@ fn denial(request_id: &RequestId, tunnel: &TunnelName, denied: &Denied) -> Error
 }
 
 /// Has the workflow bring the request to an agent, and the answer back.
-async fn relay<P: PublicSide>(
+async fn relay<P: PublicSide, M: Mail>(
     services: &Services,
-    inbox: &Inbox,
+    mail: &M,
     request_id: &RequestId,
     request: &PublicRequest,
     ends_at: Instant,
     answering: Answering<'_, P>,
-) {
+) -> Option<(Socket, P::Socket)> {
     let record = answering.record;
     let reply_by = (Instant::now() + services.config.reply_timeout).min(ends_at);
     // Valid as long as an answer may go on. Nothing is gained by a shorter life: a reply to a request
     // that is over is recognised by its request id.
-    let expires_at = unix_now() + limits::RESPONSE_DURATION.as_secs() + limits::RUN_DURATION.as_secs();
+    let lasts = if request.upgrade.is_some() { limits::SOCKET_LIFETIME } else { limits::RESPONSE_DURATION };
+    let expires_at = unix_now() + lasts.as_secs() + limits::RUN_DURATION.as_secs();
     let token = services.config.keys.mint(&Claims {
         request_id: request_id.clone(),
-        mailbox: inbox.lease.mailbox.clone(),
+        mailbox: mail.mailbox().clone(),
         tunnel: request.tunnel.clone(),
         expires_at,
     });
-    let outcome = dispatch(services, inbox, request_id, request, &token, reply_by).await;
+    let outcome = dispatch(services, mail, request_id, request, &token, reply_by).await;
     let (connection, first) = match outcome {
         Ok(RunOutcome::Replied { connection, reply, receipt, sent_ms }) => {
             let letter = Letter {
@@ -146,40 +152,64 @@ async fn relay<P: PublicSide>(
                 sent_ms,
                 body: reply,
             };
-            (connection, letter)
+            (connection, vec![letter])
         }
+        Ok(RunOutcome::Dispatched { connection }) => (connection, Vec::new()),
         Ok(RunOutcome::Failed { code, connection, receipt }) => {
             let clean = async {
-                if let Some(receipts) = inbox.discard(receipt) {
-                    inbox.delete(services.pool.mailboxes(), receipts).await;
+                if let Some(receipts) = mail.discard(receipt.into_iter().collect()) {
+                    mail.delete(receipts).await;
                 }
                 if let (ErrorCode::UpstreamTimedOut, Some(connection)) = (code, connection) {
                     let exchange =
-                        Exchange::new(services, inbox, request_id, request, connection, &token, record);
+                        Exchange::new(services, mail, request_id, request, connection, &token, record);
                     exchange.give_up(None).await;
                 }
             };
             tokio::join!(answering.fail(code), clean);
-            return;
+            return None;
         }
         Err(Error::Throttled { call }) => {
             tracing::warn!(%request_id, call, "request was not dispatched: throttled");
-            return answering.fail(ErrorCode::EdgeBusy).await;
+            answering.fail(ErrorCode::EdgeBusy).await;
+            return None;
         }
         Err(error) => {
             metrics::count(Counted::RunFailures);
             tracing::error!(%request_id, tunnel_id = %request.tunnel, %error, "run failed");
-            return answering.fail(ErrorCode::EdgeFailed).await;
+            answering.fail(ErrorCode::EdgeFailed).await;
+            return None;
         }
     };
-    Exchange::new(services, inbox, request_id, request, connection, &token, record)
+    let first = if request.upgrade.is_some() {
+        let handshake = Handshake { mail, request_id, connection: &connection };
+        match handshake.first_word(first, reply_by).await {
+            FirstWord::Accepted(accepted, early) => {
+                let Accepted { token: _, subprotocol, mut headers, codecs } = accepted;
+                answer::finish(&mut headers, request_id, request.prefix.as_deref(), &request.host);
+                record.answered();
+                let opened = answering.public.accept(subprotocol.map(Cow::into_owned), headers).await;
+                let socket = Socket { connection, token, codecs, early };
+                if opened.is_none() {
+                    record.outcome.set(outcome::CLIENT_GONE);
+                    socket.give_up(services, request_id).await;
+                }
+                return opened.map(|opened| (socket, opened));
+            }
+            FirstWord::Other(letters) => letters,
+        }
+    } else {
+        first
+    };
+    Exchange::new(services, mail, request_id, request, connection, &token, record)
         .run(first, answering, reply_by, ends_at)
         .await;
+    None
 }
 
-async fn dispatch(
+async fn dispatch<M: Mail>(
     services: &Services,
-    inbox: &Inbox,
+    mail: &M,
     request_id: &RequestId,
     request: &PublicRequest,
     token: &str,
@@ -197,6 +227,7 @@ async fn dispatch(
         body: None,
         announced: None,
         timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX / 2),
+        upgrade: request.upgrade,
     };
     let mut encoded = None;
     if request.body.len() <= limits::CHUNK_BYTES {
@@ -215,7 +246,7 @@ async fn dispatch(
         request_id,
         tunnel: &request.tunnel,
         deadline_ms,
-        mailbox: &inbox.lease.queue_url,
+        mailbox: mail.queue_url().unwrap_or_default(),
         pick: pick(request_id),
         message: &message,
     };
@@ -267,9 +298,9 @@ struct Missing {
 
 type Receiving<'a> = LocalBoxFuture<'a, Result<Vec<Letter>, Error>>;
 
-struct Exchange<'a> {
+struct Exchange<'a, M> {
     services: &'a Services,
-    inbox: &'a Inbox,
+    mail: &'a M,
     request_id: &'a RequestId,
     request: &'a PublicRequest,
     connection: ConnectionId,
@@ -289,10 +320,10 @@ struct Exchange<'a> {
     side: FuturesUnordered<LocalBoxFuture<'a, Side>>,
 }
 
-impl<'a> Exchange<'a> {
+impl<'a, M: Mail> Exchange<'a, M> {
     fn new(
         services: &'a Services,
-        inbox: &'a Inbox,
+        mail: &'a M,
         request_id: &'a RequestId,
         request: &'a PublicRequest,
         connection: ConnectionId,
@@ -301,7 +332,7 @@ impl<'a> Exchange<'a> {
     ) -> Self {
         Self {
             services,
-            inbox,
+            mail,
             request_id,
             request,
             connection,
@@ -320,14 +351,14 @@ impl<'a> Exchange<'a> {
 
     async fn run<P: PublicSide>(
         mut self,
-        first: Letter,
+        first: Vec<Letter>,
         answering: Answering<'_, P>,
         reply_by: Instant,
         ends_at: Instant,
     ) {
         let record = answering.record;
         let mut receiving: Option<Receiving<'a>> = None;
-        let mut stop = self.take(vec![first]).err();
+        let mut stop = self.take(first).err();
 
         // Until the head.
         let head = loop {
@@ -470,8 +501,7 @@ impl<'a> Exchange<'a> {
     /// Begins a receive if one is wanted and none is under way.
     fn receive(&self, receiving: &mut Option<Receiving<'a>>) {
         if receiving.is_none() && !self.is_complete() {
-            let (mailboxes, inbox) = (self.services.pool.mailboxes(), self.inbox);
-            *receiving = Some(Box::pin(mailboxes.receive(&inbox.lease, limits::MAILBOX_WAIT)));
+            *receiving = Some(Box::pin(self.mail.receive(limits::MAILBOX_WAIT)));
         }
     }
 
@@ -561,11 +591,11 @@ impl<'a> Exchange<'a> {
             // Anything else is stale: from a request that is over.
         }
         self.look_for_gaps();
-        if let Some(receipts) = self.inbox.discard(receipts) {
-            let (mailboxes, inbox) = (self.services.pool.mailboxes(), self.inbox);
+        if let Some(receipts) = self.mail.discard(receipts) {
+            let mail = self.mail;
             self.side.push(
                 async move {
-                    inbox.delete(mailboxes, receipts).await;
+                    mail.delete(receipts).await;
                     Side::Nothing
                 }
                 .boxed_local(),
@@ -605,20 +635,23 @@ impl<'a> Exchange<'a> {
                 self.sent = self.sent.max(sent);
                 return Ok(());
             }
-            AgentMessage::Hello(_) | AgentMessage::Heartbeat(_) => {
+            AgentMessage::Hello(_)
+            | AgentMessage::Heartbeat(_)
+            | AgentMessage::Accepted(_)
+            | AgentMessage::Frames(_) => {
                 return Err(invalid(&"it is not an answer"));
             }
         };
         match self.parts.push(seq, part) {
             // Only what was taken can end anything: whoever runs ahead is still to be cancelled, and a
             // number that was used before must not end the receiving.
-            Ok(Accepted::New) => {
+            Ok(chunk::Accepted::New) => {
                 if is_last {
                     self.last = Some(seq);
                 }
                 Ok(())
             }
-            Ok(Accepted::Duplicate) => Ok(()),
+            Ok(chunk::Accepted::Duplicate) => Ok(()),
             Err(error) => Err(invalid(&error)),
         }
     }
@@ -723,7 +756,7 @@ impl<'a> Exchange<'a> {
         let mut quiet = false;
         while self.last.is_none() && !quiet {
             let next = receiving.take().unwrap_or_else(|| {
-                Box::pin(self.services.pool.mailboxes().receive(&self.inbox.lease, LAST_WORD_WAIT))
+                Box::pin(self.mail.receive(LAST_WORD_WAIT))
             });
             match self.await_beside(next).await {
                 Ok(letters) => {

@@ -11,10 +11,59 @@ use std::{cell::RefCell, pin::pin, time::Duration};
 
 use edge::{
     Error,
-    mailbox::{BATCH, Lease, Mailboxes, Pool},
+    mailbox::{BATCH, Lease, Letter, Mailboxes, Pool},
     unix_now, unix_now_ms,
 };
-use proto::limits;
+use proto::{id::MailboxId, limits};
+
+/// Where the answers for one exchange come from.
+pub trait Mail {
+    /// The mailbox that task tokens name.
+    fn mailbox(&self) -> &MailboxId;
+
+    /// Its queue, where the run is to wait there; `None` where the mailbox is shared and the run must not.
+    fn queue_url(&self) -> Option<&str>;
+
+    /// Takes what is there, waiting up to `wait` for something. To be awaited to its end.
+    fn receive(&self, wait: Duration) -> impl Future<Output = Result<Vec<Letter>, Error>>;
+
+    /// Notes messages that are to be deleted. Returns those that are to be deleted now.
+    fn discard(&self, receipts: Vec<String>) -> Option<Vec<String>>;
+
+    /// Deletes messages.
+    fn delete(&self, receipts: Vec<String>) -> impl Future<Output = ()>;
+}
+
+/// A mailbox of one's own, for the time of one exchange.
+#[derive(Debug, Clone, Copy)]
+pub struct Own<'a> {
+    /// The mailbox.
+    pub inbox: &'a Inbox,
+    /// All of them.
+    pub mailboxes: &'a Mailboxes,
+}
+
+impl Mail for Own<'_> {
+    fn mailbox(&self) -> &MailboxId {
+        &self.inbox.lease.mailbox
+    }
+
+    fn queue_url(&self) -> Option<&str> {
+        Some(&self.inbox.lease.queue_url)
+    }
+
+    fn receive(&self, wait: Duration) -> impl Future<Output = Result<Vec<Letter>, Error>> {
+        self.mailboxes.receive(&self.inbox.lease, wait)
+    }
+
+    fn discard(&self, receipts: Vec<String>) -> Option<Vec<String>> {
+        self.inbox.discard(receipts)
+    }
+
+    fn delete(&self, receipts: Vec<String>) -> impl Future<Output = ()> {
+        self.inbox.delete(self.mailboxes, receipts)
+    }
+}
 
 /// A leased mailbox.
 #[derive(Debug)]

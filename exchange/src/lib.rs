@@ -4,7 +4,8 @@
 //! `relay` many connections of its own. Enters: an [`route::Arrival`], the head as its front received it. Leaves,
 //! through a [`public::PublicSide`], one answer. The order of things: [`route`] turns the head into a request for
 //! one tunnel (pure), [`http`] has the workflow bring it to an agent and carries the answer back with the mailbox of
-//! [`inbox`], [`answer`] makes heads and error pages (pure).
+//! [`inbox`], [`socket`] does so for the messages of a WebSocket,
+//! [`answer`] makes heads and error pages (pure).
 //!
 //! Permissions it needs: start the state machine, receive and delete in mailboxes, create them, read
 //! and write the mailboxes table, post to `@connections`; where requests are limited, read names and write
@@ -16,6 +17,7 @@ pub mod inbox;
 pub mod public;
 pub mod record;
 pub mod route;
+pub mod socket;
 
 use std::time::Duration;
 
@@ -44,6 +46,8 @@ pub struct Config {
     pub trust: Trust,
     /// How long the public client waits for the head of a response.
     pub reply_timeout: Duration,
+    /// The longest message of a public WebSocket, in bytes.
+    pub socket_message_bytes: usize,
 }
 
 impl Config {
@@ -66,6 +70,11 @@ impl Config {
                 env::REPLY_TIMEOUT_SECS,
                 limits::REPLY_TIMEOUT,
                 limits::REPLY_TIMEOUT_MAX,
+            )?,
+            socket_message_bytes: env.count(
+                env::RELAY_MESSAGE_BYTES,
+                limits::SOCKET_MESSAGE_BYTES,
+                limits::SOCKET_MESSAGE_BYTES_MAX,
             )?,
         })
     }

@@ -1,7 +1,13 @@
 //! The public side of an exchange: who waits for its answer.
 
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+};
+
 use bytes::Bytes;
-use proto::{error::ErrorCode, header::Headers};
+use futures_util::{Sink, Stream};
+use proto::{error::ErrorCode, header::Headers, socket::Message};
 use tokio::sync::mpsc;
 
 /// A part of an answer's body.
@@ -28,10 +34,61 @@ pub struct Head {
     pub headers: Headers,
 }
 
+/// Why a public WebSocket gives or takes no more messages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SocketError {
+    /// Its client broke a rule of WebSocket and is to be told so with this code.
+    Violation(u16),
+    /// It has ended.
+    Gone,
+}
+
+/// The WebSocket of who holds none.
+#[derive(Debug)]
+pub enum NoSocket {}
+
+impl Stream for NoSocket {
+    type Item = Result<Message, SocketError>;
+
+    fn poll_next(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        match *self {}
+    }
+}
+
+impl Sink<Message> for NoSocket {
+    type Error = SocketError;
+
+    fn poll_ready(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
+        match *self {}
+    }
+
+    fn start_send(self: Pin<&mut Self>, _: Message) -> Result<(), SocketError> {
+        match *self {}
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
+        match *self {}
+    }
+
+    fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
+        match *self {}
+    }
+}
+
 /// Who waits for the answer of one exchange. It is answered once.
 pub trait PublicSide {
     /// Answers with an error of ours. Ends when the answer has been taken, or nobody is left to take it.
     fn fail(self, code: ErrorCode) -> impl Future<Output = ()>;
+
+    /// What a WebSocket's messages go through. Dropped, it is closed.
+    type Socket: Stream<Item = Result<Message, SocketError>> + Sink<Message, Error = SocketError> + Unpin;
+
+    /// Opens the WebSocket that was asked for; `None` where nobody is there any more.
+    fn accept(
+        self,
+        subprotocol: Option<String>,
+        headers: Headers,
+    ) -> impl Future<Output = Option<Self::Socket>>;
 
     /// Begins the answer with its head and what is there of its body. The rest follows.
     fn begin(self, head: Head, first: Vec<u8>) -> Pieces;

@@ -59,6 +59,11 @@ impl Record {
         (self.oldest.get() >= LATE).then(|| self.oldest.get().as_secs_f64())
     }
 
+    /// Notes that a WebSocket was opened: its request is answered.
+    pub(crate) fn opened(&self) {
+        self.outcome.set(outcome::ANSWERED);
+    }
+
     /// Writes the line.
     pub fn write(self, request_id: &RequestId) {
         let mut line = Line::begin();

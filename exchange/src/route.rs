@@ -8,6 +8,7 @@ use proto::{
     forwarded::{self, Hop},
     header::{Headers, value_to_text},
     id::{RequestId, TunnelName},
+    message::Upgrade,
     target::Target,
 };
 
@@ -61,6 +62,15 @@ impl Arrival {
     }
 }
 
+/// Whether who holds the client can go on with a WebSocket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Websockets {
+    /// Yes.
+    Carried,
+    /// No.
+    Refused,
+}
+
 /// A public request, ready to be dispatched.
 #[derive(Debug)]
 pub struct PublicRequest {
@@ -78,6 +88,8 @@ pub struct PublicRequest {
     pub headers: Headers,
     /// The body.
     pub body: Vec<u8>,
+    /// What the client wants to go on with.
+    pub upgrade: Option<Upgrade>,
 }
 
 /// Finds the tunnel and builds the request for its upstream.
@@ -89,6 +101,7 @@ pub fn route(
     arrival: Arrival,
     body: Vec<u8>,
     config: &Config,
+    websockets: Websockets,
     request_id: &RequestId,
 ) -> Result<PublicRequest, ErrorCode> {
     let by_front = is_by_front(&arrival, config);
@@ -108,7 +121,8 @@ pub fn route(
         return Err(ErrorCode::UpgradeUnsupported);
     }
     let (tunnel, prefix, target) = find_tunnel(&host, config.domain.as_deref(), target)?;
-    if arrival.is_websocket() {
+    let upgrade = arrival.is_websocket().then_some(Upgrade::Websocket);
+    if upgrade.is_some() && websockets == Websockets::Refused {
         return Err(ErrorCode::UpgradeUnsupported);
     }
 
@@ -124,12 +138,20 @@ pub fn route(
 
     let mut headers = fields(arrival.headers, &host)?;
     headers.strip_hop_by_hop();
+    if upgrade.is_some() {
+        // Those belong to one hop each: no end of the tunnel decodes compressed frames.
+        for name in ["sec-websocket-key", "sec-websocket-version", "sec-websocket-extensions"] {
+            headers.remove(name);
+        }
+        // An agent that does not know WebSockets refuses what has this field.
+        headers.push(header::UPGRADE, HeaderValue::from_static("websocket"));
+    }
     let hop = Hop { client, scheme, host: &host, port, prefix: prefix.as_deref() };
     forwarded::apply(&mut headers, &hop, config.trust, request_id);
     if !headers.is_within_limits() {
         return Err(ErrorCode::HeadTooLarge);
     }
-    Ok(PublicRequest { tunnel, prefix, host, method: arrival.method, target, headers, body })
+    Ok(PublicRequest { tunnel, prefix, host, method: arrival.method, target, headers, body, upgrade })
 }
 
 /// Whether the request came through the front: it knows the secret.
@@ -196,6 +218,7 @@ mod tests {
             front_only: false,
             trust: Trust::Nobody,
             reply_timeout: limits::REPLY_TIMEOUT,
+            socket_message_bytes: limits::SOCKET_MESSAGE_BYTES,
         }
     }
 
@@ -213,7 +236,7 @@ mod tests {
     }
 
     fn routed(arrival: Arrival) -> Result<PublicRequest, ErrorCode> {
-        route(arrival, Vec::new(), &config(), &RequestId::from_random([1; 16]))
+        route(arrival, Vec::new(), &config(), Websockets::Refused, &RequestId::from_random([1; 16]))
     }
 
     fn by_front<'a>(host: &'a str, more: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
@@ -272,7 +295,7 @@ mod tests {
             let mut only = config();
             only.front_only = true;
             let arrival = arrival("/web/", &[("x-tunnel-front", wrong)]);
-            let refused = route(arrival, Vec::new(), &only, &RequestId::from_random([1; 16]));
+            let refused = route(arrival, Vec::new(), &only, Websockets::Refused, &RequestId::from_random([1; 16]));
             assert_eq!(refused.err(), Some(ErrorCode::FrontRefused), "{wrong}");
         }
         let kept = routed(arrival("/x", &by_front("web.tunnel.example.com", &[("x-tunnel-target", "/x?")])))

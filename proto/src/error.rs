@@ -123,6 +123,9 @@ error_codes! {
 /// The `outcome` of a run that ends with a reply from the agent.
 pub const OUTCOME_REPLIED: &str = "Replied";
 
+/// The outcome of a run that waits for no reply.
+pub const OUTCOME_DISPATCHED: &str = "Dispatched";
+
 impl fmt::Display for ErrorCode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())

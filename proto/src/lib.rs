@@ -4,7 +4,8 @@
 //! random number: callers pass all of that in. What both sides must agree on lives here and
 //! nowhere else: the [`message`] formats, the signed [`token`], the numbering and reassembly of
 //! body [`chunk`]s with their credit, the [`error`] table, the [`limits`] with their sources, which
-//! HTTP [`header`]s travel, the reconnect [`backoff`] and the agent's [`session`] over time.
+//! HTTP [`header`]s travel, the reconnect [`backoff`] the agent's [`session`] over time, and
+//! the messages of a public WebSocket over the link ([`socket`]).
 //!
 //! It does not know HTTP clients, AWS, configuration files or logs.
 
@@ -18,5 +19,6 @@ pub mod id;
 pub mod limits;
 pub mod message;
 pub mod session;
+pub mod socket;
 pub mod target;
 pub mod token;

@@ -177,6 +177,55 @@ pub const HEAD_LINGER: Duration = Duration::from_millis(1);
 /// faster than this is sent together.
 pub const CHUNK_LINGER: Duration = Duration::from_millis(2);
 
+/// The longest message of a public WebSocket unless configured otherwise. Jupyter sends 8 MB in one, and Socket.IO and
+/// Tornado take 1 and 10 MB; tungstenite joins up to 64 MB.
+pub const SOCKET_MESSAGE_BYTES: usize = 16 * 1024 * 1024;
+
+/// The longest that [`SOCKET_MESSAGE_BYTES`] may be configured to.
+pub const SOCKET_MESSAGE_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// How many public WebSockets one agent serves at the same time, and how many a tunnel unless configured otherwise.
+pub const SOCKETS: u32 = 1000;
+
+/// How many bytes of one WebSocket may be under way in one direction without acknowledgement, frames counted with their
+/// overhead: as much as [`CHUNK_WINDOW`] chunks of a response.
+pub const SOCKET_WINDOW_BYTES: usize = 3 * 1024 * 1024;
+
+/// How many batches of one WebSocket may be under way in one direction.
+pub const SOCKET_BATCHES: u32 = 256;
+
+/// After how many bytes passed on they are acknowledged at once.
+pub const SOCKET_ACK_BYTES: usize = SOCKET_WINDOW_BYTES / 4;
+
+/// After how long at the latest what was passed on is acknowledged: by then mostly something has gone the other way.
+pub const SOCKET_ACK_AFTER: Duration = Duration::from_secs(5);
+
+/// From how many bytes on a message of a WebSocket is compressed where the other end can decode it.
+pub const COMPRESS_SOCKET_FROM_BYTES: usize = 4 * 1024;
+
+/// How long an upstream may take to answer a WebSocket's handshake. Several development servers never answer one for a
+/// path that they do not know.
+pub const SOCKET_HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// How old a public WebSocket may become. It is then closed as for a restart, and clients connect again.
+pub const SOCKET_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// After how long without a word the agent asks whether a WebSocket's other end is still there: as long as CloudFront
+/// leaves a silent one open (re:Post, "CloudFront WebSocket idle timeout": 10 minutes).
+pub const SOCKET_ASK_AFTER: Duration = Duration::from_secs(10 * 60);
+
+/// How long a WebSocket that has said its last word waits for the other side's.
+pub const SOCKET_CLOSE: Duration = Duration::from_secs(5);
+
+/// How an agent paces batches that answer nothing: each costs a message, an invocation and a queue's message.
+pub const SOCKET_AGENT_INTERVAL: Duration = Duration::from_millis(150);
+
+/// How the edge paces batches that answer nothing: each costs one message.
+pub const SOCKET_EDGE_INTERVAL: Duration = Duration::from_millis(40);
+
+/// How many batches go at once after a pause.
+pub const SOCKET_BURST: u32 = 16;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -227,6 +276,13 @@ mod tests {
     #[test]
     fn a_piece_is_given_up_only_when_it_cannot_come_any_more() {
         assert!(PIECE_MISSING > MAILBOX_VISIBILITY);
+    }
+
+    #[test]
+    fn a_lost_message_of_a_websocket_shows_within_45_seconds() {
+        assert!(PROBE_AFTER + PIECE_MISSING <= Duration::from_secs(45));
+        assert!(SOCKET_ACK_AFTER < PROBE_AFTER, "who is only slow to acknowledge is not asked");
+        assert!(SOCKET_ACK_BYTES + CHUNK_BYTES < SOCKET_WINDOW_BYTES);
     }
 
     #[test]

@@ -26,10 +26,18 @@
 //! `hello` says which tunnels this connection serves *from now on*: it is sent again to add or remove
 //! some, and with none before the connection is closed.
 //!
-//! Nothing here carries a protocol upgrade yet: a request for one is answered with
-//! [`ErrorCode::UpgradeUnsupported`]. The place for it is a pair of messages beside `request_chunk` and
-//! `chunk`, numbered and credited like them, after a `reply` that accepts it; peers without them drop an
-//! unknown type, so `welcome` and `hello` will have to say that both sides know it.
+//! A `request` with `upgrade` is the handshake of a public WebSocket. The agent answers `accepted`, or `reply` with the
+//! upstream's refusal, and after `accepted` both ends say `frames` ([`crate::socket`]) until each has said a close:
+//!
+//! ```text
+//! agent                                edge
+//!                                 <-   request {request_id, token, upgrade, …}
+//! accepted {token, subprotocol, headers}  ->
+//! frames {token, seq, through, frames}…  <->  frames {request_id, seq, through, frames}…
+//! ```
+//!
+//! `hello` and `welcome` say who knows `websockets`. A peer that does not never sees one of these: the field `upgrade`
+//! comes with the header field of that name, which such an agent refuses with [`ErrorCode::UpgradeUnsupported`].
 
 use std::borrow::Cow;
 
@@ -40,6 +48,7 @@ use crate::{
     error::ErrorCode,
     header::Headers,
     id::{AgentId, ConnectionId, Owner, RequestId, TunnelName},
+    socket::{Batch, Frame},
     target::Target,
 };
 
@@ -86,7 +95,7 @@ impl<'a> Envelope<'a> {
     /// Whether this is one of the messages that answer a request.
     #[must_use]
     pub fn answers_a_request(&self) -> bool {
-        matches!(&*self.kind, "reply" | "chunk" | "continue" | "failed" | "progress")
+        matches!(&*self.kind, "reply" | "chunk" | "continue" | "failed" | "progress" | "accepted" | "frames")
     }
 }
 
@@ -142,6 +151,10 @@ messages! {
         Failed(Failed<'a>) = "failed",
         /// Answers `probe`.
         Progress(Progress<'a>) = "progress",
+        /// The upstream has opened a WebSocket.
+        Accepted(Accepted<'a>) = "accepted",
+        /// Messages of an upstream's WebSocket.
+        Frames(AgentFrames<'a>) = "frames",
     }
 }
 
@@ -166,6 +179,8 @@ messages! {
         Probe(Probe<'a>) = "probe",
         /// The edge wants this connection replaced by a new one.
         Drain(Drain) = "drain",
+        /// Messages of a public WebSocket.
+        Frames(EdgeFrames<'a>) = "frames",
     }
 }
 
@@ -187,6 +202,9 @@ pub struct Hello {
     /// What the agent can decode.
     #[serde(default)]
     pub codecs: Codecs,
+    /// Whether the agent serves public WebSockets.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub websockets: bool,
 }
 
 /// See [`EdgeMessage::Welcome`].
@@ -210,6 +228,9 @@ pub struct Welcome {
     /// What the edge can decode.
     #[serde(default)]
     pub codecs: Codecs,
+    /// Whether the edge carries public WebSockets.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub websockets: bool,
     /// Whose the connection is, as the token says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Owner>,
@@ -299,6 +320,91 @@ pub struct Request<'a> {
     pub announced: Option<u64>,
     /// How long the edge waits for the head of the response, in milliseconds from now.
     pub timeout_ms: u64,
+    /// What the public client wants to go on with on the same connection.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upgrade: Option<Upgrade>,
+}
+
+/// See [`Request::upgrade`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Upgrade {
+    /// A WebSocket (RFC 6455).
+    Websocket,
+}
+
+/// See [`AgentMessage::Accepted`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted<'a> {
+    /// As it came with the request.
+    #[serde(borrow)]
+    pub token: Cow<'a, str>,
+    /// The subprotocol that the upstream chose.
+    #[serde(default, skip_serializing_if = "Option::is_none", borrow)]
+    pub subprotocol: Option<Cow<'a, str>>,
+    /// The other header fields of the upstream's 101, hop-by-hop ones removed.
+    pub headers: Headers,
+    /// What the agent can decode.
+    #[serde(default)]
+    pub codecs: Codecs,
+}
+
+/// See [`AgentMessage::Frames`] and [`crate::socket`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentFrames<'a> {
+    /// As it came with the request.
+    #[serde(borrow)]
+    pub token: Cow<'a, str>,
+    /// Counts from 1; 0 where there are no frames.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub seq: u32,
+    /// Every batch of the edge up to and including this one has been passed on.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub through: u32,
+    /// How many batches the agent has sent, where it wants an answer to that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sent: Option<u32>,
+    /// From now on, what the edge has to say comes over the connection that this came over.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub moved: bool,
+    /// The frames.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", borrow)]
+    pub frames: Vec<Frame<'a>>,
+}
+
+/// See [`EdgeMessage::Frames`] and [`crate::socket`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EdgeFrames<'a> {
+    /// The request.
+    pub request_id: RequestId,
+    /// Counts from 1; 0 where there are no frames.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub seq: u32,
+    /// Every batch of the agent up to and including this one has been passed on.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub through: u32,
+    /// How many batches the edge has sent, where it wants an answer to that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sent: Option<u32>,
+    /// The frames.
+    #[serde(default, skip_serializing_if = "Vec::is_empty", borrow)]
+    pub frames: Vec<Frame<'a>>,
+}
+
+impl<'a> AgentFrames<'a> {
+    /// The frames and what is said beside them.
+    #[must_use]
+    pub fn batch(self) -> Batch<'a> {
+        Batch { seq: self.seq, through: self.through, sent: self.sent, frames: self.frames }
+    }
+}
+
+impl<'a> EdgeFrames<'a> {
+    /// The frames and what is said beside them.
+    #[must_use]
+    pub fn batch(self) -> Batch<'a> {
+        Batch { seq: self.seq, through: self.through, sent: self.sent, frames: self.frames }
+    }
 }
 
 /// See [`EdgeMessage::RequestChunk`].
@@ -421,6 +527,11 @@ const fn is_false(flag: &bool) -> bool {
     !*flag
 }
 
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+const fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
 impl AgentMessage<'_> {
     fn check(&self) -> Result<(), DecodeError> {
         match self {
@@ -433,6 +544,9 @@ impl AgentMessage<'_> {
                 }
                 Ok(())
             }
+            Self::Accepted(accepted) if !accepted.headers.is_within_limits() => {
+                Err(DecodeError::Invalid("head is over its limit"))
+            }
             Self::Chunk(chunk) if chunk.seq == 0 => Err(DecodeError::Invalid("chunk 0 is the head")),
             Self::Hello(hello) if hello.software.len() > 128 => {
                 Err(DecodeError::Invalid("software is too long"))
@@ -442,7 +556,9 @@ impl AgentMessage<'_> {
             | Self::Chunk(_)
             | Self::Continue(_)
             | Self::Failed(_)
-            | Self::Progress(_) => Ok(()),
+            | Self::Progress(_)
+            | Self::Accepted(_)
+            | Self::Frames(_) => Ok(()),
         }
     }
 
@@ -456,6 +572,8 @@ impl AgentMessage<'_> {
             Self::Continue(message) => Some(&message.token),
             Self::Failed(message) => Some(&message.token),
             Self::Progress(message) => Some(&message.token),
+            Self::Accepted(message) => Some(&message.token),
+            Self::Frames(message) => Some(&message.token),
         }
     }
 }
@@ -484,7 +602,8 @@ impl EdgeMessage<'_> {
             | Self::Credit(_)
             | Self::Cancel(_)
             | Self::Probe(_)
-            | Self::Drain(_) => Ok(()),
+            | Self::Drain(_)
+            | Self::Frames(_) => Ok(()),
         }
     }
 }

@@ -103,6 +103,7 @@ impl Session {
             software: self.config.software.clone(),
             tunnels: tunnels.iter().map(ToString::to_string).collect(),
             codecs: Codecs::all(),
+            websockets: true,
         }));
     }
 
@@ -240,6 +241,7 @@ mod tests {
             heartbeat_ms: 25_000,
             lifetime_ms: 7_200_000,
             codecs: Codecs::default(),
+            websockets: false,
             owner: None,
             may_open: Vec::new(),
             identity_ms: None,

@@ -39,6 +39,7 @@ pub struct Connect {
     public_url: String,
     lifetime: Duration,
     heartbeat: Duration,
+    websockets: bool,
 }
 
 /// Runs the function until Lambda ends its process.
@@ -62,6 +63,7 @@ impl Connect {
             public_url: env.required(env::PUBLIC_URL)?,
             lifetime: env.connection_lifetime()?,
             heartbeat: env.heartbeat()?,
+            websockets: env.flag(env::WEBSOCKETS)?,
         })
     }
 
@@ -76,6 +78,7 @@ impl Connect {
             heartbeat_ms: millis(self.heartbeat),
             lifetime_ms: millis(self.lifetime),
             codecs: Codecs::default(),
+            websockets: self.websockets,
             owner: None,
             may_open: Vec::new(),
             identity_ms: None,
@@ -210,6 +213,7 @@ mod tests {
             software: String::new(),
             tunnels: tunnels.iter().map(|&name| name.to_owned()).collect(),
             codecs: Codecs::default(),
+            websockets: false,
         }
     }
 

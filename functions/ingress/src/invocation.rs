@@ -6,12 +6,12 @@ use edge::unix_now_ms;
 use exchange::{
     Services, answer,
     http::carry,
-    inbox::Inbox,
-    public::{Head, Piece, Pieces, PublicSide},
+    inbox::{Inbox, Own},
+    public::{Head, NoSocket, Piece, Pieces, PublicSide},
     record::Record,
-    route::{PublicRequest, route},
+    route::{PublicRequest, Websockets, route},
 };
-use proto::{error::ErrorCode, id::RequestId, limits};
+use proto::{error::ErrorCode, header::Headers, id::RequestId, limits};
 use tokio::{sync::oneshot, time::Instant};
 
 use crate::{
@@ -48,7 +48,8 @@ pub async fn serve(
     let record = Record::begin();
     let mut public = LambdaAnswer { request_id: &request_id, html: false, head_only: false, answers };
     let request = read(&invocation.event, services, &mut public);
-    let exchange = carry(services, &inbox, &request_id, request, ends_at, public, &record);
+    let mail = Own { inbox: &inbox, mailboxes: services.pool.mailboxes() };
+    let exchange = carry(services, &mail, &request_id, request, ends_at, public, &record);
     let exchange = inbox.tidy_beside(services.pool.mailboxes(), exchange);
     tokio::join!(exchange, respond);
     record.write(&request_id);
@@ -67,7 +68,7 @@ fn read(
     public.head_only = event.request_context.http.method == "HEAD";
     public.html = event.headers.get("accept").is_some_and(|accept| accept.contains("text/html"));
     let (arrival, body) = event.arrival()?;
-    let request = route(arrival, body, &services.config, public.request_id)?;
+    let request = route(arrival, body, &services.config, Websockets::Refused, public.request_id)?;
     if request.body.len() > limits::REQUEST_BODY_BYTES {
         return Err(ErrorCode::RequestTooLarge);
     }
@@ -94,6 +95,13 @@ impl PublicSide for LambdaAnswer<'_> {
         if self.answers.send(answer).is_ok() {
             drop(pieces.send(Piece::End).await);
         }
+    }
+
+    type Socket = NoSocket;
+
+    async fn accept(self, _: Option<String>, _: Headers) -> Option<NoSocket> {
+        // `route` has refused it: a Lambda function holds no connection.
+        None
     }
 
     fn begin(self, head: Head, first: Vec<u8>) -> Pieces {

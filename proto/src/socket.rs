@@ -1,0 +1,647 @@
+//! The messages of one public WebSocket over the link: packing, order, credit, loss. Without IO.
+//!
+//! Each end of the link has a [`Flow`] for each socket. Enters: messages of its own WebSocket ([`Flow::send`]),
+//! [`Batch`]es of the other end, the passing of time. Leaves: batches to send ([`Flow::poll_transmit`]), messages for
+//! its own WebSocket ([`Flow::poll_message`]), when to be woken ([`Flow::poll_timeout`]).
+//!
+//! A batch carries several frames. A WebSocket message that does not fit one is cut and joined again; where its own
+//! frames were cut does not matter to anybody (RFC 6455 §5.4). Batches are numbered from 1, each way for itself, and may
+//! arrive in any order and twice. `through` acknowledges what the other end has passed on, so a reader that has stopped
+//! stops the sender. Nothing is sent while nothing flows: acknowledgements travel with data or a few seconds after it.
+//! Whoever waits for one too long asks by saying how much was `sent`, which shows a lost batch even if it was the last.
+//!
+//! Batches cost money by the piece, so they are paced: a few at once, and then as many as [`Pace`] allows. An answer
+//! to something that has just come goes faster than that, and a full batch waits for nothing.
+
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    body::{Body, Codec},
+    chunk::{Accepted, Reassembler},
+    id::RequestId,
+    limits,
+    message::{AgentFrames, AgentMessage, EdgeFrames, EdgeMessage},
+};
+
+/// What a frame takes in a batch beside its payload.
+const FRAME_OVERHEAD_BYTES: usize = 64;
+
+/// A piece of a cut message is not made smaller than this only to fill a batch up.
+const LEAST_PIECE_BYTES: usize = 8 * 1024;
+
+/// How many bytes may wait to be sent before no more are taken from the WebSocket.
+const QUEUE_BYTES: usize = limits::CHUNK_BYTES;
+
+/// How many messages may wait to be sent before no more are taken.
+const QUEUE_MESSAGES: usize = 1024;
+
+/// What a message of a WebSocket is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FrameKind {
+    /// Text.
+    Text,
+    /// Binary.
+    Binary,
+    /// The last word.
+    Close,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+const fn is_false(flag: &bool) -> bool {
+    !*flag
+}
+
+/// A message of a WebSocket, or a piece of one, inside a batch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frame<'a> {
+    /// What it is.
+    pub kind: FrameKind,
+    /// Its payload; of a close, the reason. Absent where it is empty.
+    #[serde(default, skip_serializing_if = "Option::is_none", borrow)]
+    pub body: Option<Body<'a>>,
+    /// Whether the same message goes on in the next frame.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub more: bool,
+    /// The code of a close; a close may have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<u16>,
+}
+
+/// Why a WebSocket is closed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Close {
+    /// The code.
+    pub code: u16,
+    /// What is said beside it: at most 123 bytes fit.
+    pub reason: String,
+}
+
+/// The other end is about to come back, or another one is (IANA WebSocket Close Code Number Registry).
+pub const CLOSE_RESTART: u16 = 1012;
+
+impl Close {
+    /// A close of our own.
+    #[must_use]
+    pub fn new(code: u16, reason: &str) -> Self {
+        Self { code, reason: reason.to_owned() }
+    }
+
+    /// What of this may be sent: a code that no endpoint may send (RFC 6455 §7.4) becomes 1011, and 1005, which only
+    /// says that there was none, none. 1014 is not defined there either, and several libraries refuse it.
+    #[must_use]
+    pub fn sendable(self) -> Option<Self> {
+        match self.code {
+            1005 => None,
+            1000..=1003 | 1007..=1013 | 3000..=4999 => Some(self),
+            _ => Some(Self { code: 1011, reason: self.reason }),
+        }
+    }
+}
+
+/// A message of a WebSocket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Message {
+    /// Text.
+    Text(String),
+    /// Binary.
+    Binary(Bytes),
+    /// The last one.
+    Close(Option<Close>),
+}
+
+impl Message {
+    /// How many bytes of payload it has.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Binary(bytes) => bytes.len(),
+            Self::Close(close) => close.as_ref().map_or(0, |close| close.reason.len()),
+        }
+    }
+
+    /// Whether it has no payload.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Numbered frames of the other end, and what it says beside them.
+#[derive(Debug)]
+pub struct Batch<'a> {
+    /// Counts from 1; 0 where there are no frames.
+    pub seq: u32,
+    /// Every batch of ours up to and including this one has been passed on.
+    pub through: u32,
+    /// How many batches the other end has sent: a question, to be answered at once.
+    pub sent: Option<u32>,
+    /// The frames.
+    pub frames: Vec<Frame<'a>>,
+}
+
+/// Whom a batch is for.
+#[derive(Debug, Clone, Copy)]
+pub enum Envelope<'a> {
+    /// The edge: the task token of the exchange.
+    Edge(&'a str),
+    /// The agent.
+    Agent(&'a RequestId),
+}
+
+impl Envelope<'_> {
+    fn seal(self, batch: Batch<'_>) -> String {
+        let Batch { seq, through, sent, frames } = batch;
+        match self {
+            Self::Edge(token) => AgentMessage::Frames(AgentFrames {
+                token: token.into(),
+                seq,
+                through,
+                sent,
+                moved: false,
+                frames,
+            })
+            .encode(),
+            Self::Agent(request_id) => {
+                let request_id = request_id.clone();
+                EdgeMessage::Frames(EdgeFrames { request_id, seq, through, sent, frames }).encode()
+            }
+        }
+    }
+}
+
+/// Why a flow cannot go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FlowError {
+    /// A batch was sent and will not come, or the other end has fallen silent.
+    #[error("a message was lost on the link")]
+    Lost,
+    /// The other end breaks a rule of this protocol.
+    #[error("the other end of the link broke a rule: {0}")]
+    Invalid(&'static str),
+    /// A message is longer than may be.
+    #[error("a message is longer than may be")]
+    TooLong,
+}
+
+/// How often batches may be sent that answer nothing and are not full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
+    /// The time between two, in the long run.
+    pub interval: Duration,
+    /// How many may go at once after a pause.
+    pub burst: u32,
+}
+
+/// For an answer to what has just come.
+const ANSWER_PACE: Pace = Pace { interval: Duration::from_millis(40), burst: 64 };
+
+/// A meter of a [`Pace`] (generic cell rate).
+#[derive(Debug, Clone, Copy)]
+struct Meter {
+    pace: Pace,
+    /// When everything sent so far is paid for.
+    paid_at: Option<Instant>,
+}
+
+impl Meter {
+    const fn new(pace: Pace) -> Self {
+        Self { pace, paid_at: None }
+    }
+
+    fn ready_at(&self, now: Instant) -> Instant {
+        let burst = self.pace.interval * self.pace.burst.saturating_sub(1);
+        self.paid_at.and_then(|paid_at| paid_at.checked_sub(burst)).map_or(now, |at| at.max(now))
+    }
+
+    fn pay(&mut self, now: Instant) {
+        self.paid_at = Some(self.paid_at.map_or(now, |at| at.max(now)) + self.pace.interval);
+    }
+}
+
+/// What a flow goes by.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// The longest message of a WebSocket, in bytes.
+    pub message_bytes: usize,
+    /// How batches are paced.
+    pub pace: Pace,
+    /// What the other end can decode.
+    pub codec: Option<Codec>,
+    /// After how long without any word the other end is asked whether it is still there.
+    pub ask_after: Option<Duration>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    kind: FrameKind,
+    code: Option<u16>,
+    payload: Bytes,
+}
+
+#[derive(Debug)]
+struct Part {
+    frames: Vec<(FrameKind, Option<u16>, Vec<u8>, bool)>,
+    bytes: usize,
+}
+
+/// One end of a WebSocket over the link.
+#[derive(Debug)]
+pub struct Flow {
+    settings: Settings,
+    // Out.
+    queue: VecDeque<Pending>,
+    queued: usize,
+    closing: bool,
+    next: u32,
+    /// What was sent and is not acknowledged: number and bytes.
+    unacked: VecDeque<(u32, usize)>,
+    under_way: usize,
+    meter: Meter,
+    answers: Meter,
+    /// Something has come since the last batch was sent.
+    heard: bool,
+    /// When the other end is asked.
+    ask_at: Option<Instant>,
+    /// Since when it has not answered.
+    asked_since: Option<Instant>,
+    ask: bool,
+    // In.
+    parts: Reassembler<Part>,
+    held: usize,
+    partial: Option<(FrameKind, Vec<u8>)>,
+    ready: VecDeque<Message>,
+    taken: u32,
+    taken_unacked: usize,
+    acked: u32,
+    ack_at: Option<Instant>,
+    sent_by_peer: u32,
+    missing: Option<(u32, Instant)>,
+    closed: bool,
+}
+
+impl Flow {
+    /// A flow on which nothing has been sent.
+    #[must_use]
+    pub fn new(settings: Settings, now: Instant) -> Self {
+        Self {
+            settings,
+            queue: VecDeque::new(),
+            queued: 0,
+            closing: false,
+            next: 1,
+            unacked: VecDeque::new(),
+            under_way: 0,
+            meter: Meter::new(settings.pace),
+            answers: Meter::new(ANSWER_PACE),
+            heard: false,
+            ask_at: settings.ask_after.map(|after| now + after),
+            asked_since: None,
+            ask: false,
+            parts: Reassembler::new(1, limits::SOCKET_BATCHES + 1),
+            held: 0,
+            partial: None,
+            ready: VecDeque::new(),
+            taken: 0,
+            taken_unacked: 0,
+            acked: 0,
+            ack_at: None,
+            sent_by_peer: 0,
+            missing: None,
+            closed: false,
+        }
+    }
+
+    /// Whether more may be taken from the WebSocket now.
+    #[must_use]
+    pub fn wants_more(&self) -> bool {
+        !self.closing && self.queued < QUEUE_BYTES && self.queue.len() < QUEUE_MESSAGES
+    }
+
+    /// Takes a message of the WebSocket. Nothing follows a close.
+    pub fn send(&mut self, message: Message) {
+        if self.closing {
+            return;
+        }
+        let (kind, code, payload) = match message {
+            Message::Text(text) => (FrameKind::Text, None, Bytes::from(text)),
+            Message::Binary(bytes) => (FrameKind::Binary, None, bytes),
+            Message::Close(close) => {
+                self.closing = true;
+                let (code, reason) = close.map_or((None, String::new()), |c| (Some(c.code), c.reason));
+                (FrameKind::Close, code, Bytes::from(reason))
+            }
+        };
+        self.queued += payload.len();
+        self.queue.push_back(Pending { kind, code, payload });
+    }
+
+    /// Whether the last word of this end was taken by [`Self::send`].
+    #[must_use]
+    pub const fn is_closing(&self) -> bool {
+        self.closing
+    }
+
+    /// Whether everything that was handed in is on its way.
+    #[must_use]
+    pub fn is_sent(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Whether the other end's last word has left through [`Self::poll_message`].
+    #[must_use]
+    pub const fn is_closed(&self) -> bool {
+        self.closed
+    }
+
+    /// How many batches of this end were sent.
+    #[must_use]
+    pub const fn sent(&self) -> u32 {
+        self.next - 1
+    }
+
+    /// Whether every batch up to `through` has come.
+    #[must_use]
+    pub fn has_received(&self, through: u32) -> bool {
+        self.parts.first_missing().0 > through
+    }
+
+    /// Takes a batch of the other end.
+    ///
+    /// # Errors
+    ///
+    /// [`FlowError::Invalid`]; the flow cannot go on then.
+    pub fn receive(&mut self, batch: Batch<'_>, now: Instant) -> Result<(), FlowError> {
+        let Batch { seq, through, sent, frames } = batch;
+        if through >= self.next {
+            return Err(FlowError::Invalid("it acknowledges what was not sent"));
+        }
+        self.asked_since = None;
+        let before = self.unacked.len();
+        while let Some(&(first, bytes)) = self.unacked.front()
+            && first <= through
+        {
+            self.under_way -= bytes;
+            self.unacked.pop_front();
+        }
+        if self.unacked.is_empty() {
+            self.ask_at = self.settings.ask_after.map(|after| now + after);
+        } else if self.unacked.len() < before {
+            // Whoever talks without acknowledging is asked all the same.
+            self.ask_at = Some(now + limits::PROBE_AFTER);
+        }
+        if let Some(sent) = sent {
+            self.sent_by_peer = self.sent_by_peer.max(sent);
+            self.ack_at = Some(now);
+        }
+        match (seq, frames.is_empty()) {
+            (0, true) => {}
+            (0, false) | (1.., true) => return Err(FlowError::Invalid("frames and number do not go together")),
+            (1.., false) => self.take(seq, frames, now)?,
+        }
+        self.look_for_gaps(now);
+        Ok(())
+    }
+
+    fn take(&mut self, seq: u32, frames: Vec<Frame<'_>>, now: Instant) -> Result<(), FlowError> {
+        let mut part = Part { frames: Vec::with_capacity(frames.len()), bytes: 0 };
+        for Frame { kind, body, more, code } in frames {
+            let payload = body.map(Body::decode).transpose();
+            let payload = payload.map_err(|_| FlowError::Invalid("a frame cannot be decoded"))?;
+            let payload = payload.unwrap_or_default();
+            part.bytes += payload.len() + FRAME_OVERHEAD_BYTES;
+            part.frames.push((kind, code, payload, more));
+        }
+        let bytes = part.bytes;
+        // An honest sender has no more under way than its window and one batch.
+        if self.held + bytes > 2 * limits::SOCKET_WINDOW_BYTES {
+            return Err(FlowError::Invalid("it ran ahead of its credit"));
+        }
+        match self.parts.push(seq, part) {
+            Ok(Accepted::New) => {
+                self.held += bytes;
+                self.heard = true;
+                Ok(())
+            }
+            Ok(Accepted::Duplicate) => {
+                // Its acknowledgement may be what was lost.
+                self.ack_at.get_or_insert(now + limits::SOCKET_ACK_AFTER);
+                Ok(())
+            }
+            Err(_) => Err(FlowError::Invalid("it ran ahead of its credit")),
+        }
+    }
+
+    fn look_for_gaps(&mut self, now: Instant) {
+        let (seq, later_came) = self.parts.first_missing();
+        self.missing = match self.missing {
+            _ if !later_came && seq > self.sent_by_peer => None,
+            Some(missing) if missing.0 == seq => Some(missing),
+            _ => Some((seq, now)),
+        };
+    }
+
+    /// The next message for the WebSocket, if it is here. To be asked for only when the WebSocket can take one: what
+    /// is taken is acknowledged.
+    ///
+    /// # Errors
+    ///
+    /// [`FlowError`] when what came is not a message; the flow cannot go on then.
+    pub fn poll_message(&mut self, now: Instant) -> Result<Option<Message>, FlowError> {
+        loop {
+            if let Some(message) = self.ready.pop_front() {
+                self.closed |= matches!(message, Message::Close(_));
+                return Ok(Some(message));
+            }
+            if self.closed {
+                return Ok(None);
+            }
+            let Some((seq, part)) = self.parts.pop() else { return Ok(None) };
+            self.held -= part.bytes;
+            self.taken = seq;
+            self.taken_unacked += part.bytes;
+            for frame in part.frames {
+                self.join(frame)?;
+            }
+            let is_much = self.taken_unacked >= limits::SOCKET_ACK_BYTES
+                || self.taken - self.acked >= limits::SOCKET_BATCHES / 4;
+            let ack_at = if is_much { now } else { now + limits::SOCKET_ACK_AFTER };
+            self.ack_at = Some(self.ack_at.map_or(ack_at, |at| at.min(ack_at)));
+        }
+    }
+
+    fn join(
+        &mut self,
+        (kind, code, payload, more): (FrameKind, Option<u16>, Vec<u8>, bool),
+    ) -> Result<(), FlowError> {
+        let so_far = match self.partial.take() {
+            None => None,
+            Some((begun, bytes)) if begun == kind => Some(bytes),
+            Some(_) => return Err(FlowError::Invalid("a message goes on as another kind")),
+        };
+        let length = so_far.as_ref().map_or(0, Vec::len) + payload.len();
+        if length > self.settings.message_bytes {
+            return Err(FlowError::TooLong);
+        }
+        let whole = match so_far {
+            None => payload,
+            Some(mut bytes) => {
+                bytes.extend_from_slice(&payload);
+                bytes
+            }
+        };
+        if more {
+            self.partial = Some((kind, whole));
+            return Ok(());
+        }
+        let text = |bytes| String::from_utf8(bytes).map_err(|_| FlowError::Invalid("text is not UTF-8"));
+        self.ready.push_back(match kind {
+            FrameKind::Text => Message::Text(text(whole)?),
+            FrameKind::Binary => Message::Binary(whole.into()),
+            FrameKind::Close => {
+                let reason = text(whole)?;
+                Message::Close(code.map(|code| Close { code, reason }))
+            }
+        });
+        Ok(())
+    }
+
+    fn window_is_open(&self) -> bool {
+        self.under_way < limits::SOCKET_WINDOW_BYTES && self.unacked.len() < limits::SOCKET_BATCHES as usize
+    }
+
+    /// When what waits to be sent may go.
+    fn may_send_at(&self, now: Instant) -> Option<Instant> {
+        if self.queue.is_empty() || !self.window_is_open() {
+            return None;
+        }
+        if self.closing || self.queued >= QUEUE_BYTES {
+            return Some(now);
+        }
+        let calm = self.meter.ready_at(now);
+        Some(if self.heard { calm.min(self.answers.ready_at(now)) } else { calm })
+    }
+
+    /// The next batch to send, as it travels.
+    pub fn poll_transmit(&mut self, envelope: Envelope<'_>, now: Instant) -> Option<String> {
+        let may_send = self.may_send_at(now).is_some_and(|at| at <= now);
+        let must_ack = self.ack_at.is_some_and(|at| at <= now);
+        if !may_send && !must_ack && !self.ask {
+            return None;
+        }
+        let sent = std::mem::take(&mut self.ask).then(|| self.sent());
+        let (seq, text) = if may_send { (self.next, self.pack(envelope, sent)) } else { (0, None) };
+        let through = self.taken;
+        self.acked = self.taken;
+        self.taken_unacked = 0;
+        self.ack_at = None;
+        if seq > 0 {
+            if self.heard && self.answers.ready_at(now) <= now {
+                self.answers.pay(now);
+            } else {
+                self.meter.pay(now);
+            }
+            self.heard = false;
+            self.next += 1;
+            self.ask_at.get_or_insert(now + limits::PROBE_AFTER);
+            if self.unacked.len() == 1 {
+                self.ask_at = Some(now + limits::PROBE_AFTER);
+            }
+        }
+        Some(text.unwrap_or_else(|| envelope.seal(Batch { seq: 0, through, sent, frames: Vec::new() })))
+    }
+
+    /// Packs what fits one message of the link and takes it off the queue.
+    fn pack(&mut self, envelope: Envelope<'_>, sent: Option<u32>) -> Option<String> {
+        let mut room = limits::MESSAGE_BYTES - limits::ENVELOPE_BYTES;
+        let mut frames = Vec::new();
+        let (mut whole, mut cut, mut bytes) = (0, 0, 0);
+        for pending in &self.queue {
+            let Pending { kind, code, payload } = pending;
+            let most = payload.len().div_ceil(3) * 4 + FRAME_OVERHEAD_BYTES;
+            let is_first = frames.is_empty();
+            let (body, taken) = if payload.is_empty() && most <= room {
+                (None, 0)
+            } else if is_first && most > limits::COMPRESS_SOCKET_FROM_BYTES {
+                let (body, taken) = Body::encode_front(payload, self.settings.codec);
+                (Some(body), taken)
+            } else if most <= room {
+                (Some(Body::encode(payload)), payload.len())
+            } else {
+                let fits = room.saturating_sub(FRAME_OVERHEAD_BYTES) / 4 * 3;
+                if fits < LEAST_PIECE_BYTES {
+                    break;
+                }
+                let front = &payload[..fits.min(payload.len())];
+                (Some(Body::encode(front)), front.len())
+            };
+            let encoded = match &body {
+                None => 0,
+                Some(Body::Text(_)) => taken.div_ceil(3) * 4,
+                Some(Body::Base64(text) | Body::Zstd(text)) => text.len(),
+            };
+            room = room.saturating_sub(encoded + FRAME_OVERHEAD_BYTES);
+            bytes += taken + FRAME_OVERHEAD_BYTES;
+            let more = taken < payload.len();
+            frames.push(Frame { kind: *kind, body, more, code: *code });
+            if more {
+                cut = taken;
+                break;
+            }
+            whole += 1;
+        }
+        if frames.is_empty() {
+            return None;
+        }
+        let text = envelope.seal(Batch { seq: self.next, through: self.taken, sent, frames });
+        for pending in self.queue.drain(..whole) {
+            self.queued -= pending.payload.len();
+        }
+        if let Some(front) = self.queue.front_mut().filter(|_| cut > 0) {
+            let _ = front.payload.split_to(cut);
+            self.queued -= cut;
+        }
+        self.unacked.push_back((self.next, bytes));
+        self.under_way += bytes;
+        Some(text)
+    }
+
+    /// When [`Self::handle_timeout`] is due, and [`Self::poll_transmit`] to be asked again.
+    #[must_use]
+    pub fn poll_timeout(&self, now: Instant) -> Option<Instant> {
+        let missing = self.missing.map(|(_, since)| since + limits::PIECE_MISSING);
+        let silent = self.asked_since.map(|since| since + limits::PIECE_MISSING);
+        let asks = if self.ask { Some(now) } else { self.ask_at };
+        [self.may_send_at(now), self.ack_at, asks, missing, silent].into_iter().flatten().min()
+    }
+
+    /// Lets time pass.
+    ///
+    /// # Errors
+    ///
+    /// [`FlowError::Lost`] when something that was sent will not come any more.
+    pub fn handle_timeout(&mut self, now: Instant) -> Result<(), FlowError> {
+        let is_over = |since: Instant| now >= since + limits::PIECE_MISSING;
+        if self.missing.is_some_and(|(_, since)| is_over(since)) || self.asked_since.is_some_and(is_over) {
+            return Err(FlowError::Lost);
+        }
+        if self.ask_at.is_some_and(|at| at <= now) {
+            self.ask = true;
+            self.asked_since.get_or_insert(now);
+            self.ask_at = Some(now + limits::PROBE_AFTER);
+        }
+        Ok(())
+    }
+
+    /// Has the other end asked for at once, because the link under the flow has changed.
+    pub fn ask_now(&mut self) {
+        self.ask = true;
+    }
+}
