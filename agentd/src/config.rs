@@ -95,6 +95,10 @@ pub struct TunnelConfig {
     pub request_timeout: Duration,
     /// How many requests are served at a time.
     pub max_concurrent: u32,
+    /// How many WebSockets may be open at a time.
+    pub max_websockets: u32,
+    /// How long a WebSocket may be silent before it is closed; `None` for as long as it likes.
+    pub websocket_idle_timeout: Option<Duration>,
     /// Certificates to trust beside the system's.
     pub ca_file: Option<PathBuf>,
     /// The name to ask for and check in TLS, where it is not the upstream's own.
@@ -141,6 +145,8 @@ impl TunnelConfig {
             via: true,
             request_timeout: limits::REPLY_TIMEOUT,
             max_concurrent: limits::MAX_CONCURRENT,
+            max_websockets: limits::SOCKETS,
+            websocket_idle_timeout: None,
             ca_file: None,
             server_name: None,
             insecure_skip_verify: false,

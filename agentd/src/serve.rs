@@ -4,6 +4,8 @@ pub(crate) mod exchange;
 pub(crate) mod health;
 pub(crate) mod origin;
 pub(crate) mod outbox;
+pub(crate) mod sockets;
 pub(crate) mod tunnel;
+pub(crate) mod upgrade;
 pub(crate) mod upload;
 pub(crate) mod upstream;

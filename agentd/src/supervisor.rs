@@ -162,7 +162,12 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
     }
     let supervisor = Supervisor {
         wanted: tunnels.names().into_iter().collect(),
-        shared: Arc::new(Shared { tunnels, access, seen: Mutex::new(Seen::default()) }),
+        shared: Arc::new(Shared {
+            tunnels,
+            access,
+            seen: Mutex::new(Seen::default()),
+            sockets: Arc::default(),
+        }),
         agent: agent_id(getrandom::u64().map_err(std::io::Error::other)?),
         config,
         source,

@@ -35,7 +35,9 @@ use proto::{
     header::value_to_text,
     id::{ConnectionId, RequestId, TunnelName},
     limits,
-    message::{Accepted, AgentMessage, Cancel, Credit, EdgeMessage, Probe, Reply, Request, RequestChunk, notice},
+    message::{
+        Accepted, AgentMessage, Cancel, Credit, EdgeMessage, Probe, Reply, Request, RequestChunk, notice,
+    },
     token::Claims,
 };
 use tokio::time::Instant;
@@ -755,9 +757,7 @@ impl<'a, M: Mail> Exchange<'a, M> {
         self.post(EdgeMessage::Cancel(Cancel { request_id: self.request_id.clone() }));
         let mut quiet = false;
         while self.last.is_none() && !quiet {
-            let next = receiving.take().unwrap_or_else(|| {
-                Box::pin(self.mail.receive(LAST_WORD_WAIT))
-            });
+            let next = receiving.take().unwrap_or_else(|| Box::pin(self.mail.receive(LAST_WORD_WAIT)));
             match self.await_beside(next).await {
                 Ok(letters) => {
                     quiet = letters.is_empty();

@@ -120,6 +120,14 @@ impl Inbox {
         }
     }
 
+    /// Deletes what is still to be deleted.
+    pub async fn flush(&self, mailboxes: &Mailboxes) {
+        let receipts = self.taken.borrow_mut().take();
+        if !receipts.is_empty() {
+            self.delete(mailboxes, receipts).await;
+        }
+    }
+
     /// Does `work`, and meanwhile deletes what would soon be visible again.
     pub async fn tidy_beside<T>(&self, mailboxes: &Mailboxes, work: impl Future<Output = T>) -> T {
         tidy_beside(&self.taken, |receipts| self.delete(mailboxes, receipts), work).await

@@ -295,7 +295,8 @@ mod tests {
             let mut only = config();
             only.front_only = true;
             let arrival = arrival("/web/", &[("x-tunnel-front", wrong)]);
-            let refused = route(arrival, Vec::new(), &only, Websockets::Refused, &RequestId::from_random([1; 16]));
+            let refused =
+                route(arrival, Vec::new(), &only, Websockets::Refused, &RequestId::from_random([1; 16]));
             assert_eq!(refused.err(), Some(ErrorCode::FrontRefused), "{wrong}");
         }
         let kept = routed(arrival("/x", &by_front("web.tunnel.example.com", &[("x-tunnel-target", "/x?")])))

@@ -304,8 +304,12 @@ impl<'a> Pump<'a> {
                 }
             }
             self.transmit();
-            if self.flow.is_closed() && outgoing.is_none() && !unflushed && public_ended
-                && self.flow.is_sent() && self.posts.is_empty()
+            if self.flow.is_closed()
+                && outgoing.is_none()
+                && !unflushed
+                && public_ended
+                && self.flow.is_sent()
+                && self.posts.is_empty()
             {
                 break End::Closed;
             }

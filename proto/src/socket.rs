@@ -147,6 +147,21 @@ pub struct Batch<'a> {
     pub frames: Vec<Frame<'a>>,
 }
 
+impl Batch<'_> {
+    /// The same, independent of what it was decoded from.
+    #[must_use]
+    pub fn into_owned(self) -> Batch<'static> {
+        let owned = |frame: Frame<'_>| Frame {
+            kind: frame.kind,
+            body: frame.body.map(Body::into_owned),
+            more: frame.more,
+            code: frame.code,
+        };
+        let frames = self.frames.into_iter().map(owned).collect();
+        Batch { seq: self.seq, through: self.through, sent: self.sent, frames }
+    }
+}
+
 /// Whom a batch is for.
 #[derive(Debug, Clone, Copy)]
 pub enum Envelope<'a> {
@@ -367,6 +382,12 @@ impl Flow {
         self.next - 1
     }
 
+    /// Up to which batch of the other end everything was passed on.
+    #[must_use]
+    pub const fn taken(&self) -> u32 {
+        self.taken
+    }
+
     /// Whether every batch up to `through` has come.
     #[must_use]
     pub fn has_received(&self, through: u32) -> bool {
@@ -403,7 +424,9 @@ impl Flow {
         }
         match (seq, frames.is_empty()) {
             (0, true) => {}
-            (0, false) | (1.., true) => return Err(FlowError::Invalid("frames and number do not go together")),
+            (0, false) | (1.., true) => {
+                return Err(FlowError::Invalid("frames and number do not go together"));
+            }
             (1.., false) => self.take(seq, frames, now)?,
         }
         self.look_for_gaps(now);

@@ -7,7 +7,7 @@ use std::{
 };
 
 use http::uri::PathAndQuery;
-use proto::id::TunnelName;
+use proto::{id::TunnelName, limits};
 use rustls::pki_types::ServerName;
 
 use super::{
@@ -37,6 +37,7 @@ const TUNNEL_KEYS: &[&str] = &[
     "http2",
     "insecure_skip_verify",
     "max_concurrent",
+    "max_websockets",
     "name",
     "origin",
     "request_timeout",
@@ -44,6 +45,7 @@ const TUNNEL_KEYS: &[&str] = &[
     "server_name",
     "upstream",
     "via",
+    "websocket_idle_timeout",
 ];
 
 /// Every key there is, for whoever describes them.
@@ -164,6 +166,11 @@ fn read_tunnel(document: &Document<'_>, table: &Table<'_>) -> Result<TunnelConfi
     if let Some(max_concurrent) = table.integer("max_concurrent", 1..=10_000)? {
         tunnel.max_concurrent = max_concurrent;
     }
+    if let Some(max_websockets) = table.integer("max_websockets", 1..=limits::SOCKETS)? {
+        tunnel.max_websockets = max_websockets;
+    }
+    tunnel.websocket_idle_timeout =
+        table.text("websocket_idle_timeout", |text| duration_within(text, "1s", "24h"))?;
     tunnel.ca_file = table.text("ca_file", |text| nonempty_path(path, text))?;
     tunnel.server_name = table.text("server_name", |text| {
         ServerName::try_from(text.to_owned()).map_err(|_| format!("{text:?} is not a DNS name or address"))

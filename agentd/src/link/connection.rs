@@ -21,8 +21,8 @@ use proto::{
     id::RequestId,
     limits,
     message::{
-        AgentMessage, DecodeError, EdgeMessage, Envelope, Failed, Probe, Progress, Request, RequestChunk,
-        Welcome,
+        AgentMessage, DecodeError, EdgeFrames, EdgeMessage, Envelope, Failed, Probe, Progress, Request,
+        RequestChunk, Welcome,
     },
     session::{Config as SessionConfig, Dead, Event, Session},
 };
@@ -38,6 +38,7 @@ use crate::{
     report::access::AccessLog,
     serve::exchange::{Exchange, Job, JobBody},
     serve::outbox::Outbox,
+    serve::sockets::{SocketEvent, Sockets},
     serve::tunnel::Tunnels,
     serve::upload::{self, Upload, UploadError},
 };
@@ -50,13 +51,14 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 const REMEMBERED_REQUESTS: usize = 1024;
 
 /// The name of one connection within this process.
-pub(crate) type Serial = u64;
+pub(crate) use crate::serve::sockets::Serial;
 
 /// What all connections of a process share.
 pub(crate) struct Shared {
     pub(crate) tunnels: Arc<Tunnels>,
     pub(crate) access: AccessLog,
     pub(crate) seen: Mutex<Seen>,
+    pub(crate) sockets: Arc<Sockets>,
 }
 
 /// The requests that arrived last.
@@ -139,6 +141,7 @@ struct Running {
 }
 
 struct Connection {
+    serial: Serial,
     shared: Arc<Shared>,
     session: Session,
     outbox: Outbox,
@@ -172,6 +175,7 @@ pub(crate) async fn run(
     let Link { mut incoming, outbox, mut writer } = link;
     let mut connection = Connection {
         session: Session::new(session, &shared.tunnels.names(), Instant::now().into_std()),
+        serial,
         shared,
         outbox,
         codecs: Codecs::default(),
@@ -229,6 +233,8 @@ pub(crate) async fn run(
                 Ok(Err(error)) => error.into(),
                 Ok(Ok(())) | Err(_) => LinkError::Eof.into(),
             },
+            // Looked at above: whether this connection is still needed.
+            () = connection.shared.sockets.left(), if connection.retirement.is_some() => {}
             () = wait_until(wake) => connection.session.handle_timeout(Instant::now().into_std()),
         }
     };
@@ -242,6 +248,7 @@ pub(crate) async fn run(
     } else {
         writer.abort();
     }
+    connection.shared.sockets.link_down(serial);
     drop(connection);
     let _ = reports.send((serial, Report::Ended(end))).await;
 }
@@ -266,7 +273,7 @@ impl Connection {
     fn wake_at(&self) -> Option<Instant> {
         let session = self.session.poll_timeout().map(Instant::from_std);
         let retirement = self.retirement.as_ref().map(|retirement| {
-            if retirement.confirmed && self.exchanges.is_empty() {
+            if retirement.confirmed && self.is_quiet() {
                 retirement.quiet_until.min(retirement.deadline)
             } else {
                 retirement.deadline
@@ -280,8 +287,13 @@ impl Connection {
         let now = Instant::now();
         self.retirement.as_ref().is_some_and(|retirement| {
             now >= retirement.deadline
-                || (retirement.confirmed && self.exchanges.is_empty() && now >= retirement.quiet_until)
+                || (retirement.confirmed && self.is_quiet() && now >= retirement.quiet_until)
         })
+    }
+
+    /// Whether nothing goes on here.
+    fn is_quiet(&self) -> bool {
+        self.exchanges.is_empty() && self.shared.sockets.count_on(self.serial) == 0
     }
 
     /// Says which tunnels are served from now on.
@@ -307,10 +319,14 @@ impl Connection {
             deadline: now + limits::RESPONSE_DURATION,
         });
         self.session.retire(now.into_std());
+        self.shared.sockets.link_leaving(self.serial);
     }
 
     fn welcomed(&mut self, welcome: &Welcome) {
         self.codecs = welcome.codecs.clone();
+        if self.retirement.is_none() {
+            self.shared.sockets.link_up(self.serial, &self.outbox);
+        }
         if let Some(retirement) = &mut self.retirement {
             retirement.confirmed = true;
             retirement.quiet_until = Instant::now() + retirement.quiet;
@@ -362,7 +378,9 @@ impl Connection {
                     running.credit.send_modify(|through| *through = (*through).max(credit.through));
                 }
             }
+            Ok(EdgeMessage::Frames(frames)) => self.frames(frames),
             Ok(EdgeMessage::Cancel(cancel)) => {
+                self.shared.sockets.tell(&cancel.request_id, SocketEvent::Cancel);
                 if let Some(running) = self.running.get(&cancel.request_id) {
                     running.abort.abort();
                 }
@@ -371,6 +389,15 @@ impl Connection {
             Err(error) => self.refuse(text, &error),
         }
         self.session.handle_alive(now);
+    }
+
+    /// Hands on what is for a WebSocket. One that has ended takes nothing: the edge has been told.
+    fn frames(&self, frames: EdgeFrames<'_>) {
+        let request_id = frames.request_id.clone();
+        let batch = frames.batch().into_owned();
+        if !self.shared.sockets.tell(&request_id, SocketEvent::Batch(batch)) {
+            tracing::debug!(%request_id, "frames came for no websocket");
+        }
     }
 
     /// Says how far a response is. Behind its pieces, so that those it counts are not later than it.
@@ -443,6 +470,7 @@ impl Connection {
                 headers: request.headers,
                 body,
                 timeout: Duration::from_millis(request.timeout_ms),
+                upgrade: request.upgrade,
             },
             tunnels: Arc::clone(&self.shared.tunnels),
             outbox: self.outbox.clone(),
@@ -450,6 +478,8 @@ impl Connection {
             credit: credit_seen,
             sent: Arc::clone(&sent),
             access: self.shared.access.clone(),
+            sockets: Arc::clone(&self.shared.sockets),
+            serial: self.serial,
         };
         let abort = self.exchanges.spawn(exchange.run());
         self.by_task.insert(abort.id(), request_id.clone());

@@ -253,8 +253,12 @@ impl Moment {
     fn begin(link: Link, tunnels: &[TunnelConfig], max_concurrent: u32) -> Result<Self, String> {
         let tunnels = Tunnels::new(tunnels, max_concurrent, Arc::new(Metrics::new()))
             .map_err(|error| error.to_string())?;
-        let shared =
-            Shared { tunnels: Arc::new(tunnels), access: AccessLog::Log, seen: Mutex::new(Seen::default()) };
+        let shared = Shared {
+            tunnels: Arc::new(tunnels),
+            access: AccessLog::Log,
+            seen: Mutex::new(Seen::default()),
+            sockets: Arc::default(),
+        };
         let random = getrandom::u64().map_err(|error| error.to_string())?;
         let agent: AgentId = format!("diagnose-{random:016x}").parse().map_err(|_| "no agent id")?;
         let session = session::Config { agent, software: SOFTWARE.to_owned(), jitter: random::fraction() };

@@ -12,7 +12,7 @@ use crate::{
     report::telemetry::Terminal,
 };
 
-use proto::{error::ErrorCode, id::RequestId, id::TunnelName, target::Target};
+use proto::{error::ErrorCode, id::RequestId, id::TunnelName, socket::Message, target::Target};
 
 /// Where the lines go.
 #[derive(Debug, Clone)]
@@ -155,6 +155,90 @@ impl Drop for AccessLine {
                 readable_duration(elapsed),
                 if self.error_code().is_some() { "  " } else { "" },
                 self.error_code().unwrap_or_default(),
+            )),
+        }
+    }
+}
+
+/// The line about a WebSocket's end: one about its beginning was written when it was answered. Written when it is
+/// dropped.
+pub(crate) struct SocketLine {
+    log: AccessLog,
+    request_id: RequestId,
+    tunnel: TunnelName,
+    path: Box<str>,
+    began: Instant,
+    code: Option<u16>,
+    messages_in: u64,
+    bytes_in: u64,
+    messages_out: u64,
+    bytes_out: u64,
+}
+
+impl SocketLine {
+    pub(crate) fn begin(log: AccessLog, request_id: RequestId, tunnel: &TunnelName, target: &Target) -> Self {
+        Self {
+            log,
+            request_id,
+            tunnel: tunnel.clone(),
+            path: target.path().into(),
+            began: Instant::now(),
+            code: None,
+            messages_in: 0,
+            bytes_in: 0,
+            messages_out: 0,
+            bytes_out: 0,
+        }
+    }
+
+    pub(crate) fn from_client(&mut self, message: &Message) {
+        if !matches!(message, Message::Close(_)) {
+            self.messages_in += 1;
+            self.bytes_in += message.len() as u64;
+        }
+    }
+
+    pub(crate) fn from_upstream(&mut self, message: &Message) {
+        if !matches!(message, Message::Close(_)) {
+            self.messages_out += 1;
+            self.bytes_out += message.len() as u64;
+        }
+    }
+
+    /// Notes the code of a close; the first one says why.
+    pub(crate) const fn code(&mut self, code: Option<u16>) {
+        if self.code.is_none() {
+            self.code = code;
+        }
+    }
+}
+
+impl Drop for SocketLine {
+    fn drop(&mut self) {
+        let elapsed = self.began.elapsed();
+        match &self.log {
+            AccessLog::Log => tracing::info!(
+                target: "agentd::access",
+                request_id = self.request_id.as_str(),
+                tunnel_id = self.tunnel.as_str(),
+                path = &*self.path,
+                code = self.code,
+                messages_in = self.messages_in,
+                bytes_in = self.bytes_in,
+                messages_out = self.messages_out,
+                bytes_out = self.bytes_out,
+                elapsed_ms = readable_ms(elapsed),
+                "WebSocket {} closed",
+                self.path,
+            ),
+            AccessLog::People(terminal) => terminal.line(format!(
+                "{}  {}  WebSocket {} closed  {} in, {} out  {}",
+                time_of_day(),
+                self.code.map_or_else(|| "-".to_owned(), |code| code.to_string()),
+                self.path,
+                readable_bytes(self.bytes_in),
+                readable_bytes(self.bytes_out),
+                readable_duration(elapsed),
             )),
         }
     }

@@ -62,6 +62,7 @@ pub(crate) struct Metrics {
     requests: Family<OfStatus, Counter>,
     errors: Family<OfCode, Counter>,
     in_flight: Family<OfTunnel, Gauge>,
+    websockets: Family<OfTunnel, Gauge>,
     duration: LatencyFamily,
     head: LatencyFamily,
     request_bytes: Family<OfTunnel, Counter>,
@@ -82,6 +83,7 @@ impl Metrics {
             requests: Family::default(),
             errors: Family::default(),
             in_flight: Family::default(),
+            websockets: Family::default(),
             duration: Family::new_with_constructor(latency),
             head: Family::new_with_constructor(latency),
             request_bytes: Family::default(),
@@ -106,6 +108,7 @@ impl Metrics {
             metrics.errors.clone(),
         );
         registry.register("requests_in_flight", "Public requests being served", metrics.in_flight.clone());
+        registry.register("websockets_open", "Public WebSockets that are open", metrics.websockets.clone());
         registry.register_with_unit(
             "request_duration",
             "From a request's arrival to the last byte of its response",
@@ -184,6 +187,7 @@ impl Metrics {
         Arc::new(TunnelMetrics {
             requests,
             in_flight: self.in_flight.get_or_create_owned(&of),
+            websockets: self.websockets.get_or_create_owned(&of),
             duration: self.duration.get_or_create_owned(&of),
             head: self.head.get_or_create_owned(&of),
             request_bytes: self.request_bytes.get_or_create_owned(&of),
@@ -215,6 +219,7 @@ impl Metrics {
         }
         let of = OfTunnel { tunnel };
         self.in_flight.remove(&of);
+        self.websockets.remove(&of);
         self.duration.remove(&of);
         self.head.remove(&of);
         self.request_bytes.remove(&of);
@@ -255,6 +260,8 @@ pub(crate) struct TunnelMetrics {
     errors: Family<OfCode, Counter>,
     /// Also what `max_concurrent` is compared with.
     pub(crate) in_flight: Gauge,
+    /// Also what `max_websockets` is compared with.
+    pub(crate) websockets: Gauge,
     duration: Histogram,
     head: Histogram,
     request_bytes: Counter,
@@ -303,6 +310,7 @@ impl TunnelMetrics {
         let last = self.last_delivery.get();
         Figures {
             in_flight: u64::try_from(self.in_flight.get()).unwrap_or(0),
+            websockets: u64::try_from(self.websockets.get()).unwrap_or(0),
             requests: self.requests.iter().map(Counter::get).sum(),
             errors: ErrorCode::ALL.iter().filter_map(|code| self.errors_with(code.as_str())).sum(),
             request_bytes: self.request_bytes.get(),
@@ -317,6 +325,9 @@ impl TunnelMetrics {
 pub(crate) struct Figures {
     /// Being served.
     pub(crate) in_flight: u64,
+    /// WebSockets that are open.
+    #[serde(default)]
+    pub(crate) websockets: u64,
     /// Ended so far.
     pub(crate) requests: u64,
     /// Of those, not answered whole by the upstream.

@@ -21,21 +21,24 @@ use proto::{
     header::Headers,
     id::{RequestId, TunnelName},
     limits,
-    message::{AgentMessage, Chunk, Continue, Failed, Reply},
+    message::{AgentMessage, Chunk, Continue, Failed, Reply, Upgrade},
     target::Target,
 };
 use tokio::{
     sync::watch,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
+use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 
 use crate::{
-    report::access::{AccessLine, AccessLog, Ending},
+    report::access::{AccessLine, AccessLog, Ending, SocketLine},
     serve::origin::{View, without_own_via},
     serve::outbox::{LinkGone, Outbox},
-    serve::tunnel::{HostRule, Tunnel, Tunnels},
+    serve::sockets::{Serial, Sockets},
+    serve::tunnel::{HostRule, Place, SocketPlace, Tunnel, Tunnels},
+    serve::upgrade,
     serve::upload::{UploadBody, UploadProgress},
-    serve::upstream::{RequestBody, ResponseBody, UpstreamError},
+    serve::upstream::{self, RequestBody, ResponseBody, UpstreamError},
 };
 
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -53,6 +56,8 @@ pub(crate) struct Job {
     pub(crate) headers: Headers,
     pub(crate) body: JobBody,
     pub(crate) timeout: Duration,
+    /// What the public client wants to go on with.
+    pub(crate) upgrade: Option<Upgrade>,
 }
 
 /// The body of a public request.
@@ -75,6 +80,9 @@ pub(crate) struct Exchange {
     /// How many pieces of the response have been handed to the outbox.
     pub(crate) sent: Arc<AtomicU32>,
     pub(crate) access: AccessLog,
+    /// Where WebSockets go on once they are open, and the connection that this request came over.
+    pub(crate) sockets: Arc<Sockets>,
+    pub(crate) serial: Serial,
 }
 
 /// Why an exchange stops before its end.
@@ -99,7 +107,7 @@ impl Exchange {
     /// Answers the request.
     pub(crate) async fn run(self) {
         let mut line = AccessLine::begin(
-            self.access,
+            self.access.clone(),
             self.job.request_id.clone(),
             self.job.tunnel.clone(),
             self.job.method.as_str(),
@@ -109,10 +117,11 @@ impl Exchange {
             JobBody::Whole(bytes) => bytes.len() as u64,
             JobBody::Announced(body, _) => body.announced(),
         });
-        let Self { job, tunnels, outbox, codecs, credit, sent, access: _ } = self;
+        let Self { job, tunnels, outbox, codecs, credit, sent, access, sockets, serial } = self;
+        let websockets = Websockets { access, sockets, serial };
         let token = job.token.clone();
         let sender = Sender { token: &token, outbox: &outbox, sent: &sent };
-        match answer(job, &tunnels, &sender, &codecs, credit, &mut line).await {
+        match answer(job, &tunnels, &sender, &codecs, credit, websockets, &mut line).await {
             Ok(()) => line.end(Ending::Complete),
             Err(Stop::Gone) => {}
             Err(Stop::Fail { seq, code }) => {
@@ -152,12 +161,18 @@ async fn answer(
     sender: &Sender<'_>,
     codecs: &Codecs,
     credit: watch::Receiver<u32>,
+    websockets: Websockets,
     line: &mut AccessLine,
 ) -> Result<(), Stop> {
     let began = Instant::now();
     let tunnel = tunnels.get(&job.tunnel).ok_or(fail(ErrorCode::NoSuchTunnel))?;
     line.counted_by(tunnel.metrics());
-    let _place = tunnels.enter(&tunnel).map_err(fail)?;
+    let mut place = match job.upgrade {
+        None => Places::Request { _place: tunnels.enter(&tunnel).map_err(fail)? },
+        Some(Upgrade::Websocket) => {
+            Places::Socket(tunnels.enter_socket(&tunnel, websockets.sockets.count()).map_err(fail)?)
+        }
+    };
     let host = host_for(&job, &tunnel).map_err(fail)?;
     let headers = upstream_headers(&job, &tunnel, &host).map_err(fail)?;
 
@@ -180,8 +195,11 @@ async fn answer(
         *request.method_mut() = job.method.clone();
         *request.uri_mut() = origin_form(&job.target).ok_or(fail(ErrorCode::BadRequest))?;
         *request.headers_mut() = headers;
+        if job.upgrade.is_some() {
+            return handshake(&job, &tunnel, request).await.map(|answer| (answer, None));
+        }
         match tunnel.upstream.send(request).await {
-            Ok(response) => Ok((response, progress)),
+            Ok(response) => Ok((Answered::Response(response), progress)),
             Err(error) => {
                 log_failure(&job, &error);
                 // The body's own failure explains the broken request better than its echo does.
@@ -192,6 +210,33 @@ async fn answer(
     })
     .await
     .unwrap_or(Err(fail(ErrorCode::UpstreamTimedOut)))?;
+    let response = match response {
+        Answered::Response(response) => response,
+        Answered::Opened { subprotocol, headers, io } => {
+            line.head(http::StatusCode::SWITCHING_PROTOCOLS.as_u16());
+            if let Places::Socket(place) = std::mem::replace(&mut place, Places::None) {
+                upgrade::Socket {
+                    line: SocketLine::begin(
+                        websockets.access,
+                        job.request_id.clone(),
+                        &job.tunnel,
+                        &job.target,
+                    ),
+                    request_id: job.request_id,
+                    token: job.token,
+                    io,
+                    serial: websockets.serial,
+                    outbox: sender.outbox.clone(),
+                    codecs: codecs.clone(),
+                    sockets: websockets.sockets,
+                    place,
+                    idle: tunnel.websocket_idle_timeout(),
+                }
+                .start(subprotocol, headers);
+            }
+            return Ok(());
+        }
+    };
 
     let (status, mut headers, body) = check_head(response).map_err(|error| {
         log_failure(&job, &error);
@@ -241,6 +286,49 @@ async fn answer(
     }
 }
 
+/// What a WebSocket needs besides what a request does.
+struct Websockets {
+    access: AccessLog,
+    sockets: Arc<Sockets>,
+    serial: Serial,
+}
+
+/// What counts at the tunnel.
+enum Places {
+    Request { _place: Place },
+    Socket(SocketPlace),
+    None,
+}
+
+/// What an upstream has answered.
+enum Answered {
+    Response(Response<ResponseBody>),
+    Opened { subprotocol: Option<String>, headers: Headers, io: hyper::upgrade::Upgraded },
+}
+
+/// Asks the upstream for a WebSocket. Some servers never answer where they know of none.
+async fn handshake(job: &Job, tunnel: &Tunnel, mut request: Request<RequestBody>) -> Result<Answered, Stop> {
+    let key = generate_key();
+    upgrade::ask(request.headers_mut(), &key);
+    let answer = timeout(limits::SOCKET_HANDSHAKE, tunnel.upstream.upgrade(request)).await;
+    let answer = answer.map_err(|_| {
+        tracing::info!(
+            request_id = %job.request_id, tunnel_id = %job.tunnel,
+            "the upstream did not answer a WebSocket's handshake; does it know this path and subprotocol?"
+        );
+        fail(ErrorCode::UpstreamTimedOut)
+    })?;
+    let checked = answer.and_then(|answer| match answer {
+        upstream::Upgrade::Refused(response) => Ok(Answered::Response(response)),
+        upstream::Upgrade::Switched(head, io) => upgrade::check(&head, &key)
+            .map(|(subprotocol, headers)| Answered::Opened { subprotocol, headers, io }),
+    });
+    checked.map_err(|error| {
+        log_failure(job, &error);
+        fail(error.code())
+    })
+}
+
 fn log_failure(job: &Job, error: &UpstreamError) {
     let cause = std::error::Error::source(error).map(ToString::to_string);
     tracing::debug!(
@@ -279,8 +367,8 @@ fn host_for(job: &Job, tunnel: &Tunnel) -> Result<HeaderValue, ErrorCode> {
 /// the length exact, nothing that belongs to one connection.
 fn upstream_headers(job: &Job, tunnel: &Tunnel, host: &HeaderValue) -> Result<HeaderMap, ErrorCode> {
     // An offer of HTTP/2 may be ignored (RFC 9110 §7.8); anything else is waited for.
-    let upgrades =
-        job.headers.get_all(header::UPGRADE).any(|value| !value.as_bytes().eq_ignore_ascii_case(b"h2c"));
+    let upgrades = job.upgrade.is_none()
+        && job.headers.get_all(header::UPGRADE).any(|value| !value.as_bytes().eq_ignore_ascii_case(b"h2c"));
     if upgrades || job.method == Method::CONNECT {
         return Err(ErrorCode::UpgradeUnsupported);
     }
@@ -296,7 +384,7 @@ fn upstream_headers(job: &Job, tunnel: &Tunnel, host: &HeaderValue) -> Result<He
     kept.strip_hop_by_hop();
     let mut headers = HeaderMap::with_capacity(kept.len() + 2);
     headers.insert(header::HOST, host.clone());
-    let rewrites = tunnel.rewrites(false);
+    let rewrites = tunnel.rewrites(job.upgrade.is_some());
     let view = || View::of(&job.headers, tunnel.upstream.address(), host);
     for (name, value) in kept {
         if name == header::CONTENT_LENGTH {

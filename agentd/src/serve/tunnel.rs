@@ -64,6 +64,15 @@ pub(crate) struct Place {
     of_all: Arc<AtomicU32>,
 }
 
+/// A WebSocket's place at its tunnel, given back when it is dropped.
+pub(crate) struct SocketPlace(Arc<TunnelMetrics>);
+
+impl Drop for SocketPlace {
+    fn drop(&mut self) {
+        self.0.websockets.dec();
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         self.of_tunnel.in_flight.dec();
@@ -188,6 +197,24 @@ impl Tunnels {
         Ok(place)
     }
 
+    /// A place for one more WebSocket at `tunnel`; `open` is how many there are at all tunnels.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorCode::TooManyRequests`] when this tunnel or all together have as many as they may, and
+    /// [`ErrorCode::UpstreamUnhealthy`].
+    pub(crate) fn enter_socket(&self, tunnel: &Tunnel, open: usize) -> Result<SocketPlace, ErrorCode> {
+        let before = tunnel.metrics.websockets.inc();
+        let place = SocketPlace(Arc::clone(&tunnel.metrics));
+        if before >= i64::from(tunnel.config.max_websockets) || open >= limits::SOCKETS as usize {
+            return Err(ErrorCode::TooManyRequests);
+        }
+        if tunnel.health.is_down() {
+            return Err(ErrorCode::UpstreamUnhealthy);
+        }
+        Ok(place)
+    }
+
     /// A share of the memory for announced bodies.
     pub(crate) async fn reserve_upload(&self, bytes: u64) -> Option<tokio::sync::OwnedSemaphorePermit> {
         if bytes > limits::REQUEST_BODY_BYTES as u64 {
@@ -267,6 +294,11 @@ impl Tunnel {
     /// What of a request is said in the upstream's terms; `upgrade` for one that asks for another protocol.
     pub(crate) const fn rewrites(&self, upgrade: bool) -> Rewrites {
         Rewrites::of(self.config.rewrite_location, self.config.origin, upgrade)
+    }
+
+    /// How long a WebSocket may be silent.
+    pub(crate) const fn websocket_idle_timeout(&self) -> Option<Duration> {
+        self.config.websocket_idle_timeout
     }
 
     /// Whether the edge's entry in `Via` reaches the upstream.

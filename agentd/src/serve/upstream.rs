@@ -250,6 +250,43 @@ impl Upstream {
         }
     }
 
+    /// Sends a request for another protocol, on a connection of its own and over HTTP/1.1: HTTP/2 knows no upgrade.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes the connection.
+    pub(crate) async fn upgrade(&self, request: Request<RequestBody>) -> Result<Upgrade, UpstreamError> {
+        let late = |_| io::Error::from(io::ErrorKind::TimedOut);
+        let socket = timeout(DIAL_TIMEOUT, Socket::connect(&self.address))
+            .await
+            .unwrap_or_else(|elapsed| Err(late(elapsed)))
+            .map_err(UpstreamError::Unreachable)?;
+        let watch = socket.watch();
+        let mut connection = match &self.tls {
+            None => self.start_http1(socket, watch).await?,
+            Some(tls) => {
+                let mut config = (*tls.config).clone();
+                config.alpn_protocols = vec![b"http/1.1".to_vec()];
+                let connector = TlsConnector::from(Arc::new(config));
+                let stream = timeout(DIAL_TIMEOUT, connector.connect(tls.server_name.clone(), socket))
+                    .await
+                    .unwrap_or_else(|elapsed| Err(late(elapsed)))
+                    .map_err(UpstreamError::Tls)?;
+                self.start_http1(stream, watch).await?
+            }
+        };
+        let Sender::Http1(sender) = connection.sender() else {
+            return Err(UpstreamError::invalid("it speaks HTTP/2 only"));
+        };
+        let mut response = sender.send_request(request).await?;
+        if response.status() != http::StatusCode::SWITCHING_PROTOCOLS {
+            return Ok(Upgrade::Refused(response.map(|body| ResponseBody::new(body, connection))));
+        }
+        // What came behind the head is in there.
+        let io = hyper::upgrade::on(&mut response).await?;
+        Ok(Upgrade::Switched(response.into_parts().0, io))
+    }
+
     /// Puts scheme and authority where HTTP/2 wants them: the authority is what `host` says.
     fn for_http2(&self, request: Request<RequestBody>) -> Request<RequestBody> {
         let (mut head, body) = request.into_parts();
@@ -306,6 +343,7 @@ impl Upstream {
             .max_headers(limits::HEADER_FIELDS)
             .handshake(TokioIo::new(stream))
             .await?;
+        let connection = connection.with_upgrades();
         let task = tokio::spawn(async move {
             // Its errors reach whoever waits for the response.
             let _ = connection.await;
@@ -328,6 +366,14 @@ impl Upstream {
         });
         Ok(self.pool.check_out_http2(sender))
     }
+}
+
+/// What an upstream made of a request for another protocol.
+pub(crate) enum Upgrade {
+    /// It speaks the other one from here on.
+    Switched(http::response::Parts, hyper::upgrade::Upgraded),
+    /// It answered as to any request.
+    Refused(Response<ResponseBody>),
 }
 
 /// A copy of a request that has no body.

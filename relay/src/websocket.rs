@@ -1,0 +1,226 @@
+//! The public end of a WebSocket: the handshake's own fields, and messages over `tungstenite`.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use exchange::public::SocketError;
+use futures_util::{Sink, Stream, ready};
+use http::{HeaderMap, Method, Version, header};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use proto::socket::{Close, Message};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        self, Bytes,
+        error::ProtocolError,
+        protocol::{CloseFrame, Role, WebSocketConfig},
+    },
+};
+
+/// How often a client is pinged, so that nothing in between takes the connection for idle.
+const PING_EVERY: Duration = Duration::from_secs(30);
+
+/// How long a client may be silent, pings unanswered.
+const SILENT: Duration = Duration::from_secs(80);
+
+/// How much is read at once. It is kept for each WebSocket, also for an idle one.
+const READ_BUFFER_BYTES: usize = 4 * 1024;
+
+/// Why a handshake is not one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BadHandshake {
+    /// It is not what RFC 6455 §4.2.1 asks for.
+    Invalid,
+    /// It is for another version than 13.
+    Version,
+}
+
+/// Checks a handshake, and gives its key.
+///
+/// # Errors
+///
+/// [`BadHandshake`].
+pub fn check(method: &Method, version: Version, headers: &HeaderMap) -> Result<String, BadHandshake> {
+    let has = |name, wanted: &str| {
+        headers.get_all(name).iter().any(|value| {
+            value
+                .to_str()
+                .is_ok_and(|value| value.split(',').any(|token| token.trim().eq_ignore_ascii_case(wanted)))
+        })
+    };
+    if *method != Method::GET
+        || version != Version::HTTP_11
+        || !has(header::UPGRADE, "websocket")
+        || !has(header::CONNECTION, "upgrade")
+    {
+        return Err(BadHandshake::Invalid);
+    }
+    if headers.get(header::SEC_WEBSOCKET_VERSION).is_none_or(|version| version != "13") {
+        return Err(BadHandshake::Version);
+    }
+    let mut keys = headers.get_all(header::SEC_WEBSOCKET_KEY).iter();
+    let (Some(key), None) = (keys.next(), keys.next()) else { return Err(BadHandshake::Invalid) };
+    // 16 bytes in base64.
+    let is_key = key.len() == 24 && key.as_bytes().ends_with(b"==");
+    key.to_str().ok().filter(|_| is_key).map(str::to_owned).ok_or(BadHandshake::Invalid)
+}
+
+/// A public WebSocket.
+pub struct PublicSocket {
+    socket: WebSocketStream<TokioIo<Upgraded>>,
+    pings: Interval,
+    heard_at: Instant,
+}
+
+impl PublicSocket {
+    /// Takes over a connection whose 101 has been sent.
+    pub async fn new(io: Upgraded, message_bytes: usize) -> Self {
+        let config = WebSocketConfig::default()
+            .read_buffer_size(READ_BUFFER_BYTES)
+            .write_buffer_size(0)
+            .max_message_size(Some(message_bytes))
+            .max_frame_size(Some(message_bytes));
+        let socket = WebSocketStream::from_raw_socket(TokioIo::new(io), Role::Server, Some(config)).await;
+        let mut pings = interval_at(Instant::now() + PING_EVERY, PING_EVERY);
+        pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self { socket, pings, heard_at: Instant::now() }
+    }
+}
+
+fn error_of(error: &tungstenite::Error) -> SocketError {
+    match error {
+        tungstenite::Error::Protocol(
+            ProtocolError::ResetWithoutClosingHandshake | ProtocolError::SendAfterClosing,
+        ) => SocketError::Gone,
+        tungstenite::Error::Protocol(_) => SocketError::Violation(1002),
+        tungstenite::Error::Utf8(_) => SocketError::Violation(1007),
+        tungstenite::Error::Capacity(_) => SocketError::Violation(1009),
+        _ => SocketError::Gone,
+    }
+}
+
+impl Stream for PublicSocket {
+    type Item = Result<Message, SocketError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        while self.pings.poll_tick(cx).is_ready() {
+            if self.heard_at.elapsed() >= SILENT {
+                return Poll::Ready(Some(Err(SocketError::Gone)));
+            }
+            // A client that takes nothing gets no ping; it is not silent for want of one.
+            if Pin::new(&mut self.socket).poll_ready(cx).is_ready_and(|ready| ready.is_ok()) {
+                let _ = Pin::new(&mut self.socket).start_send(tungstenite::Message::Ping(Bytes::new()));
+                let _ = Pin::new(&mut self.socket).poll_flush(cx);
+            }
+        }
+        loop {
+            let next = ready!(Pin::new(&mut self.socket).poll_next(cx));
+            self.heard_at = Instant::now();
+            return Poll::Ready(match next {
+                None => None,
+                Some(Err(error)) => Some(Err(error_of(&error))),
+                Some(Ok(tungstenite::Message::Text(text))) => {
+                    Some(Ok(Message::Text(text.as_str().to_owned())))
+                }
+                Some(Ok(tungstenite::Message::Binary(bytes))) => Some(Ok(Message::Binary(bytes))),
+                Some(Ok(tungstenite::Message::Close(frame))) => {
+                    Some(Ok(Message::Close(frame.map(|frame| Close {
+                        code: frame.code.into(),
+                        reason: frame.reason.as_str().to_owned(),
+                    }))))
+                }
+                Some(Ok(
+                    tungstenite::Message::Ping(_)
+                    | tungstenite::Message::Pong(_)
+                    | tungstenite::Message::Frame(_),
+                )) => continue,
+            });
+        }
+    }
+}
+
+trait ReadyAnd<T> {
+    fn is_ready_and(self, check: impl FnOnce(T) -> bool) -> bool;
+}
+
+impl<T> ReadyAnd<T> for Poll<T> {
+    fn is_ready_and(self, check: impl FnOnce(T) -> bool) -> bool {
+        match self {
+            Self::Ready(value) => check(value),
+            Self::Pending => false,
+        }
+    }
+}
+
+impl Sink<Message> for PublicSocket {
+    type Error = SocketError;
+
+    fn poll_ready(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
+        Pin::new(&mut self.socket).poll_ready(cx).map_err(|error| error_of(&error))
+    }
+
+    fn start_send(mut self: Pin<&mut Self>, message: Message) -> Result<(), SocketError> {
+        let message = match message {
+            Message::Text(text) => tungstenite::Message::Text(text.into()),
+            Message::Binary(bytes) => tungstenite::Message::Binary(bytes),
+            Message::Close(close) => tungstenite::Message::Close(
+                close
+                    .and_then(Close::sendable)
+                    .map(|close| CloseFrame { code: close.code.into(), reason: close.reason.into() }),
+            ),
+        };
+        Pin::new(&mut self.socket).start_send(message).map_err(|error| error_of(&error))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
+        Pin::new(&mut self.socket).poll_flush(cx).map_err(|error| error_of(&error))
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
+        Pin::new(&mut self.socket).poll_close(cx).map_err(|error| error_of(&error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderName, HeaderValue};
+
+    use super::*;
+
+    fn headers(fields: &[(&'static str, &'static str)]) -> HeaderMap {
+        let field = |&(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value));
+        fields.iter().map(field).collect()
+    }
+
+    #[test]
+    fn a_handshake_is_what_the_standard_says() {
+        let good = [
+            ("upgrade", "WebSocket"),
+            ("connection", "keep-alive, Upgrade"),
+            ("sec-websocket-version", "13"),
+            ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+        ];
+        let checked = |fields: &[_]| check(&Method::GET, Version::HTTP_11, &headers(fields));
+        assert_eq!(checked(&good).as_deref(), Ok("dGhlIHNhbXBsZSBub25jZQ=="));
+        assert_eq!(check(&Method::POST, Version::HTTP_11, &headers(&good)), Err(BadHandshake::Invalid));
+        assert_eq!(check(&Method::GET, Version::HTTP_10, &headers(&good)), Err(BadHandshake::Invalid));
+        for missing in 0..good.len() {
+            let mut fields = good.to_vec();
+            let (name, _) = fields.remove(missing);
+            let wanted =
+                if name == "sec-websocket-version" { BadHandshake::Version } else { BadHandshake::Invalid };
+            assert_eq!(checked(&fields), Err(wanted), "{name}");
+        }
+        let mut short = good;
+        short[3].1 = "c2hvcnQ=";
+        assert_eq!(checked(&short), Err(BadHandshake::Invalid));
+        let mut other = good;
+        other[2].1 = "8";
+        assert_eq!(checked(&other), Err(BadHandshake::Version));
+    }
+}
