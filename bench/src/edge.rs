@@ -185,6 +185,7 @@ impl Line {
                     heartbeat_ms: 240_000,
                     lifetime_ms: 7_200_000,
                     codecs: Codecs::all(),
+                    websockets: false,
                     owner: None,
                     may_open: Vec::new(),
                     identity_ms: None,
@@ -225,6 +226,7 @@ impl Line {
             body: None,
             announced: (ask.upload > 0).then_some(ask.upload as u64),
             timeout_ms: 60_000,
+            upgrade: None,
         };
         self.send(&EdgeMessage::Request(request)).await?;
         Ok(number)

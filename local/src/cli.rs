@@ -34,6 +34,9 @@ pub struct Options {
     /// under localhost does
     #[arg(long, value_name = "NAME", default_value = "localhost", value_parser = domain)]
     pub domain: String,
+    /// Who carries public WebSockets: relay, or none, which answers 501
+    #[arg(long, value_name = "WHO", value_enum, default_value_t)]
+    pub websockets: Websockets,
     /// Do not start an agent for the tunnel `demo`
     #[arg(long)]
     pub no_agent: bool,
@@ -58,6 +61,16 @@ pub struct Options {
     /// What is logged: error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL", value_enum, default_value_t)]
     pub log_level: LogLevel,
+}
+
+/// Who carries public WebSockets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Websockets {
+    /// A process of `relay`.
+    #[default]
+    Relay,
+    /// Nobody.
+    None,
 }
 
 /// What is logged.
@@ -100,6 +113,9 @@ enum Hidden {
         #[arg(value_enum)]
         name: Function,
     },
+    /// The relay
+    #[command(hide = true)]
+    Relay,
     /// An agent
     #[command(hide = true, disable_help_flag = true)]
     Agent {
@@ -162,6 +178,8 @@ pub enum Call {
     Run(Box<Options>),
     /// Be one process of a function.
     Function(Function),
+    /// Be the relay.
+    Relay,
     /// Be an agent.
     Agent(Vec<OsString>),
 }
@@ -176,6 +194,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Call, clap
     Ok(match hidden {
         None => Call::Run(Box::new(options)),
         Some(Hidden::Function { name }) => Call::Function(name),
+        Some(Hidden::Relay) => Call::Relay,
         Some(Hidden::Agent { arguments }) => Call::Agent(arguments),
     })
 }

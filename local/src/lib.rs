@@ -28,6 +28,7 @@ pub mod lambda;
 pub mod latency;
 pub mod metrics;
 pub mod public;
+pub mod relay;
 pub mod run;
 pub mod services;
 pub mod sqs;
@@ -41,6 +42,7 @@ pub fn main_with_args(arguments: impl IntoIterator<Item = OsString>) -> ExitCode
     match cli::parse(arguments) {
         Ok(cli::Call::Run(options)) => run::run(*options),
         Ok(cli::Call::Function(function)) => run::function(function),
+        Ok(cli::Call::Relay) => run::relay(),
         Ok(cli::Call::Agent(arguments)) => run::agent(arguments),
         Err(error) => {
             // Help and version are what was asked for; anything else is a mistake.

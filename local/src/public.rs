@@ -6,6 +6,7 @@
 
 mod event;
 mod heads;
+pub mod relayed;
 
 use std::{
     collections::VecDeque,
@@ -81,6 +82,8 @@ pub struct Front {
     pub port: u16,
     /// When requests came in.
     pub arrivals: Arrivals,
+    /// Who takes WebSockets; without it they are refused.
+    pub relay: Option<relayed::Relay>,
 }
 
 /// When the last requests came in, by the trace id that the front gives each of them.
@@ -186,6 +189,7 @@ async fn serve_connection(
             .header_read_timeout(HEAD_TIME)
             .max_headers(limits::HEADER_FIELDS + 24)
             .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades()
     );
     let ended = tokio::select! {
         ended = &mut connection => ended,
@@ -266,6 +270,22 @@ async fn answer(
         Ok(checked) => checked,
         Err(refusal) => return refuse_body(refusal, body),
     };
+    if let Some(relay) = &front.relay
+        && relayed::is_websocket(&parts.headers)
+    {
+        for name in OWN_FIELDS {
+            parts.headers.remove(name);
+        }
+        front.latency.hop(Hop::Front).await;
+        let added = relayed::Added {
+            secret: &front.secret,
+            host: &host,
+            target: &target,
+            client: peer.ip(),
+            port: front.port,
+        };
+        return relay.forward(parts, body, added).await;
+    }
     let is_text = event::is_text(&parts.headers);
     let body = match read_body(body, &parts.headers, is_text).await {
         Ok(body) => body,
@@ -537,6 +557,8 @@ enum Answer {
     Whole(Option<Bytes>),
     /// None, whatever `Content-Length` says: for HEAD, 204, 205 and 304.
     Bodiless,
+    /// What `relay` sends.
+    Relayed(Incoming),
     /// What `ingress` streams.
     Stream {
         body: StreamBody,
@@ -566,6 +588,10 @@ impl Body for Answer {
         let (body, left, notes, is_broken) = match this {
             Self::Whole(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Bodiless => return Poll::Ready(None),
+            Self::Relayed(body) => {
+                let frame = ready!(Pin::new(body).poll_frame(context));
+                return Poll::Ready(frame.map(|frame| frame.map_err(|_| BrokenOff)));
+            }
             Self::Stream { body, left, notes, is_broken } => (body, left, notes, is_broken),
         };
         if *is_broken {

@@ -24,6 +24,7 @@ use tokio::{
     net::TcpListener,
     process::{Child, Command},
     signal::unix::{Signal as Signals, SignalKind, signal},
+    sync::watch,
     task::JoinHandle,
     time,
 };
@@ -34,13 +35,14 @@ use crate::{
     agents::{self, AgentApi},
     aws::{Aws, Options as AwsOptions, policy::OPERATOR},
     chaos::Fault,
-    cli::{Function, LogLevel, Options},
+    cli::{Function, LogLevel, Options, Websockets},
     demo::{self, Demo},
     dynamodb::Table,
     identity::{self, Identity},
     lambda::{self, FunctionConfig, Lambda, LambdaConfig, Launcher, Register, process},
     latency::Profile,
     public::{self, Arrivals, Front},
+    relay,
     sqs::QueueAttributes,
     stack::{Keys, stack},
     states::definition::Definition,
@@ -120,6 +122,15 @@ pub fn function(function: Function) -> ExitCode {
         Function::Revoke => revoke::run(),
         Function::Sweep => sweep::run(),
     }
+}
+
+/// Is the relay.
+#[must_use]
+pub fn relay() -> ExitCode {
+    if let Err(error) = process::end_with_parent() {
+        return fail(&anyhow::Error::new(error));
+    }
+    ::relay::run()
 }
 
 /// Is an agent.
@@ -224,6 +235,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         limits: &options.limits,
         log_level: options.log_level,
         choices: choices(&Env::process())?,
+        websockets: options.websockets,
         mailboxes: options.mailboxes,
     };
     let lambda = start_lambda(&settings)?;
@@ -237,6 +249,16 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         lambda.warm(function.name(), 1);
     }
 
+    let stop_relay = CancellationToken::new();
+    let (relay, keeping_relay) = match options.websockets {
+        Websockets::None => (None, None),
+        Websockets::Relay => {
+            let (address, found) = watch::channel(None);
+            let environment = settings.of_relay()?;
+            let keeping = spawn_relay(environment, address, stop_relay.clone())?;
+            (Some(public::relayed::Relay(found)), Some(keeping))
+        }
+    };
     let stop_agents = CancellationToken::new();
     let api = AgentApi {
         latency: aws.services().latency.clone(),
@@ -261,6 +283,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         }),
         port: public_address.port(),
         arrivals: arrivals.clone(),
+        relay,
     };
     let serving_public = tokio::spawn(public::serve(public_listener, Arc::new(front), stop_public.clone()));
 
@@ -292,9 +315,13 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     }
     tracing::info!("draining; a second signal ends at once");
     stop_public.cancel();
+    stop_relay.cancel();
     let drain = async {
         if time::timeout(DRAIN_TIME, serving_public).await.is_err() {
             tracing::warn!("public requests in flight were broken off");
+        }
+        if let Some(keeping) = keeping_relay {
+            let _ = tokio::task::spawn_blocking(move || keeping.join()).await;
         }
         end_agent(agent).await;
         stop_agents.cancel();
@@ -386,6 +413,7 @@ struct Settings<'a> {
     log_level: LogLevel,
     mailboxes: usize,
     choices: Vec<(&'static str, String)>,
+    websockets: Websockets,
 }
 
 /// What an operator may choose for `ingress`: here too from the environment, under the same names.
@@ -418,6 +446,7 @@ impl Settings<'_> {
             Function::Authorizer => vec![(ENV_JWKS, self.identity.jwks.clone())],
             Function::Connect => vec![
                 (env::CONNECTION_LIFETIME_SECS, seconds(limits::CONNECTION_LIFETIME)),
+                (env::WEBSOCKETS, (self.websockets == Websockets::Relay).to_string()),
                 (env::HEARTBEAT_MS, clock.scale(limits::HEARTBEAT_INTERVAL).as_millis().max(1).to_string()),
             ],
             Function::Disconnect => vec![lease()],
@@ -450,6 +479,21 @@ impl Settings<'_> {
         })
     }
 
+    /// What `relay` is told: as `ingress`, in a process of its own under a key of its own.
+    fn of_relay(&self) -> anyhow::Result<BTreeMap<String, String>> {
+        let mut environment = self.of(Function::Ingress)?.environment;
+        let access_key = format!("LOCAL{}", lambda::random_hex::<10>().to_ascii_uppercase());
+        self.aws.callers().register(&access_key, Function::Ingress.name(), "relay");
+        let more = [
+            ("AWS_REGION", lambda::REGION.to_owned()),
+            ("AWS_ENDPOINT_URL", self.aws.endpoint()),
+            ("AWS_ACCESS_KEY_ID", access_key),
+            ("AWS_SECRET_ACCESS_KEY", lambda::random_hex::<20>()),
+        ];
+        environment.extend(more.map(|(name, value)| (name.to_owned(), value)));
+        Ok(environment)
+    }
+
     /// What the variables of a deployment are here.
     fn values(&self) -> BTreeMap<&'static str, String> {
         BTreeMap::from([
@@ -471,6 +515,19 @@ impl Settings<'_> {
             (ENV_JWKS_URL, String::new()),
         ])
     }
+}
+
+/// Keeps the relay running from a thread of its own: the kernel ends the relay with the thread that started it.
+fn spawn_relay(
+    environment: BTreeMap<String, String>,
+    address: watch::Sender<Option<SocketAddr>>,
+    stop: CancellationToken,
+) -> anyhow::Result<std::thread::JoinHandle<()>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting")?;
+    std::thread::Builder::new()
+        .name("relay".to_owned())
+        .spawn(move || runtime.block_on(relay::keep(environment, address, stop)))
+        .context("starting the relay's thread")
 }
 
 fn start_lambda(settings: &Settings<'_>) -> anyhow::Result<Lambda> {

@@ -648,6 +648,7 @@ mod tests {
             body: Some(Body::encode(b"hi")),
             announced: None,
             timeout_ms: 1,
+            upgrade: None,
         });
         let text = request.encode();
         assert_eq!(EdgeMessage::decode(&text).unwrap(), request);

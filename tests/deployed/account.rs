@@ -231,6 +231,7 @@ impl Account {
             body: None,
             announced: None,
             timeout_ms: u64::try_from(patience.as_millis()).expect("minutes at most"),
+            upgrade: None,
         });
         let deadline = std::time::SystemTime::now() + patience;
         let deadline = deadline.duration_since(std::time::UNIX_EPOCH).expect("it is later than 1970");

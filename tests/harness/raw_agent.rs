@@ -84,6 +84,7 @@ impl RawAgent {
             software: "test".into(),
             tunnels: tunnels.iter().map(|&name| name.to_owned()).collect(),
             codecs: Codecs::default(),
+            websockets: false,
         };
         self.say(AgentMessage::Hello(hello)).await;
         self.welcome().await

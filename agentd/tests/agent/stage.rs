@@ -245,6 +245,7 @@ impl Line {
                     may_open: Vec::new(),
                     identity_ms: None,
                     codecs: self.manners.codecs.clone(),
+                    websockets: false,
                 };
                 self.hellos.push(hello);
                 self.send(&EdgeMessage::Welcome(welcome)).await;
@@ -302,6 +303,7 @@ impl Line {
                 AgentMessage::Failed(failed) => {
                     Sent::Failed { token: failed.token.into_owned(), seq: failed.seq, code: failed.code }
                 }
+                AgentMessage::Accepted(_) | AgentMessage::Frames(_) => panic!("nobody asked for a websocket"),
                 AgentMessage::Progress(progress) => Sent::Progress {
                     token: progress.token.into_owned(),
                     sent: progress.sent,
@@ -370,6 +372,7 @@ pub(crate) fn request(method: &'static str, target: &str) -> Request<'static> {
         body: None,
         announced: None,
         timeout_ms: 30_000,
+        upgrade: None,
     }
 }
 

@@ -195,6 +195,7 @@ fn message(number: u64, request: http::Request<Incoming>) -> anyhow::Result<Edge
         body: None,
         announced: None,
         timeout_ms: 60_000,
+        upgrade: None,
     }))
 }
 

@@ -133,6 +133,7 @@ impl Fixture {
             }),
             port: address.port(),
             arrivals: Arrivals::default(),
+            relay: None,
         };
         let stop = CancellationToken::new();
         let served = tokio::spawn(serve(listener, Arc::new(front), stop.clone()));

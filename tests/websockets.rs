@@ -1,0 +1,393 @@
+//! Public WebSockets through the whole path: a client, `local`'s front, `relay`, the run, `agentd`, an upstream.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
+
+use std::{net::SocketAddr, time::Duration};
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use http::{HeaderValue, header};
+use rustix::process::Signal;
+use tests::{Agent, Local, client, eventually, noise};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
+use tokio_tungstenite::{
+    WebSocketStream, accept_hdr_async_with_config, client_async_with_config,
+    tungstenite::{
+        Message,
+        client::IntoClientRequest as _,
+        handshake::{
+            derive_accept_key,
+            server::{Request, Response},
+        },
+        protocol::{CloseFrame, WebSocketConfig},
+    },
+};
+
+type Socket = WebSocketStream<TcpStream>;
+
+/// Longer than any step takes on a machine under load.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn config() -> WebSocketConfig {
+    WebSocketConfig::default().max_frame_size(Some(64 << 20)).max_message_size(Some(64 << 20))
+}
+
+/// An upstream that echoes messages, and answers some of them in its own way.
+async fn echo() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(serve(stream));
+        }
+    });
+    address
+}
+
+#[allow(clippy::result_large_err, reason = "the signature of a callback")]
+async fn serve(stream: TcpStream) {
+    stream.set_nodelay(true).unwrap();
+    let answer = |request: &Request, mut response: Response| {
+        let fields = response.headers_mut();
+        for name in ["origin", "host", "cookie", "sec-websocket-extensions", "x-forwarded-host"] {
+            if let Some(value) = request.headers().get(name) {
+                fields.insert(header::HeaderName::try_from(format!("x-saw-{name}")).unwrap(), value.clone());
+            }
+        }
+        fields.insert("x-saw-target", HeaderValue::from_str(&request.uri().to_string()).unwrap());
+        fields.append(header::SET_COOKIE, HeaderValue::from_static("a=1"));
+        if let Some(offered) = request.headers().get(header::SEC_WEBSOCKET_PROTOCOL) {
+            let first = offered.to_str().unwrap().split(',').next_back().unwrap().trim();
+            fields.insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_str(first).unwrap());
+        }
+        Ok(response)
+    };
+    let Ok(mut socket) = accept_hdr_async_with_config(stream, answer, Some(config())).await else { return };
+    while let Some(Ok(message)) = socket.next().await {
+        match &message {
+            Message::Text(text) if text.as_str() == "close please" => {
+                socket.send(Message::Text("last words".into())).await.unwrap();
+                let frame = CloseFrame { code: 4406.into(), reason: "Subprotocol not acceptable".into() };
+                socket.close(Some(frame)).await.unwrap();
+            }
+            Message::Text(text) if text.as_str() == "vanish" => return,
+            Message::Text(_) | Message::Binary(_) => {
+                if socket.send(message).await.is_err() {
+                    return;
+                }
+            }
+            Message::Ping(_) | Message::Pong(_) | Message::Close(_) | Message::Frame(_) => {}
+        }
+    }
+}
+
+async fn try_connect(
+    local: &Local,
+    target: &str,
+    fields: &[(&'static str, &str)],
+) -> Result<(Socket, http::Response<Option<Vec<u8>>>), tokio_tungstenite::tungstenite::Error> {
+    let stream = TcpStream::connect(local.public).await.unwrap();
+    stream.set_nodelay(true).unwrap();
+    let port = local.public.port();
+    let mut request = format!("ws://web.localhost:{port}{target}").into_client_request().unwrap();
+    for (name, value) in fields {
+        request.headers_mut().insert(*name, HeaderValue::from_str(value).unwrap());
+    }
+    client_async_with_config(request, stream, Some(config())).await
+}
+
+async fn connect(local: &Local) -> Socket {
+    timeout(PATIENCE, try_connect(local, "/", &[])).await.unwrap().unwrap().0
+}
+
+async fn next(socket: &mut Socket) -> Message {
+    loop {
+        match timeout(PATIENCE, socket.next()).await.unwrap().unwrap().unwrap() {
+            Message::Ping(_) | Message::Pong(_) => {}
+            message => return message,
+        }
+    }
+}
+
+async fn close_code(socket: &mut Socket) -> Option<u16> {
+    loop {
+        match timeout(PATIENCE, socket.next()).await.unwrap() {
+            Some(Ok(Message::Close(frame))) => return frame.map(|frame| frame.code.into()),
+            Some(Ok(_)) => {}
+            Some(Err(_)) | None => return None,
+        }
+    }
+}
+
+/// Messages of every kind and awkward length, the same for the same seed.
+fn messages(seed: u64) -> Vec<Message> {
+    let lengths = [0, 1, 125, 126, 4096, 32 * 1024, 70_000, 97_536, 97_537, 300_000, 7];
+    let mut all = Vec::new();
+    for (index, length) in lengths.into_iter().enumerate() {
+        let bytes = noise(seed + index as u64, length);
+        all.push(Message::Text(bytes.iter().map(|byte| char::from(byte % 127)).collect::<String>().into()));
+        all.push(Message::Text("é\u{ffff}\u{1f980}".repeat(length / 9 + 1).into()));
+        all.push(Message::Binary(bytes.into()));
+    }
+    all
+}
+
+async fn echoed(socket: &mut Socket, messages: &[Message]) {
+    let (mut sink, mut stream) = socket.split();
+    let send = async {
+        for message in messages {
+            sink.send(message.clone()).await.unwrap();
+        }
+    };
+    let take = async {
+        for (index, message) in messages.iter().enumerate() {
+            let got = timeout(PATIENCE, stream.next()).await.unwrap().unwrap().unwrap();
+            assert!(got == *message, "message {index}: {} bytes for {}", got.len(), message.len());
+        }
+    };
+    tokio::join!(send, take);
+}
+
+fn with_relay(more: &[&str]) -> Local {
+    Local::start(&[&["--websockets", "relay"], more].concat())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_websocket_passes_as_if_there_were_no_tunnel() {
+    let upstream = echo().await;
+    let local = with_relay(&[]);
+    let _agent = local.agent("web", &upstream.to_string());
+
+    // The handshake's fields.
+    let port = local.public.port();
+    let own = format!("http://web.localhost:{port}");
+    let fields = [
+        ("sec-websocket-protocol", "vite-ping, vite-hmr"),
+        ("sec-websocket-extensions", "permessage-deflate; client_max_window_bits"),
+        ("cookie", "session=1; b=\"x, y\""),
+        ("origin", &own),
+    ];
+    let (mut socket, response) = try_connect(&local, "/a%2Fb?token=x&y", &fields).await.unwrap();
+    let head = response.headers();
+    assert_eq!(head["sec-websocket-protocol"], "vite-hmr");
+    assert_eq!(head["x-saw-target"], "/a%2Fb?token=x&y");
+    assert_eq!(head["x-saw-cookie"], "session=1; b=\"x, y\"");
+    assert_eq!(head["x-saw-origin"], format!("http://{upstream}"), "its own origin is the upstream's there");
+    assert_eq!(head["set-cookie"], "a=1");
+    assert_eq!(head["x-tunnel-request-id"].len(), 32);
+    assert!(
+        head.get("sec-websocket-extensions").is_none()
+            && head.get("x-saw-sec-websocket-extensions").is_none()
+    );
+    assert_eq!(head.get_all("connection").iter().count(), 1);
+    let (_, foreign) = try_connect(&local, "/", &[("origin", "https://evil.example")]).await.unwrap();
+    assert_eq!(foreign.headers()["x-saw-origin"], "https://evil.example");
+
+    // Messages, whole and in order, also more than one window of them.
+    echoed(&mut socket, &messages(1)).await;
+    let large = [Message::Binary(noise(9, 16 << 20).into()), Message::Text("after".into())];
+    echoed(&mut socket, &large).await;
+
+    // The last frames before a close, its code and its reason.
+    socket.send(Message::Text("close please".into())).await.unwrap();
+    assert_eq!(next(&mut socket).await, Message::Text("last words".into()));
+    let Message::Close(Some(frame)) = next(&mut socket).await else { panic!() };
+    assert_eq!((u16::from(frame.code), frame.reason.as_str()), (4406, "Subprotocol not acceptable"));
+    assert_eq!(close_code(&mut socket).await, None);
+
+    // An upstream that vanishes, and a message over the limit.
+    let mut socket = connect(&local).await;
+    socket.send(Message::Text("vanish".into())).await.unwrap();
+    assert_eq!(close_code(&mut socket).await, Some(1012));
+    let mut socket = connect(&local).await;
+    let _ = socket.send(Message::Binary(noise(1, (16 << 20) + 1).into())).await;
+    assert_eq!(close_code(&mut socket).await, Some(1009));
+}
+
+/// An upstream that answers a connection with these bytes, whatever it is sent.
+async fn raw(answer: impl Fn(&str) -> Option<Vec<u8>> + Send + 'static) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut open = Vec::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                let mut byte = [0];
+                if stream.read(&mut byte).await.unwrap_or(0) == 0 {
+                    break;
+                }
+                head.push(byte[0]);
+            }
+            if let Some(answer) = answer(&String::from_utf8_lossy(&head)) {
+                let _ = stream.write_all(&answer).await;
+            }
+            open.push(stream);
+        }
+    });
+    address
+}
+
+fn key_of(head: &str) -> String {
+    let key = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("sec-websocket-key").then(|| value.trim().to_owned())
+    });
+    derive_accept_key(key.unwrap().as_bytes())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_upstream_answers_instead_is_handed_on_or_named() {
+    let upstream = raw(|head| {
+        let target = head.split(' ').nth(1).unwrap_or_default();
+        let switched = |more: &str| {
+            format!(
+                "HTTP/1.1 101 Switching Protocols\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n\
+                 Sec-WebSocket-Accept: {}\r\n{more}\r\n",
+                key_of(head)
+            )
+        };
+        Some(match target {
+            "/refused" => b"HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\nX-Why: origin\r\n\r\nnot here\n".to_vec(),
+            "/plain" => b"Unauthorized".to_vec(),
+            "/wrong" => b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: x\r\n\r\n".to_vec(),
+            "/extended" => switched("Sec-WebSocket-Extensions: permessage-deflate\r\n").into_bytes(),
+            // The first messages in the same segment as the head.
+            "/early" => [switched("").as_bytes(), b"\x81\x05hello\x82\x03\x00\x01\x02"].concat(),
+            _ => return None,
+        })
+    })
+    .await;
+    let local = with_relay(&[]);
+    let _agent = local.agent("web", &upstream.to_string());
+    let refused = async |target: &str| match try_connect(&local, target, &[]).await {
+        Err(tokio_tungstenite::tungstenite::Error::Http(response)) => *response,
+        other => panic!("{:?}", other.map(|_| ())),
+    };
+    let response = refused("/refused").await;
+    assert_eq!((response.status().as_u16(), response.headers()["x-why"].as_bytes()), (403, &b"origin"[..]));
+    assert_eq!(response.body().as_deref(), Some(&b"not here\n"[..]));
+    for target in ["/plain", "/wrong", "/extended"] {
+        let response = refused(target).await;
+        assert_eq!(response.status(), 502, "{target}");
+        assert_eq!(response.headers()["x-tunnel-error"], "upstream_invalid", "{target}");
+    }
+    let (mut socket, _) = try_connect(&local, "/early", &[]).await.unwrap();
+    assert_eq!(next(&mut socket).await, Message::Text("hello".into()));
+    assert_eq!(next(&mut socket).await, Message::Binary(vec![0, 1, 2].into()));
+    // One that never answers has its own deadline.
+    let silent = refused("/silent").await;
+    assert_eq!(silent.headers()["x-tunnel-error"], "upstream_timed_out");
+
+    // Handshakes that are none are answered by the relay, with HTTP.
+    let mut line = client::Connection::open(local.public).await;
+    let bad = client::Request::new("GET", "/")
+        .field("Host", "web.localhost")
+        .field("Upgrade", "websocket")
+        .field("Connection", "Upgrade")
+        .field("Sec-WebSocket-Key", "short")
+        .field("Sec-WebSocket-Version", "13");
+    assert_eq!(line.exchange(&bad).await.status, 400);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn messages_arrive_once_and_in_order_whatever_the_link_does() {
+    let upstream = echo().await;
+    let local = with_relay(&["--chaos", "seed=7,duplicate=0.3,reorder=0.3"]);
+    let _agent = local.agent("web", &upstream.to_string());
+    let mut sockets = Vec::new();
+    for _ in 0..4 {
+        sockets.push(connect(&local).await);
+    }
+    let work = sockets.iter_mut().enumerate().map(|(index, socket)| async move {
+        echoed(socket, &messages(100 * index as u64)).await;
+        let small: Vec<_> = (0..500).map(|n| Message::Text(format!("{index}:{n}").into())).collect();
+        echoed(socket, &small).await;
+    });
+    futures_util::future::join_all(work).await;
+}
+
+fn kill(agent: &Agent) {
+    agent.process().signal(Signal::KILL);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn websockets_survive_a_planned_replacement_and_end_in_order_otherwise() {
+    let upstream = echo().await;
+    let local = with_relay(&[]);
+    let table = |more: &str| format!("[[tunnel]]\nname = \"web\"\nupstream = \"{upstream}\"\n{more}");
+    let agent = local.agent_with(&table("max_websockets = 3\n"), &["web"]);
+    let mut sockets = Vec::new();
+    for _ in 0..3 {
+        sockets.push(connect(&local).await);
+    }
+    // One more than the tunnel may have.
+    match try_connect(&local, "/", &[]).await {
+        Err(tokio_tungstenite::tungstenite::Error::Http(response)) => assert_eq!(response.status(), 429),
+        other => panic!("{:?}", other.map(|_| ())),
+    }
+    for round in 0..4u64 {
+        // Another token file is another connection: the next one is opened before the old one goes.
+        let before = agent.process().printed().matches("a connection was retired").count();
+        let token = agent.dir().join(format!("token-{round}"));
+        std::fs::copy(&local.token, &token).unwrap();
+        let text = local
+            .config(&table("max_websockets = 3\n"))
+            .replace(local.token.to_str().unwrap(), token.to_str().unwrap());
+        agent.write_config(&text);
+        agent.process().signal(Signal::HUP);
+        let mut n = 0u64;
+        while agent.process().printed().matches("a connection was retired").count() == before {
+            let some: Vec<_> = (0..20).map(|i| Message::Text(format!("{round}:{n}:{i}").into())).collect();
+            futures_util::future::join_all(sockets.iter_mut().map(|socket| echoed(socket, &some))).await;
+            n += 1;
+            if n > 400 {
+                panic!("the connection was not replaced: {}", agent.process().printed());
+            }
+        }
+    }
+    for socket in &mut sockets {
+        echoed(socket, &messages(5)).await;
+    }
+    // The agent dies: every socket is closed so that its client comes again.
+    kill(&agent);
+    for socket in &mut sockets {
+        assert_eq!(close_code(socket).await, Some(1012));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_ends_in_order_says_so_and_who_carries_none_refuses() {
+    let upstream = echo().await;
+    let mut local = with_relay(&[]);
+    let agent = local.agent("web", &upstream.to_string());
+    let mut socket = connect(&local).await;
+    echoed(&mut socket, &[Message::Text("x".into())]).await;
+    agent.process().signal(Signal::TERM);
+    assert_eq!(close_code(&mut socket).await, Some(1012));
+    drop(agent);
+    let _agent = local.agent("web", &upstream.to_string());
+    let mut socket = None;
+    eventually("a websocket opens", async || {
+        socket = try_connect(&local, "/", &[]).await.ok().map(|(socket, _)| socket);
+        socket.is_some()
+    })
+    .await;
+    let mut socket = socket.unwrap();
+    let closed = tokio::spawn(async move { close_code(&mut socket).await });
+    local.stop();
+    assert_eq!(closed.await.unwrap(), Some(1012));
+
+    let local = Local::start(&["--websockets", "none"]);
+    let _agent = local.agent("web", &upstream.to_string());
+    match try_connect(&local, "/", &[]).await {
+        Err(tokio_tungstenite::tungstenite::Error::Http(response)) => {
+            assert_eq!(response.status(), 501);
+            assert_eq!(response.headers()["x-tunnel-error"], "upgrade_unsupported");
+        }
+        other => panic!("{:?}", other.map(|_| ())),
+    }
+}
