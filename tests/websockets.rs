@@ -29,7 +29,7 @@ use tokio_tungstenite::{
 type Socket = WebSocketStream<TcpStream>;
 
 /// Longer than any step takes on a machine under load.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 fn config() -> WebSocketConfig {
     WebSocketConfig::default().max_frame_size(Some(64 << 20)).max_message_size(Some(64 << 20))
@@ -144,7 +144,10 @@ async fn echoed(socket: &mut Socket, messages: &[Message]) {
     };
     let take = async {
         for (index, message) in messages.iter().enumerate() {
-            let got = timeout(PATIENCE, stream.next()).await.unwrap().unwrap().unwrap();
+            let got = timeout(PATIENCE, stream.next()).await;
+            let got =
+                got.unwrap_or_else(|_| panic!("message {index} of {} bytes did not come", message.len()));
+            let got = got.unwrap().unwrap();
             assert!(got == *message, "message {index}: {} bytes for {}", got.len(), message.len());
         }
     };

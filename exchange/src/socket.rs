@@ -302,6 +302,9 @@ impl<'a> Pump<'a> {
                         outgoing = Some(Message::Close(Some(Close::new(code, ""))));
                     }
                 }
+                if public_ended && outgoing.take().is_some() {
+                    continue;
+                }
             }
             self.transmit();
             if self.flow.is_closed()

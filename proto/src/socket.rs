@@ -276,8 +276,8 @@ pub struct Flow {
     queued: usize,
     closing: bool,
     next: u32,
-    /// What was sent and is not acknowledged: number and bytes.
-    unacked: VecDeque<(u32, usize)>,
+    /// What was sent and is not acknowledged: number, bytes and since when.
+    unacked: VecDeque<(u32, usize, Instant)>,
     under_way: usize,
     meter: Meter,
     answers: Meter,
@@ -406,17 +406,19 @@ impl Flow {
         }
         self.asked_since = None;
         let before = self.unacked.len();
-        while let Some(&(first, bytes)) = self.unacked.front()
+        while let Some(&(first, bytes, _)) = self.unacked.front()
             && first <= through
         {
             self.under_way -= bytes;
             self.unacked.pop_front();
         }
-        if self.unacked.is_empty() {
-            self.ask_at = self.settings.ask_after.map(|after| now + after);
-        } else if self.unacked.len() < before {
+        match self.unacked.front() {
+            None => self.ask_at = self.settings.ask_after.map(|after| now + after),
             // Whoever talks without acknowledging is asked all the same.
-            self.ask_at = Some(now + limits::PROBE_AFTER);
+            Some((.., since)) if self.unacked.len() < before => {
+                self.ask_at = Some((*since + limits::PROBE_AFTER).max(now));
+            }
+            Some(_) => {}
         }
         if let Some(sent) = sent {
             self.sent_by_peer = self.sent_by_peer.max(sent);
@@ -560,18 +562,20 @@ impl Flow {
             return None;
         }
         let sent = std::mem::take(&mut self.ask).then(|| self.sent());
-        let (seq, text) = if may_send { (self.next, self.pack(envelope, sent)) } else { (0, None) };
+        // A full batch costs nothing that waiting would save.
+        let is_paced = self.queued < QUEUE_BYTES;
+        let (seq, text) = if may_send { (self.next, self.pack(envelope, sent, now)) } else { (0, None) };
         let through = self.taken;
         self.acked = self.taken;
         self.taken_unacked = 0;
         self.ack_at = None;
         if seq > 0 {
-            if self.heard && self.answers.ready_at(now) <= now {
+            if is_paced && self.heard && self.answers.ready_at(now) <= now {
                 self.answers.pay(now);
-            } else {
+            } else if is_paced {
                 self.meter.pay(now);
             }
-            self.heard = false;
+            self.heard &= !is_paced;
             self.next += 1;
             self.ask_at.get_or_insert(now + limits::PROBE_AFTER);
             if self.unacked.len() == 1 {
@@ -582,7 +586,7 @@ impl Flow {
     }
 
     /// Packs what fits one message of the link and takes it off the queue.
-    fn pack(&mut self, envelope: Envelope<'_>, sent: Option<u32>) -> Option<String> {
+    fn pack(&mut self, envelope: Envelope<'_>, sent: Option<u32>, now: Instant) -> Option<String> {
         let mut room = limits::MESSAGE_BYTES - limits::ENVELOPE_BYTES;
         let mut frames = Vec::new();
         let (mut whole, mut cut, mut bytes) = (0, 0, 0);
@@ -631,7 +635,7 @@ impl Flow {
             let _ = front.payload.split_to(cut);
             self.queued -= cut;
         }
-        self.unacked.push_back((self.next, bytes));
+        self.unacked.push_back((self.next, bytes, now));
         self.under_way += bytes;
         Some(text)
     }
@@ -666,5 +670,295 @@ impl Flow {
     /// Has the other end asked for at once, because the link under the flow has changed.
     pub fn ask_now(&mut self) {
         self.ask = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[expect(clippy::disallowed_methods, reason = "tests need some instant to count from")]
+    fn epoch() -> Instant {
+        Instant::now()
+    }
+
+    fn settings() -> Settings {
+        Settings {
+            message_bytes: limits::SOCKET_MESSAGE_BYTES,
+            pace: Pace { interval: limits::SOCKET_AGENT_INTERVAL, burst: limits::SOCKET_BURST },
+            codec: Some(Codec::Zstd),
+            ask_after: None,
+        }
+    }
+
+    /// Two ends and the link between them, over time.
+    struct Pair {
+        now: Instant,
+        ends: [Flow; 2],
+        /// What is under way to each end.
+        link: [Vec<String>; 2],
+        got: [Vec<Message>; 2],
+        sent: usize,
+        /// Whether the end's WebSocket takes anything.
+        reads: [bool; 2],
+    }
+
+    impl Pair {
+        fn new() -> Self {
+            let now = epoch();
+            let flow = || Flow::new(settings(), now);
+            Self {
+                now,
+                ends: [flow(), flow()],
+                link: [Vec::new(), Vec::new()],
+                got: [Vec::new(), Vec::new()],
+                sent: 0,
+                reads: [true, true],
+            }
+        }
+
+        fn transmit(&mut self) {
+            let id = RequestId::from_random([1; 16]);
+            for (end, envelope) in [(0, Envelope::Edge("token")), (1, Envelope::Agent(&id))] {
+                while let Some(text) = self.ends[end].poll_transmit(envelope, self.now) {
+                    assert!(text.len() <= limits::MESSAGE_BYTES, "{}", text.len());
+                    self.sent += 1;
+                    self.link[1 - end].push(text);
+                }
+            }
+        }
+
+        fn deliver(&mut self, to: usize, text: &str) -> Result<(), FlowError> {
+            if to == 1 {
+                let AgentMessage::Frames(frames) = AgentMessage::decode(text).unwrap() else { panic!() };
+                self.ends[1].receive(frames.batch().into_owned(), self.now)?;
+            } else {
+                let EdgeMessage::Frames(frames) = EdgeMessage::decode(text).unwrap() else { panic!() };
+                self.ends[0].receive(frames.batch(), self.now)?;
+            }
+            while self.reads[to]
+                && let Some(message) = self.ends[to].poll_message(self.now)?
+            {
+                self.got[to].push(message);
+            }
+            Ok(())
+        }
+
+        /// Lets time pass until nothing more happens, with an orderly link.
+        fn settle(&mut self) -> Result<(), FlowError> {
+            for _ in 0..100_000 {
+                self.transmit();
+                let mut idle = true;
+                for to in [0, 1] {
+                    for text in std::mem::take(&mut self.link[to]) {
+                        idle = false;
+                        self.deliver(to, &text)?;
+                    }
+                }
+                if idle {
+                    let wake = self.ends.iter().filter_map(|end| end.poll_timeout(self.now)).min();
+                    let Some(wake) = wake else { return Ok(()) };
+                    self.now = self.now.max(wake);
+                    for end in &mut self.ends {
+                        end.handle_timeout(self.now)?;
+                    }
+                }
+            }
+            panic!("it never comes to rest");
+        }
+    }
+
+    fn message() -> impl Strategy<Value = Message> {
+        let long = prop_oneof![0..200usize, 30_000..40_000usize, 97_000..98_000usize, 250_000..300_000usize];
+        (any::<bool>(), long, any::<u8>()).prop_map(|(text, len, seed)| {
+            let byte = |n: usize| (n as u8).wrapping_mul(31).wrapping_add(seed);
+            if text {
+                let any = |n| if n % 7 == 0 { 'é' } else { char::from(byte(n) % 128) };
+                Message::Text((0..len).map(any).collect())
+            } else {
+                Message::Binary((0..len).map(byte).collect::<Vec<_>>().into())
+            }
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        /// Whatever the messages, and however the link orders and repeats batches, each end gets what the other sent.
+        #[test]
+        fn messages_arrive_once_and_in_order(
+            messages in proptest::collection::vec((any::<bool>(), message()), 1..24),
+            shuffle in proptest::collection::vec((any::<u16>(), any::<bool>()), 256),
+        ) {
+            let mut pair = Pair::new();
+            let mut wanted = [Vec::new(), Vec::new()];
+            let mut at = 0;
+            for (first, message) in messages {
+                let end = usize::from(first);
+                pair.ends[end].send(message.clone());
+                wanted[1 - end].push(message);
+                pair.transmit();
+                for to in [0, 1] {
+                    let mut texts = std::mem::take(&mut pair.link[to]);
+                    let twice: Vec<_> = texts.iter().filter(|_| { at += 1; shuffle[at % 256].1 }).cloned().collect();
+                    texts.extend(twice);
+                    texts.sort_by_cached_key(|_| { at += 1; shuffle[at % 256].0 });
+                    for text in texts {
+                        pair.deliver(to, &text).unwrap();
+                    }
+                }
+            }
+            for end in 0..2 {
+                pair.ends[end].send(Message::Close(Some(Close::new(4000, "done"))));
+                wanted[1 - end].push(Message::Close(Some(Close::new(4000, "done"))));
+            }
+            pair.settle().unwrap();
+            prop_assert!(pair.got == wanted);
+            prop_assert!(pair.ends.iter().all(|end| end.is_closed() && end.is_sent()));
+        }
+
+        /// A batch that is lost is noticed within 45 seconds, also the last one, and nothing behind it gets out.
+        #[test]
+        fn a_lost_batch_is_noticed(count in 1usize..12, lost in 0usize..12, later in any::<bool>()) {
+            let mut pair = Pair::new();
+            let lost = lost % count;
+            for n in 0..count {
+                pair.ends[0].send(Message::Text(n.to_string()));
+                pair.transmit();
+                for text in std::mem::take(&mut pair.link[1]) {
+                    if n != lost {
+                        pair.deliver(1, &text).unwrap();
+                    }
+                }
+            }
+            if later {
+                pair.ends[1].send(Message::Text("meanwhile".into()));
+            }
+            let begun = pair.now;
+            prop_assert_eq!(pair.settle(), Err(FlowError::Lost));
+            prop_assert!(pair.now - begun <= Duration::from_secs(46));
+            let whole: Vec<_> = (0..lost).map(|n| Message::Text(n.to_string())).collect();
+            prop_assert!(pair.got[1] == whole);
+        }
+    }
+
+    #[test]
+    fn nothing_is_sent_while_nothing_flows() {
+        let mut pair = Pair::new();
+        pair.ends[0].send(Message::Text("x".into()));
+        pair.settle().unwrap();
+        // The message and its acknowledgement, and then silence for good.
+        assert_eq!(pair.sent, 2);
+        assert_eq!(pair.ends.iter().filter_map(|end| end.poll_timeout(pair.now)).min(), None);
+    }
+
+    #[test]
+    fn a_reader_that_has_stopped_stops_the_sender() {
+        let mut pair = Pair::new();
+        pair.reads[1] = false;
+        let message = || Message::Binary(vec![7; 64 * 1024].into());
+        let mut taken = 0;
+        for _ in 0..1000 {
+            while pair.ends[0].wants_more() {
+                pair.ends[0].send(message());
+                taken += 1;
+            }
+            pair.transmit();
+            for text in std::mem::take(&mut pair.link[1]) {
+                pair.deliver(1, &text).unwrap();
+            }
+        }
+        assert!(taken * 64 * 1024 <= limits::SOCKET_WINDOW_BYTES + 4 * limits::CHUNK_BYTES, "{taken}");
+        pair.reads[1] = true;
+        while let Some(message) = pair.ends[1].poll_message(pair.now).unwrap() {
+            pair.got[1].push(message);
+        }
+        pair.settle().unwrap();
+        assert_eq!(pair.got[1].len(), taken);
+    }
+
+    #[test]
+    fn small_messages_are_sent_at_once_and_a_stream_of_them_together() {
+        let mut pair = Pair::new();
+        pair.ends[0].send(Message::Text("first".into()));
+        pair.transmit();
+        assert_eq!(pair.sent, 1, "the first waits for nothing");
+        // A thousand, a hundred a second.
+        let mut pair = Pair::new();
+        let mut batches = 0;
+        for n in 0..1000 {
+            pair.ends[0].send(Message::Text(n.to_string()));
+            pair.transmit();
+            for text in std::mem::take(&mut pair.link[1]) {
+                batches += 1;
+                pair.deliver(1, &text).unwrap();
+            }
+            for text in std::mem::take(&mut pair.link[0]) {
+                pair.deliver(0, &text).unwrap();
+            }
+            pair.now += Duration::from_millis(10);
+        }
+        assert!(batches <= 90, "{batches}");
+    }
+
+    #[test]
+    fn the_end_of_a_long_message_does_not_wait() {
+        let mut pair = Pair::new();
+        pair.ends[0].send(Message::Binary(vec![7; 20 * limits::CHUNK_BYTES + 1].into()));
+        let begun = pair.now;
+        pair.transmit();
+        for text in std::mem::take(&mut pair.link[1]) {
+            pair.deliver(1, &text).unwrap();
+        }
+        assert_eq!((pair.got[1].len(), pair.now), (1, begun));
+    }
+
+    #[test]
+    fn a_message_at_its_limit_passes_and_one_byte_more_does_not() {
+        for (over, outcome) in [(0, Ok(())), (1, Err(FlowError::TooLong))] {
+            let mut pair = Pair::new();
+            pair.ends[0].send(Message::Binary(vec![0; limits::SOCKET_MESSAGE_BYTES + over].into()));
+            assert_eq!(pair.settle(), outcome);
+        }
+    }
+
+    #[test]
+    fn who_breaks_a_rule_is_not_believed() {
+        let batch = |seq, through, frames: Vec<Frame<'static>>| Batch { seq, through, sent: None, frames };
+        let text = |more| Frame { kind: FrameKind::Text, body: Some(Body::encode(b"x")), more, code: None };
+        let binary = Frame { kind: FrameKind::Binary, body: None, more: false, code: None };
+        let now = epoch();
+        let refused = |batch| {
+            let mut flow = Flow::new(settings(), now);
+            flow.receive(batch, now).and_then(|()| flow.poll_message(now).map(drop)).is_err()
+        };
+        assert!(refused(batch(0, 1, vec![])), "acknowledges what was not sent");
+        assert!(refused(batch(0, 0, vec![text(false)])));
+        assert!(refused(batch(1, 0, vec![])));
+        assert!(refused(batch(limits::SOCKET_BATCHES + 3, 0, vec![text(false)])), "ran ahead");
+        assert!(refused(batch(1, 0, vec![text(true), binary])));
+        let bad = Frame { kind: FrameKind::Text, body: Some(Body::encode(b"\xff")), more: false, code: None };
+        assert!(refused(batch(1, 0, vec![bad])));
+        assert!(!refused(batch(1, 0, vec![text(true), text(false)])));
+    }
+
+    #[test]
+    fn codes_that_may_not_be_sent_are_not() {
+        for (code, sent) in [
+            (1000, Some(1000)),
+            (1005, None),
+            (1006, Some(1011)),
+            (1015, Some(1011)),
+            (1014, Some(1011)),
+            (999, Some(1011)),
+            (2999, Some(1011)),
+            (3000, Some(3000)),
+            (4999, Some(4999)),
+            (5000, Some(1011)),
+        ] {
+            assert_eq!(Close::new(code, "").sendable().map(|close| close.code), sent, "{code}");
+        }
     }
 }

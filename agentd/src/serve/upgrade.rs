@@ -221,6 +221,9 @@ impl Pump<'_> {
                             close_by.get_or_insert(now + limits::SOCKET_CLOSE);
                         }
                         last = now;
+                        if upstream_ended {
+                            continue;
+                        }
                         outgoing = Some(match (violation, message) {
                             (Some(code), Message::Close(_)) => closing(Some(Close::new(code, ""))),
                             (_, message) => to_upstream(message),
