@@ -732,10 +732,10 @@ mod tests {
 
         fn deliver(&mut self, to: usize, text: &str) -> Result<(), FlowError> {
             if to == 1 {
-                let AgentMessage::Frames(frames) = AgentMessage::decode(text).unwrap() else { panic!() };
+                let Ok(AgentMessage::Frames(frames)) = AgentMessage::decode(text) else { panic!() };
                 self.ends[1].receive(frames.batch().into_owned(), self.now)?;
             } else {
-                let EdgeMessage::Frames(frames) = EdgeMessage::decode(text).unwrap() else { panic!() };
+                let Ok(EdgeMessage::Frames(frames)) = EdgeMessage::decode(text) else { panic!() };
                 self.ends[0].receive(frames.batch(), self.now)?;
             }
             while self.reads[to]

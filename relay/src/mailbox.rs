@@ -4,12 +4,7 @@
 //! more. Each message goes to the exchange whose request it names, and news of a lost connection to all. What was
 //! taken is deleted ten at a time, as in `exchange::inbox`.
 
-use std::{
-    cell::{Cell, RefCell},
-    collections::HashMap,
-    rc::Rc,
-    time::Duration,
-};
+use std::{cell::RefCell, collections::HashMap, rc::Rc, time::Duration};
 
 use edge::{
     Error,
@@ -43,6 +38,9 @@ const AFTER_FAILURE: Duration = Duration::from_secs(1);
 /// How often it is looked whether the lease has to be renewed.
 const LEASE_CHECK: Duration = Duration::from_secs(60);
 
+/// What a long poll brought, and from which mailbox.
+type Polled = (Rc<Inbox>, Result<Vec<Letter>, Error>);
+
 type Slots = RefCell<HashMap<String, mpsc::Sender<Letter>>>;
 
 /// The mailbox of this process.
@@ -50,8 +48,6 @@ pub struct Postbox {
     services: Rc<Services>,
     inbox: RefCell<Rc<Inbox>>,
     slots: Slots,
-    /// Counts the mailboxes that this process has had: who waits at an earlier one waits in vain.
-    era: Cell<u32>,
 }
 
 /// The place of one exchange at the mailbox.
@@ -74,7 +70,7 @@ impl Postbox {
     #[must_use]
     pub fn new(services: Rc<Services>, lease: Lease) -> Rc<Self> {
         let inbox = RefCell::new(Rc::new(Inbox::new(lease)));
-        Rc::new(Self { services, inbox, slots: RefCell::default(), era: Cell::new(0) })
+        Rc::new(Self { services, inbox, slots: RefCell::default() })
     }
 
     /// A place for the answers to `request_id`. Once `closing` is cancelled it gives no more.
@@ -92,8 +88,7 @@ impl Postbox {
 
     /// Receives until `end`.
     pub async fn run(self: Rc<Self>, end: CancellationToken) {
-        let mut polls: FuturesUnordered<LocalBoxFuture<'_, (Rc<Inbox>, Result<Vec<Letter>, Error>)>> =
-            FuturesUnordered::new();
+        let mut polls: FuturesUnordered<LocalBoxFuture<'_, Polled>> = FuturesUnordered::new();
         let mut deletions: FuturesUnordered<LocalBoxFuture<'_, ()>> = FuturesUnordered::new();
         let mut wanted = 1;
         let mut not_before = Instant::now();
@@ -186,7 +181,6 @@ impl Postbox {
             Ok(None) => {
                 tracing::error!("the mailbox has gone to somebody else; exchanges in flight are broken off");
                 self.slots.borrow_mut().clear();
-                self.era.set(self.era.get() + 1);
                 match crate::random() {
                     Ok(random) => pool.lease(&crate::holder(), random).await,
                     Err(_) => return,

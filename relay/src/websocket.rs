@@ -113,7 +113,7 @@ impl Stream for PublicSocket {
                 return Poll::Ready(Some(Err(SocketError::Gone)));
             }
             // A client that takes nothing gets no ping; it is not silent for want of one.
-            if Pin::new(&mut self.socket).poll_ready(cx).is_ready_and(|ready| ready.is_ok()) {
+            if matches!(Pin::new(&mut self.socket).poll_ready(cx), Poll::Ready(Ok(()))) {
                 let _ = Pin::new(&mut self.socket).start_send(tungstenite::Message::Ping(Bytes::new()));
                 let _ = Pin::new(&mut self.socket).poll_flush(cx);
             }
@@ -121,7 +121,7 @@ impl Stream for PublicSocket {
         loop {
             let next = ready!(Pin::new(&mut self.socket).poll_next(cx));
             self.heard_at = Instant::now();
-            return Poll::Ready(match next {
+            break Poll::Ready(match next {
                 None => None,
                 Some(Err(error)) => Some(Err(error_of(&error))),
                 Some(Ok(tungstenite::Message::Text(text))) => {
@@ -140,19 +140,6 @@ impl Stream for PublicSocket {
                     | tungstenite::Message::Frame(_),
                 )) => continue,
             });
-        }
-    }
-}
-
-trait ReadyAnd<T> {
-    fn is_ready_and(self, check: impl FnOnce(T) -> bool) -> bool;
-}
-
-impl<T> ReadyAnd<T> for Poll<T> {
-    fn is_ready_and(self, check: impl FnOnce(T) -> bool) -> bool {
-        match self {
-            Self::Ready(value) => check(value),
-            Self::Pending => false,
         }
     }
 }

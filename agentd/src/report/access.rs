@@ -191,14 +191,14 @@ impl SocketLine {
         }
     }
 
-    pub(crate) fn from_client(&mut self, message: &Message) {
+    pub(crate) fn client_sent(&mut self, message: &Message) {
         if !matches!(message, Message::Close(_)) {
             self.messages_in += 1;
             self.bytes_in += message.len() as u64;
         }
     }
 
-    pub(crate) fn from_upstream(&mut self, message: &Message) {
+    pub(crate) fn upstream_sent(&mut self, message: &Message) {
         if !matches!(message, Message::Close(_)) {
             self.messages_out += 1;
             self.bytes_out += message.len() as u64;

@@ -215,7 +215,7 @@ impl Pump<'_> {
                 match self.flow.poll_message(now.into_std()) {
                     Ok(None) => {}
                     Ok(Some(message)) => {
-                        self.line.from_client(&message);
+                        self.line.client_sent(&message);
                         if let Message::Close(close) = &message {
                             self.line.code(close.as_ref().map(|close| close.code));
                             close_by.get_or_insert(now + limits::SOCKET_CLOSE);
@@ -296,7 +296,7 @@ impl Pump<'_> {
                         match from_upstream(item) {
                             Heard::Nothing => {}
                             Heard::Message(message) => {
-                                self.line.from_upstream(&message);
+                                self.line.upstream_sent(&message);
                                 if let Message::Close(close) = &message {
                                     self.line.code(close.as_ref().map(|close| close.code));
                                     close_by.get_or_insert(now + limits::SOCKET_CLOSE);
