@@ -6,7 +6,7 @@ use std::{
     sync::Mutex,
 };
 
-use proto::error::{ErrorCode, OUTCOME_REPLIED};
+use proto::error::{ErrorCode, OUTCOME_DISPATCHED, OUTCOME_REPLIED};
 use serde_json::{Value, json};
 
 use super::{
@@ -127,6 +127,21 @@ fn well(state: &str, _before: usize) -> Result<Value, TaskError> {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_run_without_a_mailbox_ends_once_the_request_is_dispatched() {
+    let mut input = input();
+    input["mailbox"] = json!("");
+    let walk = walk(input, &well).await;
+    assert_eq!(
+        walk.output(),
+        &json!({ "outcome": OUTCOME_DISPATCHED, "connection_id": "a=", "reply": null, "receipt": null, "sent_ms": null })
+    );
+    assert_eq!(
+        walk.states,
+        ["LookUpConnections", "ChooseConnection", "DispatchRequest", "ChooseWait", "Dispatched"]
+    );
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_reply_ends_the_run() {
     let walk = walk(input(), &well).await;
     assert_eq!(
@@ -139,6 +154,7 @@ async fn a_reply_ends_the_run() {
             "LookUpConnections",
             "ChooseConnection",
             "DispatchRequest",
+            "ChooseWait",
             "AwaitReply",
             "InspectMessage",
             "Replied"
@@ -385,6 +401,9 @@ async fn every_state_is_reached_and_every_outcome_is_known() {
     for found in [rows(&[]), rows(&["#name"])] {
         reached.extend(walk(input(), &|_, _| Ok(found.clone())).await.states);
     }
+    let mut unawaited = input();
+    unawaited["mailbox"] = json!("");
+    reached.extend(walk(unawaited, &well).await.states);
     let definition = definition();
     assert_eq!(reached, definition.state_names().map(str::to_owned).collect());
 
@@ -403,7 +422,9 @@ async fn every_state_is_reached_and_every_outcome_is_known() {
         }
     }
     for outcome in &outcomes {
-        assert!(outcome == OUTCOME_REPLIED || ErrorCode::from_outcome(outcome).is_some(), "{outcome}");
+        let is_known = [OUTCOME_REPLIED, OUTCOME_DISPATCHED].contains(&outcome.as_str())
+            || ErrorCode::from_outcome(outcome).is_some();
+        assert!(is_known, "{outcome}");
     }
     assert_eq!(machine["States"]["EdgeFailed"]["Error"], ErrorCode::EdgeFailed.outcome());
 }
