@@ -388,10 +388,11 @@ async fn a_diagnosis_says_where_the_way_ends() {
     agent.process().signal(rustix::process::Signal::TERM);
     tests::eventually("the agent is gone", async || agent.ask(&["status"]).0 == Some(1)).await;
     let (code, printed) = diagnose();
-    assert_eq!(code, Some(0), "{printed}");
+    assert_eq!(code, Some(1), "{printed}");
     assert!(printed.contains("this program is the agent for the moment"), "{printed}");
-    assert!(printed.contains("[WARN] public ") && printed.contains("upstream_unreachable"), "{printed}");
-    assert!(printed.ends_with("It works; warnings: 3."), "{printed}");
+    assert!(printed.contains("[FAIL] public ") && printed.contains("upstream_unreachable"), "{printed}");
+    assert!(printed.contains("Connection refused"), "{printed}");
+    assert!(printed.ends_with("It does not work; failures: 2, warnings: 1."), "{printed}");
     assert_eq!(Request::to("web", "GET", "/").send(local.public).await.status, 503, "it is gone again");
 
     // A token that is not known here, and an edge that is not there.

@@ -13,7 +13,9 @@ mod value;
 use std::{
     fmt,
     net::SocketAddr,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
+    str::FromStr,
     time::Duration,
 };
 
@@ -114,8 +116,12 @@ pub struct TunnelConfig {
 /// How an upstream is asked whether it is well.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthCheck {
-    /// What is asked for, with GET. An answer of 2xx or 3xx is a good one.
+    /// What is asked for, with GET.
     pub path: PathAndQuery,
+    /// What `host` says, where it is not what the tunnel's requests say.
+    pub host: Option<HeaderValue>,
+    /// The answers that are good.
+    pub expect_status: Statuses,
     /// How long after one answer the next is asked for.
     pub interval: Duration,
     /// How long an answer may take.
@@ -128,7 +134,49 @@ impl HealthCheck {
     /// The check of `path` with every other setting at its default.
     #[must_use]
     pub const fn new(path: PathAndQuery) -> Self {
-        Self { path, interval: Duration::from_secs(10), timeout: Duration::from_secs(3), max_failed: 3 }
+        Self {
+            path,
+            host: None,
+            expect_status: Statuses(Vec::new()),
+            interval: Duration::from_secs(10),
+            timeout: Duration::from_secs(3),
+            max_failed: 3,
+        }
+    }
+}
+
+/// Statuses, such as `204`, `2xx`, `200-399` or several of these with commas. By default 2xx and 3xx.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Statuses(Vec<RangeInclusive<u16>>);
+
+impl Statuses {
+    /// Whether a status is one of them.
+    #[must_use]
+    pub fn contains(&self, status: u16) -> bool {
+        match &self.0[..] {
+            [] => (200..400).contains(&status),
+            ranges => ranges.iter().any(|range| range.contains(&status)),
+        }
+    }
+}
+
+impl FromStr for Statuses {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let one = |part: &str| {
+            let number = |text: &str| text.parse::<u16>().ok().filter(|status| (200..600).contains(status));
+            let class = part.strip_suffix("xx").and_then(|class| class.parse::<u16>().ok());
+            match (class, part.split_once('-')) {
+                (Some(class @ 2..=5), _) => Some(class * 100..=class * 100 + 99),
+                (_, Some((from, to))) => Some(number(from)?..=number(to)?).filter(|range| !range.is_empty()),
+                _ => number(part).map(|status| status..=status),
+            }
+        };
+        let ranges: Option<Vec<_>> = text.split(',').map(|part| one(part.trim())).collect();
+        ranges.map(Self).ok_or_else(|| {
+            format!("{text:?} is no status: write it as 200, \"2xx\", \"200-399\" or several with commas")
+        })
     }
 }
 
@@ -414,16 +462,16 @@ pub fn parse_host_header(text: &str) -> Result<HostHeader, String> {
     match text {
         "upstream" => Ok(HostHeader::Upstream),
         "preserve" => Ok(HostHeader::Preserve),
-        value => {
-            let is_host =
-                value.parse::<http::uri::Authority>().is_ok_and(|host| !host.as_str().contains('@'));
-            HeaderValue::from_str(value)
-                .ok()
-                .filter(|_| is_host)
-                .map(HostHeader::Value)
-                .ok_or_else(|| format!("{value:?} is neither \"upstream\" nor \"preserve\" nor a host name"))
-        }
+        value => parse_host(value)
+            .map(HostHeader::Value)
+            .ok_or_else(|| format!("{value:?} is neither \"upstream\" nor \"preserve\" nor a host name")),
     }
+}
+
+/// Reads what a `host` field may say.
+fn parse_host(text: &str) -> Option<HeaderValue> {
+    let is_host = text.parse::<http::uri::Authority>().is_ok_and(|host| !host.as_str().contains('@'));
+    HeaderValue::from_str(text).ok().filter(|_| is_host)
 }
 
 /// Reads an `origin` setting.

@@ -629,6 +629,9 @@ impl Supervisor {
             known.renew_at = known.identity_ends.map(|end| end - (left / 8).min(RENEW_AHEAD));
         }
         for tunnel in welcome.tunnels {
+            if let Some(known) = self.shared.tunnels.get(&tunnel.name) {
+                known.opened_at(&tunnel.url);
+            }
             if self.shown.get(&tunnel.name) != Some(&tunnel.url) {
                 tracing::info!(tunnel_id = %tunnel.name, url = tunnel.url, "tunnel is open: {}", tunnel.url);
                 let upstream = self.config.tunnels.iter().find(|config| config.name == tunnel.name);

@@ -14,6 +14,7 @@ pub fn finish(headers: &mut Headers, request_id: &RequestId, prefix: Option<&str
         let fields = std::mem::take(headers).into_iter().map(|(name, value)| {
             let moved = match name.as_str() {
                 "location" | "content-location" => move_location(&value, prefix, host),
+                "refresh" => move_refresh(&value, prefix),
                 "set-cookie" => move_cookie(&value, prefix),
                 _ => None,
             };
@@ -40,8 +41,21 @@ fn move_location(value: &HeaderValue, prefix: &str, host: &str) -> Option<Header
     HeaderValue::from_str(&format!("{scheme}://{host}{prefix}{path}")).ok()
 }
 
+/// `5; url=/next`: only an absolute path is moved; an address of the upstream's own is public already.
+fn move_refresh(value: &HeaderValue, prefix: &str) -> Option<HeaderValue> {
+    let text = value.to_str().ok()?;
+    let (before, url) = text.split_at(text.find('/')?);
+    let is_whole = before.trim_end_matches(['\'', '"']).trim_end().ends_with(['=', ';', ',']);
+    let moved = is_whole && !url.starts_with("//");
+    moved.then(|| HeaderValue::from_str(&format!("{before}{prefix}{url}")).ok()).flatten()
+}
+
 fn move_cookie(value: &HeaderValue, prefix: &str) -> Option<HeaderValue> {
     let bytes = value.as_bytes();
+    // Browsers take a cookie of such a name with Path=/ only, in whatever case it is written (RFC 6265bis §4.1.3.2).
+    if bytes.get(..7).is_some_and(|name| name.eq_ignore_ascii_case(b"__Host-")) {
+        return None;
+    }
     let mut moved = Vec::with_capacity(bytes.len() + prefix.len());
     let mut changed = false;
     for (index, part) in bytes.split(|&b| b == b';').enumerate() {
@@ -63,6 +77,16 @@ fn move_cookie(value: &HeaderValue, prefix: &str) -> Option<HeaderValue> {
         }
     }
     changed.then(|| HeaderValue::from_bytes(&moved).ok()).flatten()
+}
+
+/// The head of an answer that sends a browser to another path of the same host; there is no body.
+#[must_use]
+pub fn moved(location: HeaderValue, request_id: &RequestId) -> Head {
+    let mut headers = Headers::new();
+    headers.push(header::LOCATION, location);
+    headers.push(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+    finish(&mut headers, request_id, None, "");
+    Head { status: 308, headers }
 }
 
 /// An error as a whole answer. The body's length is in the head, also for whoever wants no body.
@@ -162,11 +186,32 @@ mod tests {
             ("path=/x", "path=/x"),
             ("a=1; Path=x", "a=1; Path=x"),
             ("a=1; Domain=b", "a=1; Domain=b"),
+            ("__Host-a=1; Path=/; Secure", "__Host-a=1; Path=/; Secure"),
+            ("__host-Http-a=1; path=/; Secure", "__host-Http-a=1; path=/; Secure"),
+            ("__Secure-a=1; Path=/; Secure", "__Secure-a=1; Path=/web; Secure"),
         ] {
             let mut list: Headers =
                 [(header::SET_COOKIE, HeaderValue::from_str(cookie).unwrap())].into_iter().collect();
             finish(&mut list, &id(), Some("/web"), "pub");
             assert_eq!(list.get("set-cookie").unwrap(), moved);
+        }
+    }
+
+    #[test]
+    fn path_mode_moves_the_path_of_a_refresh() {
+        for (refresh, moved) in [
+            ("5; url=/next?a=/b", "5; url=/web/next?a=/b"),
+            ("0;URL='/next'", "0;URL='/web/next'"),
+            ("0, /next", "0, /web/next"),
+            ("5; url=next/x", "5; url=next/x"),
+            ("5; url=https://other/x", "5; url=https://other/x"),
+            ("5; url=//other/x", "5; url=//other/x"),
+            ("5", "5"),
+        ] {
+            let mut list: Headers =
+                [(header::REFRESH, HeaderValue::from_str(refresh).unwrap())].into_iter().collect();
+            finish(&mut list, &id(), Some("/web"), "pub");
+            assert_eq!(list.get("refresh").unwrap(), moved);
         }
     }
 

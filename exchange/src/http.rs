@@ -72,6 +72,11 @@ pub async fn carry<P: PublicSide, M: Mail>(
         Err(code) => return answering.fail(code).await,
     };
     record.tunnel.set(Some(request.tunnel.clone()));
+    if let Some(folder) = request.folder {
+        let pieces = answering.begin(answer::moved(folder, request_id), Vec::new());
+        drop(pieces.send(Piece::End).await);
+        return;
+    }
 
     let admission = match services.limiter.admit(&request.tunnel, request_id, unix_now()).await {
         Ok(admission) => admission,

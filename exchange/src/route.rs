@@ -78,6 +78,9 @@ pub struct PublicRequest {
     pub tunnel: TunnelName,
     /// The path prefix that was taken off, with its `/`: path mode.
     pub prefix: Option<String>,
+    /// Where a browser is to go instead: it asks for the page of a path prefix without the slash behind it, from
+    /// where relative links would leave the tunnel.
+    pub folder: Option<HeaderValue>,
     /// The host as the public client wrote it.
     pub host: String,
     /// The method.
@@ -120,7 +123,11 @@ pub fn route(
     if arrival.method == Method::CONNECT {
         return Err(ErrorCode::UpgradeUnsupported);
     }
+    let folder = folder_of(&target).filter(|_| {
+        matches!(arrival.method, Method::GET | Method::HEAD) && arrival.wants_html()
+    });
     let (tunnel, prefix, target) = find_tunnel(&host, config.domain.as_deref(), target)?;
+    let folder = folder.filter(|_| prefix.is_some());
     let upgrade = arrival.is_websocket().then_some(Upgrade::Websocket);
     if upgrade.is_some() && websockets == Websockets::Refused {
         return Err(ErrorCode::UpgradeUnsupported);
@@ -151,7 +158,7 @@ pub fn route(
     if !headers.is_within_limits() {
         return Err(ErrorCode::HeadTooLarge);
     }
-    Ok(PublicRequest { tunnel, prefix, host, method: arrival.method, target, headers, body, upgrade })
+    Ok(PublicRequest { tunnel, prefix, folder, host, method: arrival.method, target, headers, body, upgrade })
 }
 
 /// Whether the request came through the front: it knows the secret.
@@ -178,6 +185,13 @@ fn find_tunnel(
     let name: TunnelName = segment.parse().map_err(|_| ErrorCode::NoSuchTunnel)?;
     let prefix = format!("/{name}");
     Ok((name, Some(prefix), rest))
+}
+
+/// `/web/?q` for `/web?q`; `None` for a target with a second slash.
+fn folder_of(target: &Target) -> Option<HeaderValue> {
+    let segment = target.path().strip_prefix('/').filter(|segment| !segment.contains('/'))?;
+    let query = &target.as_str()[target.path().len()..];
+    HeaderValue::try_from(format!("/{segment}/{query}")).ok()
 }
 
 /// What stands before `.domain` in a host, whatever its case, port or trailing dot.
@@ -280,6 +294,29 @@ mod tests {
             assert_eq!(request.headers.get("x-forwarded-prefix").unwrap(), "/web");
         }
         assert_eq!(routed(arrival("/", &[("host", "x")])).err(), Some(ErrorCode::NoSuchTunnel));
+    }
+
+    #[test]
+    fn a_browser_at_a_bare_prefix_is_sent_into_its_folder() {
+        let folder = |path: &str, method: Method, accept: &str| {
+            let mut sent = arrival(path, &[("host", "h"), ("accept", accept)]);
+            sent.method = method;
+            routed(sent).unwrap().folder
+        };
+        let html = "text/html,*/*;q=0.8";
+        assert_eq!(folder("/web", Method::GET, html).unwrap(), "/web/");
+        assert_eq!(folder("/web?a=/b", Method::HEAD, html).unwrap(), "/web/?a=/b");
+        for (path, method, accept) in [
+            ("/web", Method::POST, html),
+            ("/web", Method::GET, "application/json"),
+            ("/web/", Method::GET, html),
+            ("/web/x", Method::GET, html),
+        ] {
+            assert_eq!(folder(path, method, accept), None, "{path} {accept}");
+        }
+        let mut by_name = by_front("web.tunnel.example.com", &[]);
+        by_name.push(("accept", html));
+        assert_eq!(routed(arrival("/web", &by_name)).unwrap().folder, None);
     }
 
     #[test]

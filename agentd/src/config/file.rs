@@ -13,7 +13,7 @@ use rustls::pki_types::ServerName;
 use super::{
     Config, ConfigError, FileConfig, HealthCheck, Http2, LogConfig, Overrides, TunnelConfig,
     address::{Address, Scheme},
-    beside, parse_duration, parse_host_header, parse_log_level, parse_origin, parse_status_address,
+    beside, parse_duration, parse_host, parse_host_header, parse_log_level, parse_origin, parse_status_address,
     value::{Document, Table},
 };
 const ROOT_KEYS: &[&str] = &[
@@ -29,7 +29,7 @@ const ROOT_KEYS: &[&str] = &[
 const INCLUDED_KEYS: &[&str] = &["tunnel"];
 const EDGE_KEYS: &[&str] = &["ca_file", "token_file", "url"];
 const LOG_KEYS: &[&str] = &["dir", "format", "keep_days", "level"];
-const HEALTH_CHECK_KEYS: &[&str] = &["interval", "max_failed", "path", "timeout"];
+const HEALTH_CHECK_KEYS: &[&str] = &["expect_status", "host", "interval", "max_failed", "path", "timeout"];
 const TUNNEL_KEYS: &[&str] = &[
     "ca_file",
     "health_check",
@@ -202,6 +202,11 @@ fn read_health_check(table: &Table<'_>) -> Result<HealthCheck, ConfigError> {
     })?;
     let path = path.ok_or_else(|| table.error("this health_check has no path: add path = \"/healthz\""))?;
     let mut check = HealthCheck::new(path);
+    check.host =
+        table.text("host", |text| parse_host(text).ok_or_else(|| format!("{text:?} is not a host name")))?;
+    if let Some(expected) = table.text_or_integer("expect_status", str::parse)? {
+        check.expect_status = expected;
+    }
     if let Some(interval) = table.text("interval", |text| duration_within(text, "100ms", "1h"))? {
         check.interval = interval;
     }

@@ -74,6 +74,8 @@ fn reads_every_key() {
             http2 = "never"
             [tunnel.health_check]
             path = "/healthz?full=1"
+            host = "app.test:8000"
+            expect_status = "401, 2xx,300-303"
             interval = "100ms"
             timeout = "10ms"
             max_failed = 1
@@ -103,6 +105,9 @@ fn reads_every_key() {
     assert_eq!((config.log.dir, config.log.keep_days), (Some(folder.path("log")), Some(3)));
     assert_eq!(config.log.level, Some("agentd=debug,info".parse().unwrap()));
     let check = web.health_check.as_ref().unwrap();
+    assert_eq!(check.host.as_ref().unwrap(), "app.test:8000");
+    let good: Vec<u16> = (100..700).filter(|status| check.expect_status.contains(*status)).collect();
+    assert_eq!(good, (200..=303).chain([401]).collect::<Vec<_>>());
     assert_eq!((check.path.as_str(), check.max_failed), ("/healthz?full=1", 1));
     assert_eq!((check.interval, check.timeout), (Duration::from_millis(100), Duration::from_millis(10)));
     assert_eq!(api.health_check, None);
@@ -181,6 +186,11 @@ fn a_bad_value_is_named_with_its_place() {
         ("http2 = \"yes\"", "7:9: \"yes\" is none of \"auto\", \"always\" and \"never\""),
         ("insecure_skip_verify = 1", "7:24: \"insecure_skip_verify\" must be true or false, not an integer"),
         ("origin = \"null\"", "7:10: \"null\" is neither \"preserve\" nor \"upstream\""),
+        (
+            "health_check = { path = \"/\", expect_status = 199 }",
+            "7:46: \"199\" is no status: write it as 200, \"2xx\", \"200-399\" or several with commas",
+        ),
+        ("health_check = { path = \"/\", host = \"a b\" }", "7:36: \"a b\" is not a host name"),
         ("via = \"no\"", "7:7: \"via\" must be true or false, not a string"),
         ("host_header = \"a b\"", "7:15: \"a b\" is neither \"upstream\" nor \"preserve\" nor a host name"),
     ] {

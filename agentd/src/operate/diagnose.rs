@@ -48,6 +48,7 @@ use crate::{
     random,
     report::SOFTWARE,
     report::access::AccessLog,
+    report::cause,
     report::metrics::Metrics,
     report::status::{Status, TunnelState},
     serve::tunnel::{Tunnel, Tunnels},
@@ -324,7 +325,7 @@ fn opened(welcome: &Welcome, report: &mut Report) -> BTreeMap<String, String> {
     welcome.tunnels.iter().map(|tunnel| (tunnel.name.to_string(), tunnel.url.clone())).collect()
 }
 
-/// Asks the service itself. That it is down is the service's affair, so no more than a warning.
+/// Asks the service itself, as its tunnel's requests do.
 async fn ask_upstream(config: &TunnelConfig, report: &mut Report) {
     let named = |name: &TunnelName| format!("upstream of {name}");
     let upstream = match Tunnel::upstream_for(config) {
@@ -338,7 +339,7 @@ async fn ask_upstream(config: &TunnelConfig, report: &mut Report) {
             Verdict::Ok,
             format!("upstream {} answers {}, {}", config.upstream, answer.status().as_u16(), took(begun)),
         ),
-        Err(error) => report.line(Verdict::Warn, format!("upstream {}: {error}", config.upstream)),
+        Err(error) => report.line(Verdict::Fail, format!("upstream {error}")),
     }
 }
 
@@ -355,12 +356,20 @@ async fn ask_public(url: &str, report: &mut Report) {
     };
     let status = answer.status().as_u16();
     match (field("x-tunnel-error"), field("x-tunnel-request-id")) {
+        // The service's own word, but one that says that what it stands for is not there.
+        (None, Some(id)) if matches!(status, 502..=504) => {
+            report
+                .line(Verdict::Fail, format!("public {url} answers {status}, by the service, request {id}"));
+        }
         (None, Some(id)) => {
             report.line(Verdict::Ok, format!("public {url} answers {status}, {}, request {id}", took(begun)));
         }
-        // The request came as far as the agent and back: the upstream is another matter.
+        // The request came as far as the agent and back, and visitors see an error all the same.
         (Some(code), Some(id)) if code.starts_with("upstream_") => {
-            report.line(Verdict::Warn, format!("public {url} answers {status} {code}, request {id}"));
+            let what = format!(
+                "public {url} answers {status} {code}, request {id}: the way is open, the service fails"
+            );
+            report.line(Verdict::Fail, what);
         }
         (Some(code), _) => report.line(Verdict::Fail, format!("public {url} answers {status} {code}")),
         (None, None) => {
@@ -401,7 +410,9 @@ async fn head(upstream: &Upstream, host: HeaderValue, path: &str) -> Result<http
     request.headers_mut().insert(header::USER_AGENT, HeaderValue::from_static(SOFTWARE));
     let answered = timeout(STEP_TIMEOUT, upstream.send(request)).await;
     let answer = answered.map_err(|_| format!("no answer within {STEP_TIMEOUT:?}"))?;
-    answer.map(|answer| answer.map(drop)).map_err(|error: UpstreamError| error.to_string())
+    answer
+        .map(|answer| answer.map(drop))
+        .map_err(|error: UpstreamError| cause::explain(upstream.address(), &error))
 }
 
 fn took(since: Instant) -> String {

@@ -10,6 +10,7 @@ use std::{
 use crate::{
     report::metrics::{Ended, TunnelMetrics},
     report::telemetry::Terminal,
+    serve::hint::Hint,
 };
 
 use proto::{error::ErrorCode, id::RequestId, id::TunnelName, socket::Message, target::Target};
@@ -76,6 +77,22 @@ impl AccessLine {
     /// Notes whose request it is.
     pub(crate) fn counted_by(&mut self, metrics: &Arc<TunnelMetrics>) {
         self.metrics = Some(Arc::clone(metrics));
+    }
+
+    /// Says what would help, to whoever reads the lines.
+    pub(crate) fn hint(&self, hint: Hint) {
+        let (tunnel, status, Hint { refusal, advice }) = (&self.tunnel, self.status(), hint);
+        match &self.log {
+            AccessLog::Log => tracing::warn!(
+                tunnel_id = tunnel.as_str(),
+                request_id = self.request_id.as_str(),
+                status,
+                "hint for {tunnel}: {refusal}; what helps: {advice}"
+            ),
+            AccessLog::People(terminal) => {
+                terminal.line(format!("hint      {refusal}; what helps: {advice}"));
+            }
+        }
     }
 
     pub(crate) const fn request_body(&mut self, bytes: u64) {

@@ -32,7 +32,9 @@ use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 
 use crate::{
     report::access::{AccessLine, AccessLog, Ending, SocketLine},
-    serve::origin::{View, without_own_via},
+    report::cause,
+    serve::hint::Refusal,
+    serve::origin::{Rewrites, View, without_own_via},
     serve::outbox::{LinkGone, Outbox},
     serve::sockets::{Serial, Sockets},
     serve::tunnel::{HostRule, Place, SocketPlace, Tunnel, Tunnels},
@@ -201,7 +203,7 @@ async fn answer(
         match tunnel.upstream.send(request).await {
             Ok(response) => Ok((Answered::Response(response), progress)),
             Err(error) => {
-                log_failure(&job, &error);
+                log_failure(&job, &tunnel, &error);
                 // The body's own failure explains the broken request better than its echo does.
                 let upload = progress.and_then(|progress| progress.failure());
                 Err(fail(upload.map_or(error.code(), |upload| UpstreamError::Upload(upload).code())))
@@ -209,7 +211,11 @@ async fn answer(
         }
     })
     .await
-    .unwrap_or(Err(fail(ErrorCode::UpstreamTimedOut)))?;
+    .unwrap_or_else(|_| {
+        tunnel.failed(&job.request_id, || format!("{}: no answer in time", tunnel.upstream.address()));
+        Err(fail(ErrorCode::UpstreamTimedOut))
+    })?;
+    tunnel.answered();
     let response = match response {
         Answered::Response(response) => response,
         Answered::Opened { subprotocol, headers, io } => {
@@ -239,7 +245,7 @@ async fn answer(
     };
 
     let (status, mut headers, body) = check_head(response).map_err(|error| {
-        log_failure(&job, &error);
+        log_failure(&job, &tunnel, &error);
         fail(error.code())
     })?;
     line.head(status);
@@ -260,6 +266,8 @@ async fn answer(
         seq: 0,
         window: SendWindow::new(limits::CHUNK_WINDOW),
         credit,
+        refused: (status >= 400).then(|| Refused { status, own_page: is_own_page(&job, &tunnel, &host) }),
+        tunnel: &tunnel,
     };
     let done = timeout_at(began + limits::RESPONSE_DURATION, async {
         response.send_head(status, headers, line).await?;
@@ -280,7 +288,7 @@ async fn answer(
         Err(Broken::Gone) => Err(Stop::Gone),
         Err(Broken::TimedOut) => Err(Stop::Fail { seq: response.seq, code: ErrorCode::UpstreamTimedOut }),
         Err(Broken::Upstream(error)) => {
-            log_failure(&job, &error);
+            log_failure(&job, &tunnel, &error);
             Err(Stop::Fail { seq: response.seq, code: error.code() })
         }
     }
@@ -324,12 +332,12 @@ async fn handshake(job: &Job, tunnel: &Tunnel, mut request: Request<RequestBody>
             .map(|(subprotocol, headers)| Answered::Opened { subprotocol, headers, io }),
     });
     checked.map_err(|error| {
-        log_failure(job, &error);
+        log_failure(job, tunnel, &error);
         fail(error.code())
     })
 }
 
-fn log_failure(job: &Job, error: &UpstreamError) {
+fn log_failure(job: &Job, tunnel: &Tunnel, error: &UpstreamError) {
     let cause = std::error::Error::source(error).map(ToString::to_string);
     tracing::debug!(
         request_id = %job.request_id,
@@ -338,6 +346,17 @@ fn log_failure(job: &Job, error: &UpstreamError) {
         cause = cause.as_deref(),
         "the upstream failed: {error}"
     );
+}
+
+/// Whether a page of the tunnel asks, and the upstream is told that it is another host than the page's.
+fn is_own_page(job: &Job, tunnel: &Tunnel, host: &HeaderValue) -> bool {
+    let Some(origin) = job.headers.get(header::ORIGIN) else { return false };
+    let all = Rewrites { location: false, origin: true };
+    let view = View::of(&job.headers, tunnel.upstream.address(), host);
+    !tunnel.rewrites(false).origin
+        && view.is_some_and(|view| {
+            view.to_upstream(all, &header::ORIGIN, origin).is_some_and(|own| own != origin)
+        })
 }
 
 /// The URI whose path and query are exactly the target's bytes, and that has nothing else: there is
@@ -459,6 +478,13 @@ impl From<LinkGone> for Broken {
     }
 }
 
+/// An error that the upstream answered with, until its body's beginning is there.
+#[derive(Clone, Copy)]
+struct Refused {
+    status: u16,
+    own_page: bool,
+}
+
 /// A response on its way out.
 struct Outflow<'a> {
     sender: &'a Sender<'a>,
@@ -474,6 +500,9 @@ struct Outflow<'a> {
     seq: u32,
     window: SendWindow,
     credit: watch::Receiver<u32>,
+    /// What may be known for a setting that is amiss.
+    refused: Option<Refused>,
+    tunnel: &'a Tunnel,
 }
 
 impl Outflow<'_> {
@@ -518,6 +547,11 @@ impl Outflow<'_> {
         if let Some(error) = self.broken.take() {
             // Nothing has been sent yet: an error answers better than half a body.
             return Err(Broken::Upstream(error));
+        }
+        if let Some(Refused { status, own_page }) = self.refused
+            && let Some(hint) = self.tunnel.hint(&Refusal { status, body: &self.pending, own_page })
+        {
+            line.hint(hint);
         }
         let bulk = match self.pending.len() {
             0..BULK_BODY_BYTES => None,

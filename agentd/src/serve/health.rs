@@ -5,12 +5,17 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, header, uri::PathAndQuery};
-use tokio::time::{sleep, timeout};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, header};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
 
 use crate::{
-    config::HealthCheck,
+    config::{HealthCheck, Statuses},
+    report::cause,
     report::status::HealthState,
+    serve::tunnel::HostRule,
     serve::upstream::{RequestBody, Upstream, UpstreamError},
 };
 
@@ -75,16 +80,71 @@ impl Health {
     }
 }
 
-/// Checks `upstream` for ever and tells `changed` whenever it becomes well or not.
+/// Who is asked, and as whom.
+pub(crate) struct Asked {
+    /// What `host` says.
+    pub(crate) host: HostRule,
+    /// The tunnel's public address, once it has one.
+    pub(crate) public: watch::Receiver<Option<String>>,
+    /// The upstream.
+    pub(crate) upstream: Arc<Upstream>,
+}
+
+impl Asked {
+    /// The fields of a check, as a request of a visitor would have them. Where `host` is the public name, nobody
+    /// can ask before there is one.
+    async fn fields(&mut self) -> HeaderMap {
+        let public = match &self.host {
+            HostRule::Public => match self.public.wait_for(Option::is_some).await {
+                Ok(public) => public.clone(),
+                Err(_) => None,
+            },
+            HostRule::Fixed(_) => self.public.borrow().clone(),
+        };
+        fields(&self.host, public.as_deref(), self.upstream.authority())
+    }
+}
+
+fn fields(rule: &HostRule, public: Option<&str>, own: &HeaderValue) -> HeaderMap {
+    let public = public.and_then(|public| public.parse::<Uri>().ok());
+    let named = public.as_ref().and_then(|public| {
+        let host = HeaderValue::from_str(public.authority()?.as_str()).ok()?;
+        Some((public.scheme_str()?, host, public.path().trim_end_matches('/')))
+    });
+    let host = match (rule, &named) {
+        (HostRule::Fixed(host), _) => host,
+        (HostRule::Public, Some((_, host, _))) => host,
+        (HostRule::Public, None) => own,
+    };
+    let mut fields = HeaderMap::new();
+    fields.insert(header::HOST, host.clone());
+    fields.insert(header::USER_AGENT, HeaderValue::from_static(crate::report::SOFTWARE));
+    if let Some((scheme, host, prefix)) = &named {
+        let text = |text: &str| HeaderValue::from_str(text).ok();
+        let forwarded = [
+            ("x-forwarded-proto", text(scheme)),
+            ("x-forwarded-host", Some(host.clone())),
+            ("x-forwarded-prefix", text(prefix).filter(|prefix| !prefix.is_empty())),
+        ];
+        for (name, value) in forwarded {
+            if let Some(value) = value {
+                fields.insert(name, value);
+            }
+        }
+    }
+    fields
+}
+
+/// Checks an upstream for ever and tells `changed` whenever it becomes well or not.
 pub(crate) async fn check(
     settings: HealthCheck,
-    host: HeaderValue,
-    upstream: Arc<Upstream>,
+    mut asked: Asked,
     health: Arc<Health>,
     changed: impl Fn(&HealthState) + Send,
 ) {
     loop {
-        let outcome = timeout(settings.timeout, ask(&settings.path, &host, &upstream))
+        let fields = asked.fields().await;
+        let outcome = timeout(settings.timeout, ask(&settings, fields, &asked.upstream))
             .await
             .unwrap_or_else(|_| Err(format!("no answer within {:?}", settings.timeout)));
         if health.note(outcome) {
@@ -95,14 +155,12 @@ pub(crate) async fn check(
     }
 }
 
-async fn ask(path: &PathAndQuery, host: &HeaderValue, upstream: &Upstream) -> Result<(), String> {
-    let said = |error: UpstreamError| error.to_string();
+async fn ask(settings: &HealthCheck, fields: HeaderMap, upstream: &Upstream) -> Result<(), String> {
+    let said = |error: UpstreamError| cause::explain(upstream.address(), &error);
     let mut request = Request::new(RequestBody::Empty);
     *request.method_mut() = Method::GET;
-    *request.uri_mut() = Uri::from(path.clone());
-    let headers: &mut HeaderMap = request.headers_mut();
-    headers.insert(header::HOST, host.clone());
-    headers.insert(header::USER_AGENT, HeaderValue::from_static(crate::report::SOFTWARE));
+    *request.uri_mut() = Uri::from(settings.path.clone());
+    *request.headers_mut() = fields;
     let response = upstream.send(request).await.map_err(said)?;
     let status = response.status();
     let mut body = response.into_body();
@@ -111,18 +169,18 @@ async fn ask(path: &PathAndQuery, host: &HeaderValue, upstream: &Upstream) -> Re
     while let Some(piece) = body.next().await {
         left = left.saturating_sub(piece.map_err(said)?.len());
         if left == 0 {
-            return verdict(status);
+            return verdict(status, &settings.expect_status);
         }
     }
     body.finish();
-    verdict(status)
+    verdict(status, &settings.expect_status)
 }
 
 /// No more of an answer's body is read than this.
 const MOST_BODY_BYTES: usize = 64 * 1024;
 
-fn verdict(status: StatusCode) -> Result<(), String> {
-    if status.is_success() || status.is_redirection() {
+fn verdict(status: StatusCode, expected: &Statuses) -> Result<(), String> {
+    if expected.contains(status.as_u16()) {
         Ok(())
     } else {
         Err(format!("the upstream answered {}", status.as_u16()))
@@ -149,7 +207,32 @@ mod tests {
 
     #[test]
     fn only_good_answers_are_good() {
-        assert!(verdict(StatusCode::NO_CONTENT).is_ok() && verdict(StatusCode::FOUND).is_ok());
-        assert!(verdict(StatusCode::NOT_FOUND).is_err() && verdict(StatusCode::SERVICE_UNAVAILABLE).is_err());
+        let usual = Statuses::default();
+        assert!(
+            verdict(StatusCode::NO_CONTENT, &usual).is_ok() && verdict(StatusCode::FOUND, &usual).is_ok()
+        );
+        assert!(verdict(StatusCode::NOT_FOUND, &usual).is_err());
+        assert!(verdict(StatusCode::SERVICE_UNAVAILABLE, &usual).is_err());
+        let login = "401,2xx".parse().unwrap();
+        assert!(verdict(StatusCode::UNAUTHORIZED, &login).is_ok() && verdict(StatusCode::OK, &login).is_ok());
+        assert!(verdict(StatusCode::FOUND, &login).is_err());
+    }
+
+    #[test]
+    fn a_check_looks_like_the_visitors_it_stands_for() {
+        let own = HeaderValue::from_static("localhost:3000");
+        let get =
+            |fields: &HeaderMap, name: &str| fields.get(name).map(|value| value.to_str().unwrap().to_owned());
+        let public = fields(&HostRule::Public, Some("https://web.example.com"), &own);
+        assert_eq!(get(&public, "host").unwrap(), "web.example.com");
+        assert_eq!(get(&public, "x-forwarded-proto").unwrap(), "https");
+        assert_eq!(get(&public, "x-forwarded-prefix"), None);
+        let fixed = HostRule::Fixed(HeaderValue::from_static("app.test"));
+        let path = fields(&fixed, Some("http://127.0.0.1:8080/web/"), &own);
+        assert_eq!(get(&path, "host").unwrap(), "app.test");
+        assert_eq!(get(&path, "x-forwarded-host").unwrap(), "127.0.0.1:8080");
+        assert_eq!(get(&path, "x-forwarded-prefix").unwrap(), "/web");
+        let unknown = fields(&fixed, None, &own);
+        assert_eq!((get(&unknown, "host").unwrap().as_str(), unknown.len()), ("app.test", 2));
     }
 }

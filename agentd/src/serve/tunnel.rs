@@ -13,9 +13,16 @@ use std::{
 };
 
 use http::HeaderValue;
-use proto::{error::ErrorCode, id::TunnelName, limits};
+use proto::{
+    error::ErrorCode,
+    id::{RequestId, TunnelName},
+    limits,
+};
 use rustls::pki_types::ServerName;
-use tokio::sync::Semaphore;
+use tokio::{
+    sync::{Semaphore, watch},
+    time::Instant,
+};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
@@ -23,9 +30,11 @@ use crate::{
         HostHeader, Http2, TunnelConfig,
         address::{Address, Host, Scheme},
     },
+    report::cause::Causes,
     report::metrics::{Metrics, TunnelMetrics},
     report::status::HealthState,
     serve::health::{self, Health},
+    serve::hint::{self, Given, Hint, Refusal},
     serve::origin::Rewrites,
     serve::upstream::{Tls, Upstream},
     tls::{TlsError, Trust, client_config},
@@ -55,6 +64,10 @@ pub(crate) struct Tunnel {
     pub(crate) request_timeout: Duration,
     health: Arc<Health>,
     metrics: Arc<TunnelMetrics>,
+    causes: Causes,
+    hints: Given,
+    /// The public address, once the edge has said it: what checks of a tunnel that preserves its name wait for.
+    public: watch::Sender<Option<String>>,
     _check: Option<AbortOnDropHandle<()>>,
 }
 
@@ -244,10 +257,11 @@ impl Tunnel {
             HostHeader::Upstream => HostRule::Fixed(upstream.authority().clone()),
         };
         let health = Arc::new(Health::new(config.health_check.as_ref().map(|check| check.max_failed)));
+        let public = watch::Sender::new(before.and_then(|before| before.public.borrow().clone()));
         let check = config.health_check.clone().map(|settings| {
-            let host = match &host {
-                HostRule::Fixed(value) => value.clone(),
-                HostRule::Public => upstream.authority().clone(),
+            let host = match (&settings.host, &host) {
+                (Some(host), _) => HostRule::Fixed(host.clone()),
+                (None, rule) => rule.clone(),
             };
             metrics.set_healthy(&config.name, true);
             let (name, metrics) = (config.name.clone(), Arc::clone(metrics));
@@ -262,7 +276,12 @@ impl Tunnel {
                     }
                 }
             };
-            let check = health::check(settings, host, Arc::clone(&upstream), Arc::clone(&health), changed);
+            let check = health::check(
+                settings,
+                health::Asked { host, public: public.subscribe(), upstream: Arc::clone(&upstream) },
+                Arc::clone(&health),
+                changed,
+            );
             AbortOnDropHandle::new(tokio::spawn(check))
         });
         Ok(Self {
@@ -272,6 +291,9 @@ impl Tunnel {
             request_timeout: config.request_timeout,
             health,
             metrics: metrics.tunnel(&config.name),
+            causes: Causes::default(),
+            hints: Given::default(),
+            public,
             _check: check,
         })
     }
@@ -284,6 +306,43 @@ impl Tunnel {
     /// Where this tunnel's requests are counted.
     pub(crate) const fn metrics(&self) -> &Arc<TunnelMetrics> {
         &self.metrics
+    }
+
+    /// Notes the address that the edge has opened it at.
+    pub(crate) fn opened_at(&self, url: &str) {
+        self.public.send_if_modified(|known| {
+            let news = known.as_deref() != Some(url);
+            if news {
+                *known = Some(url.to_owned());
+            }
+            news
+        });
+    }
+
+    /// Says in the log why a request failed, if that is news.
+    pub(crate) fn failed(&self, request_id: &RequestId, cause: impl FnOnce() -> String) {
+        let cause = cause();
+        if let Some(unsaid) = self.causes.failed(&cause, Instant::now()) {
+            let name = &self.config.name;
+            tracing::warn!(
+                tunnel_id = %name,
+                request_id = %request_id,
+                unsaid = (unsaid > 0).then_some(unsaid),
+                "a request to {name} failed: {cause}"
+            );
+        }
+    }
+
+    /// Says in the log that the upstream answers, if that is news.
+    pub(crate) fn answered(&self) {
+        if self.causes.answered() {
+            tracing::info!(tunnel_id = %self.config.name, "the upstream of {} answers again", self.config.name);
+        }
+    }
+
+    /// What would have helped against a refusal, if it is a known one and was not said before.
+    pub(crate) fn hint(&self, refusal: &Refusal<'_>) -> Option<Hint> {
+        hint::recognise(refusal).filter(|(place, _)| self.hints.first(*place)).map(|(_, hint)| hint)
     }
 
     /// Whether addresses of the upstream in a response become public ones.
