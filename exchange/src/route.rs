@@ -123,9 +123,8 @@ pub fn route(
     if arrival.method == Method::CONNECT {
         return Err(ErrorCode::UpgradeUnsupported);
     }
-    let folder = folder_of(&target).filter(|_| {
-        matches!(arrival.method, Method::GET | Method::HEAD) && arrival.wants_html()
-    });
+    let folder = folder_of(&target)
+        .filter(|_| matches!(arrival.method, Method::GET | Method::HEAD) && arrival.wants_html());
     let (tunnel, prefix, target) = find_tunnel(&host, config.domain.as_deref(), target)?;
     let folder = folder.filter(|_| prefix.is_some());
     let upgrade = arrival.is_websocket().then_some(Upgrade::Websocket);

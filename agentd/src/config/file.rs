@@ -13,7 +13,8 @@ use rustls::pki_types::ServerName;
 use super::{
     Config, ConfigError, FileConfig, HealthCheck, Http2, LogConfig, Overrides, TunnelConfig,
     address::{Address, Scheme},
-    beside, parse_duration, parse_host, parse_host_header, parse_log_level, parse_origin, parse_status_address,
+    beside, parse_duration, parse_host, parse_host_header, parse_log_level, parse_origin,
+    parse_status_address,
     value::{Document, Table},
 };
 const ROOT_KEYS: &[&str] = &[
