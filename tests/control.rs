@@ -146,7 +146,7 @@ async fn monitoring_reads_over_loopback_and_nothing_else_does_or_tells() {
     let own = format!("127.0.0.1:{port}");
     assert_eq!(get(address, &own, "/ready").await.status, 200);
     let metrics = get(address, &own, "/metrics").await;
-    assert!(metrics.field("content-type").unwrap().starts_with("application/openmetrics-text"));
+    assert!(metrics.field("content-type").unwrap().starts_with("text/plain; version=0.0.4"));
     let text = metrics.text();
     for line in [
         "agentd_requests_total{tunnel=\"web\",status=\"2xx\"} 3",

@@ -27,7 +27,11 @@ use tokio::{
 };
 
 pub(crate) use self::socket::{ControlSocket, in_folder, place_for_service};
-use crate::{config::change::Change, report::metrics::Metrics, report::status::Status};
+use crate::{
+    config::change::Change,
+    report::metrics::{Format, Metrics},
+    report::status::Status,
+};
 
 /// What the supervisor is asked.
 #[derive(Debug)]
@@ -180,7 +184,12 @@ impl Control {
             return answer;
         }
         match path {
-            "/metrics" => content(StatusCode::OK, crate::report::metrics::CONTENT_TYPE, self.metrics.text()),
+            "/metrics" => {
+                let accept: Vec<_> =
+                    headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect();
+                let format = Format::wanted(&accept.join(","));
+                content(StatusCode::OK, format.content_type(), self.metrics.in_format(format))
+            }
             "/healthz" => match self.status().await {
                 Some(_) => text(StatusCode::OK, "ok\n"),
                 None => stuck(),

@@ -155,10 +155,16 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
         servers.spawn(control.clone().serve_socket(socket));
     }
     if let Some(address) = config.status_address {
-        let listener = control::listen(address)
-            .await
-            .map_err(|error| StartError::Listen(format!("status_address {address}: {error}")))?;
-        servers.spawn(control.serve_loopback(listener));
+        // Whoever watches the agent must not end it: the tunnels are served without.
+        match control::listen(address).await {
+            Ok(listener) => {
+                servers.spawn(control.serve_loopback(listener));
+            }
+            Err(error) => tracing::error!(
+                "status_address {address}: {error}; the agent goes on without /healthz, /ready and /metrics: \
+                 name another address, or restart it when this one is free"
+            ),
+        }
     }
     let supervisor = Supervisor {
         wanted: tunnels.names().into_iter().collect(),

@@ -190,7 +190,7 @@ fn a_bad_value_is_named_with_its_place() {
             "health_check = { path = \"/\", expect_status = 199 }",
             "7:46: \"199\" is no status: write it as 200, \"2xx\", \"200-399\" or several with commas",
         ),
-        ("health_check = { path = \"/\", host = \"a b\" }", "7:36: \"a b\" is not a host name"),
+        ("health_check = { path = \"/\", host = \"a b\" }", "7:37: \"a b\" is not a host name"),
         ("via = \"no\"", "7:7: \"via\" must be true or false, not a string"),
         ("host_header = \"a b\"", "7:15: \"a b\" is neither \"upstream\" nor \"preserve\" nor a host name"),
     ] {

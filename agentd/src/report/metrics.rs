@@ -20,8 +20,67 @@ use proto::{error::ErrorCode, id::TunnelName};
 const LATENCY_BUCKETS: [f64; 12] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0, 300.0];
 
-/// The media type of [`Metrics::text`].
-pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// How the metrics are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Format {
+    /// What every reader understands, and whoever does not ask gets.
+    Prometheus,
+    /// For those that ask for it.
+    OpenMetrics,
+}
+
+impl Format {
+    /// What an `accept` field prefers.
+    pub(crate) fn wanted(accept: &str) -> Self {
+        let weight = |kinds: &[&str]| {
+            let ranges = accept.split(',').filter_map(|range| {
+                let mut parts = range.split(';').map(str::trim);
+                let kind = parts.next()?;
+                let quality = parts.filter_map(|part| part.strip_prefix("q=")).next();
+                let quality = quality.map_or(Some(1.0), |quality| quality.parse::<f64>().ok())?;
+                kinds.iter().any(|wanted| kind.eq_ignore_ascii_case(wanted)).then_some(quality)
+            });
+            ranges.fold(0.0, f64::max)
+        };
+        let open = weight(&["application/openmetrics-text"]);
+        if open > 0.0 && open >= weight(&["text/plain"]) { Self::OpenMetrics } else { Self::Prometheus }
+    }
+
+    /// The media type.
+    pub(crate) const fn content_type(self) -> &'static str {
+        match self {
+            Self::Prometheus => "text/plain; version=0.0.4; charset=utf-8",
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        }
+    }
+}
+
+/// OpenMetrics text in the words of the older format, which names the samples of counters and infos where the newer
+/// one names their families, and has no units and no end.
+fn to_prometheus(open: &str) -> String {
+    let mut text = String::with_capacity(open.len());
+    let mut help: Option<(&str, &str)> = None;
+    for line in open.lines() {
+        if let Some(rest) = line.strip_prefix("# HELP ") {
+            help = rest.split_once(' ');
+        } else if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' '))
+        {
+            let (suffix, kind) = match kind {
+                "counter" => ("_total", "counter"),
+                "info" => ("_info", "gauge"),
+                "unknown" => ("", "untyped"),
+                kind => ("", kind),
+            };
+            if let Some((_, help)) = help.take().filter(|(of, _)| *of == name) {
+                text.extend(["# HELP ", name, suffix, " ", help, "\n"]);
+            }
+            text.extend(["# TYPE ", name, suffix, " ", kind, "\n"]);
+        } else if !line.starts_with('#') {
+            text.extend([line, "\n"]);
+        }
+    }
+    text
+}
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfTunnel {
@@ -170,8 +229,16 @@ impl Metrics {
         Self { registry, ..metrics }
     }
 
-    /// Everything as text.
-    pub(crate) fn text(&self) -> String {
+    /// Everything in a format.
+    pub(crate) fn in_format(&self, format: Format) -> String {
+        match format {
+            Format::OpenMetrics => self.text(),
+            Format::Prometheus => to_prometheus(&self.text()),
+        }
+    }
+
+    /// Everything as OpenMetrics text.
+    fn text(&self) -> String {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry)
             .expect("writing into memory does not fail");
@@ -357,6 +424,45 @@ mod tests {
             request_bytes: 5,
             response_bytes: 7,
         }
+    }
+
+    #[test]
+    fn openmetrics_is_for_those_who_ask() {
+        for (accept, wanted) in [
+            ("", Format::Prometheus),
+            ("*/*", Format::Prometheus),
+            ("text/plain;version=0.0.4", Format::Prometheus),
+            (
+                "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.8",
+                Format::Prometheus,
+            ),
+            ("application/openmetrics-text;q=0", Format::Prometheus),
+            ("application/openmetrics-text", Format::OpenMetrics),
+            (
+                "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+                Format::OpenMetrics,
+            ),
+        ] {
+            assert_eq!(Format::wanted(accept), wanted, "{accept}");
+        }
+    }
+
+    #[test]
+    fn the_older_format_names_samples_and_has_a_help_and_a_type_for_each() {
+        let metrics = Metrics::new();
+        metrics.tunnel(&"web".parse().unwrap()).ended(&ended(200, None));
+        let text = metrics.in_format(Format::Prometheus);
+        for line in [
+            "# TYPE agentd_requests_total counter",
+            "agentd_requests_total{tunnel=\"web\",status=\"2xx\"} 1",
+            "# TYPE agentd_build_info gauge",
+            "# TYPE agentd_request_duration_seconds histogram",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        assert!(!text.contains("# EOF") && !text.contains("# UNIT") && !text.contains(" info\n"), "{text}");
+        let named = |kind: &str| text.lines().filter(|line| line.starts_with(kind)).count();
+        assert_eq!(named("# HELP "), named("# TYPE "));
     }
 
     #[test]

@@ -338,6 +338,9 @@ async fn handshake(job: &Job, tunnel: &Tunnel, mut request: Request<RequestBody>
 }
 
 fn log_failure(job: &Job, tunnel: &Tunnel, error: &UpstreamError) {
+    if error.code().status().is_server_error() {
+        tunnel.failed(&job.request_id, || cause::explain(tunnel.upstream.address(), error));
+    }
     let cause = std::error::Error::source(error).map(ToString::to_string);
     tracing::debug!(
         request_id = %job.request_id,
