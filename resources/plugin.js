@@ -12,6 +12,12 @@ const { publicKeys } = require('./settings.js');
 /** The most bytes of one zip: what a cold start has to load. */
 const ZIP_BYTES = 6 * 1024 * 1024;
 
+/** What builds the functions: how to ask for its version, the least one, and where it comes from. cargo-lambda 1.9.2 is
+ * the first that knows Rust 1.98's linker arguments; it finds zig beside it or as `python3 -m ziglang`. */
+const TOOLS = [
+  [['cargo', 'lambda', '--version'], [1, 9, 2], 'pip install cargo-lambda==1.9.2'],
+];
+
 class Tunnel {
   constructor(serverless, _options, { log }) {
     this.serverless = serverless;
@@ -42,7 +48,20 @@ class Tunnel {
     }
   }
 
+  /** Says what is missing or too old before a build that takes minutes. */
+  tools() {
+    for (const [command, least, help] of TOOLS) {
+      const { stdout, error, status } = spawnSync(command[0], command.slice(1), { encoding: 'utf8' });
+      const found = /([0-9]+)\.([0-9]+)(?:\.([0-9]+))?/.exec(stdout ?? '');
+      if (error || status !== 0 || !found) throw new Error(`${command.join(' ')} does not run: ${help}`);
+      const parts = found.slice(1).map((part) => Number(part ?? 0));
+      const older = parts.map((part, at) => part - least[at]).find((difference) => difference !== 0) < 0;
+      if (older) throw new Error(`${command[0]} ${found[0]} is too old, ${least.join('.')} is needed: ${help}`);
+    }
+  }
+
   compile(names, settings, folder) {
+    this.tools();
     const target = settings.architecture === 'arm64' ? '--arm64' : '--x86-64';
     const packages = names.flatMap((name) => ['-p', name]);
     const command = ['lambda', 'build', '--release', target, '--locked', '--lambda-dir', folder, ...packages];

@@ -48,7 +48,60 @@ function certificate(name, value, region, reason) {
   if (arn[1] !== region) fail(name, `the certificate is in ${arn[1]} and has to be in ${region}: ${reason}`);
 }
 
-function settings(parameters, { stage, region, root, fronts }) {
+/** How many letters have to change to make one name of the other. */
+function distance(one, other) {
+  let row = Array.from({ length: other.length + 1 }, (_, at) => at);
+  for (let i = 1; i <= one.length; i++) {
+    const next = [i];
+    for (let j = 1; j <= other.length; j++) {
+      next[j] = Math.min(next[j - 1] + 1, row[j] + 1, row[j - 1] + (one[i - 1] === other[j - 1] ? 0 : 1));
+    }
+    row = next;
+  }
+  return row[other.length];
+}
+
+/** Refuses a name that serverless.yml does not declare: it would be ignored otherwise. */
+function known(given, names) {
+  for (const text of [given ?? []].flat()) {
+    const name = String(text).split('=')[0];
+    if (names.includes(name)) continue;
+    const [nearest] = [...names].sort((a, b) => distance(name, a) - distance(name, b));
+    fail(name, `is unknown; did you mean ${nearest}?`);
+  }
+}
+
+const LIMITS = /^(owner|tunnel)_(connections|requests|rate)$|^owner_tunnels$/;
+
+/** The grammar of TUNNEL_LIMITS, as edge/src/limit.rs reads it; resources/limits.json holds both to it. */
+function limits(text) {
+  for (const part of text.split(',').map((one) => one.trim())) {
+    if (part === '') continue;
+    const at = part.indexOf('=');
+    if (at < 0) fail('limits', `'${part}' is not key=number`);
+    const [key, value] = [part.slice(0, at), part.slice(at + 1)];
+    const most = key.endsWith('_rate') ? 1_000_000 : 1000;
+    if (!/^\+?[0-9]+$/.test(value) || Number(value) < 1 || Number(value) > most) {
+      fail('limits', `'${part}' is out of range: 1 to ${most}`);
+    }
+    if (!LIMITS.test(key)) {
+      fail('limits', `'${key}' is none of owner_connections, owner_tunnels, owner_requests, owner_rate, tunnel_connections, tunnel_requests, tunnel_rate`);
+    }
+  }
+  return text;
+}
+
+/** How long a public client waits by default and at most, by front: CloudFront waits up to 120 s for an origin
+ * without being asked for more, an HTTP API 30 s in all. A front that is not here goes by `none`. */
+const REPLY_SECS = { none: [60, 270], cloudfront: [55, 115], httpapi: [27, 27] };
+
+/** How much longer than `ingress` CloudFront waits. */
+const READ_MARGIN_SECS = 5;
+
+/** The commands that need the keys of agents' tokens; `remove` and `info` do not. */
+const WITH_KEYS = ['package', 'deploy'];
+
+function settings(parameters, { stage, region, root, fronts, command = 'deploy' }) {
   const { domain, hostedZoneId, agentsDomain, jwks, jwksUrl } = parameters;
   if (!/^[a-z][a-z0-9-]{0,19}$/.test(stage)) {
     fail('stage', `'${stage}' is not up to 20 lower-case letters, digits and hyphens`);
@@ -93,11 +146,16 @@ function settings(parameters, { stage, region, root, fronts }) {
 
   if (jwksUrl) {
     if (!jwksUrl.startsWith('https://')) fail('jwksUrl', 'is not an https address');
-  } else {
+  } else if (WITH_KEYS.includes(command)) {
     publicKeys(path.resolve(root, jwks));
   }
   oneOf('tableEncryption', parameters.tableEncryption, ['aws-owned', 'aws-managed']);
   oneOf('build', parameters.build, ['cargo-lambda', 'none']);
+  const [usual, most] = REPLY_SECS[front] ?? REPLY_SECS.none;
+  const reply =
+    parameters.replyTimeoutSecs === '' ? usual : number('replyTimeoutSecs', parameters.replyTimeoutSecs, 1, most);
+  const duration = number('responseDurationSecs', parameters.responseDurationSecs, 10, 900);
+  if (duration <= reply) fail('responseDurationSecs', `is not longer than replyTimeoutSecs (${reply})`);
   const retention = number('logRetentionDays', parameters.logRetentionDays, 1, 3653);
   return {
     front,
@@ -111,6 +169,14 @@ function settings(parameters, { stage, region, root, fronts }) {
     jwksUrl,
     keyGeneration: number('keyGeneration', parameters.keyGeneration, 0, 999_999_999),
     logRetentionDays: oneOf('logRetentionDays', retention, RETENTION_DAYS),
+    frontGeneration: number('frontGeneration', parameters.frontGeneration, 0, 999_999_999),
+    limits: limits(parameters.limits),
+    // A variable of a function: text.
+    replyTimeoutSecs: String(reply),
+    readTimeoutSecs: reply + READ_MARGIN_SECS,
+    responseDurationSecs: duration,
+    streamIdleSecs: String(number('streamIdleSecs', parameters.streamIdleSecs, 0, 900)),
+    acceptEncoding: oneOf('acceptEncoding', parameters.acceptEncoding, ['identity', 'pass']),
     webAclArn: acl || { Ref: 'AWS::NoValue' },
     tracing: flag('tracing', parameters.tracing),
     pointInTimeRecovery: flag('pointInTimeRecovery', parameters.pointInTimeRecovery),
@@ -118,6 +184,10 @@ function settings(parameters, { stage, region, root, fronts }) {
       parameters.reservedConcurrency === ''
         ? null
         : number('reservedConcurrency', parameters.reservedConcurrency, 1, 100_000),
+    reservedForResponse:
+      parameters.reservedForResponse === ''
+        ? null
+        : number('reservedForResponse', parameters.reservedForResponse, 1, 100_000),
   };
 }
 
@@ -143,6 +213,7 @@ function publicKeys(file) {
 
 module.exports = async ({ options, resolveVariable, resolveConfigurationProperty }) => {
   const declared = await resolveConfigurationProperty(['params', 'default']);
+  known(options.param, Object.keys(declared));
   const parameters = {};
   for (const name of Object.keys(declared)) parameters[name] = await resolveVariable(`param:${name}`);
   const root = path.dirname(__dirname);
@@ -151,8 +222,11 @@ module.exports = async ({ options, resolveVariable, resolveConfigurationProperty
     stage: await resolveVariable('sls:stage'),
     region: options.region || parameters.region,
     root,
+    command: process.argv[2],
     fronts: files.filter((file) => file.endsWith('.yml')).map((file) => path.basename(file, '.yml')).sort(),
   });
 };
 module.exports.settings = settings;
+module.exports.known = known;
+module.exports.limits = limits;
 module.exports.publicKeys = publicKeys;

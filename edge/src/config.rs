@@ -45,6 +45,11 @@ pub mod env {
     pub const FRONT_ONLY: &str = "TUNNEL_FRONT_ONLY";
     /// How long a public client waits for the head of a response, in seconds.
     pub const REPLY_TIMEOUT_SECS: &str = "TUNNEL_REPLY_TIMEOUT_SECS";
+    /// `identity` where upstreams are asked for bodies that are not packed, `pass` where they are asked for what the
+    /// public client takes.
+    pub const ACCEPT_ENCODING: &str = "TUNNEL_ACCEPT_ENCODING";
+    /// How long a response may pause before it is broken off, in seconds; 0 for as long as it may take.
+    pub const STREAM_IDLE_SECS: &str = "TUNNEL_STREAM_IDLE_SECS";
     /// `chain` where forwarding fields of the request are believed.
     pub const TRUST_FORWARDED: &str = "TUNNEL_TRUST_FORWARDED";
     /// How old an agent's connection may become, in seconds.
@@ -191,6 +196,20 @@ impl<'a> Env<'a> {
             None | Some("false") => Ok(false),
             Some("true") => Ok(true),
             Some(_) => Err(ConfigError { name, problem: "is neither 'true' nor 'false'" }),
+        }
+    }
+
+    /// Whether upstreams are asked for bodies that are not packed: they are, unless the environment says `pass`.
+    ///
+    /// # Errors
+    ///
+    /// When it is neither `identity` nor `pass`.
+    pub fn asks_for_identity(&self) -> Result<bool, ConfigError> {
+        let name = env::ACCEPT_ENCODING;
+        match self.optional(name).as_deref() {
+            None | Some("identity") => Ok(true),
+            Some("pass") => Ok(false),
+            Some(_) => Err(ConfigError { name, problem: "is neither 'identity' nor 'pass'" }),
         }
     }
 

@@ -51,6 +51,10 @@ use crate::{
     socket::{FirstWord, Handshake, Socket},
 };
 
+/// How much longer than its deadline a run is waited for: a connection that froze with the process may be dead, and
+/// would be found so only when the whole time of a run has passed.
+const RUN_GRACE: Duration = Duration::from_secs(5);
+
 /// How long each receive lasts that only waits for an agent's last word.
 const LAST_WORD_WAIT: Duration = Duration::from_secs(1);
 
@@ -147,7 +151,13 @@ async fn relay<P: PublicSide, M: Mail>(
         tunnel: request.tunnel.clone(),
         expires_at,
     });
-    let outcome = dispatch(services, mail, request_id, request, &token, reply_by).await;
+    let outcome = dispatch(services, mail, request_id, request, &token, reply_by);
+    let Ok(outcome) = tokio::time::timeout_at(reply_by + RUN_GRACE, outcome).await else {
+        metrics::count(Counted::RunFailures);
+        tracing::error!(%request_id, tunnel_id = %request.tunnel, "run did not end in its time");
+        answering.fail(ErrorCode::UpstreamTimedOut).await;
+        return None;
+    };
     let (connection, first) = match outcome {
         Ok(RunOutcome::Replied { connection, reply, receipt, sent_ms }) => {
             let letter = Letter {

@@ -6,7 +6,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use proto::limits;
 
-use crate::chaos::ChaosConfig;
+use crate::{
+    chaos::ChaosConfig,
+    public::fronts::{Kind as Front, behaviour},
+};
 
 /// Runs the whole edge on this machine, without AWS.
 #[derive(Debug, Parser)]
@@ -55,6 +58,12 @@ pub struct Options {
     /// How many free mailboxes are kept ready
     #[arg(long, value_name = "COUNT", default_value_t = limits::MAILBOXES_KEPT)]
     pub mailboxes: usize,
+    /// Which front of AWS is imitated, with what it does to traffic (docs/aws-fronts.md); direct does nothing
+    #[arg(long, value_name = "FRONT", value_enum, default_value_t)]
+    pub front: Front,
+    /// Leave out one thing that the front does, by its name in docs/aws-fronts.md; may be given again
+    #[arg(long, value_name = "NAME", value_parser = behaviour)]
+    pub kind: Vec<String>,
     /// Keep keys, token and tables here from one run to the next
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
@@ -296,6 +305,8 @@ mod tests {
             ("local --domain http://x", "use a DNS name"),
             ("local --domain a..b", "use a DNS name"),
             ("local --limits tunnel_requests=0", "out of range"),
+            ("local --front edge", "cloudfront"),
+            ("local --kind slow", "response-rate"),
         ] {
             let error = parse(line).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");

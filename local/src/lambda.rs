@@ -29,7 +29,7 @@ pub use process::Launcher;
 
 /// The most bytes that a function may stream in one answer
 /// (Lambda Developer Guide, "Response streaming": 200 MB).
-const STREAM_BYTES: u64 = 200 * 1024 * 1024;
+const STREAM_BYTES: u64 = limits::RESPONSE_BYTES;
 
 /// The most bytes of a buffered answer
 /// (Lambda Developer Guide, "Lambda quotas": 6 MB).
@@ -164,6 +164,9 @@ pub struct StreamingResponse {
     pub prelude: Bytes,
     /// The rest.
     pub body: StreamBody,
+    /// Whether nothing of the body was there with the head, and the eight NUL bytes were not a chunk of their own: an
+    /// answer without a byte does not end then, see `public::fronts`.
+    pub may_hang: bool,
 }
 
 /// One step of a streamed body.

@@ -1,11 +1,14 @@
 //! The front: a Lambda Function URL on loopback.
 //!
 //! What enters are HTTP/1.1 requests of public clients; each becomes one event for `ingress`, and
-//! what `ingress` streams back becomes the response. Nothing is kept, nothing is rewritten, and a
-//! stream that breaks ends as a broken connection.
+//! what `ingress` streams back becomes the response. By itself nothing is kept, nothing is rewritten, and a
+//! stream that breaks ends as a broken connection; what AWS's fronts do beyond that is imitated as [`fronts`] has it.
 
+pub mod cloudfront;
 mod event;
+pub mod fronts;
 mod heads;
+mod origin;
 pub mod relayed;
 
 use std::{
@@ -29,12 +32,17 @@ use proto::{error::ErrorCode, header as fields, limits};
 use serde::{Deserialize, Deserializer, de};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{Semaphore, oneshot},
     time,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::heads::{Head, SharedNotes, Watched};
+use self::{
+    cloudfront::{Errors, Kept, distribution},
+    fronts::{Does, Imitation},
+    heads::{Head, SharedNotes, Watched},
+    origin::{Decoder, Origin},
+};
 use crate::{
     lambda::{self, InvokeError, Lambda, StreamBody, StreamingResponse},
     latency::{Hop, Latency},
@@ -84,7 +92,15 @@ pub struct Front {
     pub arrivals: Arrivals,
     /// Who takes WebSockets; without it they are refused.
     pub relay: Option<relayed::Relay>,
+    /// What AWS's front would do beside.
+    pub imitation: Arc<Imitation>,
+    /// Errors that CloudFront keeps.
+    pub errors: KeptErrors,
 }
+
+/// Errors that CloudFront keeps, none at first.
+#[derive(Debug, Default)]
+pub struct KeptErrors(Errors);
 
 /// When the last requests came in, by the trace id that the front gives each of them.
 ///
@@ -216,6 +232,8 @@ enum Refusal {
     Throttled,
     /// 502: `ingress` failed.
     FunctionFailed,
+    /// A front of AWS refuses with this status, in words of its own.
+    ByFront(StatusCode),
 }
 
 impl Refusal {
@@ -236,6 +254,7 @@ impl Refusal {
             Self::FunctionFailed => {
                 (StatusCode::BAD_GATEWAY, ErrorCode::EdgeFailed.as_str(), ErrorCode::EdgeFailed.sentence())
             }
+            Self::ByFront(status) => return by_front(status),
         };
         let id = lambda::random_hex::<16>();
         let body = format!(
@@ -256,8 +275,100 @@ impl Refusal {
     }
 }
 
-/// Answers one request.
+/// What a front of AWS answers by itself: nothing of ours stands in it.
+fn by_front(status: StatusCode) -> Response<Answer> {
+    let message = status.canonical_reason().unwrap_or_default();
+    let body = format!("{{\"message\":\"{message}\"}}");
+    Response::builder()
+        .status(status)
+        .header(header::CONTENT_TYPE, "application/json")
+        .header(header::CONTENT_LENGTH, body.len())
+        .body(Answer::Whole(Some(body.into())))
+        .expect("the response is made of constants")
+}
+
+/// What a front of AWS does not let in.
+fn refused_by_front(
+    imitation: &Imitation,
+    parts: &http::request::Parts,
+    target: &[u8],
+    has_body: bool,
+) -> Option<Refusal> {
+    let head_bytes = target.len() + parts.method.as_str().len() + 11 + fields_bytes(&parts.headers);
+    let refuse = |does, status, applies: bool| {
+        (applies && imitation.does(does)).then(|| {
+            imitation.say(does);
+            Refusal::ByFront(status)
+        })
+    };
+    let host = parts.headers.get(header::HOST).map_or(0, HeaderValue::len);
+    let is_seven =
+        matches!(parts.method.as_str(), "GET" | "HEAD" | "OPTIONS" | "PUT" | "PATCH" | "POST" | "DELETE");
+    refuse(Does::EdgeMethods, StatusCode::FORBIDDEN, !is_seven || (parts.method == Method::GET && has_body))
+        .or_else(|| {
+            let is_long = head_bytes > fronts::EDGE_HEAD_BYTES
+                || "https://".len() + host + target.len() > fronts::EDGE_URL_BYTES;
+            refuse(Does::EdgeHeads, StatusCode::PAYLOAD_TOO_LARGE, is_long)
+        })
+        .or_else(|| {
+            let is_long = head_bytes > fronts::API_HEAD_BYTES;
+            refuse(Does::ApiHeads, StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, is_long)
+        })
+}
+
+/// How long fields are on the wire.
+fn fields_bytes(headers: &HeaderMap) -> usize {
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum()
+}
+
+/// Answers one request, as the front does.
 async fn answer(
+    front: &Arc<Front>,
+    request: Request<Incoming>,
+    peer: SocketAddr,
+    notes: SharedNotes,
+) -> Response<Answer> {
+    if !front.imitation.does(Does::Buffer) {
+        return pass(front, request, peer, notes).await;
+    }
+    let is_head = *request.method() == Method::HEAD;
+    let whole = async {
+        let response = pass(front, request, peer, notes).await;
+        let (head, body) = response.into_parts();
+        collect(body, fronts::BUFFERED_BYTES).await.map(|body| (head, body))
+    };
+    match time::timeout(fronts::BUFFERED_TIME, whole).await {
+        Ok(Some((mut head, body))) => {
+            if !is_head && head.status != StatusCode::NO_CONTENT && head.status != StatusCode::NOT_MODIFIED {
+                head.headers.insert(header::CONTENT_LENGTH, body.len().into());
+            }
+            Response::from_parts(head, Answer::Whole(Some(body).filter(|body| !body.is_empty())))
+        }
+        failed => {
+            front.imitation.say(Does::Buffer);
+            by_front(match failed {
+                Err(_) => StatusCode::SERVICE_UNAVAILABLE,
+                Ok(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            })
+        }
+    }
+}
+
+/// The whole of a body, if it is one and not longer.
+async fn collect(mut body: Answer, most: usize) -> Option<Bytes> {
+    let mut whole = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let data = frame.ok()?.into_data().ok()?;
+        if whole.len() + data.len() > most {
+            return None;
+        }
+        whole.extend_from_slice(&data);
+    }
+    Some(whole.freeze())
+}
+
+/// Hands one request to the function, and its answer on.
+async fn pass(
     front: &Arc<Front>,
     request: Request<Incoming>,
     peer: SocketAddr,
@@ -266,7 +377,7 @@ async fn answer(
     let arrived_us = epoch_us();
     let (mut parts, body) = request.into_parts();
     let head = heads::take_head(&notes);
-    let (host, target) = match check(&parts, head) {
+    let (host, mut target) = match check(&parts, head) {
         Ok(checked) => checked,
         Err(refusal) => return refuse_body(refusal, body),
     };
@@ -285,6 +396,26 @@ async fn answer(
             port: front.port,
         };
         return relay.forward(parts, body, added).await;
+    }
+    let imitation = &front.imitation;
+    if let Some(refusal) = refused_by_front(imitation, &parts, &target, !body.is_end_stream()) {
+        return refuse_body(refusal, body);
+    }
+    if imitation.does(Does::DecodePath) {
+        let decoded = fronts::decoded_target(&target);
+        if decoded != target {
+            imitation.say(Does::DecodePath);
+            target = decoded;
+        }
+    }
+    let is_safe = matches!(parts.method, Method::GET | Method::HEAD);
+    let path = target.split(|&byte| byte == b'?').next().unwrap_or_default().to_vec();
+    if is_safe
+        && imitation.does(Does::CacheErrors)
+        && let Some(kept) = front.errors.0.find(&path)
+    {
+        imitation.say(Does::CacheErrors);
+        return kept_response(kept);
     }
     let is_text = event::is_text(&parts.headers);
     let body = match read_body(body, &parts.headers, is_text).await {
@@ -310,30 +441,119 @@ async fn answer(
     });
     drop(body);
     front.latency.hop(Hop::Front).await;
-    let call = match front.lambda.invoke_streaming(FUNCTION, event) {
-        Ok(call) => call,
-        Err(error) => return refusal_of(&error).respond(),
+    let origin = distribution();
+    let attempts = if is_safe && imitation.does(Does::Retry) { origin.attempts } else { 1 };
+    let silence = imitation.does(Does::Silence).then_some(origin.read_timeout);
+    let mut response = None;
+    for attempt in 1..=attempts {
+        if attempt > 1 {
+            imitation.say(Does::Retry);
+        }
+        let head = invoke(front, event.clone(), &trace_id, arrived_us);
+        match silence {
+            None => response = Some(head.await),
+            Some(time) => response = time::timeout(time, head).await.ok(),
+        }
+        if response.is_some() {
+            break;
+        }
+    }
+    drop(event);
+    let Some(response) = response else {
+        imitation.say(Does::Silence);
+        return Refusal::ByFront(StatusCode::GATEWAY_TIMEOUT).respond();
     };
+    let StreamingResponse { prelude, mut body, may_hang } = match response {
+        Ok(response) => response,
+        Err(error) => {
+            tracing::warn!(%error, "ingress did not answer");
+            return refusal_of(&error).respond();
+        }
+    };
+    let mut first = None;
+    if may_hang && imitation.does(Does::EmptyHangs) {
+        match body.next().await {
+            Ok(None) => {
+                imitation.say(Does::EmptyHangs);
+                time::sleep(imitation.clock.scale(imitation.function_time)).await;
+                return Refusal::FunctionFailed.respond();
+            }
+            Ok(piece) => first = piece,
+            // The body says so again.
+            Err(lambda::Broken) => {}
+        }
+    }
+    let shape = Shape { imitation: imitation.clone(), silence, first };
+    let Some(response) = respond(&prelude, body, &parts.method, parts.version, notes, shape) else {
+        tracing::error!("ingress answered with a head that is not valid");
+        return Refusal::FunctionFailed.respond();
+    };
+    if imitation.does(Does::EdgeHeads) && fields_bytes(response.headers()) > fronts::EDGE_HEAD_BYTES {
+        imitation.say(Does::EdgeHeads);
+        return Refusal::ByFront(StatusCode::BAD_GATEWAY).respond();
+    }
+    let keep = origin.keeps(response.status().as_u16());
+    if is_safe && !keep.is_zero() && imitation.does(Does::CacheErrors) {
+        return keep_error(front, &path, keep, response).await;
+    }
+    response
+}
+
+/// Keeps an error as CloudFront does, where it is not too long for that.
+async fn keep_error(
+    front: &Front,
+    path: &[u8],
+    time: Duration,
+    response: Response<Answer>,
+) -> Response<Answer> {
+    /// The longest error that is kept here.
+    const MOST: usize = 1024 * 1024;
+    let (head, body) = response.into_parts();
+    let Some(body) = collect(body, MOST).await else {
+        return Refusal::ByFront(StatusCode::BAD_GATEWAY).respond();
+    };
+    let kept = Kept { status: head.status, headers: head.headers, body };
+    front.errors.0.keep(path, time, kept.clone());
+    kept_response(kept)
+}
+
+fn kept_response(kept: Kept) -> Response<Answer> {
+    let mut response = Response::new(Answer::Whole(Some(kept.body).filter(|body| !body.is_empty())));
+    *response.status_mut() = kept.status;
+    *response.headers_mut() = kept.headers;
+    response
+}
+
+/// Invokes the function and waits for the head of its answer. Dropping this is the client's departure.
+async fn invoke(
+    front: &Front,
+    event: Bytes,
+    trace_id: &str,
+    arrived_us: u64,
+) -> Result<StreamingResponse, InvokeError> {
+    let call = front.lambda.invoke_streaming(FUNCTION, event)?;
     let access_key = call.access_key();
     front.arrivals.note(Arrival { trace_id: trace_id.into(), arrived_us, access_key: access_key.clone() });
+    if front.imitation.does(Does::Deaf) {
+        let (head, heard) = oneshot::channel();
+        let imitation = front.imitation.clone();
+        tokio::spawn(async move {
+            if let Err(Ok(unheard)) = head.send(call.head().await) {
+                imitation.say(Does::Deaf);
+                hear_out(unheard.body).await;
+            }
+        });
+        return heard.await.unwrap_or(Err(InvokeError::ShuttingDown));
+    }
     let mut waiting = Waiting { access_key, gone: Some(front.client_gone.clone()) };
     let response = call.head().await;
     waiting.gone = None;
-    match response {
-        Ok(StreamingResponse { prelude, body }) => {
-            match respond(&prelude, body, &parts.method, parts.version, notes) {
-                Some(response) => response,
-                None => {
-                    tracing::error!("ingress answered with a head that is not valid");
-                    Refusal::FunctionFailed.respond()
-                }
-            }
-        }
-        Err(error) => {
-            tracing::warn!(%error, "ingress did not answer");
-            refusal_of(&error).respond()
-        }
-    }
+    response
+}
+
+/// Takes everything that a function streams, for nobody.
+async fn hear_out(mut body: StreamBody) {
+    while let Ok(Some(_)) = body.next().await {}
 }
 
 fn refusal_of(error: &InvokeError) -> Refusal {
@@ -493,6 +713,36 @@ impl<'de> Deserialize<'de> for Fields {
     }
 }
 
+/// How a front lets an answer through.
+struct Shape {
+    imitation: Arc<Imitation>,
+    /// How long the function may be silent.
+    silence: Option<Duration>,
+    /// What was taken of the body already.
+    first: Option<Bytes>,
+}
+
+impl Shape {
+    /// Does to the head what the front does, and gives what unpacks the body.
+    fn head(&self, headers: &mut HeaderMap) -> Option<Decoder> {
+        let imitation = &self.imitation;
+        if imitation.does(Does::RenameLength)
+            && let Some(length) = headers.remove(header::CONTENT_LENGTH)
+        {
+            imitation.say(Does::RenameLength);
+            headers.insert("x-amzn-remapped-content-length", length);
+        }
+        if !imitation.does(Does::Decode) {
+            return None;
+        }
+        let decoder =
+            headers.get(header::CONTENT_ENCODING).and_then(|value| Decoder::of(value.as_bytes()))?;
+        imitation.say(Does::Decode);
+        headers.remove(header::CONTENT_ENCODING);
+        Some(decoder)
+    }
+}
+
 /// Makes the response of what the function streamed; none when its head is not valid.
 fn respond(
     prelude: &[u8],
@@ -500,6 +750,7 @@ fn respond(
     method: &Method,
     version: Version,
     notes: SharedNotes,
+    shape: Shape,
 ) -> Option<Response<Answer>> {
     let prelude = if prelude.is_empty() {
         Prelude { status_code: ok(), headers: Fields::default(), cookies: Vec::new() }
@@ -522,6 +773,7 @@ fn respond(
     for cookie in &prelude.cookies {
         headers.append(header::SET_COOKIE, fields::value_from_text(cookie)?);
     }
+    let decoder = shape.head(&mut headers);
     let length = match headers.get(header::CONTENT_LENGTH) {
         None => None,
         Some(value) => Some(value.to_str().ok()?.parse::<u64>().ok()?),
@@ -531,6 +783,10 @@ fn respond(
         && !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED | StatusCode::RESET_CONTENT);
     let answer = if has_body {
         let ends_with_connection = version < Version::HTTP_11 && length.is_none();
+        let mut body = Origin::new(body, shape.imitation, decoder, shape.silence);
+        if let Some(first) = shape.first {
+            body.put_back(first);
+        }
         Answer::Stream { body, left: length, notes: ends_with_connection.then_some(notes), is_broken: false }
     } else {
         tokio::spawn(finish(body));
@@ -561,7 +817,7 @@ enum Answer {
     Relayed(Incoming),
     /// What `ingress` streams.
     Stream {
-        body: StreamBody,
+        body: Origin,
         /// How much of the announced length is to come.
         left: Option<u64>,
         /// Where to have the connection reset, when its end is the end of the body.
@@ -617,7 +873,7 @@ impl Body for Answer {
             Some(piece) => {
                 // Whoever writes this asks for no more and drops what is left; yet no client has gone.
                 if is_last && let Self::Stream { body, .. } = std::mem::replace(this, Self::Whole(None)) {
-                    tokio::spawn(finish(body));
+                    body.let_end();
                 }
                 Poll::Ready(Some(Ok(Frame::data(piece))))
             }

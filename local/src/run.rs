@@ -41,7 +41,7 @@ use crate::{
     identity::{self, Identity},
     lambda::{self, FunctionConfig, Lambda, LambdaConfig, Launcher, Register, process},
     latency::Profile,
-    public::{self, Arrivals, Front},
+    public::{self, Arrivals, Front, fronts::Imitation},
     relay,
     sqs::QueueAttributes,
     stack::{Keys, stack},
@@ -224,6 +224,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let machine = create_machine(&aws)?;
     let front_secret = lambda::random_hex::<24>();
     let public_url = format!("http://{{name}}.{}:{}", options.domain, public_address.port());
+    let function_time = stack().functions["ingress"].timeout;
+    let imitation = Arc::new(Imitation::new(options.front, &options.kind, aws.clock(), function_time));
     let settings = Settings {
         aws: &aws,
         identity: &identity,
@@ -237,6 +239,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         choices: choices(&Env::process())?,
         websockets: options.websockets,
         mailboxes: options.mailboxes,
+        imitation: &imitation,
     };
     let lambda = start_lambda(&settings)?;
     aws.serve_functions(&lambda);
@@ -284,6 +287,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         port: public_address.port(),
         arrivals: arrivals.clone(),
         relay,
+        imitation,
+        errors: public::KeptErrors::default(),
     };
     let serving_public = tokio::spawn(public::serve(public_listener, Arc::new(front), stop_public.clone()));
 
@@ -412,6 +417,7 @@ struct Settings<'a> {
     limits: &'a str,
     log_level: LogLevel,
     mailboxes: usize,
+    imitation: &'a Imitation,
     choices: Vec<(&'static str, String)>,
     websockets: Websockets,
 }
@@ -509,7 +515,9 @@ impl Settings<'_> {
             (env::FRONT_ONLY, "true".to_owned()),
             (env::METRICS_NAMESPACE, METRICS_NAMESPACE.to_owned()),
             (env::LIMITS, self.limits.to_owned()),
-            (env::REPLY_TIMEOUT_SECS, limits::REPLY_TIMEOUT.as_secs().to_string()),
+            (env::REPLY_TIMEOUT_SECS, self.imitation.reply_timeout().as_secs().to_string()),
+            (env::STREAM_IDLE_SECS, "0".to_owned()),
+            (env::ACCEPT_ENCODING, self.imitation.accept_encoding().to_owned()),
             // The key set is in a variable instead.
             (ENV_JWKS_FILE, String::new()),
             (ENV_JWKS_URL, String::new()),

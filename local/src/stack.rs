@@ -168,7 +168,12 @@ impl Stack {
         let mut functions = BTreeMap::new();
         for (name, function) in object(&serverless, "functions")? {
             let number = |key: &str| {
-                let number = function[key].as_u64().and_then(|number| u32::try_from(number).ok());
+                // A setting is here what its parameter is by default.
+                let setting = function[key].as_str().and_then(|text| {
+                    let name = text.strip_prefix("${self:custom.settings.")?.strip_suffix('}')?;
+                    serverless["params"]["default"][name].as_str()?.parse().ok()
+                });
+                let number = function[key].as_u64().or(setting).and_then(|number| u32::try_from(number).ok());
                 number.ok_or_else(|| StackError(format!("function {name} has no {key}")))
             };
             let parsed = Function {
@@ -299,7 +304,8 @@ fn text(value: &Value, key: &str) -> Result<String, StackError> {
 }
 
 /// Reads YAML with CloudFormation's short forms; what they stand for is `{"Fn::Name": …}`.
-fn read(text: &str) -> Result<Value, StackError> {
+/// A file with CloudFormation's tags as JSON.
+pub(crate) fn read(text: &str) -> Result<Value, StackError> {
     let documents = Yaml::load_from_str(text).map_err(|error| StackError(error.to_string()))?;
     documents.first().map(json).ok_or_else(|| StackError("an empty file".into()))
 }
@@ -334,7 +340,7 @@ mod tests {
     fn reads_the_files_of_this_version() {
         let stack = stack();
         let ingress = &stack.functions["ingress"];
-        assert_eq!(ingress.timeout, proto::limits::RESPONSE_DURATION);
+        assert_eq!(ingress.timeout, Duration::from_secs(300));
         assert!(ingress.variables.contains("TUNNEL_TOKEN_KEYS"));
         let starts = Permission {
             action: "states:StartSyncExecution".into(),
@@ -363,7 +369,7 @@ mod tests {
     #[test]
     fn what_is_not_understood_is_refused() {
         for (from, to) in [
-            ("timeout: 900", "timeout: long"),
+            ("timeout: 120", "timeout: long"),
             ("role: IngressRole", "role: NoRole"),
             ("Effect: Allow", "Effect: Deny"),
             ("!GetAtt MailboxesTable.Arn", "!GetAtt OtherTable.Name"),

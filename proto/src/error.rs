@@ -106,6 +106,9 @@ error_codes! {
     /// The agent sent something that the protocol does not allow.
     AgentInvalid, "agent_invalid", BAD_GATEWAY, "AgentInvalid",
         "The agent's answer was not valid.";
+    /// The response is known to be longer than the front lets through. Nothing of it was sent.
+    ResponseTooLarge, "response_too_large", BAD_GATEWAY, "ResponseTooLarge",
+        "The response is over the 209715200 bytes (200 MiB) that one streamed answer may have here; ask for it in ranges.";
     /// The tunnel is known, but no agent serves it now.
     TunnelOffline, "tunnel_offline", SERVICE_UNAVAILABLE, "TunnelOffline",
         "This tunnel is known, but no agent is connected for it.";
@@ -166,6 +169,8 @@ mod tests {
     fn the_sentences_name_the_real_limits() {
         let limit = crate::limits::REQUEST_BODY_BYTES.to_string();
         assert!(ErrorCode::RequestTooLarge.sentence().contains(&limit), "{limit}");
+        let limit = crate::limits::RESPONSE_BYTES.to_string();
+        assert!(ErrorCode::ResponseTooLarge.sentence().contains(&limit), "{limit}");
         let limit = crate::limits::HEAD_BYTES.to_string();
         assert!(ErrorCode::HeadTooLarge.sentence().contains(&limit), "{limit}");
     }

@@ -56,6 +56,10 @@ pub const CONNECTION_LIFETIME: Duration = Duration::from_secs(2 * 60 * 60);
 /// (Lambda Developer Guide, "Lambda quotas": function timeout 900 seconds).
 pub const RESPONSE_DURATION: Duration = Duration::from_secs(15 * 60);
 
+/// The most bytes of one streamed response
+/// (Lambda Developer Guide, "Lambda quotas": 200 MB for a streamed response, since July 2025).
+pub const RESPONSE_BYTES: u64 = 200 * 1024 * 1024;
+
 /// How long before [`CONNECTION_LIFETIME`] an agent opens the next connection: the longest
 /// response that may still be running on the old one, so that none is cut off.
 pub const REPLACE_AHEAD: Duration = RESPONSE_DURATION;

@@ -85,7 +85,9 @@ impl Local {
         let common = ["--public", "127.0.0.1:0", "--agents", "127.0.0.1:0", "--state-dir", dir];
         // A process more for each edge that no test of websockets needs.
         let sockets = if more.contains(&"--websockets") { &[][..] } else { &["--websockets", "none"] };
-        let arguments = [&common, sockets, more].concat();
+        // What tests the exchange itself is not to meet what the fronts of AWS do to it; tests/fronts.rs is.
+        let direct = if more.contains(&"--front") { &[][..] } else { &["--front", "direct"] };
+        let arguments = [&common, sockets, direct, more].concat();
         let process = Process::start_as("local", command, &arguments, environment);
         let value = |name: &str| {
             let line = process.wait_for_line(|line| line.split_whitespace().next() == Some(name));

@@ -8,7 +8,7 @@ use serde::{Serialize, Serializer, ser::SerializeMap};
 
 /// What separates the head from the body in a streamed answer (Lambda Developer Guide, "Response
 /// streaming with Function URLs": eight null bytes).
-const DELIMITER: [u8; 8] = [0; 8];
+pub(crate) const DELIMITER: [u8; 8] = [0; 8];
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]

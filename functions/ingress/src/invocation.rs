@@ -12,10 +12,14 @@ use exchange::{
     route::{PublicRequest, Websockets, route},
 };
 use proto::{error::ErrorCode, header::Headers, id::RequestId, limits};
-use tokio::{sync::oneshot, time::Instant};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use crate::{
     answer::prelude,
+    config::{Config, is_too_long},
     event::FrontEvent,
     runtime::{Answer, Invocation, Runtime},
 };
@@ -30,6 +34,7 @@ const DEADLINE_MARGIN: Duration = Duration::from_secs(3);
 /// When no mailbox can be had any more; the process should end then.
 pub async fn serve(
     services: &Services,
+    config: &Config,
     runtime: &Runtime,
     invocation: Invocation,
     inbox: Inbox,
@@ -39,14 +44,14 @@ pub async fn serve(
     let (answers, answer) = oneshot::channel();
     let respond = async {
         if let Ok(answer) = answer.await {
-            runtime.respond(&invocation.aws_request_id, answer).await;
+            runtime.respond(&invocation.aws_request_id, answer, config.stream_idle).await;
         }
     };
     let ends_at = Instant::now()
         + Duration::from_millis(invocation.deadline_ms.saturating_sub(unix_now_ms()))
             .saturating_sub(DEADLINE_MARGIN);
     let record = Record::begin();
-    let mut public = LambdaAnswer { request_id: &request_id, html: false, head_only: false, answers };
+    let mut public = LambdaAnswer { request_id: &request_id, config, html: false, head_only: false, answers };
     let request = read(&invocation.event, services, &mut public);
     let mail = Own { inbox: &inbox, mailboxes: services.pool.mailboxes() };
     let exchange = carry(services, &mail, &request_id, request, ends_at, public, &record);
@@ -68,7 +73,8 @@ fn read(
     public.head_only = event.request_context.http.method == "HEAD";
     public.html = event.headers.get("accept").is_some_and(|accept| accept.contains("text/html"));
     let (arrival, body) = event.arrival()?;
-    let request = route(arrival, body, &services.config, Websockets::Refused, public.request_id)?;
+    let mut request = route(arrival, body, &services.config, Websockets::Refused, public.request_id)?;
+    public.config.request(&mut request.headers);
     if request.body.len() > limits::REQUEST_BODY_BYTES {
         return Err(ErrorCode::RequestTooLarge);
     }
@@ -78,9 +84,25 @@ fn read(
 /// The one answer to an event, in Lambda's form.
 struct LambdaAnswer<'a> {
     request_id: &'a RequestId,
+    config: &'a Config,
     html: bool,
     head_only: bool,
     answers: oneshot::Sender<Answer>,
+}
+
+impl LambdaAnswer<'_> {
+    /// Answers with an error in place of what the upstream began to say. For the exchange it is as if the client had
+    /// left: the upstream's call is cancelled.
+    fn refuse(self, code: ErrorCode) -> Pieces {
+        let (head, body) = answer::problem(code, self.request_id, self.html);
+        let mut bytes = prelude(head.status, &head.headers);
+        bytes.extend_from_slice(body.as_bytes());
+        let (answer, pieces) = Answer::new(bytes);
+        // There is room for one.
+        drop(pieces.try_send(Piece::End));
+        drop(self.answers.send(answer));
+        mpsc::channel(1).0
+    }
 }
 
 impl PublicSide for LambdaAnswer<'_> {
@@ -104,7 +126,12 @@ impl PublicSide for LambdaAnswer<'_> {
         None
     }
 
-    fn begin(self, head: Head, first: Vec<u8>) -> Pieces {
+    fn begin(self, mut head: Head, first: Vec<u8>) -> Pieces {
+        if is_too_long(&head, self.head_only) {
+            tracing::info!(request_id = %self.request_id, "response is longer than one streamed answer");
+            return self.refuse(ErrorCode::ResponseTooLarge);
+        }
+        self.config.response(&mut head);
         let mut bytes = prelude(head.status, &head.headers);
         bytes.extend_from_slice(&first);
         let (answer, pieces) = Answer::new(bytes);

@@ -2,27 +2,48 @@
 //! streams the agent's answer back.
 //!
 //! The order of things: [`event`] is what the front hands over, [`invocation`] answers one event through an
-//! `exchange`, [`answer`] makes the head (pure), and [`runtime`] is the streaming side of Lambda's Runtime API.
+//! `exchange`, [`answer`] makes the head and [`config`] says what to do about Lambda's front (pure), and [`runtime`] is the streaming side of Lambda's Runtime API.
 //!
 //! Permissions it needs: those of an exchange.
 
 pub mod answer;
+pub mod config;
 pub mod event;
 pub mod invocation;
 pub mod runtime;
 
 use std::process::ExitCode;
 
-use edge::config::Env;
+use edge::config::{ConfigError, Env};
 use exchange::{Services, inbox::Inbox};
+
+use config::Config;
+
+/// Everything that the function needs.
+#[derive(Debug)]
+pub struct Ingress {
+    services: Services,
+    config: Config,
+}
+
+impl Ingress {
+    /// Reads the environment and makes the clients.
+    ///
+    /// # Errors
+    ///
+    /// When a variable is missing or wrong.
+    pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
+        Ok(Self { services: Services::from_env(env)?, config: Config::from_env(env)? })
+    }
+}
 
 /// Runs the function until Lambda ends its process.
 #[must_use]
 pub fn run() -> ExitCode {
     edge::telemetry::init();
-    let served = Services::from_env(&Env::process()).map_err(anyhow::Error::from).and_then(|services| {
+    let served = Ingress::from_env(&Env::process()).map_err(anyhow::Error::from).and_then(|ingress| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(serve(services))
+        runtime.block_on(serve(ingress))
     });
     match served {
         Ok(()) => ExitCode::SUCCESS,
@@ -33,7 +54,7 @@ pub fn run() -> ExitCode {
     }
 }
 
-async fn serve(services: Services) -> anyhow::Result<()> {
+async fn serve(Ingress { services, config }: Ingress) -> anyhow::Result<()> {
     let runtime = runtime::Runtime::from_env()?;
     let mut inbox = match services.pool.lease(&holder(), random()?).await {
         Ok(lease) => Inbox::new(lease),
@@ -45,7 +66,7 @@ async fn serve(services: Services) -> anyhow::Result<()> {
     edge::metrics::cold_start();
     loop {
         let invocation = runtime.next().await?;
-        inbox = invocation::serve(&services, &runtime, invocation, inbox).await?;
+        inbox = invocation::serve(&services, &config, &runtime, invocation, inbox).await?;
     }
 }
 

@@ -19,7 +19,13 @@ use http_body::{Body as HttpBody, Frame};
 use http_body_util::BodyExt;
 use hyper_util::client::legacy::connect::HttpConnector;
 use lambda_runtime_api_client::{Client, body::Body, build_request};
-use tokio::sync::mpsc;
+use proto::limits;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, Sleep, sleep},
+};
+
+use crate::answer::DELIMITER;
 
 const ERROR_TYPE: HeaderName = HeaderName::from_static("lambda-runtime-function-error-type");
 const ERROR_BODY: HeaderName = HeaderName::from_static("lambda-runtime-function-error-body");
@@ -96,8 +102,10 @@ impl Runtime {
 
     /// Sends an answer, its body as it comes. Ends when all of it is sent or nobody takes it any more;
     /// the producer learns of the latter because its [`Pieces`] close.
-    pub async fn respond(&self, aws_request_id: &str, answer: Answer) {
-        let body = AnswerBody { first: Some(answer.first), rest: answer.rest, done: false };
+    ///
+    /// An answer that says nothing for `idle` is broken off.
+    pub async fn respond(&self, aws_request_id: &str, answer: Answer, idle: Option<Duration>) {
+        let body = AnswerBody::new(answer, idle);
         let request = post(&format!("/2018-06-01/runtime/invocation/{aws_request_id}/response"))
             .header("lambda-runtime-function-response-mode", "streaming")
             .header("content-type", "application/vnd.awslambda.http-integration-response")
@@ -141,10 +149,57 @@ fn post(path: &str) -> http::request::Builder {
 #[error("the answer's producer vanished")]
 struct Vanished;
 
+/// What is still to be sent of the head.
+enum Begin {
+    /// The head, and what is there of the body.
+    Head(Bytes),
+    /// The delimiter, of an answer whose body has no byte yet. It is a write of its own, and so is what follows: a
+    /// front that gets head and end in one write does not end the answer (docs/aws-fronts.md, F1).
+    Delimiter(Bytes),
+    /// Nothing, but the end must not go out with the delimiter.
+    Flush,
+    /// Nothing.
+    Done,
+}
+
 struct AnswerBody {
-    first: Option<Bytes>,
+    begin: Begin,
     rest: mpsc::Receiver<Piece>,
+    /// How many bytes the front still lets through.
+    left: u64,
+    idle: Option<(Duration, Pin<Box<Sleep>>)>,
     done: bool,
+}
+
+impl AnswerBody {
+    fn new(answer: Answer, idle: Option<Duration>) -> Self {
+        let body = answer.first.windows(DELIMITER.len()).position(|bytes| bytes == DELIMITER);
+        let body = body.map_or(0, |at| answer.first.len() - at - DELIMITER.len());
+        Self {
+            begin: Begin::Head(answer.first),
+            rest: answer.rest,
+            left: limits::RESPONSE_BYTES - body as u64,
+            idle: idle.map(|idle| (idle, Box::pin(sleep(idle)))),
+            done: false,
+        }
+    }
+
+    /// The trailers of an answer that should have gone on.
+    fn broken(&mut self) -> Frame<Bytes> {
+        self.done = true;
+        // Whoever makes more of it learns that nobody wants it.
+        self.rest.close();
+        let mut trailers = HeaderMap::new();
+        trailers.insert(ERROR_TYPE, HeaderValue::from_static("Tunnel.ResponseBroken"));
+        // Base64 of {"errorMessage":"the response ended before its end"}.
+        trailers.insert(
+            ERROR_BODY,
+            HeaderValue::from_static(
+                "eyJlcnJvck1lc3NhZ2UiOiJ0aGUgcmVzcG9uc2UgZW5kZWQgYmVmb3JlIGl0cyBlbmQifQ==",
+            ),
+        );
+        Frame::trailers(trailers)
+    }
 }
 
 impl HttpBody for AnswerBody {
@@ -155,32 +210,54 @@ impl HttpBody for AnswerBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Vanished>>> {
-        if let Some(first) = self.first.take() {
-            return Poll::Ready(Some(Ok(Frame::data(first))));
+        match std::mem::replace(&mut self.begin, Begin::Done) {
+            Begin::Head(mut head) => {
+                // A body that is there makes the answer one that is not empty.
+                if head.ends_with(&DELIMITER) {
+                    let delimiter = head.split_off(head.len() - DELIMITER.len());
+                    self.begin = Begin::Delimiter(delimiter);
+                }
+                return Poll::Ready(Some(Ok(Frame::data(head))));
+            }
+            Begin::Delimiter(delimiter) => {
+                self.begin = Begin::Flush;
+                return Poll::Ready(Some(Ok(Frame::data(delimiter))));
+            }
+            Begin::Flush => {
+                // Nothing to send for one turn: what is written goes out.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            Begin::Done => {}
         }
         if self.done {
             return Poll::Ready(None);
         }
-        let piece = std::task::ready!(self.rest.poll_recv(cx));
+        let Poll::Ready(piece) = self.rest.poll_recv(cx) else {
+            if let Some((_, due)) = &mut self.idle
+                && due.as_mut().poll(cx).is_ready()
+            {
+                return Poll::Ready(Some(Ok(self.broken())));
+            }
+            return Poll::Pending;
+        };
+        if let Some((idle, due)) = &mut self.idle {
+            due.as_mut().reset(Instant::now() + *idle);
+        }
         Poll::Ready(match piece {
-            Some(Piece::Data(bytes)) => Some(Ok(Frame::data(bytes))),
+            Some(Piece::Data(bytes)) => match self.left.checked_sub(bytes.len() as u64) {
+                Some(left) => {
+                    self.left = left;
+                    Some(Ok(Frame::data(bytes)))
+                }
+                // Cut by the front it would look whole.
+                None => Some(Ok(self.broken())),
+            },
             Some(Piece::End) => {
                 self.done = true;
                 None
             }
-            Some(Piece::Broken) => {
-                self.done = true;
-                let mut trailers = HeaderMap::new();
-                trailers.insert(ERROR_TYPE, HeaderValue::from_static("Tunnel.ResponseBroken"));
-                // Base64 of {"errorMessage":"the response ended before its end"}.
-                trailers.insert(
-                    ERROR_BODY,
-                    HeaderValue::from_static(
-                        "eyJlcnJvck1lc3NhZ2UiOiJ0aGUgcmVzcG9uc2UgZW5kZWQgYmVmb3JlIGl0cyBlbmQifQ==",
-                    ),
-                );
-                Some(Ok(Frame::trailers(trailers)))
-            }
+            Some(Piece::Broken) => Some(Ok(self.broken())),
             None => {
                 self.done = true;
                 Some(Err(Vanished))
@@ -195,7 +272,7 @@ mod tests {
 
     async fn collect(pieces: Vec<Piece>) -> Result<(Bytes, bool), Vanished> {
         let (answer, sender) = Answer::new(b"head".to_vec());
-        let body = AnswerBody { first: Some(answer.first), rest: answer.rest, done: false };
+        let body = AnswerBody::new(answer, None);
         let send = async move {
             for piece in pieces {
                 sender.send(piece).await.unwrap();

@@ -211,8 +211,11 @@ async fn answer(
                     for piece in [Piece::Chunk(body), Piece::End] {
                         pieces.try_send(piece).expect("the channel was made for both");
                     }
-                    let _ = head
-                        .send(Ok(StreamingResponse { prelude: Bytes::new(), body: StreamBody(receiver) }));
+                    let _ = head.send(Ok(StreamingResponse {
+                        prelude: Bytes::new(),
+                        body: StreamBody(receiver),
+                        may_hang: false,
+                    }));
                 }
             }
             accepted()
@@ -229,6 +232,7 @@ async fn stream(
 ) -> Response<Full<Bytes>> {
     let mut rest = Bytes::new();
     let mut prelude = Bytes::new();
+    let mut is_apart = true;
     if has_prelude {
         let mut begun = BytesMut::new();
         loop {
@@ -246,7 +250,10 @@ async fn stream(
             };
             match frame {
                 Some(Ok(frame)) => match frame.into_data() {
-                    Ok(data) => begun.extend_from_slice(&data),
+                    Ok(data) => {
+                        is_apart = *data == PRELUDE_END;
+                        begun.extend_from_slice(&data);
+                    }
                     Err(_trailers) => {
                         let _ = head.send(Err(InvokeError::Prelude));
                         return accepted();
@@ -264,7 +271,8 @@ async fn stream(
         }
     }
     let (pieces, receiver) = mpsc::channel(STREAM_PIECES);
-    if head.send(Ok(StreamingResponse { prelude, body: StreamBody(receiver) })).is_err() {
+    let may_hang = rest.is_empty() && !is_apart;
+    if head.send(Ok(StreamingResponse { prelude, body: StreamBody(receiver), may_hang })).is_err() {
         return last(accepted());
     }
     let mut total = 0;

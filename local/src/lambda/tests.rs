@@ -251,7 +251,7 @@ async fn streams_each_piece_at_once() {
     let order = event(&Order::Stream { pieces: 30, gap_ms: 2 });
     let call = lambda.invoke_streaming("obedient", order).unwrap();
     let access_key = call.access_key();
-    let StreamingResponse { prelude, mut body } = call.head().await.unwrap();
+    let StreamingResponse { prelude, mut body, .. } = call.head().await.unwrap();
     assert!(prelude.starts_with(b"{\"statusCode\":201"));
     assert!(access_key.get().unwrap().starts_with("LOCAL"));
     let mut text = Vec::new();

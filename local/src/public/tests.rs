@@ -89,6 +89,14 @@ fn function_process() {
     });
 }
 
+/// No front of AWS.
+fn direct() -> Shape {
+    let function_time = Duration::from_secs(20);
+    let imitation =
+        Imitation::new(fronts::Kind::Direct, &[], crate::clock::Clock::default(), function_time).into();
+    Shape { imitation, silence: None, first: None }
+}
+
 struct Fixture {
     address: SocketAddr,
     lambda: Lambda,
@@ -134,6 +142,8 @@ impl Fixture {
             port: address.port(),
             arrivals: Arrivals::default(),
             relay: None,
+            imitation: direct().imitation,
+            errors: KeptErrors::default(),
         };
         let stop = CancellationToken::new();
         let served = tokio::spawn(serve(listener, Arc::new(front), stop.clone()));
@@ -335,7 +345,8 @@ async fn a_function_whose_announced_length_is_sent_may_still_end_its_answer() {
     use http_body_util::BodyExt as _;
     let answer = |length: u32, body| {
         let prelude = format!("{{\"statusCode\":200,\"headers\":{{\"content-length\":\"{length}\"}}}}");
-        respond(prelude.as_bytes(), body, &Method::GET, Version::HTTP_11, SharedNotes::default()).unwrap()
+        respond(prelude.as_bytes(), body, &Method::GET, Version::HTTP_11, SharedNotes::default(), direct())
+            .unwrap()
     };
     for (length, read, is_listened_to) in [(10, 2, true), (11, 2, false), (10, 1, false)] {
         let (body, listens) = StreamBody::unended(&["hello", "again"]);

@@ -1,0 +1,224 @@
+//! The body of an answer as a front lets it through: enters what the function streams, leaves what the front sends
+//! on. What it does to it is in [`super::fronts`].
+
+use std::{
+    io::{self, Write},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
+
+use super::fronts::{BURST_BYTES, Does, Imitation, RATE_BYTES, RESPONSE_BYTES};
+use crate::lambda::{Broken, StreamBody};
+
+/// What a function streams, on its way through a front.
+pub(super) struct Origin {
+    /// Taken when it is to be heard to its end without anybody.
+    stream: Option<StreamBody>,
+    imitation: Arc<Imitation>,
+    decoder: Option<Decoder>,
+    /// What came of the function.
+    came: u64,
+    /// What waits until its time has come.
+    held: Option<(Bytes, Pin<Box<Sleep>>)>,
+    /// From when on what comes after the burst may pass.
+    free_at: Option<Instant>,
+    /// How long the function may be silent, and until when.
+    silence: Option<(Duration, Pin<Box<Sleep>>)>,
+    has_ended: bool,
+}
+
+impl Origin {
+    pub(super) fn new(
+        stream: StreamBody,
+        imitation: Arc<Imitation>,
+        decoder: Option<Decoder>,
+        silence: Option<Duration>,
+    ) -> Self {
+        let silence = silence.map(|time| (time, Box::pin(sleep(time))));
+        let (came, held, free_at) = (0, None, None);
+        Self { stream: Some(stream), imitation, decoder, came, held, free_at, silence, has_ended: false }
+    }
+
+    /// Gives a piece back that was taken before: it comes first.
+    pub(super) fn put_back(&mut self, piece: Bytes) {
+        self.came += piece.len() as u64;
+        self.held = Some((piece, Box::pin(sleep(Duration::ZERO))));
+    }
+
+    /// Everything that is sent on has come: the function may end by itself.
+    pub(super) fn let_end(mut self) {
+        if let Some(stream) = self.stream.take() {
+            tokio::spawn(super::finish(stream));
+        }
+    }
+
+    /// The next piece; none at the end.
+    pub(super) fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+        loop {
+            if let Some((_, due)) = &mut self.held {
+                ready!(due.as_mut().poll(context));
+                return Poll::Ready(Ok(self.held.take().map(|(piece, _)| piece)));
+            }
+            let Some(stream) = &mut self.stream else { return Poll::Ready(Ok(None)) };
+            if self.has_ended {
+                return Poll::Ready(Ok(None));
+            }
+            let Poll::Ready(next) = stream.poll_next(context) else {
+                if let Some((_, due)) = &mut self.silence
+                    && due.as_mut().poll(context).is_ready()
+                {
+                    self.imitation.say(Does::Silence);
+                    return Poll::Ready(Err(Broken));
+                }
+                return Poll::Pending;
+            };
+            if let Some((time, due)) = &mut self.silence {
+                due.as_mut().reset(Instant::now() + *time);
+            }
+            let piece = match next {
+                Ok(Some(piece)) => piece,
+                Ok(None) => {
+                    self.has_ended = true;
+                    match self.decoder.take().map(Decoder::finish) {
+                        Some(Ok(rest)) if !rest.is_empty() => return Poll::Ready(Ok(Some(rest))),
+                        Some(Err(_)) => return Poll::Ready(Err(Broken)),
+                        _ => return Poll::Ready(Ok(None)),
+                    }
+                }
+                Err(Broken) if self.imitation.does(Does::SilentBreak) => {
+                    if self.came >= RESPONSE_BYTES {
+                        self.imitation.say(Does::Cap);
+                    } else {
+                        self.imitation.say(Does::SilentBreak);
+                    }
+                    self.has_ended = true;
+                    return Poll::Ready(Ok(None));
+                }
+                Err(broken) => {
+                    self.has_ended = true;
+                    return Poll::Ready(Err(broken));
+                }
+            };
+            let due = self.due(piece.len() as u64);
+            let piece = match &mut self.decoder {
+                None => piece,
+                Some(decoder) => match decoder.write(&piece) {
+                    Ok(piece) => piece,
+                    Err(_) => return Poll::Ready(Err(Broken)),
+                },
+            };
+            match due {
+                Some(due) => self.held = Some((piece, Box::pin(sleep_until(due)))),
+                None if piece.is_empty() => {}
+                None => return Poll::Ready(Ok(Some(piece))),
+            }
+        }
+    }
+
+    /// Counts so many more bytes: when they may pass, if not now.
+    fn due(&mut self, bytes: u64) -> Option<Instant> {
+        let before = self.came;
+        self.came += bytes;
+        if self.came <= BURST_BYTES || !self.imitation.does(Does::Slow) {
+            return None;
+        }
+        self.imitation.say(Does::Slow);
+        let slowed = self.came - before.max(BURST_BYTES);
+        #[expect(clippy::cast_precision_loss, reason = "at most 200 MB")]
+        let takes = Duration::from_secs_f64(slowed as f64 / RATE_BYTES as f64);
+        let from = self.free_at.unwrap_or_else(Instant::now).max(Instant::now());
+        self.free_at = Some(from + self.imitation.clock.scale(takes));
+        self.free_at
+    }
+}
+
+impl Drop for Origin {
+    /// The client left: a function that does not hear of it goes on.
+    fn drop(&mut self) {
+        if let Some(stream) = self.stream.take()
+            && !self.has_ended
+            && self.imitation.does(Does::Deaf)
+        {
+            self.imitation.say(Does::Deaf);
+            tokio::spawn(super::hear_out(stream));
+        }
+    }
+}
+
+/// Unpacks what comes, as it comes.
+pub(super) enum Decoder {
+    Gzip(flate2::write::MultiGzDecoder<Vec<u8>>),
+    Brotli(Box<brotli_decompressor::DecompressorWriter<Vec<u8>>>),
+}
+
+impl Decoder {
+    /// For this `Content-Encoding`, if Lambda's front unpacks it.
+    pub(super) fn of(encoding: &[u8]) -> Option<Self> {
+        let encoding = encoding.trim_ascii();
+        if encoding.eq_ignore_ascii_case(b"gzip") || encoding.eq_ignore_ascii_case(b"x-gzip") {
+            Some(Self::Gzip(flate2::write::MultiGzDecoder::new(Vec::new())))
+        } else if encoding.eq_ignore_ascii_case(b"br") {
+            Some(Self::Brotli(Box::new(brotli_decompressor::DecompressorWriter::new(Vec::new(), 4096))))
+        } else {
+            None
+        }
+    }
+
+    fn write(&mut self, piece: &[u8]) -> io::Result<Bytes> {
+        match self {
+            Self::Gzip(decoder) => {
+                decoder.write_all(piece)?;
+                decoder.flush()?;
+                Ok(std::mem::take(decoder.get_mut()).into())
+            }
+            Self::Brotli(decoder) => {
+                decoder.write_all(piece)?;
+                Ok(std::mem::take(decoder.get_mut()).into())
+            }
+        }
+    }
+
+    fn finish(self) -> io::Result<Bytes> {
+        match self {
+            Self::Gzip(decoder) => decoder.finish().map(Bytes::from),
+            Self::Brotli(mut decoder) => {
+                decoder.close()?;
+                Ok(std::mem::take(decoder.get_mut()).into())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_packed_comes_out_whole_however_it_is_cut() {
+        let text: Vec<u8> = (0..20_000_u32).flat_map(|number| (number % 251).to_le_bytes()).collect();
+        let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        packer.write_all(&text).unwrap();
+        let packed = packer.finish().unwrap();
+        for cut in [1, 7, 4096] {
+            let mut decoder = Decoder::of(b" GZIP").unwrap();
+            let mut out = Vec::new();
+            for piece in packed.chunks(cut) {
+                out.extend_from_slice(&decoder.write(piece).unwrap());
+            }
+            out.extend_from_slice(&decoder.finish().unwrap());
+            assert!(out == text, "{cut}");
+        }
+        // "hello" in a stream that is stored and not packed.
+        let mut decoder = Decoder::of(b"br").unwrap();
+        let mut out = decoder.write(&[0x0b, 0x02, 0x80]).unwrap().to_vec();
+        out.extend_from_slice(&decoder.write(b"hello\x03").unwrap());
+        out.extend_from_slice(&decoder.finish().unwrap());
+        assert_eq!(out, b"hello");
+        assert!(Decoder::of(b"zstd").is_none() && Decoder::of(b"identity").is_none());
+    }
+}
