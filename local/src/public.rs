@@ -783,7 +783,7 @@ fn respond(
         && !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED | StatusCode::RESET_CONTENT);
     let answer = if has_body {
         let ends_with_connection = version < Version::HTTP_11 && length.is_none();
-        let mut body = Origin::new(body, shape.imitation, decoder, shape.silence);
+        let mut body = Box::new(Origin::new(body, shape.imitation, decoder, shape.silence));
         if let Some(first) = shape.first {
             body.put_back(first);
         }
@@ -817,7 +817,7 @@ enum Answer {
     Relayed(Incoming),
     /// What `ingress` streams.
     Stream {
-        body: Origin,
+        body: Box<Origin>,
         /// How much of the announced length is to come.
         left: Option<u64>,
         /// Where to have the connection reset, when its end is the end of the body.

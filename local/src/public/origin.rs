@@ -152,7 +152,7 @@ impl Drop for Origin {
 
 /// Unpacks what comes, as it comes.
 pub(super) enum Decoder {
-    Gzip(flate2::write::MultiGzDecoder<Vec<u8>>),
+    Gzip(Box<flate2::write::MultiGzDecoder<Vec<u8>>>),
     Brotli(Box<brotli_decompressor::DecompressorWriter<Vec<u8>>>),
 }
 
@@ -161,7 +161,7 @@ impl Decoder {
     pub(super) fn of(encoding: &[u8]) -> Option<Self> {
         let encoding = encoding.trim_ascii();
         if encoding.eq_ignore_ascii_case(b"gzip") || encoding.eq_ignore_ascii_case(b"x-gzip") {
-            Some(Self::Gzip(flate2::write::MultiGzDecoder::new(Vec::new())))
+            Some(Self::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Vec::new()))))
         } else if encoding.eq_ignore_ascii_case(b"br") {
             Some(Self::Brotli(Box::new(brotli_decompressor::DecompressorWriter::new(Vec::new(), 4096))))
         } else {
