@@ -390,3 +390,228 @@ async fn who_ends_in_order_says_so_and_who_carries_none_refuses() {
         other => panic!("{:?}", other.map(|_| ())),
     }
 }
+
+/// A public address that needs no name: whoever connects is taken to the tunnel `web`.
+async fn by_address(local: &Local) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, public) = (listener.local_addr().unwrap(), local.public);
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let (mut head, mut byte) = (Vec::new(), [0]);
+                while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).await.is_ok_and(|n| n > 0) {
+                    head.push(byte[0]);
+                }
+                let mut onward = TcpStream::connect(public).await.unwrap();
+                let named = |line: &str| {
+                    if line.to_ascii_lowercase().starts_with("host:") { "Host: web.localhost" } else { line }
+                        .to_owned()
+                };
+                let head: Vec<_> = String::from_utf8(head).unwrap().split("\r\n").map(named).collect();
+                onward.write_all(head.join("\r\n").as_bytes()).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut stream, &mut onward).await;
+            });
+        }
+    });
+    address
+}
+
+/// The verdicts of a report, case by case.
+fn verdicts(folder: &std::path::Path) -> std::collections::BTreeMap<String, String> {
+    let report: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(folder.join("index.json")).unwrap()).unwrap();
+    let agent = report.as_object().unwrap().values().next().unwrap();
+    agent
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(case, verdict)| {
+            let text = |key: &str| verdict[key].as_str().unwrap_or_default();
+            (case.clone(), format!("{} {}", text("behavior"), text("behaviorClose")))
+        })
+        .collect()
+}
+
+fn kosoku(arguments: &[&str], folder: &std::path::Path) -> tokio::process::Command {
+    let mut command = tokio::process::Command::new(std::env::var_os("KOSOKU").unwrap());
+    command
+        .args(["-x", "12.*", "-x", "13.*", "-o", folder.to_str().unwrap()])
+        .args(arguments)
+        .kill_on_drop(true);
+    command
+}
+
+/// Has a client answer every case of a server that is at the end of `connect`.
+async fn answer_cases<F: Future<Output = Socket>>(connect: impl Fn(String) -> F) {
+    let mut count = connect("/getCaseCount".into()).await;
+    let Some(Ok(Message::Text(count))) = count.next().await else { panic!("no count") };
+    for case in 1..=count.parse::<u32>().unwrap() {
+        let begun = std::time::Instant::now();
+        let mut socket = connect(format!("/runCase?case={case}&agent=tungstenite")).await;
+        while let Ok(Some(Ok(message))) = timeout(Duration::from_secs(30), socket.next()).await {
+            if (message.is_text() || message.is_binary()) && socket.send(message).await.is_err() {
+                break;
+            }
+        }
+        if begun.elapsed() > Duration::from_secs(5) {
+            println!("the case number {case} took {:?}", begun.elapsed());
+        }
+    }
+    let mut end = connect("/updateReports?agent=tungstenite".into()).await;
+    while let Some(Ok(_)) = end.next().await {}
+}
+
+/// What differs between two reports.
+fn changed(direct: &std::path::Path, through: &std::path::Path) -> Vec<String> {
+    let (direct, through) = (verdicts(direct), verdicts(through));
+    assert!(direct.len() > 250, "{}", direct.len());
+    let other = |case: &String| through.get(case).map_or("missing", String::as_str).to_owned();
+    let differs = |(case, verdict): (&String, &String)| {
+        let other = other(case);
+        (other != *verdict).then(|| format!("{case}: {verdict} directly, {other} through the tunnel"))
+    };
+    direct.iter().filter_map(differs).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs KOSOKU; tests/conformance/run"]
+async fn the_tunnel_changes_no_verdict_about_a_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let local = with_relay(&[]);
+    let upstream = echo().await;
+    let _agent = local.agent("web", &upstream.to_string());
+    let through = by_address(&local).await;
+    for (name, address) in [("direct", upstream), ("through", through)] {
+        let begun = std::time::Instant::now();
+        kosoku(&["-p", "2", &address.to_string()], &path(name)).status().await.unwrap();
+        println!("{name}: {} cases in {:?}", verdicts(&path(name)).len(), begun.elapsed());
+    }
+    let changed = changed(&path("direct"), &path("through"));
+    assert!(changed.is_empty(), "{}", changed.join("\n"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs KOSOKU; tests/conformance/run"]
+async fn the_tunnel_changes_no_verdict_about_a_client() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let local = with_relay(&[]);
+    let fuzzing = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let _agent = local.agent("fuzz", &fuzzing.to_string());
+    let dial = async |to: SocketAddr, host: String, target: String| {
+        let stream = TcpStream::connect(to).await.unwrap();
+        let request = format!("ws://{host}{target}").into_client_request().unwrap();
+        client_async_with_config(request, stream, Some(config())).await.unwrap().0
+    };
+    let tunnel = format!("fuzz.localhost:{}", local.public.port());
+    for (name, to, host) in [("direct", fuzzing, fuzzing.to_string()), ("through", local.public, tunnel)] {
+        let begun = std::time::Instant::now();
+        let mut server = kosoku(&["-m", "fuzzingserver", &fuzzing.to_string()], &path(name)).spawn().unwrap();
+        eventually("the server listens", async || TcpStream::connect(fuzzing).await.is_ok()).await;
+        answer_cases(|target| dial(to, host.clone(), target)).await;
+        let _ = timeout(PATIENCE, server.wait()).await;
+        println!("{name}: {} cases in {:?}", verdicts(&path(name)).len(), begun.elapsed());
+    }
+    let changed = changed(&path("direct"), &path("through"));
+    assert!(changed.is_empty(), "{}", changed.join("\n"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hostile_frames_harm_their_own_socket_alone() {
+    let upstream = echo().await;
+    let local = with_relay(&[]);
+    let _agent = local.agent("web", &upstream.to_string());
+    let mut good = connect(&local).await;
+    // Unmasked; a reserved bit; a reserved opcode; a long ping; text that is not UTF-8; 2^63 bytes; a lone continuation;
+    // a close with half a code.
+    let long_ping = [&b"\x89\xfe\0\x7e\0\0\0\0"[..], &[0; 126]].concat();
+    let frames: [(&[u8], u16); 8] = [
+        (b"\x81\x02hi", 1002),
+        (b"\xc1\x82\0\0\0\0hi", 1002),
+        (b"\x83\x80\0\0\0\0", 1002),
+        (&long_ping, 1002),
+        (b"\x81\x82\0\0\0\0\xff\xfe", 1007),
+        (b"\x82\xff\x7f\xff\xff\xff\xff\xff\xff\xff\0\0\0\0", 1009),
+        (b"\x80\x82\0\0\0\0hi", 1002),
+        (b"\x88\x81\0\0\0\0\x03", 1002),
+    ];
+    for (bytes, code) in frames {
+        let mut socket = connect(&local).await;
+        socket.get_mut().write_all(bytes).await.unwrap();
+        assert_eq!(close_code(&mut socket).await, Some(code), "{bytes:?}");
+        echoed(&mut good, &[Message::Text("still here".into())]).await;
+    }
+    // One that never finishes what it began, and one that reads nothing.
+    let mut slow = connect(&local).await;
+    slow.get_mut().write_all(b"\x01\x82\0\0\0\0hi").await.unwrap();
+    let mut deaf = connect(&local).await;
+    let flood = Message::Binary(noise(3, 256 * 1024).into());
+    let _ = timeout(Duration::from_secs(2), async {
+        for _ in 0..64 {
+            deaf.send(flood.clone()).await.unwrap();
+        }
+    })
+    .await;
+    echoed(&mut good, &messages(3)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_websockets_cost_little_and_a_killed_relay_resets_them() {
+    const SOCKETS: usize = 300;
+    let upstream = echo().await;
+    let local = with_relay(&[]);
+    let agent = local.agent("web", &upstream.to_string());
+    let relay = relay_of(&local);
+    let mut sockets = vec![connect(&local).await];
+    echoed(&mut sockets[0], &[Message::Text("x".into())]).await;
+    let resident = || [relay, agent.process().id()].map(|pid| tests::resident_bytes(pid).unwrap());
+    let before = resident();
+    for _ in 1..SOCKETS {
+        sockets.push(connect(&local).await);
+    }
+    let each = [0, 1].map(|at| resident()[at].saturating_sub(before[at]) / (SOCKETS as u64 - 1));
+    println!("{SOCKETS} idle websockets: {} bytes each in relay, {} in agentd", each[0], each[1]);
+    assert!(each.iter().all(|&bytes| bytes < 48 * 1024), "{each:?}");
+
+    // What was said is acknowledged; then nothing is called but the one long poll.
+    let calls = async || {
+        let counters = local.counters().await;
+        let of = |name: &str| counters.get(name).copied().unwrap_or(0);
+        (of("sqs:ReceiveMessage"), counters.values().sum::<u64>() - of("sqs:ReceiveMessage"))
+    };
+    // The window in which nothing may happen is longer than any pause in which something still does.
+    eventually("everything is acknowledged and deleted", async || {
+        let (_, before) = calls().await;
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        calls().await.1 == before
+    })
+    .await;
+
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(i32::try_from(relay).unwrap()).unwrap(),
+        Signal::KILL,
+    )
+    .unwrap();
+    let begun = std::time::Instant::now();
+    for socket in &mut sockets {
+        // Without a close: its process is gone.
+        assert_eq!(close_code(socket).await, None);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(30));
+    // The next relay takes over.
+    eventually("another relay serves", async || try_connect(&local, "/", &[]).await.is_ok()).await;
+}
+
+fn relay_of(local: &Local) -> u32 {
+    let all = std::fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+    let is_relay = |pid: &u32| {
+        let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        let parent =
+            read("stat").rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
+        parent == Some(local.process().id()) && read("cmdline").split('\0').nth(1) == Some("relay")
+    };
+    all.into_iter().find(is_relay).unwrap()
+}

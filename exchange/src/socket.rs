@@ -57,10 +57,11 @@ impl<M: Mail> Handshake<'_, M> {
         let mut early = Vec::new();
         let mut letters = first;
         loop {
-            for letter in letters.drain(..) {
+            let mut taken = std::mem::take(&mut letters).into_iter();
+            while let Some(letter) = taken.next() {
                 if !is_from(&letter, self.request_id, self.connection) {
-                    // Somebody's end: whoever reads an ordinary answer knows what to make of it.
-                    if letter.lost_connection.is_some() {
+                    // Its own end: whoever reads an ordinary answer knows what to make of it.
+                    if letter.lost_connection.as_deref() == Some(self.connection.as_str()) {
                         early.push(letter);
                         return FirstWord::Other(early);
                     }
@@ -70,11 +71,17 @@ impl<M: Mail> Handshake<'_, M> {
                     Ok(kind) if kind == "frames" => early.push(letter),
                     Ok(kind) if kind == "accepted" => {
                         if let Ok(AgentMessage::Accepted(accepted)) = AgentMessage::decode(&letter.body) {
+                            // Batches may come in the same breath.
+                            early.extend(taken);
                             return FirstWord::Accepted(into_owned(accepted), early);
                         }
                         return FirstWord::Other(vec![letter]);
                     }
-                    _ => return FirstWord::Other(vec![letter]),
+                    _ => {
+                        let mut others = vec![letter];
+                        others.extend(taken);
+                        return FirstWord::Other(others);
+                    }
                 }
             }
             let wait = by.saturating_duration_since(Instant::now());
@@ -510,5 +517,82 @@ impl<'a> Pump<'a> {
             | AgentMessage::Continue(_)
             | AgentMessage::Progress(_) => Err(FlowError::Invalid("it is not said to a websocket")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use edge::Error;
+    use proto::{header::Headers, id::MailboxId};
+
+    use super::*;
+
+    /// A mailbox with so many receives in it.
+    struct Prepared(MailboxId, RefCell<Vec<Vec<Letter>>>);
+
+    impl Mail for Prepared {
+        fn mailbox(&self) -> &MailboxId {
+            &self.0
+        }
+
+        fn queue_url(&self) -> Option<&str> {
+            None
+        }
+
+        async fn receive(&self, _: Duration) -> Result<Vec<Letter>, Error> {
+            Ok(self.1.borrow_mut().remove(0))
+        }
+
+        fn discard(&self, _: Vec<String>) -> Option<Vec<String>> {
+            None
+        }
+
+        async fn delete(&self, _: Vec<String>) {}
+    }
+
+    fn id() -> RequestId {
+        RequestId::from_random([1; 16])
+    }
+
+    fn letter(body: &str, lost: Option<&str>) -> Letter {
+        Letter {
+            receipt: String::new(),
+            request_id: lost.is_none().then(|| id().as_str().to_owned()),
+            connection_id: lost.is_none().then(|| "a=".to_owned()),
+            lost_connection: lost.map(str::to_owned),
+            sent_ms: None,
+            body: body.to_owned(),
+        }
+    }
+
+    async fn first_word(receives: Vec<Vec<Letter>>) -> Result<usize, usize> {
+        let mail = Prepared("mailbox".parse().unwrap(), RefCell::new(receives));
+        let (request_id, connection) = (id(), "a=".parse().unwrap());
+        let handshake = Handshake { mail: &mail, request_id: &request_id, connection: &connection };
+        match handshake.first_word(Vec::new(), Instant::now() + Duration::from_secs(9)).await {
+            FirstWord::Accepted(_, early) => Ok(early.len()),
+            FirstWord::Other(letters) => Err(letters.len()),
+        }
+    }
+
+    #[tokio::test]
+    async fn batches_before_and_behind_the_first_word_are_kept() {
+        let accepted = AgentMessage::Accepted(Accepted {
+            token: "t".into(),
+            subprotocol: None,
+            headers: Headers::new(),
+            codecs: Codecs::default(),
+        })
+        .encode();
+        let accepted = || letter(&accepted, None);
+        let frames = || letter(r#"{"type":"frames","token":"t","seq":1,"frames":[{"kind":"text"}]}"#, None);
+        let failed = || letter(r#"{"type":"failed","token":"t","seq":0,"code":"upstream_reset"}"#, None);
+        assert_eq!(first_word(vec![vec![accepted(), frames(), frames()]]).await, Ok(2));
+        assert_eq!(first_word(vec![vec![frames()], vec![frames(), accepted(), frames()]]).await, Ok(3));
+        assert_eq!(first_word(vec![vec![letter("{}", Some("b="))], vec![accepted()]]).await, Ok(0));
+        assert_eq!(first_word(vec![vec![letter("{}", Some("a="))]]).await, Err(1));
+        assert_eq!(first_word(vec![vec![failed()]]).await, Err(1));
     }
 }

@@ -215,8 +215,8 @@ pub struct Pace {
     pub burst: u32,
 }
 
-/// For an answer to what has just come.
-const ANSWER_PACE: Pace = Pace { interval: Duration::from_millis(40), burst: 64 };
+/// For an answer to what has just come: whoever asks one thing after the other waits for each.
+const ANSWER_PACE: Pace = Pace { interval: Duration::from_millis(5), burst: 256 };
 
 /// A meter of a [`Pace`] (generic cell rate).
 #[derive(Debug, Clone, Copy)]
