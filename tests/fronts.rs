@@ -8,6 +8,7 @@ use std::time::Duration;
 use tests::{
     Local, acceptance,
     client::Answer,
+    eventually,
     upstream::{Conn, Upstream},
 };
 use tokio::time::timeout;
@@ -82,14 +83,17 @@ async fn through_every_front_answers_end_and_say_what_they_are() {
 
 /// One distribution serves all tunnels: an error of one must not answer for another.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn an_unknown_tunnel_does_not_answer_for_another() {
+async fn an_offline_tunnel_does_not_answer_for_another() {
     let local = Local::start(&["--front", "cloudfront"]);
     let stack = local.stack();
     let upstream = upstream().await;
     let (gone, here) = (stack.tunnel("gone"), stack.tunnel("here"));
+    drop(gone.agent(&upstream.address()));
+    // Its rows go a moment after it.
+    eventually("the tunnel is offline", async || gone.get("/").await.status == 503).await;
     let _agent = here.agent(&upstream.address());
     for _ in 0..3 {
-        acceptance::assert_problem(&gone.get("/").await, 404, "no_such_tunnel");
+        acceptance::assert_problem(&gone.get("/").await, 503, "tunnel_offline");
         assert_eq!(here.get("/").await.status, 200);
     }
 }

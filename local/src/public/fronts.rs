@@ -328,6 +328,27 @@ mod tests {
     }
 
     #[test]
+    fn the_page_for_people_has_every_line_and_no_other() {
+        let page = include_str!("../../../docs/aws-fronts.md");
+        let (_, table) = page.split_once("## What `local` imitates").unwrap();
+        let (table, _) = table.split_once("\n## ").unwrap();
+        let rows: Vec<Vec<&str>> = table
+            .lines()
+            .filter(|line| line.starts_with("| `") && !line.contains("--kind"))
+            .map(|line| line.split('|').map(|cell| cell.trim().trim_matches('`')).collect())
+            .collect();
+        assert_eq!(rows.len(), TABLE.len());
+        for (row, line) in rows.iter().zip(TABLE) {
+            let confidence = format!("{:?}", line.confidence).to_lowercase();
+            assert_eq!(row[1..4], [line.name, &confidence, line.point]);
+        }
+        // Each finding has its state.
+        for finding in 1..=27 {
+            assert!(page.contains(&format!("| F{finding} |")), "F{finding}");
+        }
+    }
+
+    #[test]
     fn an_http_api_decodes_paths_and_leaves_queries() {
         for (sent, handed_on) in [
             ("/a/b?x=%2F", "/a/b?x=%2F"),
