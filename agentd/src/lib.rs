@@ -25,6 +25,7 @@ mod random;
 mod report;
 mod serve;
 mod supervisor;
+mod timer;
 pub mod tls;
 
 /// Runs `agentd` with `args`, the program's name first, until it is done. No thread exists before it

@@ -4,4 +4,5 @@
 pub(crate) mod connection;
 pub(crate) mod dial;
 pub(crate) mod refusal;
+pub(crate) mod rotation;
 pub(crate) mod websocket;

@@ -114,6 +114,14 @@ pub enum TokenError {
 }
 
 impl TokenSource {
+    /// The file or the variable, for people.
+    pub(crate) fn place(&self) -> String {
+        match self {
+            Self::File(path) | Self::Credential(path) => path.display().to_string(),
+            Self::Value(_) => ENV_TOKEN.to_owned(),
+        }
+    }
+
     /// The token as it is now.
     ///
     /// # Errors

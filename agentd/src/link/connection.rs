@@ -29,7 +29,7 @@ use proto::{
 use tokio::{
     sync::{mpsc, watch},
     task::{AbortHandle, JoinSet},
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, timeout},
 };
 use tokio_tungstenite::tungstenite::{Message, protocol::frame::coding::CloseCode};
 
@@ -41,6 +41,7 @@ use crate::{
     serve::sockets::{SocketEvent, Sockets},
     serve::tunnel::Tunnels,
     serve::upload::{self, Upload, UploadError},
+    timer::at,
 };
 
 /// How long the edge may take to answer a goodbye.
@@ -235,7 +236,7 @@ pub(crate) async fn run(
             },
             // Looked at above: whether this connection is still needed.
             () = connection.shared.sockets.left(), if connection.retirement.is_some() => {}
-            () = wait_until(wake) => connection.session.handle_timeout(Instant::now().into_std()),
+            () = at(wake) => connection.session.handle_timeout(Instant::now().into_std()),
         }
     };
     if let End::Link(LinkError::Binary | LinkError::Closed { .. }) = &end {
@@ -251,13 +252,6 @@ pub(crate) async fn run(
     connection.shared.sockets.link_down(serial);
     drop(connection);
     let _ = reports.send((serial, Report::Ended(end))).await;
-}
-
-async fn wait_until(at: Option<Instant>) {
-    match at {
-        Some(at) => sleep_until(at).await,
-        None => std::future::pending().await,
-    }
 }
 
 /// Waits until the goodbye is written and answered, but not for long.

@@ -89,6 +89,11 @@ pub(crate) struct Dialer {
 }
 
 impl Dialer {
+    /// Where it dials.
+    pub(crate) const fn url(&self) -> &EdgeUrl {
+        &self.url
+    }
+
     /// Prepares dialling `url`; `ca_file` is trusted beside the system's roots.
     pub(crate) fn new(url: EdgeUrl, ca_file: Option<&Path>) -> Result<Self, TlsError> {
         let tls = if url.is_secure() {

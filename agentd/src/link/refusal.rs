@@ -1,6 +1,11 @@
-//! What it means that the edge does not open a tunnel, and what somebody can do about it.
+//! What it means that the edge refuses a tunnel or the token, and what somebody can do about it.
 
 use proto::message::Refusal;
+
+use crate::identity::{
+    self,
+    credential::{Token, TokenSource},
+};
 
 /// What somebody can do about a refusal.
 pub(crate) const fn advice(reason: Refusal) -> &'static str {
@@ -43,4 +48,19 @@ pub(crate) const fn is_passing(reason: Refusal) -> bool {
         reason,
         Refusal::TooManyConnections | Refusal::TooManyTunnels | Refusal::TryAgain | Refusal::OtherVersion
     )
+}
+
+/// What to do about a token that the edge refuses, as far as the token itself tells.
+pub(crate) fn token_advice(source: &TokenSource, token: &Token) -> String {
+    let place = source.place();
+    match token.says().and_then(|says| says.exp) {
+        Some(exp) if exp <= identity::now() => format!(
+            "the token ended {}: get a new one (agentd token issue), put it into {place} and start again",
+            identity::utc(exp)
+        ),
+        _ => format!(
+            "the token may be revoked, or signed with a key that the edge does not know: agentd token show says what \
+             it claims; put another one into {place} and start again"
+        ),
+    }
 }

@@ -39,7 +39,6 @@ use crate::{
     },
     control::client::Agent,
     identity,
-    identity::credential::TokenSource,
     link::connection::{self, Command, Report as FromConnection, Seen, Shared},
     link::dial::{DialError, Dialer},
     link::refusal::advice,
@@ -172,10 +171,7 @@ async fn diagnose(config: Result<Config, ConfigError>, places: &[PathBuf], repor
 }
 
 fn check_token(config: &Config, report: &mut Report) {
-    let place = match &config.token_source {
-        TokenSource::File(path) | TokenSource::Credential(path) => path.display().to_string(),
-        TokenSource::Value(_) => identity::credential::ENV_TOKEN.to_owned(),
-    };
+    let place = config.token_source.place();
     let Some(says) = config.token.says() else {
         return report.line(Verdict::Warn, format!("the token in {place} does not say when it ends"));
     };
