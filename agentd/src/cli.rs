@@ -19,6 +19,7 @@ use crate::{
     identity::name,
     operate::ask::{self, Format},
     operate::background::{self, Forked, StateDir},
+    operate::check,
     operate::diagnose,
     operate::exit,
     operate::reference,
@@ -331,7 +332,7 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
         },
         Command::Identity(command) => identity::run(command),
         Command::Config { command: ConfigCommand::Check { config, json } } => {
-            check(&config::load(&config, &overrides), json)
+            check::run(&config::load(&config, &overrides), json)
         }
         Command::Service { command } => match service::run(command, &overrides) {
             Ok(code) => code,
@@ -490,50 +491,6 @@ impl Http {
             tunnel.max_concurrent = max_concurrent;
         }
         Ok(tunnel)
-    }
-}
-
-/// What `config check --json` answers.
-#[derive(serde::Serialize)]
-#[serde(untagged)]
-enum Checked<'a> {
-    Valid { ok: bool, edge: String, tunnels: Vec<CheckedTunnel> },
-    Invalid { ok: bool, error: &'a ConfigError },
-}
-
-#[derive(serde::Serialize)]
-struct CheckedTunnel {
-    name: String,
-    upstream: String,
-}
-
-fn check(config: &Result<Config, ConfigError>, json: bool) -> ExitCode {
-    if json {
-        let answer = match config {
-            Ok(config) => Checked::Valid {
-                ok: true,
-                edge: config.edge.url.to_string(),
-                tunnels: config
-                    .tunnels
-                    .iter()
-                    .map(|tunnel| CheckedTunnel {
-                        name: tunnel.name.to_string(),
-                        upstream: tunnel.upstream.to_string(),
-                    })
-                    .collect(),
-            },
-            Err(error) => Checked::Invalid { ok: false, error },
-        };
-        println!("{}", serde_json::to_string(&answer).expect("texts and numbers are JSON"));
-    }
-    match config {
-        Ok(config) if !json => {
-            println!("the configuration is valid: {} tunnels to {}", config.tunnels.len(), config.edge.url);
-            ExitCode::SUCCESS
-        }
-        Ok(_) => ExitCode::SUCCESS,
-        Err(_) if json => ExitCode::from(exit::BAD_CONFIG),
-        Err(error) => bad_config(error),
     }
 }
 

@@ -3,6 +3,7 @@
 
 pub(crate) mod connection;
 pub(crate) mod dial;
+mod known;
 pub(crate) mod refusal;
 pub(crate) mod rotation;
 pub(crate) mod websocket;

@@ -15,7 +15,7 @@ use std::{
 use proto::{
     backoff::Backoff,
     id::{AgentId, TunnelName},
-    message::{Refusal, Welcome},
+    message::Welcome,
     session,
 };
 use tokio::{
@@ -27,7 +27,8 @@ use tokio::{
 use super::{
     connection::{self, Command, End, Report, Seen, Serial, Shared},
     dial::{DialError, Dialer, Retry},
-    refusal::{advice, is_passing, is_permanent, token_advice},
+    known::Known,
+    refusal::{advice, is_permanent, token_advice},
     websocket::Link,
 };
 use crate::{
@@ -38,7 +39,7 @@ use crate::{
         SOFTWARE,
         access::AccessLog,
         metrics::Metrics,
-        status::{ConnectionState, ConnectionStatus, EdgeStatus, LinkState, TunnelState},
+        status::{EdgeStatus, LinkState, TunnelState},
         systemd::Notifier,
     },
     serve::tunnel::Tunnels,
@@ -52,14 +53,11 @@ const REPLACED_QUIET: Duration = Duration::from_secs(3);
 /// The same when the agent stops: nobody else serves those requests, but somebody waits for the stop.
 const STOP_QUIET: Duration = Duration::from_millis(500);
 
-/// How long before the end of its identity a connection looks for another token, at most.
-const RENEW_AHEAD: Duration = Duration::from_secs(60 * 60);
-
 /// With less than this left, nothing more is looked for.
 const RENEW_LAST: Duration = Duration::from_secs(2);
 
-/// How long after a `welcome` that left some tunnels unopened `hello` is said again, at least.
-const GREET_AGAIN: Duration = Duration::from_secs(2);
+/// How long after a `hello` that could not be asked for it is asked for again.
+const BUSY: Duration = Duration::from_secs(2);
 
 /// Reports that wait to be looked at. A connection that finds it full waits.
 const REPORTS: usize = 64;
@@ -78,91 +76,6 @@ pub(crate) enum News {
     TokenRefused(DialError),
     /// A connection has ended.
     Ended,
-}
-
-/// A connection as it is known here.
-struct Known {
-    commands: mpsc::Sender<Command>,
-    since: Instant,
-    connection_id: Option<String>,
-    open: BTreeSet<TunnelName>,
-    /// What the edge did not open on this connection, and why.
-    refused: BTreeMap<TunnelName, Refusal>,
-    welcomed: bool,
-    retiring: bool,
-    replace: bool,
-    greet_at: Option<Instant>,
-    greetings: u32,
-    /// What it was opened with.
-    token: Token,
-    /// When the identity behind it ends.
-    identity_ends: Option<Instant>,
-    /// When to look for another token before that.
-    renew_at: Option<Instant>,
-}
-
-impl Known {
-    const fn new(commands: mpsc::Sender<Command>, since: Instant, token: Token) -> Self {
-        Self {
-            commands,
-            since,
-            connection_id: None,
-            open: BTreeSet::new(),
-            refused: BTreeMap::new(),
-            welcomed: false,
-            retiring: false,
-            replace: false,
-            greet_at: None,
-            greetings: 0,
-            token,
-            identity_ends: None,
-            renew_at: None,
-        }
-    }
-
-    fn retire(&mut self, quiet: Duration) {
-        self.retiring = true;
-        self.greet_at = None;
-        self.renew_at = None;
-        // Four places are more than a connection is ever sent; one that has ended takes none.
-        let _ = self.commands.try_send(Command::Retire { quiet });
-    }
-
-    const fn serves(&self) -> bool {
-        self.welcomed && !self.retiring
-    }
-
-    const fn state(&self) -> ConnectionState {
-        match self {
-            Self { retiring: true, .. } => ConnectionState::Retiring,
-            Self { welcomed: false, .. } => ConnectionState::Greeting,
-            Self { replace: true, .. } => ConnectionState::BeingReplaced,
-            Self { .. } => ConnectionState::Serving,
-        }
-    }
-
-    /// Notes what the edge has answered.
-    fn take(&mut self, welcome: &Welcome, now: Instant) {
-        self.open = welcome.tunnels.iter().map(|tunnel| tunnel.name.clone()).collect();
-        self.refused = welcome
-            .refused
-            .iter()
-            .filter_map(|refused| Some((refused.name.parse().ok()?, refused.reason)))
-            .collect();
-        self.connection_id = Some(welcome.connection_id.to_string());
-        let again = welcome.refused.iter().any(|refused| is_passing(refused.reason));
-        self.greet_at = again.then(|| {
-            let factor = 1u32 << self.greetings.min(4);
-            now + GREET_AGAIN.mul_f64(f64::from(factor) * (1.0 + random::fraction()))
-        });
-        self.greetings = if again { self.greetings + 1 } else { 0 };
-        if let (Some(left_ms), None) = (welcome.identity_ms, self.identity_ends) {
-            let left = Duration::from_millis(left_ms);
-            // An end beyond what the clock can count is none.
-            self.identity_ends = now.checked_add(left);
-            self.renew_at = self.identity_ends.map(|end| end - (left / 8).min(RENEW_AHEAD));
-        }
-    }
 }
 
 /// What is done about a next connection.
@@ -452,7 +365,7 @@ impl Rotation {
                 let sent = known.commands.try_send(Command::Greet);
                 // One that has ended need not be told; one that is busy is told a little later.
                 let busy = matches!(sent, Err(mpsc::error::TrySendError::Full(_)));
-                known.greet_at = busy.then(|| now + GREET_AGAIN);
+                known.greet_at = busy.then(|| now + BUSY);
             }
         }
     }
@@ -591,12 +504,7 @@ impl Rotation {
             (false, Some(_)) => LinkState::Connected,
             (false, None) => LinkState::Connecting,
         };
-        let connections = self.connections.values().rev().map(|known| ConnectionStatus {
-            connection_id: known.connection_id.clone(),
-            state: known.state(),
-            age_secs: now.duration_since(known.since).as_secs(),
-            tunnels_open: known.open.len(),
-        });
+        let connections = self.connections.values().rev().map(|known| known.status(now));
         EdgeStatus {
             url: self.dialer.url().to_string(),
             state,
