@@ -60,7 +60,7 @@ async fn a_unix_socket_is_an_upstream() {
     let sent = get("/x");
     line.request(&sent).await;
     let mut peer = Peer::new(patiently("a call", listener.accept()).await.unwrap().0);
-    assert_eq!(peer.head().await, "GET /x HTTP/1.1\r\nhost: localhost");
+    assert_eq!(peer.head().await, "GET /x HTTP/1.1\r\nhost: localhost:80");
     peer.write(OK).await;
     assert_eq!(line.whole(&sent).await.body, b"ok");
     line.request(&get("/y")).await;
