@@ -106,6 +106,164 @@ fn no_module_is_a_drawer() {
     }
 }
 
+/// A module's own path of names, and what it names of its package's other modules.
+fn modules(source: &Path) -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
+    let mut files = Vec::new();
+    sources(source, &mut files);
+    let path_of = |file: &Path| -> Vec<String> {
+        let relative = file.strip_prefix(source).unwrap().with_extension("");
+        let names: Vec<_> = relative.iter().map(|name| name.to_str().unwrap().to_owned()).collect();
+        if matches!(names.as_slice(), [only] if only == "lib" || only == "main") { Vec::new() } else { names }
+    };
+    let known: BTreeSet<_> = files.iter().map(|file| path_of(file)).collect();
+    let mut found = BTreeMap::new();
+    for file in &files {
+        let own = path_of(file);
+        // What a package's root names is what it is made of; tests may look at whatever they like.
+        if own.is_empty() || own.last().is_some_and(|name| name == "tests") {
+            continue;
+        }
+        let text = std::fs::read_to_string(file).unwrap();
+        let text = text.split("#[cfg(test)]").next().unwrap();
+        let lines = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        let text: String = lines.flat_map(|line| [line, "\n"]).collect();
+        let mut named = BTreeSet::new();
+        for path in paths(&text, &own) {
+            // The longest of it that is a module; below that it names an item.
+            let module =
+                (1..=path.len()).rev().map(|length| &path[..length]).find(|path| known.contains(*path));
+            named.extend(module.filter(|module| *module != own.as_slice()).map(<[String]>::to_vec));
+        }
+        // A folder's module and what is in its folder are one: the one declares the other.
+        named.retain(|module| !module.starts_with(&own) && !own.starts_with(module));
+        found.insert(own, named);
+    }
+    found
+}
+
+/// Every path of names in `text` that begins at the package or beside `own`, with groups in braces taken apart.
+fn paths(text: &str, own: &[String]) -> Vec<Vec<String>> {
+    fn take(text: &str, before: &[String], found: &mut Vec<Vec<String>>) -> usize {
+        let mut path = before.to_vec();
+        let mut at = 0;
+        loop {
+            let rest = &text[at..];
+            let name: String = rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            if rest.starts_with('{') {
+                at += 1;
+                loop {
+                    at += text[at..].len() - text[at..].trim_start_matches([',', ' ', '\n']).len();
+                    match text[at..].chars().next() {
+                        None => return at,
+                        Some('}') => return at + 1,
+                        Some(_) => match take(&text[at..], &path, found) {
+                            0 => at += text[at..].chars().next().map_or(1, char::len_utf8),
+                            taken => at += taken,
+                        },
+                    }
+                }
+            }
+            at += name.len();
+            if !name.is_empty() {
+                path.push(name);
+            }
+            if text[at..].starts_with("::") {
+                at += 2;
+            } else {
+                found.push(path);
+                return at;
+            }
+        }
+    }
+    let mut found = Vec::new();
+    for (mark, before) in [("crate::", &[][..]), ("super::", &own[..own.len() - 1])] {
+        for (at, _) in text.match_indices(mark) {
+            let is_whole = !text[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':');
+            if is_whole {
+                take(&text[at + mark.len()..], before, &mut found);
+            }
+        }
+    }
+    found
+}
+
+/// The modules that reach each other, each circle once, as `package: a, b`.
+fn circles(package: &str, modules: &BTreeMap<Vec<String>, BTreeSet<Vec<String>>>) -> BTreeSet<String> {
+    let reach = |from: &Vec<String>| {
+        let mut seen: BTreeSet<&Vec<String>> = BTreeSet::new();
+        let mut open: Vec<_> = modules[from].iter().collect();
+        while let Some(next) = open.pop() {
+            if seen.insert(next) {
+                open.extend(modules.get(next).into_iter().flatten());
+            }
+        }
+        seen
+    };
+    let reached: BTreeMap<_, _> = modules.keys().map(|module| (module, reach(module))).collect();
+    let mut found = BTreeSet::new();
+    for (module, seen) in &reached {
+        if seen.contains(module) {
+            let circle =
+                seen.iter().filter(|other| reached.get(*other).is_some_and(|back| back.contains(module)));
+            let names: Vec<_> = circle.map(|path| path.join("::")).collect();
+            found.insert(format!("{package}: {}", names.join(", ")));
+        }
+    }
+    found
+}
+
+/// The circles that are still there. Nothing may be added; what is untied is taken off.
+const CIRCLES: &[&str] = &[
+    "agentd: serve::health, serve::tunnel",
+    "bench: agent, compression, designs, figures, hops, measure, scale, start",
+    "edge: aws, config, limit, metrics",
+    "local: lambda::pool, lambda::runtime_api",
+    "local: latency, public",
+    "proto: message, socket",
+];
+
+#[test]
+fn modules_know_each_other_in_one_direction() {
+    let mut found = BTreeSet::new();
+    let mut seen = 0;
+    for folder in ["proto", "edge", "exchange", "relay", "agentd", "local", "cost", "bench"] {
+        let modules = modules(&root().join(folder).join("src"));
+        seen += modules.values().map(BTreeSet::len).sum::<usize>();
+        found.extend(circles(folder, &modules));
+    }
+    for name in functions() {
+        found.extend(circles(&name, &modules(&root().join("functions").join(&name).join("src"))));
+    }
+    assert!(seen > 150, "only {seen} arrows were read");
+    let known: BTreeSet<_> = CIRCLES.iter().map(|circle| (*circle).to_owned()).collect();
+    let new: Vec<_> = found.difference(&known).collect();
+    assert!(new.is_empty(), "new circles: {new:#?}");
+    let untied: Vec<_> = known.difference(&found).collect();
+    assert!(untied.is_empty(), "no circle any more, take off the list: {untied:#?}");
+}
+
+#[test]
+fn a_circle_is_seen_whatever_way_it_is_written() {
+    let own = ["a".to_owned(), "b".to_owned()];
+    let texts = [
+        "use crate::{x::{self, Y}, z};",
+        "fn f() -> crate::x::Y {} use crate::z as q;",
+        "use super::c::{D, e::F};",
+    ];
+    let read: Vec<Vec<String>> =
+        texts.iter().map(|text| paths(text, &own).iter().map(|path| path.join("::")).collect()).collect();
+    assert_eq!(read[0], ["x::self", "x::Y", "z"]);
+    assert_eq!(read[1], ["x::Y", "z"]);
+    assert_eq!(read[2], ["a::c::D", "a::c::e::F"]);
+    let path = |name: &str| vec![name.to_owned()];
+    let arrows = |names: &[&str]| names.iter().map(|name| path(name)).collect::<BTreeSet<_>>();
+    let mut modules =
+        BTreeMap::from([(path("a"), arrows(&["b"])), (path("b"), arrows(&["c"])), (path("c"), arrows(&[]))]);
+    assert!(circles("p", &modules).is_empty());
+    modules.insert(path("c"), arrows(&["a"]));
+    assert_eq!(circles("p", &modules), BTreeSet::from(["p: a, b, c".to_owned()]));
+}
+
 #[test]
 fn errors_that_the_state_machine_names_exist() {
     let machine: Value = serde_json::from_str(&read("statemachines/public_request.asl.json")).unwrap();
