@@ -35,7 +35,7 @@ pub struct Distribution {
     pub attempts: u32,
     /// How long it may be silent.
     pub read_timeout: Duration,
-    /// For how long errors are kept that are not kept for [`CACHED_FOR`].
+    /// For how long errors are kept that are not kept for the usual time.
     pub kept: BTreeMap<u16, Duration>,
 }
 
