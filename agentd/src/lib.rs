@@ -9,8 +9,8 @@
 //!            └── diagnose: link, serve
 //! ```
 //!
-//! One task owns one thing: [`supervisor`] the set of connections, [`link`] one WebSocket with its
-//! session and its writing half, [`serve`] one request and the connections to its upstream. All of them
+//! One task owns one thing: `supervisor` the set of connections, `link` one WebSocket with its
+//! session and its writing half, `serve` one request and the connections to its upstream. All of them
 //! run on one thread.
 
 use std::{ffi::OsString, process::ExitCode};
