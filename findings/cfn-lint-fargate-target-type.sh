@@ -46,7 +46,7 @@ Resources:
       Memory: '512'
       ExecutionRoleArn: !Ref ExecutionRole
       ContainerDefinitions:
-        - {Name: app, Image: 'public.ecr.aws/docker/library/busybox:1', PortMappings: [{ContainerPort: 8080}]}
+        - {Name: app, Image: 'busybox:1', PortMappings: [{ContainerPort: 8080}]}
   Service:
     Type: AWS::ECS::Service
     DependsOn: Listener

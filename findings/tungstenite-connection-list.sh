@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tungstenite (crates.io, 0.30.0): a client refuses a 101 whose Connection field lists more than Upgrade.
+# tungstenite (a crate, 0.30.0): a client refuses a 101 whose Connection field lists more than Upgrade.
 #
 # Expected: Connection is a list (RFC 9110 7.6.1), and a client looks for the token Upgrade in it (RFC 6455 4.1);
 #           ws, websockets and wsproto do. The crate's own server takes `keep-alive, Upgrade` in a request.
