@@ -3,6 +3,7 @@
 pub(crate) mod exchange;
 pub(crate) mod health;
 pub(crate) mod hint;
+pub(crate) mod host;
 pub(crate) mod origin;
 pub(crate) mod outbox;
 pub(crate) mod sockets;

@@ -14,9 +14,9 @@ use tempfile::TempDir;
 
 use crate::{
     client::Target,
+    delays,
     edge::{Ask, BareEdge, Line, TUNNEL, Until},
     figures::{Goal, Report, Unit},
-    measure,
     upstream::{self, Upstream},
     usage,
 };
@@ -178,7 +178,7 @@ async fn small(mut stage: Stage, direct: &Target, plan: &Plan, report: &mut Repo
     let before = stage.cpu();
     let mut alone = stage.line.load(&SMALL, 1, Until::Answers(plan.requests)).await?;
     let micros = (stage.cpu() - before) * 1e6 / alone.answers as f64;
-    let mut direct = measure::delays(direct, plan.requests).await?;
+    let mut direct = delays::delays(direct, plan.requests).await?;
     let name = "agent: 13 B, one at a time";
     report.note_delays(name, &mut direct, &mut alone.delays, [None; 3]);
     report.note("agent: CPU a request, one at a time", Unit::Micros, None, None, micros);
@@ -229,7 +229,7 @@ async fn bodies(
 }
 
 async fn events(mut stage: Stage, direct: &Target, report: &mut Report) -> anyhow::Result<()> {
-    let mut direct = measure::event_delays(direct).await?;
+    let mut direct = delays::event_delays(direct).await?;
     let mut events = upstream::Events::default();
     stage.line.each_piece("/events", |piece| events.take(piece)).await?;
     let name = format!("agent: delay of {} events, 10 ms apart", upstream::EVENTS);

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fmt::Write as _};
 
 use serde::Serialize;
 
-use crate::{measure, usage};
+use crate::{parts, usage};
 
 /// What a figure counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -193,7 +193,7 @@ impl Report {
             size: self.size,
             rounds: self.rounds,
             method: METHOD,
-            parts: rows.iter().map(|row| (row.part.clone(), measure::method_of(&row.part))).collect(),
+            parts: rows.iter().map(|row| (row.part.clone(), parts::method_of(&row.part))).collect(),
             rows,
         }
     }
@@ -209,7 +209,7 @@ impl Report {
             self.rounds
         );
         for part in rows.chunk_by(|one, other| one.part == other.part) {
-            let _ = writeln!(text, "\n## {}\n\n{}\n", part[0].part, measure::method_of(&part[0].part));
+            let _ = writeln!(text, "\n## {}\n\n{}\n", part[0].part, parts::method_of(&part[0].part));
             let is_compared = part.iter().any(|row| row.direct.is_some());
             text.push_str(if is_compared {
                 "| | unit | direct | tunnel | added, or by direct | of the rounds | goal | |\n\

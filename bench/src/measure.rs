@@ -18,10 +18,13 @@ use tokio::task::LocalSet;
 use crate::{
     agent,
     client::{Client, Target},
-    compression, designs,
+    compression,
+    delays::{delays, event_delays, millis},
+    designs,
     figures::{Goal, Report, Unit},
     hops,
     pace::{self, Pace},
+    parts::PARTS,
     scale, start,
     upstream::{self, Upstream},
     usage::{self, Cpu},
@@ -120,54 +123,6 @@ impl Stage {
 
 /// The parts that need the whole path.
 const PATH: [&str; 7] = ["latency", "load", "events", "first-byte", "download", "upload", "memory"];
-
-/// Every part, and what it measures.
-const PARTS: [(&str, &str); 13] = [
-    (
-        "latency",
-        "One small request after the other, and at a constant rate: then a delay counts from the moment the request was due, \
-         so that one slow answer shows in all that wait behind it.",
-    ),
-    (
-        "load",
-        "Clients that ask again as soon as they have their answer; each answer must be its own. The generator shares the machine, so a \
-         rate is what the whole path costs.",
-    ),
-    ("events", "How long a server-sent event is on its way."),
-    ("first-byte", "From the request to the first byte of a body that comes slowly."),
-    ("download", "Bodies of bytes that do not compress, one after the other; each byte is compared."),
-    (
-        "upload",
-        "Bodies of bytes that do not compress. An event of Lambda holds 6 MB, which is 4.5 MB in base64; what is larger is answered with \
-         413 before it is read.",
-    ),
-    ("memory", "Resident memory of each kind of process, the largest where there are several."),
-    (
-        "start",
-        "A function's process from its start until it asks for an event, and from its first event until that is answered, with `local` in \
-         the place of Lambda.",
-    ),
-    (
-        "agent",
-        "`agentd` alone: a bare edge keeps it busy over one WebSocket. No AWS hop, no TLS: what compares with other tunnels' agents.",
-    ),
-    (
-        "aws",
-        "`local --latency aws`, and the two designs it replaces under the same latencies: what each adds to what the upstream takes itself, \
-         8 requests under way.",
-    ),
-    (
-        "scale",
-        "Agents on one `local`, each a process; and requests that the upstream holds for 2 s, all sent at once.",
-    ),
-    ("hops", "Where the time of one request goes, one request at a time."),
-    ("compression", "What compression on the link saves and costs."),
-];
-
-/// What a part measures.
-pub(crate) fn method_of(part: &str) -> &'static str {
-    PARTS.iter().find(|one| one.0 == part).map_or("", |one| one.1)
-}
 
 /// Measures everything, or what is named in `only`; `agentd` is what is measured alone.
 pub(crate) async fn run(
@@ -302,26 +257,6 @@ async fn path(
     Ok(())
 }
 
-/// How long each of `count` requests took, in milliseconds, one after the other.
-pub(crate) async fn delays(way: &Target, count: usize) -> anyhow::Result<Vec<f64>> {
-    let mut client = Client::connect(way).await?;
-    for _ in 0..count / 10 {
-        client.call("/hello", None).await?;
-    }
-    let mut delays = Vec::with_capacity(count);
-    for _ in 0..count {
-        let begun = Instant::now();
-        let body = client.call("/hello", None).await?;
-        delays.push(millis(begun.elapsed()));
-        anyhow::ensure!(body == upstream::HELLO, "a wrong answer");
-    }
-    Ok(delays)
-}
-
-fn millis(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
-}
-
 /// What a load came to.
 #[derive(Debug, Default)]
 struct Loaded {
@@ -414,17 +349,6 @@ async fn paced(stage: &Stage, plan: &Plan, report: &mut Report) -> anyhow::Resul
     }
     report.note_errors("latency: errors and wrong answers", errors);
     Ok(())
-}
-
-/// How long each event was on its way, in milliseconds.
-pub(crate) async fn event_delays(way: &Target) -> anyhow::Result<Vec<f64>> {
-    let mut client = Client::connect(way).await?;
-    let mut body = client.begin("/events", None).await?.into_body();
-    let mut events = upstream::Events::default();
-    while let Some(frame) = body.frame().await {
-        events.take(frame?.data_ref().context("no data")?)?;
-    }
-    events.finish()
 }
 
 /// How long the first byte of the body took, in milliseconds.

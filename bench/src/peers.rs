@@ -30,6 +30,7 @@ use tokio::{
 use crate::{
     agent::{self, AgentProcess},
     client::{Client, Target},
+    delays,
     edge::Until,
     figures::{median, number, quantile},
     measure,
@@ -390,7 +391,7 @@ impl Way {
 
         // Somebody who loses them has an error, and no delays.
         let events =
-            timeout(PATIENCE, measure::event_delays(way)).await.map_err(anyhow::Error::from).flatten();
+            timeout(PATIENCE, delays::event_delays(way)).await.map_err(anyhow::Error::from).flatten();
         match events {
             Ok(mut delays) => round.events = Some([0.5, 0.99].map(|part| quantile(&mut delays, part))),
             Err(error) => {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use proto::{forwarded::Trust, limits, token::TokenKeys};
 
-use crate::limit::Limits;
+use crate::limit::allowed::Limits;
 
 /// A variable is missing or wrong. The value itself is not repeated: it may be secret.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

@@ -35,6 +35,13 @@ impl Clock {
     }
 }
 
+/// Microseconds since the Unix epoch.
+#[must_use]
+pub fn epoch_us() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}
+
 /// Milliseconds since the Unix epoch.
 #[must_use]
 pub fn epoch_ms() -> u64 {

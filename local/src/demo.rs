@@ -30,10 +30,7 @@ use tokio::{
     time::{self, Interval},
 };
 
-use crate::{
-    aws::Aws,
-    public::{Arrivals, epoch_us},
-};
+use crate::{aws::Aws, clock::epoch_us, public::Arrivals};
 
 /// How many events `/events` sends, and how far apart.
 const EVENTS: u32 = 10;

@@ -319,6 +319,7 @@ impl Lambda {
                     spawner.clone(),
                     config.register.clone(),
                     config.kill_chance.clone(),
+                    runtime_api::start,
                 );
                 (name, pool)
             })

@@ -16,7 +16,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{chaos::mix, public::epoch_us};
+use crate::{chaos::mix, clock::epoch_us};
 
 /// The profile called `aws`.
 const AWS: &str = include_str!("latency/aws.toml");

@@ -19,7 +19,7 @@ use std::{
     pin::{Pin, pin},
     sync::{Arc, Mutex, OnceLock, PoisonError},
     task::{Context, Poll, ready},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
@@ -44,6 +44,7 @@ use self::{
     origin::{Decoder, Origin},
 };
 use crate::{
+    clock::epoch_us,
     lambda::{self, InvokeError, Lambda, StreamBody, StreamingResponse},
     latency::{Hop, Latency},
 };
@@ -134,12 +135,6 @@ impl Arrivals {
         let arrivals = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         arrivals.iter().rev().find(|arrival| *arrival.trace_id == *trace_id).cloned()
     }
-}
-
-/// Microseconds since 1970.
-pub(crate) fn epoch_us() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl std::fmt::Debug for Front {

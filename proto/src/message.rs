@@ -48,7 +48,7 @@ use crate::{
     error::ErrorCode,
     header::Headers,
     id::{AgentId, ConnectionId, Owner, RequestId, TunnelName},
-    socket::{Batch, Frame},
+    socket::frame::{Batch, Frame},
     target::Target,
 };
 

@@ -13,13 +13,16 @@
 //! Batches cost money by the piece, so they are paced: a few at once, and then as many as [`Pace`] allows. An answer
 //! to something that has just come goes faster than that, and a full batch waits for nothing.
 
+pub(crate) mod frame;
+
 use std::{
     collections::VecDeque,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+
+pub use self::frame::{Batch, Frame, FrameKind};
 
 use crate::{
     body::{Body, Codec},
@@ -40,39 +43,6 @@ const QUEUE_BYTES: usize = limits::CHUNK_BYTES;
 
 /// How many messages may wait to be sent before no more are taken.
 const QUEUE_MESSAGES: usize = 1024;
-
-/// What a message of a WebSocket is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FrameKind {
-    /// Text.
-    Text,
-    /// Binary.
-    Binary,
-    /// The last word.
-    Close,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
-const fn is_false(flag: &bool) -> bool {
-    !*flag
-}
-
-/// A message of a WebSocket, or a piece of one, inside a batch.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Frame<'a> {
-    /// What it is.
-    pub kind: FrameKind,
-    /// Its payload; of a close, the reason. Absent where it is empty.
-    #[serde(default, skip_serializing_if = "Option::is_none", borrow)]
-    pub body: Option<Body<'a>>,
-    /// Whether the same message goes on in the next frame.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub more: bool,
-    /// The code of a close; a close may have none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub code: Option<u16>,
-}
 
 /// Why a WebSocket is closed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -131,34 +101,6 @@ impl Message {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-}
-
-/// Numbered frames of the other end, and what it says beside them.
-#[derive(Debug)]
-pub struct Batch<'a> {
-    /// Counts from 1; 0 where there are no frames.
-    pub seq: u32,
-    /// Every batch of ours up to and including this one has been passed on.
-    pub through: u32,
-    /// How many batches the other end has sent: a question, to be answered at once.
-    pub sent: Option<u32>,
-    /// The frames.
-    pub frames: Vec<Frame<'a>>,
-}
-
-impl Batch<'_> {
-    /// The same, independent of what it was decoded from.
-    #[must_use]
-    pub fn into_owned(self) -> Batch<'static> {
-        let owned = |frame: Frame<'_>| Frame {
-            kind: frame.kind,
-            body: frame.body.map(Body::into_owned),
-            more: frame.more,
-            code: frame.code,
-        };
-        let frames = self.frames.into_iter().map(owned).collect();
-        Batch { seq: self.seq, through: self.through, sent: self.sent, frames }
     }
 }
 

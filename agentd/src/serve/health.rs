@@ -15,7 +15,7 @@ use crate::{
     config::{HealthCheck, Statuses},
     report::cause,
     report::status::HealthState,
-    serve::tunnel::HostRule,
+    serve::host::HostRule,
     serve::upstream::{RequestBody, Upstream, UpstreamError},
 };
 

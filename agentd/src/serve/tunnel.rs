@@ -12,7 +12,6 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderValue;
 use proto::{
     error::ErrorCode,
     id::{RequestId, TunnelName},
@@ -35,6 +34,7 @@ use crate::{
     report::status::HealthState,
     serve::health::{self, Health},
     serve::hint::{self, Given, Hint, Refusal},
+    serve::host::HostRule,
     serve::origin::Rewrites,
     serve::upstream::{Tls, Upstream},
     tls::{TlsError, Trust, client_config},
@@ -46,15 +46,6 @@ const UPLOAD_BUDGET_BYTES: usize = 32 * 1024 * 1024;
 
 /// The budget is counted in units of this many bytes.
 const BUDGET_UNIT_BYTES: usize = 1024;
-
-/// What `host` says to the upstream.
-#[derive(Debug, Clone)]
-pub(crate) enum HostRule {
-    /// As configured.
-    Fixed(HeaderValue),
-    /// What the public client asked for.
-    Public,
-}
 
 /// One tunnel as it runs.
 pub(crate) struct Tunnel {

@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     fmt, io,
+    net::SocketAddr,
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, OnceLock, Weak},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -17,13 +18,13 @@ use rustix::process::Pid;
 use tokio::{
     process::Child,
     sync::{Notify, oneshot},
+    task::AbortHandle,
     time,
 };
 
 use super::{
     FunctionConfig, InvokeError, StreamingResponse,
     process::{self, Launch, Spawner},
-    runtime_api::{self, RuntimeApi},
 };
 
 /// How long a process may take from its start to its first poll
@@ -59,6 +60,22 @@ impl fmt::Display for EnvironmentId {
         f.write_str(&self.0)
     }
 }
+
+/// The port that one process polls. It is closed when this is dropped.
+#[derive(Debug)]
+pub(super) struct Port {
+    pub(super) address: SocketAddr,
+    pub(super) server: AbortHandle,
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+/// Opens a port for the process of one environment. A pool knows who polls it, not in what words.
+pub(super) type Listen = fn(&Arc<Pool>, EnvironmentId) -> io::Result<Port>;
 
 /// Where an invocation's answer goes.
 pub(super) enum Reply {
@@ -153,8 +170,7 @@ struct Environment {
     /// Why it is being killed.
     killed: Option<InvokeError>,
     wake: Arc<Notify>,
-    /// The port that it polls; closed with it.
-    _runtime_api: RuntimeApi,
+    _port: Port,
 }
 
 #[derive(Default)]
@@ -226,6 +242,7 @@ pub(super) struct Pool {
     spawner: Arc<Spawner>,
     register: super::Register,
     kill_chance: super::KillChance,
+    listen: Listen,
     state: Mutex<State>,
     emptied: Notify,
     me: Weak<Self>,
@@ -238,6 +255,7 @@ impl Pool {
         spawner: Arc<Spawner>,
         register: super::Register,
         kill_chance: super::KillChance,
+        listen: Listen,
     ) -> Arc<Self> {
         let parallel_starts = std::thread::available_parallelism().map_or(2, usize::from) * 2;
         Arc::new_cyclic(|me| Self {
@@ -247,6 +265,7 @@ impl Pool {
             spawner,
             register,
             kill_chance,
+            listen,
             state: Mutex::default(),
             emptied: Notify::new(),
             me: me.clone(),
@@ -562,8 +581,8 @@ impl Pool {
     fn start_environment(&self, state: &mut State) {
         let Some(me) = self.me.upgrade() else { return };
         let id = EnvironmentId::random(self.config.name);
-        let runtime_api = match runtime_api::start(&me, id.clone()) {
-            Ok(runtime_api) => runtime_api,
+        let port = match (self.listen)(&me, id.clone()) {
+            Ok(port) => port,
             Err(error) => {
                 tracing::error!(function = self.config.name, %error, "no port for a process");
                 if let Some(waiting) = state.waiting.pop_front() {
@@ -578,7 +597,7 @@ impl Pool {
         environment.insert("AWS_ACCESS_KEY_ID".into(), access_key.clone());
         environment.insert("AWS_SECRET_ACCESS_KEY".into(), super::random_hex::<20>());
         environment.insert("AWS_LAMBDA_LOG_STREAM_NAME".into(), id.to_string());
-        environment.insert("AWS_LAMBDA_RUNTIME_API".into(), runtime_api.address.to_string());
+        environment.insert("AWS_LAMBDA_RUNTIME_API".into(), port.address.to_string());
         let wake = Arc::new(Notify::new());
         let now = Instant::now();
         state.starting += 1;
@@ -597,7 +616,7 @@ impl Pool {
                 is_outdated: false,
                 killed: None,
                 wake: wake.clone(),
-                _runtime_api: runtime_api,
+                _port: port,
             },
         );
         self.spawner.launch(Launch {

@@ -23,12 +23,11 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
     sync::mpsc,
-    task::AbortHandle,
 };
 
 use super::{
     ANSWER_BYTES, InvokeError, Piece, STREAM_BYTES, STREAM_PIECES, StreamBody, StreamingResponse,
-    pool::{EnvironmentId, Event, Poll, Pool, Refused, Reply},
+    pool::{EnvironmentId, Event, Poll, Pool, Port, Refused, Reply},
 };
 
 /// What separates a streamed answer's head from its body.
@@ -47,21 +46,8 @@ const RECEIVE_BUFFER_BYTES: usize = 256 * 1024;
 const STREAMING: &str = "streaming";
 const PRELUDE_TYPE: &str = "application/vnd.awslambda.http-integration-response";
 
-/// The port of one process. It is closed when this is dropped.
-#[derive(Debug)]
-pub(super) struct RuntimeApi {
-    pub(super) address: SocketAddr,
-    server: AbortHandle,
-}
-
-impl Drop for RuntimeApi {
-    fn drop(&mut self) {
-        self.server.abort();
-    }
-}
-
 /// Opens a port for the process of one environment.
-pub(super) fn start(pool: &Arc<Pool>, environment: EnvironmentId) -> io::Result<RuntimeApi> {
+pub(super) fn start(pool: &Arc<Pool>, environment: EnvironmentId) -> io::Result<Port> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     // Accepted sockets inherit it; later would be too late for the window's scale.
     socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
@@ -71,7 +57,7 @@ pub(super) fn start(pool: &Arc<Pool>, environment: EnvironmentId) -> io::Result<
     let listener = TcpListener::from_std(socket.into())?;
     let address = listener.local_addr()?;
     let server = tokio::spawn(serve(listener, pool.clone(), environment)).abort_handle();
-    Ok(RuntimeApi { address, server })
+    Ok(Port { address, server })
 }
 
 async fn serve(listener: TcpListener, pool: Arc<Pool>, environment: EnvironmentId) {
