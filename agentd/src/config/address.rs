@@ -57,19 +57,21 @@ pub enum Host {
     Ip(IpAddr),
     /// This machine's loopback, IPv4 first: development servers listen on either.
     Localhost,
+    /// An IPv6 address and the zone it holds in: an interface's name, or its number (RFC 4007 §11).
+    Zoned(Ipv6Addr, Box<str>),
     /// A name, looked up at each dial.
     Name(Box<str>),
 }
 
 impl Host {
-    /// The addresses that need no lookup; empty for a name.
+    /// The addresses that need no lookup and no zone; empty for a name.
     #[must_use]
     pub fn literal(&self) -> &[IpAddr] {
         const LOOPBACK: &[IpAddr] = &[IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
         match self {
             Self::Ip(ip) => std::slice::from_ref(ip),
             Self::Localhost => LOOPBACK,
-            Self::Name(_) => &[],
+            Self::Zoned(..) | Self::Name(_) => &[],
         }
     }
 }
@@ -79,6 +81,8 @@ impl fmt::Display for Host {
         match self {
             Self::Ip(IpAddr::V6(ip)) => write!(f, "[{ip}]"),
             Self::Ip(ip) => write!(f, "{ip}"),
+            // A zone means something on this machine only.
+            Self::Zoned(ip, _) => write!(f, "[{ip}]"),
             Self::Localhost => f.write_str("localhost"),
             Self::Name(name) => f.write_str(name),
         }
@@ -186,12 +190,24 @@ impl FromStr for Address {
         let (host, port) = match rest.strip_prefix('[') {
             Some(bracketed) => {
                 let (host, after) = bracketed.split_once(']').ok_or_else(|| AddressError::Form(shown()))?;
-                let ip: Ipv6Addr = host.parse().map_err(|_| AddressError::Form(shown()))?;
+                // "%25" is how a URL writes it (RFC 6874), "%" how people do.
+                let (ip, zone) = match host.split_once('%') {
+                    Some((ip, zone)) => {
+                        (ip, Some(zone.strip_prefix("25").filter(|zone| !zone.is_empty()).unwrap_or(zone)))
+                    }
+                    None => (host, None),
+                };
+                let ip: Ipv6Addr = ip.parse().map_err(|_| AddressError::Form(shown()))?;
+                let host = match zone {
+                    None => Host::Ip(ip.into()),
+                    Some(zone) if is_zone(zone) => Host::Zoned(ip, zone.into()),
+                    Some(_) => return Err(AddressError::Form(shown())),
+                };
                 let port = match after {
                     "" => None,
                     _ => Some(after.strip_prefix(':').ok_or_else(|| AddressError::Form(shown()))?),
                 };
-                (Host::Ip(ip.into()), port)
+                (host, port)
             }
             None => match rest.split_once(':') {
                 Some((host, port)) => {
@@ -214,6 +230,12 @@ fn parse_port(text: &str) -> Option<u16> {
         return None;
     }
     text.parse().ok().filter(|&port| port != 0)
+}
+
+/// Whether an interface can have this name: no more than 15 bytes of them (`IFNAMSIZ`), or whether it is a number.
+fn is_zone(text: &str) -> bool {
+    (1..=15).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'@'))
 }
 
 fn parse_host(text: &str) -> Option<Host> {
@@ -246,6 +268,11 @@ mod tests {
             ("[::1]:3000", "http://[::1]:3000"),
             ("https://[fd00::1]", "https://[fd00::1]"),
             ("unix:/run/x.sock", "unix:/run/x.sock"),
+            ("http://[fe80::1%eth0]:3000", "http://[fe80::1]:3000"),
+            ("[fe80::1%25eth0]:3000", "http://[fe80::1]:3000"),
+            ("[fe80::1%2]:80", "http://[fe80::1]"),
+            ("app.internal.:80", "http://app.internal."),
+            ("http://web.localhost:3000", "http://web.localhost:3000"),
         ] {
             let address: Address = text.parse().unwrap();
             assert_eq!(address.to_string(), shown, "{text}");
@@ -280,6 +307,9 @@ mod tests {
         assert!(matches!(error(""), AddressError::Form(_)));
         assert!(matches!(error("a b:80"), AddressError::Form(_)));
         assert!(matches!(error("::1:80"), AddressError::Form(_)));
+        assert!(matches!(error("[fe80::1%]:80"), AddressError::Form(_)));
+        assert!(matches!(error("[fe80::1%a b]:80"), AddressError::Form(_)));
+        assert!(matches!(error("[127.0.0.1%eth0]:80"), AddressError::Form(_)));
         for text in ["0", "65536", "a:0", "a:+80", "a:", "http://a:x"] {
             assert!(matches!(error(text), AddressError::Port(_)), "{text}");
         }

@@ -204,10 +204,11 @@ async fn answer(
         match tunnel.upstream.send(request).await {
             Ok(response) => Ok((Answered::Response(response), progress)),
             Err(error) => {
-                log_failure(&job, &tunnel, &error);
                 // The body's own failure explains the broken request better than its echo does.
                 let upload = progress.and_then(|progress| progress.failure());
-                Err(fail(upload.map_or(error.code(), |upload| UpstreamError::Upload(upload).code())))
+                let error = upload.map_or(error, UpstreamError::Upload);
+                log_failure(&job, &tunnel, &error);
+                Err(fail(error.code()))
             }
         }
     })
@@ -450,11 +451,39 @@ fn check_head(response: Response<ResponseBody>) -> Result<(u16, Headers, Respons
         // RFC 9112 §6.3: the transfer coding overrides a length.
         headers.remove(header::CONTENT_LENGTH);
     }
+    normalise_length(status, &mut headers)?;
     headers.strip_hop_by_hop();
     if !headers.is_within_limits() {
         return Err(UpstreamError::invalid("its head is over the limit"));
     }
     Ok((status, headers, body))
+}
+
+/// Leaves one `content-length` at the most. The same length said several times is that length (RFC 9110 §8.6), and a
+/// response that has no body says none (there too).
+fn normalise_length(status: u16, headers: &mut Headers) -> Result<(), UpstreamError> {
+    if status == 204 {
+        headers.remove(header::CONTENT_LENGTH);
+    }
+    let is_plain = |text: &[u8]| !text.is_empty() && text.iter().all(u8::is_ascii_digit);
+    let (mut length, mut fields) = (None, 0);
+    for value in headers.get_all(header::CONTENT_LENGTH) {
+        fields += 1;
+        for text in value.as_bytes().split(|&b| b == b',').map(<[u8]>::trim_ascii) {
+            let said = std::str::from_utf8(text).ok().filter(|_| is_plain(text));
+            match (said.and_then(|text| text.parse::<u64>().ok()), length) {
+                (Some(said), None) => length = Some(said),
+                (Some(said), Some(before)) if said == before => {}
+                _ => return Err(UpstreamError::invalid("its lengths contradict each other")),
+            }
+        }
+    }
+    let is_one =
+        fields == 1 && headers.get(header::CONTENT_LENGTH).is_some_and(|value| is_plain(value.as_bytes()));
+    if let Some(length) = length.filter(|_| !is_one) {
+        headers.set(header::CONTENT_LENGTH, HeaderValue::from(length));
+    }
+    Ok(())
 }
 
 fn wants_codec(headers: &Headers) -> bool {

@@ -287,7 +287,7 @@ fn is_loopback(host: &Host) -> bool {
     match host {
         Host::Ip(ip) => ip.is_loopback(),
         Host::Localhost => true,
-        Host::Name(_) => false,
+        Host::Zoned(..) | Host::Name(_) => false,
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, Ordering},
@@ -378,8 +379,12 @@ fn tls_for(config: &TunnelConfig) -> Result<Option<Tls>, TlsError> {
         Some(name) => name.clone(),
         None => match host {
             Host::Ip(ip) => (*ip).into(),
+            Host::Zoned(ip, _) => IpAddr::V6(*ip).into(),
             Host::Localhost | Host::Name(_) => {
-                ServerName::try_from(host.to_string()).map_err(|_| TlsError::NotAName(host.to_string()))?
+                // Certificates and SNI know no trailing dot (RFC 6066 §3).
+                let name = host.to_string();
+                let name = name.strip_suffix('.').unwrap_or(&name).to_owned();
+                ServerName::try_from(name).map_err(|_| TlsError::NotAName(host.to_string()))?
             }
         },
     };

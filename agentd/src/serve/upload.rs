@@ -26,6 +26,9 @@ pub(crate) enum UploadError {
     /// The sender has gone.
     #[error("the rest of the body will not come")]
     Gone,
+    /// The upstream's connection let go of it. Nothing is wrong with the body.
+    #[error("nobody takes the rest of the body")]
+    Unwanted,
 }
 
 /// No sender needs smaller pieces than this, so it bounds how many of them can be waiting.
@@ -147,9 +150,9 @@ impl UploadProgress {
         lock(&self.0).outcome == Some(Ok(()))
     }
 
-    /// What broke the body off, if anything did.
+    /// What broke the body off, if anything did: not that the upstream's connection let go of it.
     pub(crate) fn failure(&self) -> Option<UploadError> {
-        lock(&self.0).outcome.and_then(Result::err)
+        lock(&self.0).outcome.and_then(Result::err).filter(|error| *error != UploadError::Unwanted)
     }
 }
 
@@ -157,7 +160,7 @@ impl Drop for UploadBody {
     /// Nobody takes the rest: what is held is let go, and what still comes is dropped.
     fn drop(&mut self) {
         let mut state = lock(&self.state);
-        state.outcome.get_or_insert(Err(UploadError::Gone));
+        state.outcome.get_or_insert(Err(UploadError::Unwanted));
         state.pieces = Reassembler::new(1, 0);
     }
 }
@@ -246,6 +249,13 @@ mod tests {
         upload.push(1, b"abc".to_vec(), false);
         drop(upload);
         assert_eq!(body.collect().await.unwrap_err(), UploadError::Gone);
+
+        let (upload, body, progress) = open(4).await;
+        upload.push(1, b"ab".to_vec(), false);
+        drop(body);
+        upload.push(2, b"cd".to_vec(), true);
+        drop(upload);
+        assert!(!progress.is_complete() && progress.failure().is_none(), "the upstream is to blame");
 
         let (upload, body, _) = new(4);
         upload.push(1, b"abcd".to_vec(), true);

@@ -5,6 +5,7 @@
 //! and dials the configured address only, whatever the request says.
 
 mod pool;
+mod resolver;
 mod socket;
 
 use std::{
@@ -59,6 +60,9 @@ pub(crate) enum UpstreamError {
     /// TLS could not be agreed on.
     #[error("the upstream's TLS was not accepted: {0}")]
     Tls(#[source] io::Error),
+    /// It took too long before a request could be sent.
+    #[error("the upstream took too long to {0}")]
+    Late(&'static str),
     /// It closed or reset the connection.
     #[error("the upstream broke the connection off")]
     Reset(#[source] Option<Box<dyn StdError + Send + Sync>>),
@@ -87,9 +91,10 @@ impl UpstreamError {
         match self {
             Self::Unreachable(_) => ErrorCode::UpstreamUnreachable,
             Self::Tls(_) => ErrorCode::UpstreamTls,
+            Self::Late(_) => ErrorCode::UpstreamTimedOut,
             Self::Reset(_) => ErrorCode::UpstreamReset,
             Self::Invalid { .. } => ErrorCode::UpstreamInvalid,
-            Self::Upload(UploadError::Gone) => ErrorCode::EdgeFailed,
+            Self::Upload(UploadError::Gone | UploadError::Unwanted) => ErrorCode::EdgeFailed,
             Self::Upload(UploadError::Length | UploadError::Range) => ErrorCode::BadRequest,
         }
     }
@@ -256,22 +261,14 @@ impl Upstream {
     ///
     /// Dropping the future closes the connection.
     pub(crate) async fn upgrade(&self, request: Request<RequestBody>) -> Result<Upgrade, UpstreamError> {
-        let late = |_| io::Error::from(io::ErrorKind::TimedOut);
-        let socket = timeout(DIAL_TIMEOUT, Socket::connect(&self.address))
-            .await
-            .unwrap_or_else(|elapsed| Err(late(elapsed)))
-            .map_err(UpstreamError::Unreachable)?;
+        let socket = self.connect().await?;
         let watch = socket.watch();
         let mut connection = match &self.tls {
             None => self.start_http1(socket, watch).await?,
             Some(tls) => {
                 let mut config = (*tls.config).clone();
                 config.alpn_protocols = vec![b"http/1.1".to_vec()];
-                let connector = TlsConnector::from(Arc::new(config));
-                let stream = timeout(DIAL_TIMEOUT, connector.connect(tls.server_name.clone(), socket))
-                    .await
-                    .unwrap_or_else(|elapsed| Err(late(elapsed)))
-                    .map_err(UpstreamError::Tls)?;
+                let stream = agree_on_tls(Arc::new(config), tls, socket).await?;
                 self.start_http1(stream, watch).await?
             }
         };
@@ -308,12 +305,16 @@ impl Upstream {
         Request::from_parts(head, body)
     }
 
+    async fn connect(&self) -> Result<Socket, UpstreamError> {
+        match timeout(DIAL_TIMEOUT, Socket::connect(&self.address)).await {
+            Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => Err(UpstreamError::Late(CONNECTION)),
+            Ok(connected) => connected.map_err(UpstreamError::Unreachable),
+            Err(_) => Err(UpstreamError::Late(CONNECTION)),
+        }
+    }
+
     async fn open(&self) -> Result<Checkout, UpstreamError> {
-        let late = |_| io::Error::from(io::ErrorKind::TimedOut);
-        let socket = timeout(DIAL_TIMEOUT, Socket::connect(&self.address))
-            .await
-            .unwrap_or_else(|elapsed| Err(late(elapsed)))
-            .map_err(UpstreamError::Unreachable)?;
+        let socket = self.connect().await?;
         let watch = socket.watch();
         let Some(tls) = &self.tls else {
             return match self.http2 {
@@ -321,11 +322,7 @@ impl Upstream {
                 Http2::Auto | Http2::Never => self.start_http1(socket, watch).await,
             };
         };
-        let connector = TlsConnector::from(Arc::clone(&tls.config));
-        let stream = timeout(DIAL_TIMEOUT, connector.connect(tls.server_name.clone(), socket))
-            .await
-            .unwrap_or_else(|elapsed| Err(late(elapsed)))
-            .map_err(UpstreamError::Tls)?;
+        let stream = agree_on_tls(Arc::clone(&tls.config), tls, socket).await?;
         let offers_http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
         match (self.http2, offers_http2) {
             (_, true) => self.start_http2(stream).await,
@@ -341,6 +338,8 @@ impl Upstream {
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(READ_BUFFER_BYTES)
             .max_headers(limits::HEADER_FIELDS)
+            // RFC 9112 §5.1: a proxy removes the space before a colon in a response.
+            .allow_spaces_after_header_name_in_responses(true)
             .handshake(TokioIo::new(stream))
             .await?;
         let connection = connection.with_upgrades();
@@ -365,6 +364,20 @@ impl Upstream {
             let _ = connection.await;
         });
         Ok(self.pool.check_out_http2(sender))
+    }
+}
+
+/// What an upstream is late with.
+const CONNECTION: &str = "accept a connection";
+
+async fn agree_on_tls(
+    config: Arc<rustls::ClientConfig>,
+    tls: &Tls,
+    socket: Socket,
+) -> Result<tokio_rustls::client::TlsStream<Socket>, UpstreamError> {
+    match timeout(DIAL_TIMEOUT, TlsConnector::from(config).connect(tls.server_name.clone(), socket)).await {
+        Ok(agreed) => agreed.map_err(UpstreamError::Tls),
+        Err(_) => Err(UpstreamError::Late("agree on TLS")),
     }
 }
 

@@ -3,7 +3,7 @@
 use proto::{error::ErrorCode, limits};
 use tokio::net::TcpListener;
 
-use crate::stage::{Agent, Edge, Peer, Sent, connected, get, noise, request, reset, with_body};
+use crate::stage::{Agent, Edge, Peer, Sent, connected, get, noise, patiently, request, reset, with_body};
 
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
@@ -228,4 +228,115 @@ async fn broken_gzip_and_noise_pass_untouched() {
     let head = format!("HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: {}\r\n\r\n", body.len());
     let _peer = upstream.answer(&[head.as_bytes(), &body].concat()).await;
     assert_eq!(line.whole(&sent).await.body, body);
+}
+
+/// An announced body that the upstream is asked to take.
+async fn announced(line: &mut crate::stage::Line, length: u64) -> proto::message::Request<'static> {
+    let mut sent = request("POST", "/upload");
+    sent.announced = Some(length);
+    line.request(&sent).await;
+    assert!(matches!(line.answer().await, Sent::Continue { .. }));
+    sent
+}
+
+#[tokio::test]
+async fn an_upstream_that_fails_is_to_blame_whatever_became_of_the_body() {
+    // It is not there.
+    let port = {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        listener.local_addr().unwrap().port()
+    };
+    let edge = Edge::bind().await;
+    let agent = Agent::http(&edge, port, &[]);
+    let mut line = edge.welcome().await;
+    for length in [1, 98_000] {
+        announced(&mut line, length).await;
+        assert_eq!(line.failure().await, (0, ErrorCode::UpstreamUnreachable), "{length} bytes");
+    }
+    drop(agent);
+    // It closes, resets, or says what is not HTTP, while the body comes.
+    let (_edge, mut line, upstream, agent) = connected().await;
+    for (what, code) in [
+        ("close", ErrorCode::UpstreamReset),
+        ("reset", ErrorCode::UpstreamReset),
+        ("nonsense", ErrorCode::UpstreamInvalid),
+    ] {
+        let sent = announced(&mut line, 1_000_000).await;
+        line.piece(&sent, 1, &noise(50_000), false).await;
+        let mut peer = upstream.accept().await;
+        peer.head().await;
+        match what {
+            "close" => drop(peer),
+            "reset" => reset(peer),
+            _ => peer.write("SSH-2.0-OpenSSH\r\n\r\n").await,
+        }
+        // Pieces go on coming: the edge does not know yet.
+        line.piece(&sent, 2, &noise(50_000), false).await;
+        assert_eq!(line.failure().await, (0, code), "{what}");
+    }
+    let log = agent.log();
+    assert!(!log.contains("edge_failed"), "told in two ways: {log}");
+}
+
+#[tokio::test]
+async fn an_early_answer_wins_over_the_body_that_nobody_took() {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    for _ in 0..20 {
+        let sent = announced(&mut line, 4_000_000).await;
+        let piece = noise(90_000);
+        line.piece(&sent, 1, &piece, false).await;
+        let mut peer = upstream.accept().await;
+        let answer = async {
+            peer.head().await;
+            peer.bytes(300_000).await;
+            peer.write("HTTP/1.1 413 Too Large\r\nconnection: close\r\ncontent-length: 4\r\n\r\nmore").await;
+            // What is there and not read makes a reset of the close, while more is on its way.
+            drop(peer);
+        };
+        let upload = async {
+            for seq in 2..40 {
+                line.piece(&sent, seq, &piece, false).await;
+            }
+        };
+        tokio::join!(answer, upload);
+        let whole = line.whole(&sent).await;
+        assert_eq!((whole.status, &whole.body[..]), (413, &b"more"[..]));
+    }
+}
+
+#[tokio::test]
+async fn a_head_is_as_lenient_as_the_rules_allow() {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    for (head, length) in [
+        ("content-length: 2\r\nContent-Length: 2\r\n", &[&b"2"[..]][..]),
+        ("content-length: 2, 2\r\n", &[b"2"]),
+        ("content-length: 02\r\ncontent-length: 2\r\n", &[b"2"]),
+        // RFC 9112 §5.1: the space goes.
+        ("content-length : 2\r\n", &[b"2"]),
+        ("content-length: 3\r\ntransfer-encoding: chunked\r\n", &[]),
+    ] {
+        let sent = get("/");
+        line.request(&sent).await;
+        let body = if head.contains("chunked") { "2\r\nok\r\n0\r\n\r\n" } else { "ok" };
+        let mut peer = upstream.accept().await;
+        peer.head().await;
+        peer.write(format!("HTTP/1.1 200 OK\r\nconnection: close\r\n{head}\r\n{body}")).await;
+        let whole = line.whole(&sent).await;
+        assert_eq!((whole.status, &whole.body[..]), (200, &b"ok"[..]), "{head}");
+        assert_eq!(whole.all("content-length"), length, "{head}");
+    }
+    // RFC 9110 §8.6: what has no body says no length.
+    let sent = get("/");
+    line.request(&sent).await;
+    let _peer =
+        upstream.answer(b"HTTP/1.1 204 No Content\r\nconnection: close\r\ncontent-length: 5\r\n\r\n").await;
+    assert!(line.whole(&sent).await.all("content-length").is_empty());
+    for lengths in ["content-length: 2, 3", "content-length: 2\r\ncontent-length: 3", "content-length: 2,"] {
+        line.request(&get("/")).await;
+        let mut peer = upstream.accept().await;
+        peer.head().await;
+        peer.write(format!("HTTP/1.1 200 OK\r\n{lengths}\r\n\r\nok")).await;
+        assert_eq!(line.failure().await, (0, ErrorCode::UpstreamInvalid), "{lengths}");
+        patiently("the end", peer.closed()).await;
+    }
 }

@@ -2,62 +2,172 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, SocketAddrV6},
     pin::Pin,
     sync::{Arc, Weak},
     task::{Context, Poll, ready},
+    time::Duration,
 };
+
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 
 use rustix::net::RecvFlags;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpStream, UnixStream},
+    time::sleep,
 };
 
+use super::resolver::Resolver;
 use crate::config::address::{Address, Host};
 
 /// A connected stream. The HTTP connection owns it; the pool keeps a [`Watch`] on it.
+///
+/// When the peer takes no more, what is written is thrown away and reading goes on: an upstream that answers
+/// early and closes has said why before it did (RFC 9112 §9.5), and a failed write must not hide it. Whoever reads
+/// comes to the end or to the error next.
 #[derive(Debug)]
-pub(super) enum Socket {
+pub(super) struct Socket {
+    stream: Stream,
+    /// How writing failed: the peer takes no more. The system tells of a reset once, and whoever reads wants to know it too.
+    gone: Option<io::ErrorKind>,
+}
+
+#[derive(Debug)]
+enum Stream {
     Tcp(Arc<TcpStream>),
     Unix(Arc<UnixStream>),
 }
 
-impl Socket {
-    /// Connects to the configured address and to nothing else.
-    pub(super) async fn connect(address: &Address) -> io::Result<Self> {
-        match address {
-            Address::Unix(path) => Ok(Self::Unix(Arc::new(UnixStream::connect(path).await?))),
-            Address::Tcp { host: Host::Name(name), port, .. } => {
-                let stream = TcpStream::connect((&**name, *port)).await?;
-                stream.set_nodelay(true)?;
-                Ok(Self::Tcp(Arc::new(stream)))
-            }
-            Address::Tcp { host, port, .. } => {
-                let mut last = None;
-                for &ip in host.literal() {
-                    match Self::connect_to(ip, *port).await {
-                        Ok(socket) => return Ok(socket),
-                        // The first refusal says more than the second: IPv6 may just be off.
-                        Err(error) => last = last.or(Some(error)),
+/// How long one address may take before the next one is tried beside it: what curl does by default.
+const NEXT_ADDRESS_AFTER: Duration = Duration::from_millis(200);
+
+/// Both families in turns, the one that the resolver prefers first (RFC 8305 §4).
+fn in_turns(addresses: &[IpAddr]) -> impl Iterator<Item = IpAddr> {
+    let first_is_v6 = addresses.first().is_some_and(IpAddr::is_ipv6);
+    let (preferred, other): (Vec<IpAddr>, Vec<IpAddr>) =
+        addresses.iter().partition(|ip| ip.is_ipv6() == first_is_v6);
+    let (mut preferred, mut other) = (preferred.into_iter(), other.into_iter());
+    let mut turn = false;
+    std::iter::from_fn(move || {
+        turn = !turn;
+        if turn {
+            preferred.next().or_else(|| other.next())
+        } else {
+            other.next().or_else(|| preferred.next())
+        }
+    })
+}
+
+/// Whether a name is `localhost` or below it.
+fn is_localhost(name: &str) -> bool {
+    let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
+    name == "localhost" || name.ends_with(".localhost")
+}
+
+/// The number of a zone: an interface's name, or the number itself (RFC 4007 §11).
+fn scope_of(zone: &str) -> io::Result<u32> {
+    if let Ok(number) = zone.parse() {
+        return Ok(number);
+    }
+    let socket =
+        rustix::net::socket(rustix::net::AddressFamily::INET6, rustix::net::SocketType::DGRAM, None)?;
+    rustix::net::netdevice::name_to_index(socket, zone)
+        .map_err(|error| io::Error::new(io::ErrorKind::NotFound, format!("no interface {zone:?}: {error}")))
+}
+
+/// Connects to the first address that answers: each next one is tried when the one before it has failed or is slow.
+async fn connect_to_any(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+    let mut left = addresses.into_iter();
+    let mut attempts = FuturesUnordered::new();
+    let mut failure: Option<io::Error> = None;
+    loop {
+        if let Some(address) = left.next() {
+            attempts.push(TcpStream::connect(address));
+        }
+        let next = async {
+            if left.len() > 0 { sleep(NEXT_ADDRESS_AFTER).await } else { std::future::pending().await }
+        };
+        tokio::select! {
+            attempt = attempts.next() => match attempt {
+                Some(Ok(stream)) => return Ok(stream),
+                // A refusal says more than anything else: the other family may just be off.
+                Some(Err(error)) => {
+                    if failure.is_none() || error.kind() == io::ErrorKind::ConnectionRefused {
+                        failure = Some(error);
                     }
                 }
-                Err(last.unwrap_or_else(|| io::ErrorKind::NotFound.into()))
-            }
+                None => {
+                    return Err(failure.unwrap_or_else(|| {
+                        io::Error::new(io::ErrorKind::NotFound, "the name has no address")
+                    }));
+                }
+            },
+            () = next => {}
         }
     }
+}
 
-    async fn connect_to(ip: IpAddr, port: u16) -> io::Result<Self> {
-        let stream = TcpStream::connect(SocketAddr::new(ip, port)).await?;
+impl Socket {
+    /// Connects to the configured address and to nothing else. The caller bounds how long it may take.
+    pub(super) async fn connect(address: &Address) -> io::Result<Self> {
+        let (host, port) = match address {
+            Address::Unix(path) => {
+                return Ok(Self {
+                    stream: Stream::Unix(Arc::new(UnixStream::connect(path).await?)),
+                    gone: None,
+                });
+            }
+            Address::Tcp { host, port, .. } => (host, *port),
+        };
+        let addresses = match host {
+            // RFC 6761 §6.3: such a name never leaves the machine.
+            Host::Name(name) if is_localhost(name) => {
+                Host::Localhost.literal().iter().map(|&ip| SocketAddr::new(ip, port)).collect()
+            }
+            Host::Name(name) => {
+                let found = Resolver::shared().look_up(name).await?;
+                in_turns(&found).map(|ip| SocketAddr::new(ip, port)).collect()
+            }
+            Host::Zoned(ip, zone) => vec![SocketAddr::V6(SocketAddrV6::new(*ip, port, 0, scope_of(zone)?))],
+            Host::Ip(_) | Host::Localhost => {
+                host.literal().iter().map(|&ip| SocketAddr::new(ip, port)).collect()
+            }
+        };
+        let stream = connect_to_any(addresses).await?;
         stream.set_nodelay(true)?;
-        Ok(Self::Tcp(Arc::new(stream)))
+        Ok(Self { stream: Stream::Tcp(Arc::new(stream)), gone: None })
     }
 
     /// A look at the connection that does not keep it open.
     pub(super) fn watch(&self) -> Watch {
-        match self {
-            Self::Tcp(stream) => Watch::Tcp(Arc::downgrade(stream)),
-            Self::Unix(stream) => Watch::Unix(Arc::downgrade(stream)),
+        match &self.stream {
+            Stream::Tcp(stream) => Watch::Tcp(Arc::downgrade(stream)),
+            Stream::Unix(stream) => Watch::Unix(Arc::downgrade(stream)),
+        }
+    }
+}
+
+impl Socket {
+    /// What a write came to; one that the peer does not take counts as done.
+    fn unless_gone(
+        &mut self,
+        written: Poll<io::Result<usize>>,
+        all: impl FnOnce() -> usize,
+    ) -> Poll<io::Result<usize>> {
+        match written {
+            Poll::Ready(Err(error))
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::BrokenPipe
+                        | io::ErrorKind::ConnectionReset
+                        | io::ErrorKind::ConnectionAborted
+                ) =>
+            {
+                self.gone = Some(error.kind());
+                Poll::Ready(Ok(all()))
+            }
+            other => other,
         }
     }
 }
@@ -102,31 +212,44 @@ macro_rules! when_ready {
 
 impl AsyncRead for Socket {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let read: Poll<io::Result<usize>> = match &*self {
-            Self::Tcp(stream) => when_ready!(stream.poll_read_ready(cx), stream.try_read_buf(buf)),
-            Self::Unix(stream) => when_ready!(stream.poll_read_ready(cx), stream.try_read_buf(buf)),
+        let read: Poll<io::Result<usize>> = match &self.stream {
+            Stream::Tcp(stream) => when_ready!(stream.poll_read_ready(cx), stream.try_read_buf(buf)),
+            Stream::Unix(stream) => when_ready!(stream.poll_read_ready(cx), stream.try_read_buf(buf)),
         };
-        read.map_ok(|_| ())
+        match (ready!(read), self.gone) {
+            // What ends with a reset has not come to its end. A broken pipe is what follows an end.
+            (Ok(0), Some(kind)) if kind != io::ErrorKind::BrokenPipe => Poll::Ready(Err(kind.into())),
+            (read, _) => Poll::Ready(read.map(|_| ())),
+        }
     }
 }
 
 impl AsyncWrite for Socket {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match &*self {
-            Self::Tcp(stream) => when_ready!(stream.poll_write_ready(cx), stream.try_write(bytes)),
-            Self::Unix(stream) => when_ready!(stream.poll_write_ready(cx), stream.try_write(bytes)),
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.gone.is_some() {
+            return Poll::Ready(Ok(bytes.len()));
         }
+        let written = match &self.stream {
+            Stream::Tcp(stream) => when_ready!(stream.poll_write_ready(cx), stream.try_write(bytes)),
+            Stream::Unix(stream) => when_ready!(stream.poll_write_ready(cx), stream.try_write(bytes)),
+        };
+        self.unless_gone(written, || bytes.len())
     }
 
     fn poll_write_vectored(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match &*self {
-            Self::Tcp(stream) => when_ready!(stream.poll_write_ready(cx), stream.try_write_vectored(bufs)),
-            Self::Unix(stream) => when_ready!(stream.poll_write_ready(cx), stream.try_write_vectored(bufs)),
+        let all = || bufs.iter().map(|buf| buf.len()).sum();
+        if self.gone.is_some() {
+            return Poll::Ready(Ok(all()));
         }
+        let written = match &self.stream {
+            Stream::Tcp(stream) => when_ready!(stream.poll_write_ready(cx), stream.try_write_vectored(bufs)),
+            Stream::Unix(stream) => when_ready!(stream.poll_write_ready(cx), stream.try_write_vectored(bufs)),
+        };
+        self.unless_gone(written, all)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -138,10 +261,62 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let done = match &*self {
-            Self::Tcp(stream) => rustix::net::shutdown(&**stream, rustix::net::Shutdown::Write),
-            Self::Unix(stream) => rustix::net::shutdown(&**stream, rustix::net::Shutdown::Write),
+        let done = match &self.stream {
+            Stream::Tcp(stream) => rustix::net::shutdown(&**stream, rustix::net::Shutdown::Write),
+            Stream::Unix(stream) => rustix::net::shutdown(&**stream, rustix::net::Shutdown::Write),
         };
         Poll::Ready(done.map_err(io::Error::from))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn families_take_turns_and_the_resolvers_choice_begins() {
+        let ips = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpAddr>>();
+        for (given, wanted) in [
+            (
+                &["::1", "::2", "::3", "1.1.1.1", "1.1.1.2"][..],
+                &["::1", "1.1.1.1", "::2", "1.1.1.2", "::3"][..],
+            ),
+            (&["1.1.1.1", "1.1.1.2", "::1"], &["1.1.1.1", "::1", "1.1.1.2"]),
+            (&["::1", "::2"], &["::1", "::2"]),
+            (&[], &[]),
+        ] {
+            assert_eq!(in_turns(&ips(given)).collect::<Vec<_>>(), ips(wanted));
+        }
+    }
+
+    #[test]
+    fn names_of_localhost_are_told_from_others() {
+        for name in ["localhost", "LOCALHOST.", "web.localhost", "a.b.Localhost."] {
+            assert!(is_localhost(name), "{name}");
+        }
+        for name in ["localhost.example", "notlocalhost", "", "."] {
+            assert!(!is_localhost(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_zone_is_a_number_or_an_interface() {
+        assert_eq!(scope_of("3").unwrap(), 3);
+        assert_eq!(scope_of("lo").unwrap(), 1);
+        assert!(scope_of("no-such-one").unwrap_err().to_string().contains("no interface \"no-such-one\""));
+    }
+
+    #[tokio::test]
+    async fn the_address_that_listens_is_found_and_a_refusal_is_what_is_said() {
+        let listener = tokio::net::TcpListener::bind("[::1]:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let refused = SocketAddr::from(([127, 0, 0, 1], port));
+        let stream = connect_to_any(vec![refused, listener.local_addr().unwrap()]).await.unwrap();
+        assert!(stream.peer_addr().unwrap().is_ipv6());
+        drop(listener);
+        let error =
+            connect_to_any(vec![refused, SocketAddr::from(([255, 255, 255, 255], port))]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(connect_to_any(Vec::new()).await.unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 }
