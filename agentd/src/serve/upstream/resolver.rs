@@ -157,7 +157,7 @@ mod tests {
 
     fn look_up(name: &str) -> io::Result<Vec<IpAddr>> {
         if name.starts_with("hangs") {
-            let hang = HANGING.lock().unwrap().pop();
+            let hang = HANGING.lock().unwrap_or_else(PoisonError::into_inner).pop();
             let _ = hang.map(|hang| hang.recv());
         }
         if name == "none" {
