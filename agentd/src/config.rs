@@ -42,6 +42,10 @@ pub const DEFAULT_PATH: &str = "/etc/agentd/agentd.toml";
 /// `TimeoutStopSec`.
 pub const DEFAULT_GRACE_PERIOD: Duration = Duration::from_secs(30);
 
+/// How long a connection to an upstream may be idle, unless configured otherwise. Many servers close theirs sooner; that
+/// is noticed, and what they announce is kept to.
+pub const DEFAULT_KEEP_ALIVE: Duration = Duration::from_secs(60);
+
 /// How many requests all tunnels together serve at a time, unless configured otherwise: it bounds the
 /// memory of the process. A tunnel that may serve more raises it.
 pub const DEFAULT_TOTAL_CONCURRENT: u32 = 256;
@@ -109,6 +113,8 @@ pub struct TunnelConfig {
     pub insecure_skip_verify: bool,
     /// When HTTP/2 is spoken.
     pub http2: Http2,
+    /// How long a connection to the upstream may be idle and is used again; `None` if none is used twice.
+    pub keep_alive: Option<Duration>,
     /// How the upstream is asked whether it is well.
     pub health_check: Option<HealthCheck>,
 }
@@ -199,6 +205,7 @@ impl TunnelConfig {
             server_name: None,
             insecure_skip_verify: false,
             http2: Http2::Auto,
+            keep_alive: Some(DEFAULT_KEEP_ALIVE),
             health_check: None,
         }
     }
@@ -207,8 +214,9 @@ impl TunnelConfig {
     #[must_use]
     pub fn has_upstream_of(&self, other: &Self) -> bool {
         let way = |config: &Self| {
-            let Self { upstream, ca_file, server_name, insecure_skip_verify, http2, .. } = config.clone();
-            (upstream, ca_file, server_name, insecure_skip_verify, http2)
+            let Self { upstream, ca_file, server_name, insecure_skip_verify, http2, keep_alive, .. } =
+                config.clone();
+            (upstream, ca_file, server_name, insecure_skip_verify, http2, keep_alive)
         };
         way(self) == way(other)
     }

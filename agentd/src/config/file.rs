@@ -37,6 +37,7 @@ const TUNNEL_KEYS: &[&str] = &[
     "host_header",
     "http2",
     "insecure_skip_verify",
+    "keep_alive",
     "max_concurrent",
     "max_websockets",
     "name",
@@ -180,6 +181,9 @@ fn read_tunnel(document: &Document<'_>, table: &Table<'_>) -> Result<TunnelConfi
     if let Some(http2) = table.text("http2", parse_http2)? {
         tunnel.http2 = http2;
     }
+    if let Some(keep_alive) = table.text("keep_alive", parse_keep_alive)? {
+        tunnel.keep_alive = keep_alive;
+    }
     if let Some(check) = table.table("health_check", HEALTH_CHECK_KEYS)? {
         tunnel.health_check = Some(read_health_check(&check)?);
     }
@@ -226,6 +230,15 @@ fn parse_http2(text: &str) -> Result<Http2, String> {
         "always" => Ok(Http2::Always),
         "never" => Ok(Http2::Never),
         other => Err(format!("{other:?} is none of \"auto\", \"always\" and \"never\"")),
+    }
+}
+
+fn parse_keep_alive(text: &str) -> Result<Option<std::time::Duration>, String> {
+    match text {
+        "off" => Ok(None),
+        text => duration_within(text, "100ms", "1h")
+            .map(Some)
+            .map_err(|error| format!("{error}; \"off\" uses no connection twice")),
     }
 }
 

@@ -72,6 +72,7 @@ fn reads_every_key() {
             server_name = "other.internal"
             insecure_skip_verify = false
             http2 = "never"
+            keep_alive = "5s"
             [tunnel.health_check]
             path = "/healthz?full=1"
             host = "app.test:8000"
@@ -96,6 +97,7 @@ fn reads_every_key() {
     assert_eq!(web.request_timeout, Duration::from_millis(500));
     assert_eq!(web.max_concurrent, 7);
     assert_eq!(web.http2, Http2::Never);
+    assert_eq!(web.keep_alive, Some(Duration::from_secs(5)));
     assert_eq!(web.ca_file.as_deref(), Some(Path::new("/etc/ca.pem")));
     assert_eq!(api.upstream.to_string(), "http://localhost:3000");
     assert!(matches!(&api.host_header, HostHeader::Value(value) if value == "app.example.com:8080"));
@@ -184,6 +186,10 @@ fn a_bad_value_is_named_with_its_place() {
         ),
         ("request_timeout = \"16m\"", "7:19: \"16m\" must be from 1ms to 15m"),
         ("http2 = \"yes\"", "7:9: \"yes\" is none of \"auto\", \"always\" and \"never\""),
+        (
+            "keep_alive = \"50ms\"",
+            "7:14: \"50ms\" must be from 100ms to 1h; \"off\" uses no connection twice",
+        ),
         ("insecure_skip_verify = 1", "7:24: \"insecure_skip_verify\" must be true or false, not an integer"),
         ("origin = \"null\"", "7:10: \"null\" is neither \"preserve\" nor \"upstream\""),
         (

@@ -392,7 +392,7 @@ async fn public(url: &str) -> Result<http::Response<()>, String> {
     } else {
         None
     };
-    let upstream = Upstream::new(address, tls, Http2::Never);
+    let upstream = Upstream::new(address, tls, Http2::Never, None);
     let named = HeaderValue::from_str(authority.as_str()).map_err(|error| error.to_string())?;
     head(&upstream, named, uri.path()).await
 }

@@ -292,7 +292,7 @@ impl Tunnel {
 
     /// The upstream of a tunnel, apart from the tunnel.
     pub(crate) fn upstream_for(config: &TunnelConfig) -> Result<Upstream, TlsError> {
-        Ok(Upstream::new(config.upstream.clone(), tls_for(config)?, config.http2))
+        Ok(Upstream::new(config.upstream.clone(), tls_for(config)?, config.http2, config.keep_alive))
     }
 
     /// Where this tunnel's requests are counted.

@@ -4,6 +4,7 @@
 //! takes it. What is held is bounded by the announced length, which the budget was asked for.
 
 use std::{
+    collections::VecDeque,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
@@ -70,6 +71,8 @@ pub(crate) struct UploadBody {
     state: Arc<Mutex<State>>,
     // Given back when the upstream's connection lets go of the body.
     budget: Option<OwnedSemaphorePermit>,
+    /// What is taken before anything else.
+    again: VecDeque<Bytes>,
 }
 
 /// Tells whether the upstream has been given the whole body.
@@ -88,7 +91,7 @@ pub(crate) fn new(announced: u64) -> (Upload, UploadBody, UploadProgress) {
         outcome: (announced == 0).then_some(Ok(())),
         waker: None,
     }));
-    let body = UploadBody { state: Arc::clone(&state), budget: None };
+    let body = UploadBody { state: Arc::clone(&state), budget: None, again: VecDeque::new() };
     (Upload(Arc::clone(&state)), body, UploadProgress(state))
 }
 
@@ -138,6 +141,16 @@ impl UploadBody {
         lock(&self.state).accepting = true;
     }
 
+    /// Puts back what was taken, to be taken once more: all of it, in order.
+    pub(crate) fn put_back(&mut self, pieces: Vec<Bytes>) {
+        let mut state = lock(&self.state);
+        state.passed_on -= pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
+        if state.outcome == Some(Ok(())) && state.passed_on < state.announced {
+            state.outcome = None;
+        }
+        self.again.extend(pieces);
+    }
+
     /// How many bytes were announced.
     pub(crate) fn announced(&self) -> u64 {
         lock(&self.state).announced
@@ -173,7 +186,15 @@ impl http_body::Body for UploadBody {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, UploadError>>> {
-        let mut state = lock(&self.state);
+        let this = self.get_mut();
+        let mut state = lock(&this.state);
+        if let Some(bytes) = this.again.pop_front() {
+            state.passed_on += bytes.len() as u64;
+            if state.passed_on == state.announced {
+                state.outcome.get_or_insert(Ok(()));
+            }
+            return Poll::Ready(Some(Ok(Frame::data(bytes))));
+        }
         loop {
             match state.outcome {
                 Some(Ok(())) => return Poll::Ready(None),
@@ -228,6 +249,24 @@ mod tests {
         upload.push(1, b"ab".to_vec(), false);
         assert_eq!(body.collect().await.unwrap().to_bytes(), "abcdef");
         assert!(progress.is_complete());
+    }
+
+    #[tokio::test]
+    async fn what_was_taken_can_be_taken_again() {
+        for taken in 0..=3 {
+            let (upload, mut body, progress) = open(6).await;
+            for (seq, piece) in [(1, b"ab"), (2, b"cd"), (3, b"ef")] {
+                upload.push(seq, piece.to_vec(), seq == 3);
+            }
+            let mut pieces = Vec::new();
+            for _ in 0..taken {
+                pieces.push(body.frame().await.unwrap().unwrap().into_data().unwrap());
+            }
+            body.put_back(pieces);
+            assert!(!progress.is_complete());
+            assert_eq!(body.collect().await.unwrap().to_bytes(), "abcdef");
+            assert!(progress.is_complete());
+        }
     }
 
     #[tokio::test]

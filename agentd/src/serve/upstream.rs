@@ -4,6 +4,7 @@
 //! sent, or why there is none. It follows no redirect, decodes nothing, obeys no proxy variable
 //! and dials the configured address only, whatever the request says.
 
+mod http2;
 mod pool;
 mod resolver;
 mod socket;
@@ -20,17 +21,14 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, Version, header, uri::PathAndQuery};
 use http_body::{Body, Frame, SizeHint};
-use hyper::{
-    body::Incoming,
-    client::conn::{http1, http2},
-};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper::{body::Incoming, client::conn::http1};
+use hyper_util::rt::TokioIo;
 use proto::{error::ErrorCode, limits};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
 use self::{
-    pool::{Checkout, Pool, Sender},
+    pool::{Checkout, Pool},
     socket::{Socket, Watch},
 };
 use crate::{
@@ -48,8 +46,11 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// the head, with room for what [`limits::HEAD_BYTES`] does not count.
 const READ_BUFFER_BYTES: usize = 128 * 1024;
 
-/// How much of an HTTP/2 response may be under way.
-const STREAM_WINDOW_BYTES: u32 = 512 * 1024;
+/// How often a request is sent again that the upstream promises not to have touched. Each time goes to another connection.
+const MAX_UNTOUCHED: u32 = 100;
+
+/// How many new connections may make that promise about their first request.
+const MAX_UNTOUCHED_FIRST: u32 = 3;
 
 /// Why an upstream gave no whole response.
 #[derive(Debug, thiserror::Error)]
@@ -185,13 +186,34 @@ pub(crate) struct Upstream {
     pool: Arc<Pool>,
 }
 
+/// A connection that is ready for a request.
+enum Connected {
+    Http1(Checkout),
+    Http2(http2::Lease),
+}
+
+/// Whether a connection has served before.
+#[derive(PartialEq, Eq)]
+enum Age {
+    New,
+    Used,
+}
+
 impl Upstream {
     /// An upstream at `address`; `tls` is there exactly if its scheme is https.
-    pub(crate) fn new(address: Address, tls: Option<Tls>, http2: Http2) -> Self {
+    ///
+    /// A connection is closed when it has been idle for `keep_alive`; without one, none is used twice.
+    pub(crate) fn new(
+        address: Address,
+        tls: Option<Tls>,
+        http2: Http2,
+        keep_alive: Option<Duration>,
+    ) -> Self {
         debug_assert_eq!(tls.is_some(), address.scheme() == address::Scheme::Https);
         let authority = HeaderValue::try_from(address.host_field())
             .expect("an authority of letters, digits and punctuation is a field value");
-        Self { address, authority, tls, http2, pool: Arc::new(Pool::default()) }
+        let pool = Pool::new(address.clone(), keep_alive);
+        Self { address, authority, tls, http2, pool }
     }
 
     /// Where it listens.
@@ -206,53 +228,106 @@ impl Upstream {
 
     /// Sends a request and waits for the head of the final response.
     ///
-    /// The request has an origin-form URI and a `host` field. It is sent once; only where it is
-    /// certain that nothing of it was written on a pooled connection, or where that connection has died and
-    /// the request is safe and has no body, it is sent once more, on a new connection.
+    /// The request has an origin-form URI and a `host` field. It is sent once; again only where it is certain that the
+    /// upstream has done nothing with it (nothing of it was written, or HTTP/2 says so), whatever its method, and once
+    /// more where a connection that had served before has died and the request is safe and has no body.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future closes the connection it uses.
+    /// Dropping the future closes the connection it uses, or resets its stream.
     pub(crate) async fn send(
         &self,
         mut request: Request<RequestBody>,
     ) -> Result<Response<ResponseBody>, UpstreamError> {
-        let repeatable = request.method().is_safe() && request.body().is_end_stream();
-        let mut idle = self.pool.take();
+        let mut repeatable = request.method().is_safe() && request.body().is_end_stream();
+        let (mut untouched, mut untouched_first) = (0, 0);
+        if !self.pool.keeps() {
+            request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        let mut used = self.take().await;
         loop {
-            let (mut connection, pooled) = match idle.take() {
-                Some(connection) => (connection, true),
+            let (connection, age) = match used.take() {
+                Some(connection) => (connection, Age::Used),
                 // Boxed: dialling is rare and its state large, and every request would carry room for it.
-                None => (Box::pin(self.open()).await?, false),
+                None => Box::pin(self.open()).await?,
             };
-            let again = (pooled && repeatable).then(|| clone_without_body(&request));
-            let error = match connection.sender() {
-                Sender::Http1(sender) => match sender.try_send_request(request).await {
-                    Ok(response) => return Ok(response.map(|body| ResponseBody::new(body, connection))),
-                    Err(error) => error,
-                },
-                Sender::Http2(sender) => {
-                    let request = self.for_http2(request);
-                    match sender.try_send_request(request).await {
-                        Ok(response) => return Ok(response.map(|body| ResponseBody::new(body, connection))),
-                        Err(error) => error,
+            let is_used = age == Age::Used;
+            request = match connection {
+                Connected::Http1(mut connection) => {
+                    let again = (is_used && repeatable).then(|| clone_without_body(&request));
+                    let number = connection.number();
+                    let answer = connection.sender().try_send_request(request);
+                    let answer = if is_used { answer.await } else { self.first_answer(number, answer).await };
+                    match answer {
+                        Ok(response) => {
+                            connection.read(response.headers());
+                            return Ok(response.map(|body| ResponseBody::http1(body, connection)));
+                        }
+                        Err(mut error) => {
+                            let unsent = error.take_message();
+                            let error = error.into_error();
+                            match (unsent, again) {
+                                (Some(unsent), _) if is_used => unsent,
+                                (_, Some(again)) if !error.is_parse() => {
+                                    repeatable = false;
+                                    again
+                                }
+                                _ => return Err(error.into()),
+                            }
+                        }
+                    }
+                }
+                Connected::Http2(lease) => {
+                    let (head, body) = request.into_parts();
+                    match lease.send(self.for_http2(head.clone()), body).await {
+                        Ok(response) => return Ok(response.map(ResponseBody::http2)),
+                        Err(http2::Failure { untouched: Some(body), error, .. }) => {
+                            untouched += 1;
+                            untouched_first += u32::from(!is_used);
+                            if untouched > MAX_UNTOUCHED || untouched_first > MAX_UNTOUCHED_FIRST {
+                                return Err(error);
+                            }
+                            Request::from_parts(head, body)
+                        }
+                        Err(http2::Failure { died: true, error, .. })
+                            if is_used && repeatable && !matches!(error, UpstreamError::Invalid { .. }) =>
+                        {
+                            repeatable = false;
+                            Request::from_parts(head, RequestBody::Empty)
+                        }
+                        Err(failure) => return Err(failure.error),
                     }
                 }
             };
-            let died = match connection.sender() {
-                Sender::Http1(_) => true,
-                // A stream that was reset says nothing about its connection: the upstream has the request.
-                Sender::Http2(sender) => !sender.is_ready(),
-            };
-            let mut error = error;
-            let unsent = error.take_message();
-            let error = error.into_error();
-            request = match (unsent, again) {
-                (Some(unsent), _) if pooled => unsent,
-                (_, Some(again)) if died && !error.is_parse() => again,
-                _ => return Err(error.into()),
-            };
         }
+    }
+
+    /// A connection that has served before and is of use.
+    async fn take(&self) -> Option<Connected> {
+        match self.take_http2().await {
+            Some(lease) => Some(Connected::Http2(lease)),
+            None => self.pool.take().map(Connected::Http1),
+        }
+    }
+
+    async fn take_http2(&self) -> Option<http2::Lease> {
+        loop {
+            let lease = self.pool.enter_http2()?;
+            if lease.is_alive().await {
+                return Some(lease);
+            }
+        }
+    }
+
+    /// Waits for what answers the first request on a connection. If that takes long, it is perhaps the older idle
+    /// connections that the upstream waits for: those are closed.
+    async fn first_answer<T>(&self, number: u64, answer: impl Future<Output = T>) -> T {
+        let mut answer = std::pin::pin!(answer);
+        if let Ok(answer) = timeout(pool::STARVED_AFTER, &mut answer).await {
+            return answer;
+        }
+        let _starving = pool::starve(&self.address, number);
+        answer.await
     }
 
     /// Sends a request for another protocol, on a connection of its own and over HTTP/1.1: HTTP/2 knows no upgrade.
@@ -272,12 +347,10 @@ impl Upstream {
                 self.start_http1(stream, watch).await?
             }
         };
-        let Sender::Http1(sender) = connection.sender() else {
-            return Err(UpstreamError::invalid("it speaks HTTP/2 only"));
-        };
-        let mut response = sender.send_request(request).await?;
+        let number = connection.number();
+        let mut response = self.first_answer(number, connection.sender().send_request(request)).await?;
         if response.status() != http::StatusCode::SWITCHING_PROTOCOLS {
-            return Ok(Upgrade::Refused(response.map(|body| ResponseBody::new(body, connection))));
+            return Ok(Upgrade::Refused(response.map(|body| ResponseBody::http1(body, connection))));
         }
         // What came behind the head is in there.
         let io = hyper::upgrade::on(&mut response).await?;
@@ -285,8 +358,9 @@ impl Upstream {
     }
 
     /// Puts scheme and authority where HTTP/2 wants them: the authority is what `host` says.
-    fn for_http2(&self, request: Request<RequestBody>) -> Request<RequestBody> {
-        let (mut head, body) = request.into_parts();
+    fn for_http2(&self, mut head: http::request::Parts) -> http::request::Parts {
+        // What belongs to one connection is not said in HTTP/2 (RFC 9113 §8.2.2).
+        head.headers.remove(header::CONNECTION);
         let host = head.headers.remove(header::HOST);
         let mut uri = http::uri::Parts::default();
         uri.scheme = Some(match self.address.scheme() {
@@ -302,7 +376,7 @@ impl Upstream {
             head.uri = uri;
         }
         head.version = Version::HTTP_2;
-        Request::from_parts(head, body)
+        head
     }
 
     async fn connect(&self) -> Result<Socket, UpstreamError> {
@@ -313,28 +387,48 @@ impl Upstream {
         }
     }
 
-    async fn open(&self) -> Result<Checkout, UpstreamError> {
+    /// A new connection, or one that somebody else has opened meanwhile and that serves both.
+    async fn open(&self) -> Result<(Connected, Age), UpstreamError> {
+        let may_share = self.pool.keeps()
+            && match self.http2 {
+                Http2::Always => true,
+                Http2::Auto => self.tls.is_some(),
+                Http2::Never => false,
+            };
+        let mut _turn = None;
+        if may_share {
+            _turn = self.pool.turn().await;
+            if let Some(lease) = self.take_http2().await {
+                return Ok((Connected::Http2(lease), Age::Used));
+            }
+        }
         let socket = self.connect().await?;
         let watch = socket.watch();
-        let Some(tls) = &self.tls else {
-            return match self.http2 {
-                Http2::Always => self.start_http2(socket).await,
-                Http2::Auto | Http2::Never => self.start_http1(socket, watch).await,
-            };
+        let connection = match &self.tls {
+            None if self.http2 == Http2::Always => self.start_http2(socket).await?,
+            None => Connected::Http1(self.start_http1(socket, watch).await?),
+            Some(tls) => {
+                let stream = agree_on_tls(Arc::clone(&tls.config), tls, socket).await?;
+                let offers_http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+                match (self.http2, offers_http2) {
+                    (_, true) => self.start_http2(stream).await?,
+                    (Http2::Always, false) => {
+                        return Err(UpstreamError::Tls(io::Error::other("it does not offer HTTP/2")));
+                    }
+                    (Http2::Auto | Http2::Never, false) => {
+                        Connected::Http1(self.start_http1(stream, watch).await?)
+                    }
+                }
+            }
         };
-        let stream = agree_on_tls(Arc::clone(&tls.config), tls, socket).await?;
-        let offers_http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-        match (self.http2, offers_http2) {
-            (_, true) => self.start_http2(stream).await,
-            (Http2::Always, false) => Err(UpstreamError::Tls(io::Error::other("it does not offer HTTP/2"))),
-            (Http2::Auto | Http2::Never, false) => self.start_http1(stream, watch).await,
-        }
+        Ok((connection, Age::New))
     }
 
     async fn start_http1<S>(&self, stream: S, watch: Watch) -> Result<Checkout, UpstreamError>
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
     {
+        let number = pool::next_number();
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(READ_BUFFER_BYTES)
             .max_headers(limits::HEADER_FIELDS)
@@ -347,23 +441,18 @@ impl Upstream {
             // Its errors reach whoever waits for the response.
             let _ = connection.await;
         });
-        Ok(self.pool.check_out_http1(sender, task.abort_handle(), watch))
+        Ok(self.pool.check_out_http1(sender, task.abort_handle(), watch, number))
     }
 
-    async fn start_http2<S>(&self, stream: S) -> Result<Checkout, UpstreamError>
+    async fn start_http2<S>(&self, stream: S) -> Result<Connected, UpstreamError>
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
     {
-        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(4 * STREAM_WINDOW_BYTES)
-            .max_header_list_size(READ_BUFFER_BYTES as u32)
-            .handshake(TokioIo::new(stream))
-            .await?;
-        tokio::spawn(async move {
-            let _ = connection.await;
-        });
-        Ok(self.pool.check_out_http2(sender))
+        let connection = http2::Connection::begin(stream).await?;
+        // The one who opened it comes first.
+        let lease = connection.enter().ok_or(UpstreamError::Reset(None))?;
+        self.pool.add_http2(&connection);
+        Ok(Connected::Http2(lease))
     }
 }
 
@@ -398,20 +487,29 @@ fn clone_without_body(request: &Request<RequestBody>) -> Request<RequestBody> {
     copy
 }
 
-/// The body of a response. Dropped before its end it closes the connection it comes from.
-pub(crate) struct ResponseBody {
-    incoming: Incoming,
-    connection: Option<Checkout>,
+/// The body of a response. Dropped before its end it closes the connection it comes from, or resets its stream.
+pub(crate) struct ResponseBody(Source);
+
+enum Source {
+    Http1(Incoming, Checkout),
+    Http2(Box<http2::Body>),
 }
 
 impl ResponseBody {
-    const fn new(incoming: Incoming, connection: Checkout) -> Self {
-        Self { incoming, connection: Some(connection) }
+    const fn http1(incoming: Incoming, connection: Checkout) -> Self {
+        Self(Source::Http1(incoming, connection))
+    }
+
+    fn http2(body: http2::Body) -> Self {
+        Self(Source::Http2(Box::new(body)))
     }
 
     /// Whether everything has been read.
     pub(crate) fn is_end(&self) -> bool {
-        self.incoming.is_end_stream()
+        match &self.0 {
+            Source::Http1(incoming, _) => incoming.is_end_stream(),
+            Source::Http2(body) => body.is_end(),
+        }
     }
 
     /// The next bytes as the upstream sent them, `None` at the proper end. Trailers are dropped.
@@ -421,8 +519,12 @@ impl ResponseBody {
     /// Cancel safe.
     pub(crate) async fn next(&mut self) -> Option<Result<Bytes, UpstreamError>> {
         use http_body_util::BodyExt as _;
+        let incoming = match &mut self.0 {
+            Source::Http1(incoming, _) => incoming,
+            Source::Http2(body) => return body.next().await,
+        };
         loop {
-            match self.incoming.frame().await? {
+            match incoming.frame().await? {
                 Err(error) => return Some(Err(UpstreamError::Reset(Some(error.into())))),
                 Ok(frame) => {
                     if let Ok(bytes) = frame.into_data()
@@ -437,8 +539,8 @@ impl ResponseBody {
 
     /// Gives the connection back for the next request. Only after the whole body was read and
     /// the whole request was sent.
-    pub(crate) fn finish(mut self) {
-        if let Some(connection) = self.connection.take() {
+    pub(crate) fn finish(self) {
+        if let Source::Http1(_, connection) = self.0 {
             connection.give_back();
         }
     }

@@ -5,6 +5,7 @@
 mod body;
 mod breakage;
 mod cli;
+mod connections;
 mod fidelity;
 mod lifecycle;
 mod limit;

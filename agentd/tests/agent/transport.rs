@@ -36,7 +36,7 @@ fn acceptor(alpn: &[&[u8]]) -> TlsAcceptor {
 }
 
 /// An agent whose tunnel `web` has these lines in its configuration.
-async fn agent_with(tunnel: &str) -> (Line, Agent, tempfile::TempDir, Edge) {
+pub(crate) async fn agent_with(tunnel: &str) -> (Line, Agent, tempfile::TempDir, Edge) {
     let edge = Edge::bind().await;
     let folder = tempfile::tempdir().unwrap();
     private_file(folder.path(), "token", TOKEN).unwrap();

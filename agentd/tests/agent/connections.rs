@@ -1,0 +1,358 @@
+//! Which connection to the upstream a request goes out on, and when it goes out once more.
+
+use proto::{error::ErrorCode, message::Request};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
+
+use crate::{
+    stage::{Agent, Edge, Line, Peer, Sent, Upstream, get, noise, patiently, request, with_body},
+    transport::agent_with,
+};
+
+const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+
+// RFC 9113 §6, §7.
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const GOAWAY: u8 = 7;
+const END_STREAM: u8 = 1;
+const ACK: u8 = 1;
+const END_HEADERS: u8 = 4;
+const NO_ERROR: u32 = 0;
+const REFUSED_STREAM: u32 = 7;
+const CANCEL: u32 = 8;
+
+/// The upstream's end of an HTTP/2 connection, frame by frame.
+struct Http2 {
+    stream: TcpStream,
+    body: Vec<u8>,
+}
+
+impl Http2 {
+    /// Begins a connection that takes this many streams at a time.
+    async fn accept(upstream: &Upstream, max_streams: u32) -> Self {
+        let mut stream = upstream.accept().await.stream;
+        let mut preface = [0; 24];
+        patiently("a preface", stream.read_exact(&mut preface)).await.unwrap();
+        assert_eq!(&preface, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
+        let mut this = Self { stream, body: Vec::new() };
+        let setting = [&3u16.to_be_bytes()[..], &max_streams.to_be_bytes()].concat();
+        this.send(SETTINGS, 0, 0, &setting).await;
+        this
+    }
+
+    async fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        let head = [&length[1..], &[kind, flags], &stream.to_be_bytes()].concat();
+        // An agent that has gone wants no more.
+        let _ = self.stream.write_all(&[&head, payload].concat()).await;
+    }
+
+    /// The next frame of this kind; the body's bytes are kept, settings and pings are answered.
+    async fn next(&mut self, wanted: u8) -> (u8, u32) {
+        loop {
+            let mut head = [0; 9];
+            patiently("a frame", self.stream.read_exact(&mut head)).await.unwrap();
+            let [a, b, c, kind, flags, stream @ ..] = head;
+            let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+            patiently("a frame", self.stream.read_exact(&mut payload)).await.unwrap();
+            match kind {
+                SETTINGS | PING if flags & ACK == 0 => {
+                    let payload = if kind == PING { &payload[..] } else { &[] };
+                    self.send(kind, ACK, 0, payload).await;
+                }
+                DATA => self.body.extend(payload),
+                _ => {}
+            }
+            if kind == wanted {
+                return (flags, u32::from_be_bytes(stream));
+            }
+        }
+    }
+
+    /// The stream of the next request; its body has not been read.
+    async fn request(&mut self) -> u32 {
+        self.next(HEADERS).await.1
+    }
+
+    /// Reads a request's body to its end.
+    async fn whole_body(&mut self) -> Vec<u8> {
+        while self.next(DATA).await.0 & END_STREAM == 0 {}
+        std::mem::take(&mut self.body)
+    }
+
+    /// `:status: 200` and nothing else.
+    async fn answer(&mut self, stream: u32) {
+        self.send(HEADERS, END_HEADERS | END_STREAM, stream, &[0x88]).await;
+    }
+
+    async fn reset(&mut self, stream: u32, code: u32) {
+        self.send(RST_STREAM, 0, stream, &code.to_be_bytes()).await;
+    }
+
+    /// Nothing above `last` has been or will be touched.
+    async fn go_away(&mut self, last: u32) {
+        self.send(GOAWAY, 0, 0, &[last.to_be_bytes(), NO_ERROR.to_be_bytes()].concat()).await;
+    }
+}
+
+async fn http2() -> (Edge, Line, Upstream, Agent, tempfile::TempDir) {
+    let upstream = Upstream::bind().await;
+    let (line, agent, folder, edge) =
+        agent_with(&format!("upstream = \"http://127.0.0.1:{}\"\nhttp2 = \"always\"", upstream.port)).await;
+    (edge, line, upstream, agent, folder)
+}
+
+async fn is_ok(line: &mut Line, sent: &Request<'_>) {
+    let whole = line.whole(sent).await;
+    assert_eq!(whole.status, 200);
+}
+
+#[tokio::test]
+async fn what_an_upstream_promises_not_to_have_touched_is_sent_again_whatever_the_method() {
+    let (_edge, mut line, upstream, _agent, _folder) = http2().await;
+    let body = noise(150_000);
+    for (goes, announced) in [(true, false), (true, true), (false, false), (false, true)] {
+        line.request(&get("/")).await;
+        let mut first = Http2::accept(&upstream, 100).await.await_request(&mut line).await;
+        let mut sent = request("POST", "/pay");
+        if announced {
+            sent.announced = Some(body.len() as u64);
+            line.request(&sent).await;
+            assert!(matches!(line.answer().await, Sent::Continue { .. }));
+            line.piece(&sent, 1, &body[..60_000], false).await;
+        } else {
+            sent = with_body(sent, &body[..50_000]);
+            line.request(&sent).await;
+        }
+        let stream = first.request().await;
+        first.next(DATA).await;
+        if goes {
+            first.go_away(stream - 2).await;
+        } else {
+            first.reset(stream, REFUSED_STREAM).await;
+        }
+        let mut second = Http2::accept(&upstream, 100).await;
+        let stream = second.request().await;
+        if announced {
+            line.piece(&sent, 2, &body[60_000..], true).await;
+        }
+        second.send(8, 0, 0, &1_000_000u32.to_be_bytes()).await;
+        second.send(8, 0, stream, &1_000_000u32.to_be_bytes()).await;
+        let got = second.whole_body().await;
+        assert!(got == body[..if announced { body.len() } else { 50_000 }], "{goes} {announced}");
+        second.answer(stream).await;
+        is_ok(&mut line, &sent).await;
+        // The next turn begins with a new connection.
+        second.go_away(stream).await;
+        first.go_away(1).await;
+        drop((first, second));
+    }
+}
+
+impl Http2 {
+    /// Serves one request, so that the connection is one that has served before.
+    async fn await_request(mut self, line: &mut Line) -> Self {
+        let stream = self.request().await;
+        self.answer(stream).await;
+        assert!(line.answer().await.is_end());
+        self
+    }
+}
+
+#[tokio::test]
+async fn what_an_upstream_may_have_touched_is_not_sent_again() {
+    let (_edge, mut line, upstream, _agent, _folder) = http2().await;
+    for how in ["cancelled", "named", "lost"] {
+        line.request(&get("/")).await;
+        let mut peer = Http2::accept(&upstream, 100).await.await_request(&mut line).await;
+        line.request(&with_body(request("POST", "/pay"), b"body")).await;
+        let stream = peer.request().await;
+        match how {
+            "cancelled" => peer.reset(stream, CANCEL).await,
+            "named" => peer.go_away(stream).await,
+            _ => {}
+        }
+        if how != "cancelled" {
+            drop(peer.stream);
+        } else {
+            peer.go_away(stream).await;
+        }
+        assert_eq!(line.failure().await, (0, ErrorCode::UpstreamReset), "{how}");
+        assert!(upstream.is_untouched().await);
+    }
+    // A GET that was lost with its connection goes out once more.
+    line.request(&get("/")).await;
+    let mut peer = Http2::accept(&upstream, 100).await.await_request(&mut line).await;
+    let sent = get("/again");
+    line.request(&sent).await;
+    peer.request().await;
+    drop(peer);
+    let mut peer = Http2::accept(&upstream, 100).await;
+    let stream = peer.request().await;
+    peer.answer(stream).await;
+    is_ok(&mut line, &sent).await;
+}
+
+#[tokio::test]
+async fn a_request_that_finds_no_stream_opens_a_connection() {
+    let (_edge, mut line, upstream, _agent, _folder) = http2().await;
+    let sent: Vec<_> = (0..3).map(|_| get("/slow")).collect();
+    let mut peers = Vec::new();
+    for sent in &sent {
+        line.request(sent).await;
+        let mut peer = Http2::accept(&upstream, 1).await;
+        let stream = peer.request().await;
+        peers.push((peer, stream));
+    }
+    // Each is answered while the others wait, the last one first.
+    for (sent, (peer, stream)) in sent.iter().zip(&mut peers).rev() {
+        peer.answer(*stream).await;
+        is_ok(&mut line, sent).await;
+    }
+    // All three are there for what comes next.
+    for _ in 0..3 {
+        line.request(&get("/next")).await;
+    }
+    for (peer, _) in &mut peers {
+        peer.request().await;
+    }
+    assert!(upstream.is_untouched().await);
+}
+
+#[tokio::test]
+async fn a_connection_that_is_silent_costs_the_request_that_finds_it_out_and_no_more() {
+    let (_edge, mut line, upstream, _agent, _folder) = http2().await;
+    line.request(&get("/")).await;
+    let mut silent = Http2::accept(&upstream, 100).await.await_request(&mut line).await;
+    let lost = get("/lost");
+    line.request(&lost).await;
+    silent.request().await;
+    // From here on nothing is read and nothing is said.
+    tokio::time::sleep(std::time::Duration::from_millis(1_100)).await;
+    let mut second: Option<Http2> = None;
+    for _ in 0..3 {
+        let sent = with_body(request("POST", "/"), b"body");
+        line.request(&sent).await;
+        let mut peer = match second.take() {
+            Some(peer) => peer,
+            None => Http2::accept(&upstream, 100).await,
+        };
+        let stream = peer.request().await;
+        peer.answer(stream).await;
+        is_ok(&mut line, &sent).await;
+        second = Some(peer);
+    }
+}
+
+#[tokio::test]
+async fn an_early_answer_over_http2_is_whole_and_a_broken_one_is_not() {
+    let (_edge, mut line, upstream, _agent, _folder) = http2().await;
+    let mut sent = request("POST", "/");
+    sent.announced = Some(1_000_000);
+    line.request(&sent).await;
+    assert!(matches!(line.answer().await, Sent::Continue { .. }));
+    line.piece(&sent, 1, &noise(50_000), false).await;
+    let mut peer = Http2::accept(&upstream, 100).await;
+    let stream = peer.request().await;
+    // RFC 9113 §8.1: the answer, then that the rest is not wanted.
+    peer.send(HEADERS, END_HEADERS, stream, &[0x88]).await;
+    peer.send(DATA, END_STREAM, stream, b"early").await;
+    peer.reset(stream, NO_ERROR).await;
+    line.piece(&sent, 2, &noise(50_000), false).await;
+    assert_eq!(line.whole(&sent).await.body, b"early");
+    for code in [CANCEL, 2, NO_ERROR] {
+        line.request(&get("/")).await;
+        let stream = peer.request().await;
+        peer.send(HEADERS, END_HEADERS, stream, &[0x88]).await;
+        let Sent::Reply { end: false, .. } = line.answer().await else { panic!("a reply without an end") };
+        peer.send(DATA, 0, stream, b"hal").await;
+        peer.reset(stream, code).await;
+        loop {
+            match line.answer().await {
+                Sent::Chunk { end: false, .. } => {}
+                Sent::Failed { code, .. } => break assert_eq!(code, ErrorCode::UpstreamReset),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_idle_connection_blocks_no_newer_one() {
+    // A server that serves one connection at a time, in the order in which they came.
+    let (edge, upstream) = (Edge::bind().await, Upstream::bind().await);
+    let _agent = Agent::http(&edge, upstream.port, &[]);
+    let mut line = edge.welcome().await;
+    for round in 0..2 {
+        let (a, b) = (get("/a"), with_body(request("POST", "/b"), b"body"));
+        line.request(&a).await;
+        let mut first = upstream.accept().await;
+        first.head().await;
+        line.request(&b).await;
+        if round == 1 {
+            // The first is busy still when the second begins to starve.
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        }
+        first.write(OK).await;
+        is_ok(&mut line, &a).await;
+        first.closed().await;
+        let (second, _) = upstream.answer(OK).await;
+        is_ok(&mut line, &b).await;
+        drop(second);
+    }
+}
+
+#[tokio::test]
+async fn an_idle_connection_of_one_tunnel_blocks_no_other_tunnel() {
+    let upstream = Upstream::bind().await;
+    let port = upstream.port;
+    let (mut line, _agent, _folder, _edge) =
+        agent_with(&format!("upstream = {port}\n[[tunnel]]\nname = \"other\"\nupstream = {port}\n")).await;
+    let a = get("/a");
+    line.request(&a).await;
+    let (mut first, _) = upstream.answer(OK).await;
+    is_ok(&mut line, &a).await;
+    let mut b = get("/b");
+    b.tunnel = "other".parse().unwrap();
+    line.request(&b).await;
+    first.closed().await;
+    let _second = upstream.answer(OK).await;
+    is_ok(&mut line, &b).await;
+}
+
+/// Serves one request and waits for the connection to be closed. The last head is returned.
+async fn served_and_closed(line: &mut Line, upstream: &Upstream, answer: &[u8]) -> String {
+    let sent = get("/");
+    line.request(&sent).await;
+    let (mut peer, head): (Peer<TcpStream>, _) = upstream.answer(answer).await;
+    is_ok(line, &sent).await;
+    peer.closed().await;
+    head
+}
+
+#[tokio::test]
+async fn a_connection_is_kept_as_long_as_configured_and_announced() {
+    let upstream = Upstream::bind().await;
+    let port = upstream.port;
+    let with = |keep_alive: &str| format!("upstream = {port}\n{keep_alive}\n");
+    let (mut line, _agent, _folder, _edge) = agent_with(&with("keep_alive = \"off\"")).await;
+    for _ in 0..2 {
+        let head = served_and_closed(&mut line, &upstream, OK).await;
+        assert!(head.contains("\r\nconnection: close"), "{head}");
+    }
+    let (mut line, _agent, _folder, _edge) = agent_with(&with("keep_alive = \"100ms\"")).await;
+    let head = served_and_closed(&mut line, &upstream, OK).await;
+    assert!(!head.contains("connection"), "{head}");
+    // What is announced bounds what is configured.
+    let (mut line, _agent, _folder, _edge) = agent_with(&with("")).await;
+    for timeout in ["timeout=0", "timeout=1, max=100"] {
+        let answer = format!("HTTP/1.1 200 OK\r\nKeep-Alive: {timeout}\r\ncontent-length: 2\r\n\r\nok");
+        served_and_closed(&mut line, &upstream, answer.as_bytes()).await;
+    }
+}
