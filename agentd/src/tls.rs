@@ -3,10 +3,15 @@
 use std::{fs, io, path::Path, sync::Arc};
 
 use rustls::{
-    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    client::{
+        WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+        verify_server_name,
+    },
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject as _},
+    server::ParsedCertificate,
 };
 
 /// Whom to believe.
@@ -14,7 +19,7 @@ use rustls::{
 pub enum Trust<'a> {
     /// The system's roots.
     System,
-    /// The system's roots and the certificates of a PEM file.
+    /// The system's roots and the certificates of a PEM file: whom they sign, and each of them itself.
     SystemAnd(&'a Path),
     /// Anybody. Only where the operator said so.
     Anybody,
@@ -51,7 +56,7 @@ pub fn client_config(trust: Trust<'_>, alpn: &[&[u8]]) -> Result<Arc<ClientConfi
     let provider = Arc::new(aws_lc_rs::default_provider());
     let builder =
         ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
-    let mut config = match trust {
+    let config = match trust {
         Trust::Anybody => builder
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(NoVerifier(provider)))
@@ -59,17 +64,26 @@ pub fn client_config(trust: Trust<'_>, alpn: &[&[u8]]) -> Result<Arc<ClientConfi
         Trust::System | Trust::SystemAnd(_) => {
             let mut roots = RootCertStore::empty();
             roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-            if let Trust::SystemAnd(path) = trust {
-                add_file(&mut roots, path)?;
-            }
-            builder.with_root_certificates(roots).with_no_client_auth()
+            let Trust::SystemAnd(path) = trust else {
+                return Ok(finish(builder.with_root_certificates(roots).with_no_client_auth(), alpn));
+            };
+            let named = add_file(&mut roots, path)?;
+            let webpki = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider)
+                .build()
+                .map_err(|error| rustls::Error::General(error.to_string()))?;
+            let verifier = Arc::new(NamedVerifier { webpki, named });
+            builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth()
         }
     };
-    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
-    Ok(Arc::new(config))
+    Ok(finish(config, alpn))
 }
 
-fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<(), TlsError> {
+fn finish(mut config: ClientConfig, alpn: &[&[u8]]) -> Arc<ClientConfig> {
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    Arc::new(config)
+}
+
+fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let shown = || path.display().to_string();
     let pem = fs::read(path).map_err(|source| TlsError::Read { path: shown(), source })?;
     let certificates = CertificateDer::pem_slice_iter(&pem)
@@ -78,10 +92,105 @@ fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<(), TlsError> {
     if certificates.is_empty() {
         return Err(TlsError::NoCertificate(shown()));
     }
-    for certificate in certificates {
-        roots.add(certificate).map_err(|_| TlsError::NoCertificate(shown()))?;
+    for certificate in &certificates {
+        roots.add(certificate.clone()).map_err(|_| TlsError::NoCertificate(shown()))?;
     }
-    Ok(())
+    Ok(certificates)
+}
+
+/// What helps against a certificate that was refused, or against a server that does not speak TLS.
+#[must_use]
+pub fn advice(error: &rustls::Error) -> Option<&'static str> {
+    Some(match error {
+        rustls::Error::InvalidCertificate(refused) => match refused {
+            CertificateError::UnknownIssuer => {
+                "name the authority that signed it, or the certificate itself, in ca_file"
+            }
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+                "set server_name to a name that it has, or make one with this name: \
+                 openssl req -x509 -newkey rsa:2048 -nodes -days 365 -keyout key.pem -out cert.pem \
+                 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+            }
+            CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+                "renew it, or set this machine's clock"
+            }
+            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+                "set this machine's clock, or that of whoever made it"
+            }
+            other if is_ca_as_server(other) => {
+                "it is marked as an authority's own: name exactly this certificate in ca_file, or make one without CA:TRUE \
+                 (openssl req -x509 … -addext basicConstraints=CA:FALSE)"
+            }
+            _ => return None,
+        },
+        rustls::Error::InvalidMessage(_) => "the service does not speak TLS: use http://",
+        rustls::Error::AlertReceived(rustls::AlertDescription::CertificateRequired) => {
+            "the service asks for a client's certificate, and agentd has none"
+        }
+        rustls::Error::PeerIncompatible(_) => {
+            "the service knows neither TLS 1.2 nor 1.3, or nothing of what is offered there"
+        }
+        _ => return None,
+    })
+}
+
+/// Whether a certificate was refused only because it is an authority's own. The library has no variant for it.
+fn is_ca_as_server(error: &CertificateError) -> bool {
+    matches!(error, CertificateError::Other(other) if other.to_string().contains("CaUsedAsEndEntity"))
+}
+
+/// Trusts whom the roots sign, and each certificate that is named itself: `openssl req -x509` marks what it makes as an
+/// authority's own, and the server that shows it has not been signed by it. OpenSSL and Go take it too.
+#[derive(Debug)]
+struct NamedVerifier {
+    webpki: Arc<WebPkiServerVerifier>,
+    named: Vec<CertificateDer<'static>>,
+}
+
+impl ServerCertVerifier for NamedVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let refused = match self.webpki.verify_server_cert(end_entity, intermediates, server_name, ocsp, now)
+        {
+            Err(rustls::Error::InvalidCertificate(refused)) => refused,
+            other => return other,
+        };
+        // Both are found out after the time was checked, and before the name is.
+        let but_for_its_issuer = refused == CertificateError::UnknownIssuer || is_ca_as_server(&refused);
+        if !but_for_its_issuer || !self.named.contains(end_entity) {
+            return Err(rustls::Error::InvalidCertificate(refused));
+        }
+        verify_server_name(&ParsedCertificate::try_from(end_entity)?, server_name)?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.webpki.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.webpki.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.webpki.supported_verify_schemes()
+    }
 }
 
 /// Accepts every certificate; signatures are still checked.

@@ -16,7 +16,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use crate::config::address::Address;
+use crate::{config::address::Address, tls};
 
 /// A cause that goes on is said again after this.
 const AGAIN_AFTER: Duration = Duration::from_secs(5 * 60);
@@ -99,6 +99,10 @@ pub(crate) fn explain(upstream: &Address, error: &(dyn StdError + 'static)) -> S
         }
         io = io.or_else(|| inner.downcast_ref::<io::Error>());
         cause = inner.source();
+    }
+    let tls = io.and_then(|io| io.get_ref()?.downcast_ref::<rustls::Error>());
+    if let Some(advice) = tls.and_then(tls::advice) {
+        let _ = write!(text, "; {advice}");
     }
     if let (Address::Unix(path), Some(io)) = (upstream, io)
         && let Some(advice) = socket_advice(path, io.kind())

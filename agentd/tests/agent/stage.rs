@@ -518,6 +518,16 @@ impl Agent {
         self.log.lock().unwrap().clone()
     }
 
+    /// Waits for the log to say something.
+    pub(crate) async fn says(&self, what: &str) {
+        patiently(what, async {
+            while !self.log().contains(what) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await;
+    }
+
     pub(crate) fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_raw(self.child.id().unwrap() as i32).unwrap();
         rustix::process::kill_process(pid, signal).unwrap();

@@ -21,10 +21,13 @@ fn fixture(name: &str) -> PathBuf {
 
 /// TLS for `localhost`, signed by the fixture's own authority.
 fn acceptor(alpn: &[&[u8]]) -> TlsAcceptor {
+    acceptor_with("localhost.pem", "localhost.key", alpn)
+}
+
+fn acceptor_with(certificate: &str, key: &str, alpn: &[&[u8]]) -> TlsAcceptor {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let chain =
-        CertificateDer::pem_file_iter(fixture("localhost.pem")).unwrap().map(Result::unwrap).collect();
-    let key = PrivateKeyDer::from_pem_file(fixture("localhost.key")).unwrap();
+    let chain = CertificateDer::pem_file_iter(fixture(certificate)).unwrap().map(Result::unwrap).collect();
+    let key = PrivateKeyDer::from_pem_file(fixture(key)).unwrap();
     let mut config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -107,6 +110,64 @@ async fn tls_is_checked_against_the_configured_roots() {
     serve.abort();
 }
 
+/// `self.pem`, `unnamed.pem` (no subjectAltName) and `expired.pem` are what `openssl req -x509` makes, with one key: marked
+/// as an authority's own. `impostor.pem` says the same as `self.pem` with another key.
+#[tokio::test]
+async fn a_certificate_that_is_named_itself_is_trusted_exactly() {
+    for (shown, named, host, refused) in [
+        ("self", Some("self.pem"), "localhost", None),
+        // Signed by somebody else, and named itself.
+        ("localhost", Some("localhost.pem"), "localhost", None),
+        (
+            "impostor",
+            Some("self.pem"),
+            "localhost",
+            Some("authority's own: name exactly this certificate in ca_file"),
+        ),
+        ("self", None, "localhost", Some("authority's own: name exactly this certificate in ca_file")),
+        ("self", Some("self.pem"), "127.0.0.1", Some("set server_name to a name that it has")),
+        ("unnamed", Some("unnamed.pem"), "localhost", Some("-addext subjectAltName=DNS:localhost")),
+        ("expired", Some("expired.pem"), "localhost", Some("renew it")),
+        ("localhost", Some("self.pem"), "localhost", Some("name the authority that signed it")),
+        ("plain", Some("self.pem"), "localhost", Some("does not speak TLS: use http://")),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let tls = match shown {
+            "plain" => None,
+            "localhost" => Some(acceptor(&[])),
+            "impostor" => Some(acceptor_with("impostor.pem", "impostor.key", &[])),
+            mine => Some(acceptor_with(&format!("{mine}.pem"), "self.key", &[])),
+        };
+        let serve = tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            match tls {
+                None => Peer::new(stream).write(b"HTTP/1.1 400 Bad Request\r\n\r\n").await,
+                Some(tls) => {
+                    if let Ok(stream) = tls.accept(stream).await {
+                        let mut peer = Peer::new(stream);
+                        peer.head().await;
+                        peer.write(OK).await;
+                    }
+                }
+            }
+        });
+        let ca_file = named.map(|named| format!("ca_file = \"{}\"", fixture(named).display()));
+        let tunnel = format!("upstream = \"https://{host}:{port}\"\n{}", ca_file.unwrap_or_default());
+        let (mut line, agent, _folder, _edge) = agent_with(&tunnel).await;
+        let sent = get("/x");
+        line.request(&sent).await;
+        match refused {
+            None => assert_eq!(line.whole(&sent).await.body, b"ok", "{shown} {named:?}"),
+            Some(advice) => {
+                assert_eq!(line.failure().await, (0, ErrorCode::UpstreamTls), "{shown} {named:?}");
+                agent.says(advice).await;
+            }
+        }
+        serve.abort();
+    }
+}
+
 /// Says what it was asked over HTTP/2.
 async fn echo(request: http::Request<Incoming>) -> Result<http::Response<Full<Bytes>>, Infallible> {
     let head = format!(
@@ -149,4 +210,63 @@ async fn http2_is_spoken_where_it_is_offered_and_without_tls_where_it_is_asked_f
         }
         serve.abort();
     }
+}
+
+#[tokio::test]
+async fn a_name_becomes_a_connection_as_in_curl() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    // The same port of the other family, where this machine has one.
+    let other_family = TcpListener::bind(("::1", 0)).await.ok();
+    let v6_port = other_family.as_ref().map(|listener| listener.local_addr().unwrap().port());
+    let mut cases = vec![
+        (&listener, format!("http://web.localhost:{port}"), format!("web.localhost:{port}")),
+        (&listener, format!("http://localhost.:{port}"), format!("localhost.:{port}")),
+    ];
+    if let (Some(listener), Some(port)) = (&other_family, v6_port) {
+        cases.push((listener, format!("http://a.localhost:{port}"), format!("a.localhost:{port}")));
+        cases.push((listener, format!("http://[::1%lo]:{port}"), format!("[::1]:{port}")));
+        cases.push((listener, format!("[::1%251]:{port}"), format!("[::1]:{port}")));
+    }
+    for (listener, address, host) in cases {
+        let (mut line, _agent, _folder, _edge) = agent_with(&format!("upstream = \"{address}\"")).await;
+        let sent = get("/x");
+        line.request(&sent).await;
+        let mut peer = Peer::new(patiently(&address, listener.accept()).await.unwrap().0);
+        assert_eq!(peer.head().await, format!("GET /x HTTP/1.1\r\nhost: {host}"));
+        peer.write(OK).await;
+        assert_eq!(line.whole(&sent).await.body, b"ok", "{address}");
+    }
+    let (mut line, agent, _folder, _edge) = agent_with("upstream = \"http://[fe80::1%nowhere9]:80\"").await;
+    line.request(&get("/")).await;
+    assert_eq!(line.failure().await, (0, ErrorCode::UpstreamUnreachable));
+    agent.says("no interface \\\"nowhere9\\\"").await;
+}
+
+#[tokio::test]
+async fn what_takes_too_long_before_the_request_is_late_and_no_other_failure() {
+    // Nothing is said after the connection was accepted.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let silent_port = silent.local_addr().unwrap().port();
+    // Whose backlog is full drops what comes.
+    let full = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    full.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    full.listen(0).unwrap();
+    let address = full.local_addr().unwrap().as_socket().unwrap();
+    let _waiting = [std::net::TcpStream::connect(address).unwrap()];
+    let late = |tunnel: String, what: &'static str| async move {
+        let (mut line, agent, _folder, _edge) = agent_with(&tunnel).await;
+        line.request(&get("/")).await;
+        let mut socket = get("/socket");
+        socket.upgrade = Some(proto::message::Upgrade::Websocket);
+        line.request(&socket).await;
+        for _ in 0..2 {
+            assert_eq!(line.failure().await, (0, ErrorCode::UpstreamTimedOut), "{what}");
+        }
+        agent.says(what).await;
+    };
+    tokio::join!(
+        late(format!("upstream = \"https://localhost:{silent_port}\""), "took too long to agree on TLS"),
+        late(format!("upstream = {}", address.port()), "took too long to accept a connection"),
+    );
 }
