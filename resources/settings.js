@@ -91,6 +91,16 @@ function limits(text) {
   return text;
 }
 
+/** How many public requests may hold so many executions, as edge::limit::edge_requests has it; resources/limits.json
+ * holds both to it. */
+function edgeRequests(executions) {
+  return executions - Math.max(4, Math.floor(executions / 4));
+}
+
+/** The most executions that count as few, and how many Lambda never reserves. */
+const FEW_EXECUTIONS = 200;
+const UNRESERVED = 10;
+
 /** How long a public client waits by default and at most, by front: CloudFront waits up to 120 s for an origin
  * without being asked for more, an HTTP API 30 s in all. A front that is not here goes by `none`. */
 const REPLY_SECS = { none: [60, 270], cloudfront: [55, 115], httpapi: [27, 27] };
@@ -156,6 +166,18 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
     parameters.replyTimeoutSecs === '' ? usual : number('replyTimeoutSecs', parameters.replyTimeoutSecs, 1, most);
   const duration = number('responseDurationSecs', parameters.responseDurationSecs, 10, 900);
   if (duration <= reply) fail('responseDurationSecs', `is not longer than replyTimeoutSecs (${reply})`);
+  const reserved =
+    parameters.reservedForResponse === ''
+      ? null
+      : number('reservedForResponse', parameters.reservedForResponse, 1, 100_000);
+  let inFlight = '';
+  if (parameters.executions !== '') {
+    const executions = number('executions', parameters.executions, UNRESERVED, FEW_EXECUTIONS);
+    if (executions - (reserved ?? 0) < UNRESERVED) {
+      fail('reservedForResponse', `Lambda reserves nothing of the last ${UNRESERVED} of the account's ${executions} executions`);
+    }
+    inFlight = String(edgeRequests(executions - (reserved ?? 0)));
+  }
   const retention = number('logRetentionDays', parameters.logRetentionDays, 1, 3653);
   return {
     front,
@@ -184,10 +206,11 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
       parameters.reservedConcurrency === ''
         ? null
         : number('reservedConcurrency', parameters.reservedConcurrency, 1, 100_000),
-    reservedForResponse:
-      parameters.reservedForResponse === ''
-        ? null
-        : number('reservedForResponse', parameters.reservedForResponse, 1, 100_000),
+    reservedForResponse: reserved,
+    // A variable of a function: text. Empty counts as absent.
+    edgeRequests: inFlight,
+    // Of the longest response: what comes near it is cut, or abandoned.
+    slowMilliseconds: duration * 950,
   };
 }
 
@@ -229,4 +252,5 @@ module.exports = async ({ options, resolveVariable, resolveConfigurationProperty
 module.exports.settings = settings;
 module.exports.known = known;
 module.exports.limits = limits;
+module.exports.edgeRequests = edgeRequests;
 module.exports.publicKeys = publicKeys;

@@ -3,15 +3,17 @@
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
 
-use std::time::Duration;
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use local::public::fronts::TABLE;
 use tests::{
     Local, acceptance,
     client::Answer,
     eventually,
+    stack::Scale,
     upstream::{Conn, Upstream},
 };
-use tokio::time::timeout;
+use tokio::{sync::Semaphore, time::timeout};
 
 /// Well under the time that a front would hold what does not end: 300 s.
 const AT_ONCE: Duration = Duration::from_secs(30);
@@ -81,6 +83,46 @@ async fn through_every_front_answers_end_and_say_what_they_are() {
     }
 }
 
+/// The whole acceptance run behind one front: each scenario holds, or meets what the front is known to do, by its name.
+async fn accepted(front: &str, by_path: bool, met: &[(&str, &str)]) {
+    // A fast clock for the rate of bodies alone would shorten the life of connections too: the download is short instead.
+    let local = Local::start_in(&[("TUNNEL_REPLY_TIMEOUT_SECS", "5")], &["--no-agent", "--front", front]);
+    let stack = if by_path { local.stack_by_path() } else { local.stack().clone() };
+    let scale = Scale { clients: 8, rounds: 4, download_mib: 7 };
+    let stack = stack.with_scale(scale).with_reply_timeout(Duration::from_secs(5));
+    let mut expected = BTreeMap::from_iter(met.iter().copied());
+    for scenario in acceptance::ALL {
+        if let Some(why) = (scenario.inapplicable)(&stack) {
+            assert_eq!(why, "tunnels have hosts of their own here", "{front}: {}", scenario.name);
+            continue;
+        }
+        let behaviour = (scenario.run)(&stack).await;
+        assert_eq!(behaviour, expected.remove(scenario.name), "{front}: {}", scenario.name);
+        assert!(behaviour.is_none_or(|name| TABLE.iter().any(|line| line.name == name)), "{behaviour:?}");
+    }
+    assert!(expected.is_empty(), "{front}: no scenario is called {expected:?}");
+}
+
+const HEADS: &str = "method, target, fields, cookies and status are carried";
+const FLUSHES: &str = "each flush arrives before the next is made";
+const DIES: &str = "an agent that dies leaves no body that looks whole";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_acceptance_run_behind_a_function_url() {
+    accepted("none", true, &[(DIES, "silent-breaks")]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_acceptance_run_behind_cloudfront() {
+    accepted("cloudfront", false, &[(HEADS, "edge-methods"), (DIES, "silent-breaks")]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_acceptance_run_behind_an_http_api() {
+    let met = [(HEADS, "decoded-paths"), (FLUSHES, "buffered-answers"), (DIES, "silent-breaks")];
+    accepted("httpapi", false, &met).await;
+}
+
 /// One distribution serves all tunnels: an error of one must not answer for another.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn an_offline_tunnel_does_not_answer_for_another() {
@@ -96,6 +138,61 @@ async fn an_offline_tunnel_does_not_answer_for_another() {
         acceptance::assert_problem(&gone.get("/").await, 503, "tunnel_offline");
         assert_eq!(here.get("/").await.status, 200);
     }
+}
+
+/// An account with ten concurrent executions, as a new one has: requests that wait cannot starve the answers they wait
+/// for, and who finds no place is told so by the tunnel.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn ten_executions_are_enough_for_six_requests_and_their_answers() {
+    let release = Arc::new(Semaphore::new(0));
+    let released = Arc::clone(&release);
+    let upstream = Upstream::start(move |request, mut conn: Conn| {
+        let released = Arc::clone(&released);
+        async move {
+            if request.target().starts_with("/wait") {
+                released.acquire().await.unwrap().forget();
+            }
+            let body = request.target().as_bytes().to_vec();
+            conn.answer("200 OK", "", &body).await.then_some(conn)
+        }
+    })
+    .await;
+    let local = Local::start(&["--front", "none", "--executions", "10"]);
+    let stack = local.stack();
+    let web = stack.tunnel("web");
+    let _agent = web.agent(&upstream.address());
+    let mut waiting = Vec::new();
+    for number in 0..6 {
+        let mut client = web.open().await;
+        client.begin(&web.request("GET", &format!("/wait/{number}"))).await;
+        eventually("it is at the upstream", async || upstream.recorded().len() == number + 1).await;
+        waiting.push(client);
+    }
+    // One that is told so takes a place only for as long as that.
+    for _ in 0..3 {
+        let refused = web.get("/").await;
+        acceptance::assert_problem(&refused, 429, "too_many_requests");
+        assert!(refused.field("retry-after").is_some());
+    }
+    // Another agent finds its place, and so do the answers.
+    let other = stack.tunnel("other");
+    let _second = other.agent(&upstream.address());
+    release.add_permits(6);
+    for (number, mut client) in waiting.into_iter().enumerate() {
+        let answer =
+            timeout(AT_ONCE, client.answer("GET")).await.expect("an answer while all places are taken");
+        assert_eq!((answer.status, answer.text()), (200, format!("/wait/{number}")));
+    }
+    eventually("the places are free", async || other.get("/").await.status == 200).await;
+    // All at once: some find no place, whoever says so, and nobody waits for what was lost.
+    let crowd = (0..30).map(|_| timeout(AT_ONCE, other.get("/")));
+    let statuses: Vec<u16> = futures_util::future::join_all(crowd)
+        .await
+        .into_iter()
+        .map(|answer| answer.unwrap().status)
+        .collect();
+    assert!(statuses.iter().all(|status| matches!(status, 200 | 429)), "{statuses:?}");
+    assert!(statuses.contains(&200) && statuses.contains(&429), "{statuses:?}");
 }
 
 /// What a front refuses by itself never reaches the upstream.

@@ -60,6 +60,7 @@ fn value(name: &str) -> String {
         }
         authorizer::config::ENV_JWKS_URL => String::new(),
         env::LIMITS => "tunnel_requests=50".into(),
+        env::EDGE_REQUESTS => "6".into(),
         _ => "x".into(),
     }
 }
@@ -403,12 +404,20 @@ fn fronts_wait_longer_than_the_edge_and_an_alarm_exists_for_each_thing() {
 /// The grammar of limits is written twice, for functions and for packaging: one list holds both.
 #[test]
 fn limits_are_read_as_settings_checks_them() {
-    let golden: BTreeMap<String, Vec<String>> = serde_json::from_str(&read("resources/limits.json")).unwrap();
+    let golden: Value = serde_json::from_str(&read("resources/limits.json")).unwrap();
     for (key, is_right) in [("accepted", true), ("refused", false)] {
-        for text in &golden[key] {
+        for text in golden[key].as_array().unwrap() {
+            let text = text.as_str().unwrap();
             assert_eq!(text.parse::<edge::limit::Limits>().is_ok(), is_right, "{text}");
         }
     }
+    let pairs: Vec<(u32, u32)> = serde_json::from_value(golden["executions"].clone()).unwrap();
+    assert!(pairs.len() > 3);
+    for (executions, requests) in pairs {
+        assert_eq!(edge::limit::edge_requests(executions), requests, "{executions}");
+    }
+    let few = format!("const FEW_EXECUTIONS = {};", edge::limit::EXECUTIONS_FEW);
+    assert!(read("resources/settings.js").contains(&few));
 }
 
 /// The templates that `resources/check` has packaged.
@@ -610,6 +619,10 @@ fn packaged_alarms_and_dashboard_go_by_metrics_that_exist() {
         let functions = functions.filter(|id| id != "AuthorizerLambdaFunction");
         assert_eq!(watched, functions.collect(), "{name}: every function's errors are watched");
         assert_eq!(threshold("Throttles"), Some(5), "{name}");
+        // Near the end of what a response may last.
+        let longest = stack().functions["ingress"].timeout.as_secs() * 1000;
+        assert_eq!(threshold("LongResponses"), Some(longest / 100 * 95), "{name}");
+        assert_eq!(alarms[&"LongResponses".to_owned()]["MetricName"], "Duration", "{name}");
         let guide = read("docs/operations.md");
         let (_, table) = guide.split_once("| alarm | when | then |").unwrap();
         let (table, _) = table.split_once("\n\n").unwrap();

@@ -275,6 +275,12 @@ impl Model {
     }
 }
 
+/// How many alarms the stack has, and how many metrics they look at: each of those is paid for.
+fn alarms() -> (usize, usize) {
+    let stack = include_str!("../../resources/operations.yml");
+    (stack.matches("Type: AWS::CloudWatch::Alarm").count(), stack.matches("MetricName: ").count())
+}
+
 /// How many metrics have data in a month: every one, and of the requests those of four outcomes.
 fn metrics() -> usize {
     Metric::ALL.len() + 3
@@ -350,8 +356,8 @@ pub fn page() -> anyhow::Result<String> {
         out,
         "Every month, with no agent and no request: **${:.2}** (the key of the task tokens in Secrets Manager, and a sweep\n\
          every {} minutes), with a front of your own domain ${:.2} (its secret). Watching costs more at list price:\n\
-         the dashboard ${:.2}, {} metrics while they have data ${:.2}, each alarm ${:.2}; CloudWatch's free tier covers three dashboards,\n\
-         ten metrics and ten alarms. Tracing (`tracing`, X-Ray) adds up to ${:.2} for a million requests, since it records the first\n\
+         the dashboard ${:.2}, {} metrics while they have data ${:.2}, {} alarms ${:.2} (they look at {} metrics, and each of those is\n\
+         charged as one alarm); CloudWatch's free tier covers three dashboards, ten metrics and ten of these. Tracing (`tracing`, X-Ray) adds up to ${:.2} for a million requests, since it records the first\n\
          request of each second and one in twenty of the others.\n",
         model.usd(&model.standing(Front::None)),
         limits::SWEEP_INTERVAL.as_secs() / 60,
@@ -359,7 +365,9 @@ pub fn page() -> anyhow::Result<String> {
         model.unit_price("dashboard_month"),
         metrics(),
         metrics() as f64 * model.unit_price("metric_month"),
-        model.unit_price("alarm_month"),
+        alarms().0,
+        alarms().1 as f64 * model.unit_price("alarm_month"),
+        alarms().1,
         model.unit_price("trace") * 1e6
     )?;
     for front in Front::ALL {

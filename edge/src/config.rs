@@ -9,7 +9,7 @@ use std::time::Duration;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use proto::{forwarded::Trust, limits, token::TokenKeys};
 
-use crate::limit::allowed::Limits;
+use crate::limit::allowed::{LIMIT_MAX, Limits};
 
 /// A variable is missing or wrong. The value itself is not repeated: it may be secret.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -59,6 +59,9 @@ pub mod env {
     /// How much one owner, and one tunnel, may use: `key=number,…`, see `edge::limit::Limits`. Without it,
     /// nothing is limited and nothing is counted.
     pub const LIMITS: &str = "TUNNEL_LIMITS";
+    /// How many public requests `ingress` has in flight at most, all tunnels together: in an account with few concurrent
+    /// executions, agents' answers need some as well. Without it, they are not counted.
+    pub const EDGE_REQUESTS: &str = "TUNNEL_EDGE_REQUESTS";
     /// `true` where public WebSockets are carried; `connect` says so to agents.
     pub const WEBSOCKETS: &str = "TUNNEL_WEBSOCKETS";
     /// Where `relay` listens: an address and a port.
@@ -169,6 +172,19 @@ impl<'a> Env<'a> {
     pub fn limits(&self) -> Result<Limits, ConfigError> {
         let text = self.optional(env::LIMITS).unwrap_or_default();
         text.parse().map_err(|problem| ConfigError { name: env::LIMITS, problem })
+    }
+
+    /// How many public requests may be in flight, all tunnels together; `None` where that is not limited.
+    ///
+    /// # Errors
+    ///
+    /// When it is not a number in its range.
+    pub fn edge_requests(&self) -> Result<Option<u32>, ConfigError> {
+        if self.optional(env::EDGE_REQUESTS).is_none() {
+            return Ok(None);
+        }
+        let most = self.count(env::EDGE_REQUESTS, 1, LIMIT_MAX as usize)?;
+        Ok(u32::try_from(most).ok())
     }
 
     /// Whether forwarding fields of a request are believed.

@@ -2,11 +2,12 @@
 //! whether it may go on.
 //!
 //! Where no limit on requests is configured, nothing is counted and no table is asked. Where one is, each
-//! request costs one write before it is dispatched, for each of tunnel and owner that has a limit, and one
+//! request costs one write before it is dispatched, for each of edge, tunnel and owner that has a limit, and one
 //! more after it where requests in flight are limited. What is counted, in the connections table:
 //!
 //! | row | `tunnel` | `connection_id` | other attributes |
 //! |---|---|---|---|
+//! | use of the edge | `#use#edge` | `#use` | `requests`, `expires_at` |
 //! | use of a tunnel | `#use#tunnel#` + the name | `#use` | `requests`, `minute`, `count`, `expires_at` |
 //! | use of an owner | `#use#owner#` + the owner | `#use` | the same |
 //!
@@ -19,6 +20,7 @@ pub(crate) mod allowed;
 use std::{
     collections::HashMap,
     sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
 use aws_sdk_dynamodb::types::AttributeValue;
@@ -27,12 +29,17 @@ use proto::{
     limits,
 };
 
-pub use self::allowed::{LIMIT_MAX, Limits, OwnerLimits, RATE_MAX, RequestLimits, TunnelLimits};
+pub use self::allowed::{
+    EXECUTIONS_FEW, LIMIT_MAX, Limits, OwnerLimits, RATE_MAX, RequestLimits, TunnelLimits, edge_requests,
+};
 use crate::{
     Error,
     aws::{Aws, classify, number, text},
     config::{ConfigError, Env, env},
 };
+
+/// The row that counts what is in flight, whatever the tunnel.
+const USE_OF_EDGE: &str = "#use#edge";
 
 /// How long after the last request a row of counters may be deleted.
 const USE_KEPT_SECS: u64 = 24 * 60 * 60;
@@ -83,6 +90,7 @@ pub struct Limiter {
     /// `None` where nothing is counted; then the table need not be known.
     table: Option<String>,
     limits: Limits,
+    edge: RequestLimits,
     owners: Mutex<HashMap<TunnelName, (Option<Owner>, u64)>>,
 }
 
@@ -94,12 +102,14 @@ impl Limiter {
     /// When a variable is missing or wrong.
     pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Self, ConfigError> {
         let limits = env.limits()?;
-        let counts = limits.owner.requests.is_any() || limits.tunnel.requests.is_any();
+        let edge = RequestLimits { in_flight: env.edge_requests()?, per_minute: None };
+        let counts = edge.is_any() || limits.owner.requests.is_any() || limits.tunnel.requests.is_any();
         let table = counts.then(|| env.required(env::CONNECTIONS_TABLE)).transpose()?;
-        Ok(Self { client: aws.dynamodb(), table, limits, owners: Mutex::default() })
+        Ok(Self { client: aws.dynamodb(), table, limits, edge, owners: Mutex::default() })
     }
 
-    /// Counts a request that is about to be dispatched, at the Unix time `now`, in seconds.
+    /// Counts a request that is about to be dispatched, at the Unix time `now`, in seconds, and is over after `lasts` at
+    /// the latest.
     ///
     /// # Errors
     ///
@@ -109,10 +119,11 @@ impl Limiter {
         tunnel: &TunnelName,
         request: &RequestId,
         now: u64,
+        lasts: Duration,
     ) -> Result<Admission, Denied> {
         let mut admission = Admission::default();
         let Some(table) = &self.table else { return Ok(admission) };
-        let until = now + limits::RESPONSE_DURATION.as_secs();
+        let until = now + lasts.min(limits::RESPONSE_DURATION).as_secs() + 1;
         // Short, because the row is paid for by its size; that two of a thousand are the same will not happen.
         admission.entry = format!("{until:x}-{}", &request.as_str()[..12]);
         let taken = self.take_all(table, tunnel, &mut admission, now).await;
@@ -145,6 +156,10 @@ impl Limiter {
         admission: &mut Admission,
         now: u64,
     ) -> Result<(), Denied> {
+        // First: who is refused here has cost the least.
+        if self.edge.is_any() {
+            self.take(table, USE_OF_EDGE.to_owned(), self.edge, admission, now).await?;
+        }
         if self.limits.tunnel.requests.is_any() {
             let row = format!("#use#tunnel#{tunnel}");
             self.take(table, row, self.limits.tunnel.requests, admission, now).await?;

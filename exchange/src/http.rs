@@ -82,7 +82,8 @@ pub async fn carry<P: PublicSide, M: Mail>(
         return;
     }
 
-    let admission = match services.limiter.admit(&request.tunnel, request_id, unix_now()).await {
+    let lasts = ends_at.saturating_duration_since(Instant::now());
+    let admission = match services.limiter.admit(&request.tunnel, request_id, unix_now(), lasts).await {
         Ok(admission) => admission,
         Err(denied) => return answering.fail(denial(request_id, &request.tunnel, &denied)).await,
     };

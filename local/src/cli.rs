@@ -55,6 +55,13 @@ pub struct Options {
     /// rate: a minute)
     #[arg(long, value_name = "LIMITS", default_value = "", value_parser = limits)]
     pub limits: String,
+    /// How many invocations may run at the same time, all functions together, as in an account with so few: a new one
+    /// has 10. Without it they are not counted
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(10..=1000))]
+    pub executions: Option<u32>,
+    /// How many of them are kept for agents' messages (the parameter reservedForResponse)
+    #[arg(long, value_name = "COUNT", requires = "executions", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub reserved_for_response: Option<u32>,
     /// How many free mailboxes are kept ready
     #[arg(long, value_name = "COUNT", default_value_t = limits::MAILBOXES_KEPT)]
     pub mailboxes: usize,
@@ -305,6 +312,8 @@ mod tests {
             ("local --domain http://x", "use a DNS name"),
             ("local --domain a..b", "use a DNS name"),
             ("local --limits tunnel_requests=0", "out of range"),
+            ("local --executions 9", "10..=1000"),
+            ("local --reserved-for-response 3", "--executions"),
             ("local --front edge", "cloudfront"),
             ("local --kind slow", "response-rate"),
         ] {

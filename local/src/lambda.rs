@@ -19,7 +19,7 @@ use std::{
 use bytes::Bytes;
 use proto::limits;
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{Semaphore, mpsc, oneshot},
     time,
 };
 
@@ -86,6 +86,9 @@ pub struct FunctionConfig {
     pub memory_mb: u32,
     /// How many invocations may run at the same time.
     pub concurrency: usize,
+    /// The account's executions that its invocations take one of each, or those that are reserved for it. Without, they
+    /// are not counted.
+    pub executions: Option<Arc<Semaphore>>,
     /// Its own environment variables.
     pub environment: BTreeMap<String, String>,
 }

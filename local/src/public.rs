@@ -462,7 +462,12 @@ async fn pass(
         Ok(response) => response,
         Err(error) => {
             tracing::warn!(%error, "ingress did not answer");
-            return refusal_of(&error).respond();
+            let refusal = refusal_of(&error);
+            if refusal == Refusal::Throttled && imitation.does(Does::BareThrottle) {
+                imitation.say(Does::BareThrottle);
+                return Refusal::ByFront(StatusCode::TOO_MANY_REQUESTS).respond();
+            }
+            return refusal.respond();
         }
     };
     let mut first = None;

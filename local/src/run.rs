@@ -14,7 +14,10 @@ use std::{
     time::Duration,
 };
 
-use ::edge::config::{Env, env};
+use ::edge::{
+    config::{Env, env},
+    limit::{EXECUTIONS_FEW, edge_requests},
+};
 use anyhow::{Context, bail};
 use authorizer::config::{ENV_JWKS, ENV_JWKS_FILE, ENV_JWKS_URL};
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -24,7 +27,7 @@ use tokio::{
     net::TcpListener,
     process::{Child, Command},
     signal::unix::{Signal as Signals, SignalKind, signal},
-    sync::watch,
+    sync::{Semaphore, watch},
     task::JoinHandle,
     time,
 };
@@ -77,6 +80,10 @@ const AGENT_TIME: Duration = Duration::from_secs(3);
 
 /// How many invocations of one function may run at the same time.
 const CONCURRENCY: usize = 1000;
+
+/// How many of an account's executions cannot be reserved, in an account that has few: "decreases account's
+/// UnreservedConcurrentExecution below its minimum value of [10]" is what Lambda says.
+const EXECUTIONS_UNRESERVED: u32 = 10;
 
 /// The shortest time that a fast clock leaves a response: `ingress` keeps some seconds of it for its end.
 const SHORTEST_RESPONSE: Duration = Duration::from_secs(10);
@@ -238,6 +245,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         log_level: options.log_level,
         choices: choices(&Env::process())?,
         websockets: options.websockets,
+        executions: Executions::new(options.executions, options.reserved_for_response)?,
         mailboxes: options.mailboxes,
         imitation: &imitation,
     };
@@ -420,6 +428,45 @@ struct Settings<'a> {
     imitation: &'a Imitation,
     choices: Vec<(&'static str, String)>,
     websockets: Websockets,
+    executions: Executions,
+}
+
+/// The account's concurrent executions, where they are counted.
+#[derive(Debug, Clone, Default)]
+struct Executions {
+    shared: Option<Arc<Semaphore>>,
+    /// What only `response` may take.
+    reserved: Option<Arc<Semaphore>>,
+    /// How many public requests `ingress` lets in.
+    requests: Option<u32>,
+}
+
+impl Executions {
+    /// # Errors
+    ///
+    /// When Lambda would not reserve that many.
+    fn new(account: Option<u32>, reserved: Option<u32>) -> anyhow::Result<Self> {
+        let Some(account) = account else { return Ok(Self::default()) };
+        let unreserved = account.saturating_sub(reserved.unwrap_or_default());
+        if unreserved < EXECUTIONS_UNRESERVED {
+            bail!(
+                "--reserved-for-response: Lambda reserves nothing of the last {EXECUTIONS_UNRESERVED} executions of an \
+                 account; use at most {}",
+                account - EXECUTIONS_UNRESERVED
+            );
+        }
+        let places = |count: u32| Arc::new(Semaphore::new(count as usize));
+        Ok(Self {
+            shared: Some(places(unreserved)),
+            reserved: reserved.map(places),
+            requests: (account <= EXECUTIONS_FEW).then(|| edge_requests(unreserved)),
+        })
+    }
+
+    fn of(&self, function: Function) -> Option<Arc<Semaphore>> {
+        let own = self.reserved.as_ref().filter(|_| function == Function::Response);
+        own.or(self.shared.as_ref()).cloned()
+    }
 }
 
 /// What an operator may choose for `ingress`: here too from the environment, under the same names.
@@ -481,6 +528,7 @@ impl Settings<'_> {
             },
             memory_mb: deployed.memory_mb,
             concurrency: CONCURRENCY,
+            executions: self.executions.of(function),
             environment,
         })
     }
@@ -488,6 +536,8 @@ impl Settings<'_> {
     /// What `relay` is told: as `ingress`, in a process of its own under a key of its own.
     fn of_relay(&self) -> anyhow::Result<BTreeMap<String, String>> {
         let mut environment = self.of(Function::Ingress)?.environment;
+        // What it holds takes no execution.
+        environment.remove(env::EDGE_REQUESTS);
         let access_key = format!("LOCAL{}", lambda::random_hex::<10>().to_ascii_uppercase());
         self.aws.callers().register(&access_key, Function::Ingress.name(), "relay");
         let more = [
@@ -515,6 +565,7 @@ impl Settings<'_> {
             (env::FRONT_ONLY, "true".to_owned()),
             (env::METRICS_NAMESPACE, METRICS_NAMESPACE.to_owned()),
             (env::LIMITS, self.limits.to_owned()),
+            (env::EDGE_REQUESTS, self.executions.requests.map(|most| most.to_string()).unwrap_or_default()),
             (env::REPLY_TIMEOUT_SECS, self.imitation.reply_timeout().as_secs().to_string()),
             (env::STREAM_IDLE_SECS, "0".to_owned()),
             (env::ACCEPT_ENCODING, self.imitation.accept_encoding().to_owned()),

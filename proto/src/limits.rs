@@ -158,6 +158,16 @@ pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(25);
 /// How long the answer to a heartbeat, or to `hello`, may take.
 pub const HEARTBEAT_ANSWER: Duration = Duration::from_secs(10);
 
+/// How long after a refusal the edge is asked again: invocations that held the place are over by then. Twice as long the
+/// next time.
+pub const REFUSED_RETRY: Duration = Duration::from_millis(250);
+
+/// How often a message that the edge could not take is sent again.
+pub const REFUSED_TRIES: u32 = 3;
+
+/// For how long a message that was sent may turn out to have been refused.
+pub const REFUSED_WITHIN: Duration = Duration::from_secs(3);
+
 /// How long one write to the WebSocket may take before the link counts as dead.
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 

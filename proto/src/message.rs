@@ -41,7 +41,7 @@
 
 use std::borrow::Cow;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::IgnoredAny};
 
 use crate::{
     body::{Body, Codecs},
@@ -90,6 +90,25 @@ impl<'a> Envelope<'a> {
     /// [`DecodeError::Malformed`] when it is not a JSON object with a type.
     pub fn peek(text: &'a str) -> Result<Self, DecodeError> {
         Ok(serde_json::from_str(text)?)
+    }
+
+    /// Whether API Gateway says with this text that the function for a message could not be run, or ran into an error. It
+    /// does not say which message it was.
+    #[must_use]
+    pub fn is_failure(text: &str) -> bool {
+        #[derive(Deserialize)]
+        struct Failure<'a> {
+            #[serde(rename = "type")]
+            kind: Option<IgnoredAny>,
+            #[serde(borrow)]
+            message: Cow<'a, str>,
+            #[serde(rename = "connectionId")]
+            _connection_id: IgnoredAny,
+            #[serde(rename = "requestId")]
+            _request_id: IgnoredAny,
+        }
+        serde_json::from_str::<Failure<'_>>(text)
+            .is_ok_and(|failure| failure.kind.is_none() && !failure.message.is_empty())
     }
 
     /// Whether this is one of the messages that answer a request.
@@ -634,6 +653,22 @@ mod tests {
 
     fn reply_text(status: &str, headers: &str) -> String {
         format!(r#"{{"type":"reply","token":"{TOKEN}","status":{status},"headers":{headers},"end":true}}"#)
+    }
+
+    #[test]
+    fn what_api_gateway_says_of_a_failure_is_told_from_messages() {
+        let says = |text: &str| Envelope::is_failure(text);
+        assert!(says(r#"{"message": "Internal server error", "connectionId":"c=", "requestId":"r="}"#));
+        assert!(says(r#"{"requestId":"r=","connectionId":"c=","message":"Too Many Requests"}"#));
+        for other in [
+            r#"{"message": "Internal server error"}"#,
+            r#"{"message": "", "connectionId":"c=", "requestId":"r="}"#,
+            r#"{"type":"x", "message": "m", "connectionId":"c=", "requestId":"r="}"#,
+            "{}",
+            "",
+        ] {
+            assert!(!says(other), "{other}");
+        }
     }
 
     #[test]

@@ -66,6 +66,10 @@ pub struct Session {
     replace_at: Option<Instant>,
     replace_planned: bool,
     dead: bool,
+    tunnels: Vec<String>,
+    /// When the last `hello` is said again, and how often it was.
+    again_at: Option<Instant>,
+    said_again: u32,
     transmit: VecDeque<AgentMessage<'static>>,
     events: VecDeque<Event>,
 }
@@ -85,6 +89,9 @@ impl Session {
             replace_at: None,
             replace_planned: false,
             dead: false,
+            tunnels: Vec::new(),
+            again_at: None,
+            said_again: 0,
             transmit: VecDeque::new(),
             events: VecDeque::new(),
         };
@@ -96,12 +103,18 @@ impl Session {
     pub fn serve(&mut self, tunnels: &[TunnelName], now: Instant) {
         self.seq += 1;
         self.hello_deadline = Some(now + limits::HEARTBEAT_ANSWER);
+        self.tunnels = tunnels.iter().map(ToString::to_string).collect();
+        (self.again_at, self.said_again) = (None, 0);
+        self.say_hello();
+    }
+
+    fn say_hello(&mut self) {
         self.transmit.push_back(AgentMessage::Hello(Hello {
             seq: self.seq,
             version: VERSION,
             agent: self.config.agent.clone(),
             software: self.config.software.clone(),
-            tunnels: tunnels.iter().map(ToString::to_string).collect(),
+            tunnels: self.tunnels.clone(),
             codecs: Codecs::all(),
             websockets: true,
         }));
@@ -123,12 +136,24 @@ impl Session {
         }
     }
 
+    /// The edge could not take one of the last messages, and does not say which. If it may have been `hello`, it is said
+    /// again in a moment, a few times; an earlier one than the last never is.
+    pub fn handle_refused(&mut self, now: Instant) {
+        self.handle_alive(now);
+        if self.hello_deadline.is_some() && self.again_at.is_none() && self.said_again < limits::REFUSED_TRIES
+        {
+            self.again_at = Some(now + limits::REFUSED_RETRY * 2_u32.pow(self.said_again));
+            self.said_again += 1;
+        }
+    }
+
     /// The edge answered `hello`. An answer to an earlier `hello` than the last is dropped.
     pub fn handle_welcome(&mut self, welcome: Welcome, now: Instant) {
         self.handle_alive(now);
         if welcome.seq != self.seq || self.hello_deadline.take().is_none() {
             return;
         }
+        self.again_at = None;
         self.heartbeat_interval = Duration::from_millis(welcome.heartbeat_ms)
             .min(limits::CONNECTION_IDLE - limits::HEARTBEAT_ANSWER);
         self.heartbeat_at = Some(now + self.heartbeat_interval);
@@ -166,6 +191,10 @@ impl Session {
             self.events.push_back(Event::Dead(dead));
             return;
         }
+        if due(self.again_at) {
+            self.again_at = None;
+            self.say_hello();
+        }
         if due(self.replace_at) {
             self.replace_at = None;
             self.events.push_back(Event::Replace);
@@ -197,7 +226,7 @@ impl Session {
         if self.dead {
             return None;
         }
-        [self.hello_deadline, self.answer_deadline, self.heartbeat_at, self.replace_at]
+        [self.hello_deadline, self.again_at, self.answer_deadline, self.heartbeat_at, self.replace_at]
             .into_iter()
             .flatten()
             .min()
@@ -340,6 +369,39 @@ mod tests {
         assert_eq!(session.poll_timeout(), Some(now + limits::HEARTBEAT_ANSWER));
         session.handle_timeout(now + limits::HEARTBEAT_ANSWER);
         assert_eq!(session.poll_event(), Some(Event::Dead(Dead::NoWelcome)));
+    }
+
+    #[test]
+    fn a_hello_that_was_refused_is_said_again_a_few_times_while_it_is_the_last() {
+        let now = epoch();
+        let mut session = Session::new(config(), &tunnels(), now);
+        let hellos = |session: &mut Session| {
+            let sent = std::iter::from_fn(|| session.poll_transmit());
+            sent.filter(|message| matches!(message, AgentMessage::Hello(_))).collect::<Vec<_>>()
+        };
+        let first = hellos(&mut session);
+        session.handle_refused(now);
+        session.handle_refused(now);
+        session.handle_timeout(now);
+        assert_eq!(hellos(&mut session).len(), 0, "not at once");
+        let later = now + limits::REFUSED_RETRY;
+        assert_eq!(session.poll_timeout(), Some(later));
+        session.handle_timeout(later);
+        assert_eq!(hellos(&mut session), first);
+        let mut said = 1;
+        for _ in 0..10 {
+            session.handle_refused(later);
+            session.handle_timeout(later + limits::REFUSED_RETRY * 4);
+            said += u32::from(hellos(&mut session) == first);
+        }
+        assert_eq!(said, limits::REFUSED_TRIES);
+        // Another list has been said since.
+        session.serve(&[], later);
+        assert_eq!(hellos(&mut session).len(), 1);
+        session.handle_refused(later);
+        session.handle_welcome(welcome(2), later);
+        session.handle_timeout(later + limits::REFUSED_RETRY);
+        assert_eq!(hellos(&mut session).len(), 0, "it was answered");
     }
 
     #[test]

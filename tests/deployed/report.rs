@@ -24,9 +24,10 @@ impl<'w> Report<'w> {
         drop(writeln!(out, "{}", line.as_ref()).and_then(|()| out.flush()));
     }
 
-    /// Something was as it has to be.
-    pub(crate) fn well(&self, name: &str, took: Duration) {
-        self.say(format!("ok          {:>6.1} s  {name}", took.as_secs_f64()));
+    /// Something was as it has to be, or as its front is known to leave it.
+    pub(crate) fn well(&self, name: &str, took: Duration, behaviour: Option<&str>) {
+        let behaviour = behaviour.map(|name| format!(" (as its front does it: {name})")).unwrap_or_default();
+        self.say(format!("ok          {:>6.1} s  {name}{behaviour}", took.as_secs_f64()));
     }
 
     /// Something cannot be asked of this edge.

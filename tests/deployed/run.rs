@@ -100,7 +100,8 @@ async fn scenarios(config: &Config, account: &Account, report: &Report<'_>) {
         }
     }
     if config.wants(COMES_BACK) {
-        one(report, COMES_BACK, comes_back(stack, account).boxed_local()).await;
+        let scenario = comes_back(stack, account).map(|()| None);
+        one(report, COMES_BACK, scenario.boxed_local()).await;
     }
 }
 
@@ -192,10 +193,10 @@ async fn comes_back(stack: &Stack, account: &Account) {
 }
 
 /// Does one thing that has to be well.
-async fn one(report: &Report<'_>, name: &str, scenario: LocalBoxFuture<'_, ()>) {
+async fn one(report: &Report<'_>, name: &str, scenario: LocalBoxFuture<'_, Option<&'static str>>) {
     let begun = Instant::now();
     match timeout(MOST, AssertUnwindSafe(scenario).catch_unwind()).await {
-        Ok(Ok(())) => report.well(name, begun.elapsed()),
+        Ok(Ok(behaviour)) => report.well(name, begun.elapsed(), behaviour),
         Ok(Err(panic)) => report.failed(name, &said(panic)),
         Err(_) => report.failed(name, "it does not end"),
     }

@@ -40,8 +40,26 @@ pub struct Scenario {
     pub name: &'static str,
     /// Why it cannot be asked of this edge, if it cannot.
     pub inapplicable: fn(&Stack) -> Option<&'static str>,
-    /// Asks it of this edge.
-    pub run: for<'s> fn(&'s Stack) -> Pin<Box<dyn Future<Output = ()> + 's>>,
+    /// Asks it of this edge. Where its front takes something away, that is what is expected, and the front's behaviour is
+    /// what is returned, by its name in docs/aws-fronts.md.
+    pub run: for<'s> fn(&'s Stack) -> Pin<Box<dyn Future<Output = Option<&'static str>> + 's>>,
+}
+
+/// What a scenario returns.
+trait Met {
+    fn behaviour(self) -> Option<&'static str>;
+}
+
+impl Met for () {
+    fn behaviour(self) -> Option<&'static str> {
+        None
+    }
+}
+
+impl Met for Option<&'static str> {
+    fn behaviour(self) -> Option<&'static str> {
+        self
+    }
 }
 
 impl fmt::Debug for Scenario {
@@ -54,10 +72,6 @@ const fn always(_: &Stack) -> Option<&'static str> {
     None
 }
 
-fn streaming(stack: &Stack) -> Option<&'static str> {
-    (!stack.front().streams()).then_some("this front passes a response on when it is whole")
-}
-
 fn by_path(stack: &Stack) -> Option<&'static str> {
     (!stack.is_by_path()).then_some("tunnels have hosts of their own here")
 }
@@ -68,7 +82,7 @@ macro_rules! scenarios {
         pub const ALL: &[Scenario] = &[$( Scenario {
             name: $name,
             inapplicable: $when,
-            run: |stack| Box::pin($function(stack)),
+            run: |stack| Box::pin(async move { $function(stack).await.behaviour() }),
         }, )+];
     };
 }
@@ -79,14 +93,14 @@ scenarios! {
     "bodies of every awkward size pass both ways": bodies_of_every_awkward_size if always,
     "a body of the ceiling passes, one byte more is 413": a_body_of_the_ceiling if always,
     "many clients get their own answers": many_clients if always,
-    "each flush arrives before the next is made": each_flush_arrives if streaming,
+    "each flush arrives before the next is made": each_flush_arrives if always,
     "a large download passes whole": a_download if always,
     "an unknown tunnel is 404, one without agent 503": unknown_and_offline if always,
     "an upstream that is down is 502, its own 500 passes": an_upstream_that_is_down if always,
     "a slow upstream is 504 and its call is cancelled": a_slow_upstream if always,
     "a tunnel past its concurrency is 429": past_its_concurrency if always,
     "a websocket handshake is refused with 501": a_websocket_handshake if always,
-    "an agent that dies leaves no body that looks whole": an_agent_that_dies if streaming,
+    "an agent that dies leaves no body that looks whole": an_agent_that_dies if always,
     "an agent is replaced and no request is lost": an_agent_is_replaced if always,
     "a token that is none is refused": a_token_that_is_none if always,
 }
@@ -117,7 +131,7 @@ async fn unused_address() -> String {
 }
 
 /// Method, target, fields, cookies and status of a request and its response arrive as they were sent.
-pub async fn carries_everything_of_a_head(stack: &Stack) {
+pub async fn carries_everything_of_a_head(stack: &Stack) -> Option<&'static str> {
     const PLAIN: &[(&str, &str)] =
         &[("GET", "/?a=1&a=2&b=%2526&c=+%20&d"), ("PUT", "/a/b-c_d.e~f"), ("DELETE", "/")];
     const RAW: &[(&str, &str)] =
@@ -134,10 +148,16 @@ pub async fn carries_everything_of_a_head(stack: &Stack) {
     let front = stack.front();
     let web = stack.tunnel("head");
     let _agent = web.agent(&upstream.address());
-    let raw = if front.keeps_targets() { RAW } else { &[] };
     let exact = if front.is_exact() { EXACT } else { &[] };
-    for &(method, target) in PLAIN.iter().chain(raw).chain(exact) {
-        let method = if front.takes(method) { method } else { "PATCH" };
+    for &(method, target) in PLAIN.iter().chain(RAW).chain(exact) {
+        let method = if front.takes(method) {
+            method
+        } else {
+            let before = upstream.recorded().len();
+            assert_eq!(web.send(&web.request(method, target)).await.status, 403, "{method}");
+            assert_eq!(upstream.recorded().len(), before, "{method} went through");
+            "PATCH"
+        };
         let request = web
             .request(method, target)
             .field("X-Twice", "one")
@@ -147,7 +167,7 @@ pub async fn carries_everything_of_a_head(stack: &Stack) {
         let answer = web.send(&request).await;
         assert_eq!(answer.status, 307, "{method} {target}: {}", answer.text());
         let recorded = upstream.recorded().pop().unwrap();
-        assert_eq!(recorded.line, format!("{method} {target} HTTP/1.1"));
+        assert_eq!(recorded.line, format!("{method} {} HTTP/1.1", front.target_of(target)));
         let twice = recorded.all("x-twice").join(",");
         assert_eq!(twice.split(',').map(str::trim).collect::<Vec<_>>(), ["one", "two"]);
         assert_eq!(recorded.all("cookie"), ["a=1; b=2"]);
@@ -172,6 +192,11 @@ pub async fn carries_everything_of_a_head(stack: &Stack) {
             assert!(at("x-b") < at("x-a") && at("x-a") < at("x-empty"), "{order:?}");
         }
         assert_eq!(answer.text(), "moved");
+    }
+    match front {
+        Front::HttpApi => Some("decoded-paths"),
+        Front::CloudFront => Some("edge-methods"),
+        Front::Local | Front::None => None,
     }
 }
 
@@ -290,12 +315,14 @@ pub async fn many_clients(stack: &Stack) {
 }
 
 /// What the upstream flushes is with the client before the upstream makes more, the head before all.
-pub async fn each_flush_arrives(stack: &Stack) {
+pub async fn each_flush_arrives(stack: &Stack) -> Option<&'static str> {
     const EVENTS: usize = 10;
     let go = Arc::new(Semaphore::new(0));
     let allowed = Arc::clone(&go);
+    let ended = Arc::new(AtomicBool::new(false));
+    let ends = Arc::clone(&ended);
     let upstream = Upstream::start(move |request, mut conn: Conn| {
-        let allowed = Arc::clone(&allowed);
+        let (allowed, ends) = (Arc::clone(&allowed), Arc::clone(&ends));
         async move {
             let is_chunked = request.target() == "/sse";
             let framing = if is_chunked { "Transfer-Encoding: chunked" } else { "Content-Length: 130" };
@@ -308,6 +335,7 @@ pub async fn each_flush_arrives(stack: &Stack) {
                 assert!(conn.write(event).await);
             }
             allowed.acquire().await.unwrap().forget();
+            ends.store(true, Ordering::Release);
             if is_chunked {
                 assert!(conn.write("0\r\n\r\n").await);
             }
@@ -320,6 +348,17 @@ pub async fn each_flush_arrives(stack: &Stack) {
     for target in ["/sse", "/length"] {
         let mut connection = web.open().await;
         connection.begin(&web.request("GET", target)).await;
+        if !stack.front().streams() {
+            // Everything comes at once, and not before its end.
+            ended.store(false, Ordering::Release);
+            go.add_permits(EVENTS + 1);
+            let head = connection.head().await;
+            assert!(ended.load(Ordering::Acquire), "{target}: a head before the end of the body");
+            let (body, complete) = connection.body(&head).rest().await;
+            let events: String = (0..EVENTS).map(|event| format!("data: ev {event:02}\n\n")).collect();
+            assert_eq!((String::from_utf8(body).unwrap(), complete), (events, true), "{target}");
+            continue;
+        }
         let head = connection.head().await;
         assert_eq!(head.status, 200);
         assert_eq!(head.field("content-type").unwrap(), "text/event-stream");
@@ -333,6 +372,7 @@ pub async fn each_flush_arrives(stack: &Stack) {
         go.add_permits(1);
         assert_eq!(body.rest().await, (Vec::new(), true), "{target}: the end comes too");
     }
+    (!stack.front().streams()).then_some("buffered-answers")
 }
 
 /// Bytes that a position in a stream has, so that no piece can stand for another.
@@ -510,33 +550,64 @@ pub async fn a_websocket_handshake(stack: &Stack) {
     }
 }
 
-/// A response whose agent dies in the middle is broken off, never ended as if it were whole.
-pub async fn an_agent_that_dies(stack: &Stack) {
-    let upstream = Upstream::start(|request, mut conn: Conn| async move {
-        match request.target() {
-            "/chunked" => {
-                assert!(conn.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await);
-                assert!(conn.write(chunked(b"half")).await);
+/// A response whose agent dies in the middle is broken off, never ended as if it were whole. Where the front hides that, its
+/// length still tells, if it has one.
+pub async fn an_agent_that_dies(stack: &Stack) -> Option<&'static str> {
+    let half = Arc::new(Notify::new());
+    let written = Arc::clone(&half);
+    let upstream = Upstream::start(move |request, mut conn: Conn| {
+        let written = Arc::clone(&written);
+        async move {
+            match request.target() {
+                "/chunked" => {
+                    assert!(conn.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await);
+                    assert!(conn.write(chunked(b"half")).await);
+                }
+                _ => assert!(conn.write("HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf").await),
             }
-            _ => assert!(conn.write("HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nhalf").await),
+            written.notify_one();
+            conn.closed().await;
+            None
         }
-        conn.closed().await;
-        None
     })
     .await;
     let web = stack.tunnel("dies");
+    let mut met = None;
     for target in ["/chunked", "/length"] {
         let mut agent = web.agent(&upstream.address());
         let mut connection = web.open().await;
         connection.begin(&web.request("GET", target)).await;
+        let announced = |head: &Answer| head.field("x-tunnel-length");
+        let expected = (target == "/length").then(|| "8".to_owned());
+        if !stack.front().streams() {
+            half.notified().await;
+            agent.process().signal(Signal::KILL);
+            assert_eq!(agent.process_mut().wait(), None);
+            let answer = connection.answer("GET").await;
+            // What had come by then, or nothing; never the rest.
+            if answer.status == 200 {
+                assert_eq!((answer.text().as_str(), announced(&answer)), ("half", expected), "{target}");
+                met = Some("silent-breaks");
+            } else {
+                assert!(answer.status >= 500, "{target}: {}", answer.status);
+            }
+            continue;
+        }
         let head = connection.head().await;
         assert_eq!(head.status, 200);
         let mut body = connection.body(&head);
         assert_eq!(body.take(4).await, b"half");
         agent.process().signal(Signal::KILL);
         assert_eq!(agent.process_mut().wait(), None);
-        assert_eq!(body.rest().await, (Vec::new(), false), "{target}: nothing more, and no end");
+        let (rest, looks_whole) = body.rest().await;
+        assert!(rest.is_empty(), "{target}: nothing more");
+        if looks_whole {
+            assert!(!stack.front().is_exact(), "{target}: an end");
+            assert_eq!(announced(&head), expected, "{target}");
+            met = Some("silent-breaks");
+        }
     }
+    met
 }
 
 /// An agent makes place for the next one while requests go on, and each of them is answered.

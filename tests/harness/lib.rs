@@ -88,6 +88,11 @@ impl Local {
         // What tests the exchange itself is not to meet what the fronts of AWS do to it; tests/fronts.rs is.
         let direct = if more.contains(&"--front") { &[][..] } else { &["--front", "direct"] };
         let arguments = [&common, sockets, direct, more].concat();
+        let named = more.iter().position(|&one| one == "--front").map(|at| more[at + 1]);
+        let front = match named {
+            None | Some("direct") => Front::Local,
+            Some(name) => name.parse().unwrap(),
+        };
         let process = Process::start_as("local", command, &arguments, environment);
         let value = |name: &str| {
             let line = process.wait_for_line(|line| line.split_whitespace().next() == Some(name));
@@ -101,7 +106,7 @@ impl Local {
             public: format!("http://{{name}}.localhost:{port}").parse().unwrap(),
             agents: agents.parse().unwrap(),
             token: token.clone(),
-            front: Front::Local,
+            front,
             prefix: String::new(),
             ca: None,
         };

@@ -152,6 +152,11 @@ struct Connection {
     running: HashMap<RequestId, Running>,
     by_task: HashMap<tokio::task::Id, RequestId>,
     retirement: Option<Retirement>,
+    /// When what was sent last is sent again, because the edge could not take some of it; and how long after that it is
+    /// the next time.
+    again_at: Option<Instant>,
+    again_in: Duration,
+    was_again_at: Option<Instant>,
 }
 
 /// The way out of service.
@@ -184,6 +189,9 @@ pub(crate) async fn run(
         running: HashMap::new(),
         by_task: HashMap::new(),
         retirement: None,
+        again_at: None,
+        again_in: limits::REFUSED_RETRY,
+        was_again_at: None,
     };
     let end = loop {
         while let Some(message) = connection.session.poll_transmit() {
@@ -236,7 +244,7 @@ pub(crate) async fn run(
             },
             // Looked at above: whether this connection is still needed.
             () = connection.shared.sockets.left(), if connection.retirement.is_some() => {}
-            () = at(wake) => connection.session.handle_timeout(Instant::now().into_std()),
+            () = at(wake) => connection.woken(),
         }
     };
     if let End::Link(LinkError::Binary | LinkError::Closed { .. }) = &end {
@@ -273,7 +281,30 @@ impl Connection {
                 retirement.deadline
             }
         });
-        session.into_iter().chain(retirement).min()
+        session.into_iter().chain(retirement).chain(self.again_at).min()
+    }
+
+    /// Plans to send again what was sent last: what was refused together is sent together.
+    fn ask_again(&mut self) {
+        let now = Instant::now();
+        if self.again_at.is_some() {
+            return;
+        }
+        let is_first =
+            self.was_again_at.is_none_or(|at| now.saturating_duration_since(at) > limits::REFUSED_WITHIN);
+        self.again_in =
+            if is_first { limits::REFUSED_RETRY } else { (self.again_in * 2).min(limits::REFUSED_RETRY * 4) };
+        self.again_at = Some(now + self.again_in);
+    }
+
+    fn woken(&mut self) {
+        let now = Instant::now();
+        if self.again_at.is_some_and(|at| at <= now) {
+            self.again_at = None;
+            self.was_again_at = Some(now);
+            self.outbox.send_again();
+        }
+        self.session.handle_timeout(now.into_std());
     }
 
     /// Whether the connection has nothing left to do.
@@ -407,12 +438,18 @@ impl Connection {
 
     /// A message that cannot be read. A request among them is answered, so that nobody waits for it.
     fn refuse(&mut self, text: &str, error: &DecodeError) {
+        if Envelope::is_failure(text) {
+            tracing::warn!("the edge could not take a message; the last ones are sent again");
+            self.session.handle_refused(Instant::now().into_std());
+            self.ask_again();
+            return;
+        }
         tracing::warn!(%error, "a message of the edge was dropped");
         let Ok(Envelope { kind, token: Some(token) }) = Envelope::peek(text) else { return };
         if kind == "request" {
             let failed =
                 AgentMessage::Failed(Failed { token: (&*token).into(), seq: 0, code: ErrorCode::BadRequest });
-            let _ = self.outbox.send_control(failed.encode());
+            let _ = self.outbox.send_word(failed.encode());
         }
     }
 
@@ -428,7 +465,7 @@ impl Connection {
         }
         let answer_with = |code| {
             let failed = AgentMessage::Failed(Failed { token: (&*request.token).into(), seq: 0, code });
-            let _ = self.outbox.send_control(failed.encode());
+            let _ = self.outbox.send_word(failed.encode());
         };
         let (body, upload) = match (request.body, request.announced) {
             (_, Some(announced)) if announced > limits::REQUEST_BODY_BYTES as u64 => {

@@ -1,7 +1,7 @@
 //! One open WebSocket: what is received, how messages are cut into frames and written, and what its end
 //! means.
 
-use std::time::Duration;
+use std::{collections::VecDeque, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{
@@ -11,7 +11,7 @@ use futures_util::{
 use proto::limits;
 use tokio::{
     net::TcpStream,
-    time::{error::Elapsed, timeout},
+    time::{Instant, error::Elapsed, timeout},
 };
 use tokio_tungstenite::{
     MaybeTlsStream, WebSocketStream,
@@ -112,12 +112,49 @@ impl Link {
     }
 }
 
+/// How much of what was sent is kept for that.
+const KEPT_BYTES: usize = 2 * limits::MESSAGE_BYTES;
+
+/// The last messages that were written, so that those that the edge could not take can be sent once more. Whoever takes
+/// them drops what came twice.
+#[derive(Default)]
+struct Kept {
+    messages: VecDeque<Written>,
+    bytes: usize,
+}
+
+struct Written {
+    at: Instant,
+    /// How often it was sent again.
+    again: u32,
+    text: Bytes,
+}
+
+impl Kept {
+    fn push(&mut self, text: Bytes, again: u32) {
+        self.bytes += text.len();
+        self.messages.push_back(Written { at: Instant::now(), again, text });
+        while self.bytes > KEPT_BYTES {
+            let Some(oldest) = self.messages.pop_front() else { break };
+            self.bytes -= oldest.text.len();
+        }
+    }
+
+    /// Takes out those that may have been refused and may be sent again.
+    fn take(&mut self) -> impl Iterator<Item = Written> + use<> {
+        self.bytes = 0;
+        let messages = std::mem::take(&mut self.messages).into_iter();
+        messages.filter(|one| one.at.elapsed() <= limits::REFUSED_WITHIN && one.again < limits::REFUSED_TRIES)
+    }
+}
+
 /// Writes what is handed in until the connection ends or is closed.
 async fn write(
     mut sink: SplitSink<Socket, Message>,
     Queue { mut control, mut data }: Queue,
 ) -> Result<(), LinkError> {
     let late = |_: Elapsed| LinkError::WriteTimedOut(limits::WRITE_TIMEOUT);
+    let mut kept = Kept::default();
     loop {
         // Small messages that are there together leave together.
         let next = match (control.try_recv(), data.is_empty()) {
@@ -136,7 +173,16 @@ async fn write(
             Next::Nothing => {}
             Next::End => return Ok(()),
             Next::Control(Control::Text(text)) => write_message(&mut sink, text).await?,
-            Next::Data(Outgoing { text, _bulk }) => write_message(&mut sink, text).await?,
+            Next::Control(Control::Word(text)) | Next::Data(Outgoing { text, .. }) => {
+                write_message(&mut sink, text.clone()).await?;
+                kept.push(text, 0);
+            }
+            Next::Control(Control::Again) => {
+                for Written { again, text, .. } in kept.take() {
+                    write_message(&mut sink, text.clone()).await?;
+                    kept.push(text, again + 1);
+                }
+            }
             Next::Control(Control::Close(code, reason)) => {
                 data.close();
                 while let Some(Outgoing { text, _bulk }) = data.recv().await {

@@ -30,8 +30,12 @@ pub(crate) struct Outgoing {
 
 /// What overtakes everything that waits.
 pub(crate) enum Control {
-    /// A message.
+    /// A message that the session says again by itself, where it has to.
     Text(Bytes),
+    /// A message that is kept for a while, as those of exchanges are.
+    Word(Bytes),
+    /// The edge could not take one of the last messages, and does not say which: they are to be sent again.
+    Again,
     /// The last word, after what waits now.
     Close(CloseCode, &'static str),
 }
@@ -67,6 +71,17 @@ impl Outbox {
     /// Sends a control message ahead of everything that waits. Never waits itself.
     pub(crate) fn send_control(&self, text: String) -> Result<(), LinkGone> {
         self.control.try_send(Control::Text(text.into())).map_err(|_| LinkGone)
+    }
+
+    /// Sends a small message ahead of everything that waits, to be sent again if the edge cannot take it. Never waits
+    /// itself.
+    pub(crate) fn send_word(&self, text: String) -> Result<(), LinkGone> {
+        self.control.try_send(Control::Word(text.into())).map_err(|_| LinkGone)
+    }
+
+    /// Has what was sent of late be sent again.
+    pub(crate) fn send_again(&self) {
+        let _ = self.control.try_send(Control::Again);
     }
 
     /// Sends a small message behind everything that waits. Dropped where too much does, so it is for what the edge

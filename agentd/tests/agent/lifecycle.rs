@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt as _, StreamExt as _};
-use proto::message::Refusal;
+use proto::{limits, message::Refusal};
 use rustix::process::Signal;
 use tokio_tungstenite::tungstenite::{
     Message,
@@ -68,6 +68,39 @@ async fn a_lost_connection_is_replaced_and_what_was_in_flight_on_it_ends() {
     line.request(&get("/2")).await;
     let _peer = upstream.answer(OK).await;
     assert!(line.answer().await.is_end());
+}
+
+/// What API Gateway says when the function for a message could not be run: not which message it was.
+const REFUSED: &str = r#"{"message": "Internal server error", "connectionId":"conn=", "requestId":"req="}"#;
+
+#[tokio::test]
+async fn what_the_edge_could_not_take_is_sent_again_a_few_times() {
+    let (edge, upstream) = (Edge::bind().await, Upstream::bind().await);
+    let _agent = Agent::http(&edge, upstream.port, &[]);
+    let mut line = edge.accept().await;
+    let hello = line.text().await.unwrap();
+    for _ in 0..2 {
+        line.ws.send(Message::text(REFUSED)).await.unwrap();
+        assert_eq!(line.text().await.unwrap(), hello);
+    }
+    assert!(line.control(&hello).await);
+    let asked = get("/");
+    line.request(&asked).await;
+    let _peer = upstream.answer(OK).await;
+    let reply = line.answer().await;
+    assert!(reply.is_end() && reply.token() == asked.token);
+    for _ in 0..limits::REFUSED_TRIES {
+        // Those that were refused together are sent together.
+        line.ws.send(Message::text(REFUSED)).await.unwrap();
+        line.ws.send(Message::text(REFUSED)).await.unwrap();
+        assert_eq!(line.answer().await, reply);
+    }
+    // No more than that: what comes next is the next answer.
+    line.ws.send(Message::text(REFUSED)).await.unwrap();
+    let next = get("/next");
+    line.request(&next).await;
+    let _peer = upstream.answer(OK).await;
+    assert_eq!(line.answer().await.token(), next.token);
 }
 
 #[tokio::test]

@@ -216,7 +216,7 @@ impl Line {
     }
 
     /// Answers `hello` and `heartbeat`; false for anything else.
-    async fn control(&mut self, text: &str) -> bool {
+    pub(crate) async fn control(&mut self, text: &str) -> bool {
         match AgentMessage::decode(text).unwrap() {
             AgentMessage::Hello(hello) => {
                 let refused = |name: &String| self.manners.refuse.iter().find(|(refused, _)| refused == name);

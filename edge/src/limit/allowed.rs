@@ -9,6 +9,18 @@ pub const LIMIT_MAX: u32 = 1000;
 /// The most requests a minute that may be set.
 pub const RATE_MAX: u32 = 1_000_000;
 
+/// The most concurrent executions of an account that count as few: `ingress` limits itself there, in a row that is
+/// written by each request. Whoever has more can reserve some for `response` instead.
+pub const EXECUTIONS_FEW: u32 = 200;
+
+/// How many public requests may hold so many executions at the same time. A quarter, and at least four, is left for
+/// agents' messages, and for the request that is told that there is no place. `resources/settings.js` has the same.
+#[must_use]
+pub const fn edge_requests(executions: u32) -> u32 {
+    let left = if executions / 4 > 4 { executions / 4 } else { 4 };
+    executions.saturating_sub(left)
+}
+
 /// What is allowed; `None` where nothing is limited.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Limits {

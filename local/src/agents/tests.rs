@@ -94,6 +94,7 @@ impl Fixture {
             timeout: Duration::from_secs(10),
             memory_mb: 128,
             concurrency: 100,
+            executions: None,
             environment: BTreeMap::from([("TUNNEL_TEST_FILE".to_owned(), file.clone())]),
         });
         let config = LambdaConfig {

@@ -17,7 +17,7 @@ use bytes::Bytes;
 use rustix::process::Pid;
 use tokio::{
     process::Child,
-    sync::{Notify, oneshot},
+    sync::{Notify, OwnedSemaphorePermit, oneshot},
     task::AbortHandle,
     time,
 };
@@ -136,6 +136,8 @@ struct Waiting {
     payload: Bytes,
     reply: Reply,
     since: Instant,
+    /// One of the account's executions, where those are counted.
+    execution: Option<OwnedSemaphorePermit>,
 }
 
 enum Phase {
@@ -151,6 +153,8 @@ enum Phase {
         /// Whether it has answered, and is about to poll.
         is_answered: bool,
         begun: Instant,
+        /// Given back when the process polls again, or ends.
+        execution: Option<OwnedSemaphorePermit>,
     },
 }
 
@@ -288,7 +292,17 @@ impl Pool {
             drop(state);
             return reply.fail(InvokeError::ShuttingDown);
         }
-        let mut waiting = Waiting { payload, reply, since: Instant::now() };
+        let execution = match &self.config.executions {
+            None => None,
+            Some(all) => match Arc::clone(all).try_acquire_owned() {
+                Ok(one) => Some(one),
+                Err(_) => {
+                    drop(state);
+                    return reply.fail(InvokeError::Throttled);
+                }
+            },
+        };
+        let mut waiting = Waiting { payload, reply, since: Instant::now(), execution };
         while let Some(id) = state.idle.pop() {
             let Some(environment) = state.environments.get_mut(&id) else { continue };
             if !matches!(&environment.phase, Phase::Idle { parked, .. } if !parked.is_closed()) {
@@ -305,7 +319,7 @@ impl Pool {
             match parked.send(event) {
                 Ok(()) => return self.maybe_kill(&id, environment),
                 Err(event) => {
-                    let Phase::Busy { reply: Some(reply), .. } =
+                    let Phase::Busy { reply: Some(reply), execution, .. } =
                         std::mem::replace(&mut environment.phase, Phase::Starting)
                     else {
                         unreachable!("the phase was just set, under the lock")
@@ -313,7 +327,7 @@ impl Pool {
                     environment.deadline = None;
                     self.kill(environment, InvokeError::Exited("its poll ended".to_owned()));
                     state.starting += 1;
-                    waiting = Waiting { payload: event.payload, reply, since: Instant::now() };
+                    waiting = Waiting { payload: event.payload, reply, since: Instant::now(), execution };
                 }
             }
         }
@@ -500,7 +514,7 @@ impl Pool {
 
     /// Makes an event of what waits and the phase of the process that serves it.
     fn begin(&self, environment: &mut Environment, waiting: Waiting) -> (Event, Phase) {
-        let Waiting { payload, reply, since: _ } = waiting;
+        let Waiting { payload, reply, since: _, execution } = waiting;
         if let Reply::Streaming { access_key, .. } = &reply {
             let _ = access_key.set(environment.access_key.clone());
         }
@@ -516,7 +530,8 @@ impl Pool {
             SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + self.config.timeout;
         let event =
             Event { aws_request_id: aws_request_id.clone(), deadline_ms: deadline_ms.as_millis(), payload };
-        (event, Phase::Busy { aws_request_id, reply: Some(reply), is_answered: false, begun: Instant::now() })
+        let begun = Instant::now();
+        (event, Phase::Busy { aws_request_id, reply: Some(reply), is_answered: false, begun, execution })
     }
 
     /// Injected fault: the process is lost somewhere in the middle of an invocation.

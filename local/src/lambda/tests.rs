@@ -98,8 +98,14 @@ fn start_with(concurrency: usize, limit: Duration, environment: BTreeMap<String,
             .map(str::to_owned)
             .to_vec(),
     };
-    let function =
-        FunctionConfig { name: "obedient", timeout: limit, memory_mb: 128, concurrency, environment };
+    let function = FunctionConfig {
+        name: "obedient",
+        timeout: limit,
+        memory_mb: 128,
+        concurrency,
+        executions: None,
+        environment,
+    };
     let config = LambdaConfig {
         launcher,
         aws_endpoint: "http://127.0.0.1:1".to_owned(),
@@ -232,6 +238,7 @@ async fn a_function_that_cannot_start_fails_its_invoker() {
         timeout: Duration::from_secs(1),
         memory_mb: 128,
         concurrency: 1,
+        executions: None,
         environment: BTreeMap::new(),
     };
     let config = LambdaConfig {
@@ -318,6 +325,7 @@ async fn lost_processes_can_be_injected() {
         timeout: Duration::from_secs(5),
         memory_mb: 128,
         concurrency: 4,
+        executions: None,
         environment: BTreeMap::new(),
     };
     let config = LambdaConfig {

@@ -121,6 +121,10 @@ behaviours! {
     Deaf, "unnoticed-departure", FUNCTION_URL, Documented, "client_leaves", "direct",
         "a public client left, and its request goes on to its end",
         "Lambda guide, response streaming: not interrupted when the client's connection breaks";
+    /// Nothing of ours stands in Lambda's own refusal.
+    BareThrottle, "bare-throttles", FUNCTION_URL, Documented, "few_executions", "direct",
+        "an account without a free execution answered 429 by itself, without x-tunnel-error",
+        "Lambda guide, scaling and concurrency: TooManyRequestsException";
     /// Bodies without a byte do not end.
     EmptyHangs, "empty-answers", FUNCTION_URL, Reported, "empty_answers", "direct",
         "a function ended an answer without a body in the same write as its head, and it does not end",

@@ -118,6 +118,7 @@ impl Fixture {
             timeout: Duration::from_secs(20),
             memory_mb: 128,
             concurrency: 10,
+            executions: None,
             environment: BTreeMap::new(),
         };
         let config = LambdaConfig {
