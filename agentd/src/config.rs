@@ -7,8 +7,13 @@ pub mod address;
 pub(crate) mod change;
 pub mod edge_url;
 mod file;
+pub mod htpasswd;
+pub mod http_url;
 mod log;
+pub mod paths;
+pub mod range;
 mod value;
+pub mod visitors;
 
 use std::{
     fmt,
@@ -31,7 +36,11 @@ pub use self::{
     log::{DEFAULT_LOG_DAYS, LogConfig, LogFormat, parse_log_level},
 };
 use crate::{
-    config::{address::Address, edge_url::EdgeUrl},
+    config::{
+        address::Address,
+        edge_url::EdgeUrl,
+        visitors::{VisitorRules, WebhookRule},
+    },
     identity::credential::{CREDENTIAL, Token, TokenError, TokenSource},
 };
 
@@ -117,6 +126,10 @@ pub struct TunnelConfig {
     pub keep_alive: Option<Duration>,
     /// How the upstream is asked whether it is well.
     pub health_check: Option<HealthCheck>,
+    /// Who may use it.
+    pub visitors: VisitorRules,
+    /// The signatures that its webhooks must have.
+    pub webhooks: Vec<WebhookRule>,
 }
 
 /// How an upstream is asked whether it is well.
@@ -207,6 +220,8 @@ impl TunnelConfig {
             http2: Http2::Auto,
             keep_alive: Some(DEFAULT_KEEP_ALIVE),
             health_check: None,
+            visitors: VisitorRules::ANYBODY,
+            webhooks: Vec::new(),
         }
     }
 

@@ -18,6 +18,8 @@ use proto::id::{Owner, TunnelPattern, TunnelPatterns};
 pub mod credential;
 mod keys;
 pub(crate) mod name;
+pub mod private_file;
+pub(crate) mod public_keys;
 mod token;
 
 pub use keys::{Algorithm, JWKS_FILE, KEY_FILE, KeyError, Keys};

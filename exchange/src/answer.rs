@@ -1,8 +1,7 @@
 //! The head of an answer, and the pages for errors. Pure.
 
 use http::{HeaderName, HeaderValue, header};
-use proto::{error::ErrorCode, forwarded, header::Headers, id::RequestId};
-use serde::Serialize;
+use proto::{error::ErrorCode, forwarded, header::Headers, id::RequestId, problem};
 
 use crate::public::Head;
 
@@ -93,8 +92,7 @@ pub fn moved(location: HeaderValue, request_id: &RequestId) -> Head {
 #[must_use]
 pub fn problem(code: ErrorCode, request_id: &RequestId, html: bool) -> (Head, String) {
     let status = code.status();
-    let body = if html { page(code, request_id) } else { document(code, request_id) };
-    let content_type = if html { "text/html; charset=utf-8" } else { "application/problem+json" };
+    let (content_type, body) = problem::body(code, request_id, html);
     let mut headers = Headers::new();
     let mut field = |name: HeaderName, value: &str| {
         headers.push(name, HeaderValue::from_str(value).expect("fixed texts are header values"));
@@ -108,47 +106,6 @@ pub fn problem(code: ErrorCode, request_id: &RequestId, html: bool) -> (Head, St
         field(header::RETRY_AFTER, "2");
     }
     (Head { status: status.as_u16(), headers }, body)
-}
-
-/// RFC 9457.
-fn document(code: ErrorCode, request_id: &RequestId) -> String {
-    #[derive(Serialize)]
-    struct Problem<'a> {
-        r#type: &'a str,
-        title: &'a str,
-        status: u16,
-        detail: &'a str,
-        code: &'a str,
-        request_id: &'a str,
-    }
-    let status = code.status();
-    let problem = Problem {
-        r#type: "about:blank",
-        title: status.canonical_reason().unwrap_or_default(),
-        status: status.as_u16(),
-        detail: code.sentence(),
-        code: code.as_str(),
-        request_id: request_id.as_str(),
-    };
-    let mut text = serde_json::to_string_pretty(&problem).expect("a problem has string keys");
-    text.push('\n');
-    text
-}
-
-fn page(code: ErrorCode, request_id: &RequestId) -> String {
-    let status = code.status();
-    let title = status.canonical_reason().unwrap_or_default();
-    // Nothing of the request stands here: every part is a fixed text or a number of our own.
-    format!(
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" \
-         content=\"width=device-width\"><meta name=\"color-scheme\" content=\"light dark\"><title>{number} {title}</title>\
-         <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:36rem;margin:15vh auto;padding:0 1.5rem}}\
-         h1{{font-size:1.5rem}}code{{font-size:.9em}}p.id{{opacity:.7;font-size:.85rem}}</style></head>\
-         <body><h1>{number} {title}</h1><p>{sentence}</p><p class=\"id\"><code>{code}</code> · request \
-         <code>{request_id}</code></p></body></html>\n",
-        number = status.as_u16(),
-        sentence = code.sentence(),
-    )
 }
 
 #[cfg(test)]

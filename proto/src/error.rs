@@ -118,6 +118,36 @@ error_codes! {
     /// The edge cancelled the request; the agent says so to end the exchange. No public client sees it.
     Cancelled, "cancelled", SERVICE_UNAVAILABLE, "Cancelled",
         "This request was cancelled.";
+    /// The client's address is not one that may use the tunnel.
+    AddressRefused, "address_refused", FORBIDDEN, "AddressRefused",
+        "This tunnel is not open to your address.";
+    /// No password was shown, or a wrong one.
+    PasswordRequired, "password_required", UNAUTHORIZED, "PasswordRequired",
+        "This tunnel wants a user name and a password.";
+    /// No token was shown, or none that is believed.
+    TokenRequired, "token_required", UNAUTHORIZED, "TokenRequired",
+        "This tunnel wants a valid bearer token.";
+    /// Nobody is signed in, and the request is no page that could lead to signing in.
+    SignInRequired, "sign_in_required", UNAUTHORIZED, "SignInRequired",
+        "This tunnel wants you to sign in: open it in a browser.";
+    /// Signing in did not come to its end.
+    SignInFailed, "sign_in_failed", BAD_REQUEST, "SignInFailed",
+        "Signing in did not work, or took too long. Open the page again to begin anew.";
+    /// Whoever signed in is not among those who may use the tunnel.
+    VisitorRefused, "visitor_refused", FORBIDDEN, "VisitorRefused",
+        "You are signed in, but not among those who may use this tunnel.";
+    /// What is needed to know visitors cannot be had.
+    SignInUnavailable, "sign_in_unavailable", SERVICE_UNAVAILABLE, "SignInUnavailable",
+        "This tunnel cannot check who you are at the moment. Try again in a moment.";
+    /// Too many wrong passwords from this address, or too many at once.
+    TooManyGuesses, "too_many_guesses", TOO_MANY_REQUESTS, "TooManyGuesses",
+        "Too many passwords were tried. Wait a little, then try again.";
+    /// The signature of a webhook is missing or not right.
+    WebhookRefused, "webhook_refused", UNAUTHORIZED, "WebhookRefused",
+        "The signature of this webhook is missing, wrong, too old or was used before.";
+    /// A signed body is longer than what is held to be checked.
+    WebhookTooLarge, "webhook_too_large", PAYLOAD_TOO_LARGE, "WebhookTooLarge",
+        "The body of this webhook is over the 1048576 bytes (1 MiB) that are held to check a signature.";
     /// The upstream did not answer in time, or nobody knows what became of the request in time.
     UpstreamTimedOut, "upstream_timed_out", GATEWAY_TIMEOUT, "UpstreamTimedOut",
         "The upstream did not answer in time.";

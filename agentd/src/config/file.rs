@@ -13,10 +13,12 @@ use rustls::pki_types::ServerName;
 use super::{
     Config, ConfigError, FileConfig, HealthCheck, Http2, LogConfig, Overrides, TunnelConfig,
     address::{Address, Scheme},
-    beside, parse_duration, parse_host, parse_host_header, parse_log_level, parse_origin,
-    parse_status_address,
-    value::{Document, Table},
+    beside, parse_host, parse_host_header, parse_log_level, parse_origin, parse_status_address,
+    value::{Document, Table, duration_within, nonempty_path},
+    visitors,
 };
+use crate::identity::private_file::PrivateFiles;
+
 const ROOT_KEYS: &[&str] = &[
     "control_socket",
     "edge",
@@ -32,28 +34,45 @@ const EDGE_KEYS: &[&str] = &["ca_file", "token_file", "url"];
 const LOG_KEYS: &[&str] = &["dir", "format", "keep_days", "level"];
 const HEALTH_CHECK_KEYS: &[&str] = &["expect_status", "host", "interval", "max_failed", "path", "timeout"];
 const TUNNEL_KEYS: &[&str] = &[
+    "allow_ips",
+    "basic_auth",
+    "bearer",
     "ca_file",
+    "deny_ips",
     "health_check",
     "host_header",
     "http2",
     "insecure_skip_verify",
+    "ip_except",
     "keep_alive",
     "max_concurrent",
     "max_websockets",
     "name",
+    "oidc",
     "origin",
     "request_timeout",
     "rewrite_location",
     "server_name",
     "upstream",
+    "verify",
     "via",
     "websocket_idle_timeout",
 ];
 
 /// Every key there is, for whoever describes them.
 #[cfg(test)]
-pub(super) const ALL_KEYS: &[&[&str]] =
-    &[ROOT_KEYS, INCLUDED_KEYS, EDGE_KEYS, LOG_KEYS, HEALTH_CHECK_KEYS, TUNNEL_KEYS];
+pub(super) const ALL_KEYS: &[&[&str]] = &[
+    ROOT_KEYS,
+    INCLUDED_KEYS,
+    EDGE_KEYS,
+    LOG_KEYS,
+    HEALTH_CHECK_KEYS,
+    TUNNEL_KEYS,
+    visitors::BASIC_KEYS,
+    visitors::BEARER_KEYS,
+    visitors::OIDC_KEYS,
+    visitors::VERIFY_KEYS,
+];
 
 /// Reads a configuration file and what it includes, under `overrides`.
 ///
@@ -63,6 +82,7 @@ pub(super) const ALL_KEYS: &[&[&str]] =
 pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
     let mut config = FileConfig::default();
     let mut names = BTreeMap::new();
+    let files = PrivateFiles { credentials: overrides.credentials.clone() };
     let text = read(path)?;
     let document = Document { path, text: &text };
     let root = document.parse()?;
@@ -84,21 +104,41 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
             keep_days: log.integer("keep_days", 1..=3650)?,
         };
     }
-    read_tunnels(&document, &root, &mut config, &mut names)?;
+    read_tunnels(&document, &root, &files, &mut config, &mut names)?;
     for (pattern, span) in root.texts("include")? {
-        let files = expand(&beside(path, pattern)).map_err(|message| document.error(span, message))?;
-        for included in files {
+        let included = expand(&beside(path, pattern)).map_err(|message| document.error(span, message))?;
+        for included in included {
             let text = read(&included)?;
             let document = Document { path: &included, text: &text };
             let root = document.parse()?;
             let root = Table::new(&document, root.get_ref(), root.span(), "an included file", INCLUDED_KEYS)?;
-            read_tunnels(&document, &root, &mut config, &mut names)?;
+            read_tunnels(&document, &root, &files, &mut config, &mut names)?;
         }
     }
     if config.tunnels.is_empty() {
         return Err(document.error(0..0, "there is no tunnel: add a [[tunnel]] with name and upstream"));
     }
+    name_callbacks(&mut config.tunnels)?;
     overrides.apply(config)
+}
+
+/// Tells the tunnels that others finish signing in at.
+fn name_callbacks(tunnels: &mut [TunnelConfig]) -> Result<(), ConfigError> {
+    let named: Vec<(TunnelName, TunnelName)> = tunnels
+        .iter()
+        .filter_map(|tunnel| {
+            Some((tunnel.name.clone(), tunnel.visitors.oidc.as_ref()?.callback_tunnel.clone()?))
+        })
+        .collect();
+    for (by, name) in named {
+        let tunnel = tunnels.iter_mut().find(|tunnel| tunnel.name == name).ok_or_else(|| {
+            ConfigError::new(format!(
+                "callback_tunnel of {by}: there is no tunnel {name} in this configuration"
+            ))
+        })?;
+        tunnel.visitors.is_callback = true;
+    }
+    Ok(())
 }
 
 /// The `control_socket` that a configuration names, whatever else is in it: commands for a running agent
@@ -117,27 +157,15 @@ fn read(path: &Path) -> Result<String, ConfigError> {
     })
 }
 
-fn nonempty_path(file: &Path, text: &str) -> Result<PathBuf, &'static str> {
-    if text.is_empty() { Err("a file name is wanted here") } else { Ok(beside(file, text)) }
-}
-
-fn duration_within(text: &str, least: &str, most: &str) -> Result<std::time::Duration, String> {
-    let duration = parse_duration(text)?;
-    if (parse_duration(least)?..=parse_duration(most)?).contains(&duration) {
-        Ok(duration)
-    } else {
-        Err(format!("{text:?} must be from {least} to {most}"))
-    }
-}
-
 fn read_tunnels(
     document: &Document<'_>,
     root: &Table<'_>,
+    files: &PrivateFiles,
     config: &mut FileConfig,
     names: &mut BTreeMap<TunnelName, PathBuf>,
 ) -> Result<(), ConfigError> {
     for table in root.tables("tunnel", TUNNEL_KEYS)? {
-        let tunnel = read_tunnel(document, &table)?;
+        let tunnel = read_tunnel(document, &table, files)?;
         if let Some(earlier) = names.insert(tunnel.name.clone(), document.path.into()) {
             let message = format!("tunnel {:?} is already in {}", tunnel.name, earlier.display());
             return Err(document.error(table.span_of("name"), message));
@@ -147,7 +175,11 @@ fn read_tunnels(
     Ok(())
 }
 
-fn read_tunnel(document: &Document<'_>, table: &Table<'_>) -> Result<TunnelConfig, ConfigError> {
+fn read_tunnel(
+    document: &Document<'_>,
+    table: &Table<'_>,
+    files: &PrivateFiles,
+) -> Result<TunnelConfig, ConfigError> {
     let path = document.path;
     let name = table.text("name", str::parse)?.ok_or_else(|| table.error("this tunnel has no name"))?;
     let upstream: Address = table.text_or_integer("upstream", str::parse)?.ok_or_else(|| {
@@ -187,6 +219,8 @@ fn read_tunnel(document: &Document<'_>, table: &Table<'_>) -> Result<TunnelConfi
     if let Some(check) = table.table("health_check", HEALTH_CHECK_KEYS)? {
         tunnel.health_check = Some(read_health_check(&check)?);
     }
+    tunnel.visitors = visitors::read(table, files)?;
+    tunnel.webhooks = visitors::read_webhooks(table, files)?;
     if tunnel.upstream.scheme() == Scheme::Http {
         for key in ["ca_file", "server_name", "insecure_skip_verify"] {
             if table.has(key) {

@@ -22,6 +22,12 @@ impl Folder {
         fs::write(path, text).unwrap();
     }
 
+    /// A file that only its owner may read.
+    fn private(&self, name: &str, text: &str) {
+        self.write(name, text);
+        fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o600)).unwrap();
+    }
+
     fn load(&self, text: &str) -> Result<Config, ConfigError> {
         self.write("agentd.toml", text);
         load(&self.path("agentd.toml"), &Overrides::default())
@@ -274,6 +280,10 @@ fn the_packaged_example_shows_every_key_and_nothing_else() {
     fn keys(table: &toml::Table, found: &mut BTreeSet<String>) {
         for (key, value) in table {
             found.insert(key.clone());
+            // Its keys are anybody's.
+            if key == "claims" {
+                continue;
+            }
             let tables =
                 value.as_array().into_iter().flatten().chain([value]).filter_map(toml::Value::as_table);
             tables.for_each(|table| keys(table, found));
@@ -291,7 +301,17 @@ fn the_packaged_example_shows_every_key_and_nothing_else() {
     let in_force = in_force.replace("http://127.0.0.1:3000", "https://127.0.0.1:3000");
     let folder = Folder::new();
     let overrides = Overrides { token_file: Some(folder.path("token")), ..Overrides::default() };
-    for text in [example, &in_force] {
+    for (name, text) in [
+        ("web.htpasswd", "ann:$2y$04$DWi7TdQmTGO1gNKxlEd7jeW8k8hyJKPvQTNt9V/Yz9gNCc4xOMRY2"),
+        ("oidc-secret", "secret"),
+        ("session-key", "0123456789abcdef0123456789abcdef"),
+        ("stripe-secret", "whsec_abc"),
+    ] {
+        folder.private(name, text);
+    }
+    // Keys are in a file or at an address.
+    let loaded = in_force.replace("jwks_file = ", "#");
+    for text in [example, &loaded] {
         folder.write("agentd.toml", text);
         assert_eq!(load(&folder.path("agentd.toml"), &overrides).unwrap().tunnels.len(), 1);
     }
@@ -299,4 +319,141 @@ fn the_packaged_example_shows_every_key_and_nothing_else() {
     keys(&in_force.parse().unwrap(), &mut shown);
     let known: BTreeSet<String> = file::ALL_KEYS.iter().copied().flatten().map(ToString::to_string).collect();
     assert_eq!(shown, known);
+}
+
+const HASH: &str = "ann:$2y$04$DWi7TdQmTGO1gNKxlEd7jeW8k8hyJKPvQTNt9V/Yz9gNCc4xOMRY2\n";
+
+#[test]
+fn what_visitors_are_known_by_is_read_with_its_files() {
+    let folder = Folder::new();
+    folder.private("users", HASH);
+    folder.private("secret", "hook-secret\ntwo\n");
+    folder.private("client", "client-secret\n");
+    folder.write(
+        "keys.json",
+        &crate::identity::Keys::generate(crate::identity::Algorithm::Eddsa).unwrap().jwks(),
+    );
+    let config = folder
+        .load(&tunnel(
+            r#"
+            allow_ips = ["10.0.0.0/8", "::1"]
+            deny_ips = ["10.6.6.6"]
+            basic_auth = "users"
+            [tunnel.bearer]
+            jwks_file = "keys.json"
+            audience = "web"
+            claims = { scope = "read", admin = true, level = [1, "2"] }
+            [tunnel.oidc]
+            issuer = "https://login.example.com"
+            client_id = "id"
+            client_secret_file = "client"
+            allow_domains = ["@Example.com"]
+            callback_tunnel = "web"
+            [[tunnel.verify]]
+            scheme = "github"
+            secret_file = "secret"
+            [[tunnel.verify]]
+            scheme = "hmac"
+            secret_file = "secret"
+            header = "X-Signature"
+            "#,
+        ))
+        .unwrap();
+    let web = &config.tunnels[0];
+    let ips = web.visitors.ips.as_ref().unwrap();
+    assert_eq!((ips.allow.len(), ips.deny[0].to_string()), (2, "10.6.6.6/32".into()));
+    assert!(web.visitors.basic.as_ref().unwrap().users.get("ann").is_some());
+    let bearer = web.visitors.bearer.as_ref().unwrap();
+    assert_eq!((&*bearer.user_claim, bearer.algorithms.len()), ("sub", visitors::ALGORITHMS.len()));
+    let claims: Vec<_> =
+        bearer.claims.iter().map(|(name, values)| format!("{name}={}", values.join("|"))).collect();
+    assert_eq!(
+        claims.iter().map(|claim| &**claim).collect::<BTreeSet<_>>(),
+        ["scope=read", "admin=true", "level=1|2"].into()
+    );
+    let oidc = web.visitors.oidc.as_ref().unwrap();
+    assert_eq!(
+        (&oidc.allow.domains[..], &*oidc.scopes),
+        (&["example.com".to_owned()][..], "openid email profile")
+    );
+    assert!(web.visitors.is_callback && oidc.session == Duration::from_secs(8 * 3600));
+    assert_eq!(web.webhooks.iter().map(|rule| rule.secrets.len()).collect::<Vec<_>>(), [2, 2]);
+    let shown = format!("{web:?}");
+    assert!(
+        !shown.contains("client-secret") && !shown.contains("$2y$") && !shown.contains("hook-secret"),
+        "{shown}"
+    );
+}
+
+#[test]
+fn rules_about_visitors_that_mean_nothing_or_too_much_are_refused() {
+    let folder = Folder::new();
+    folder.private("users", HASH);
+    folder.private("plain", "ann:secret\n");
+    folder.private("secret", "one\n");
+    folder.private("two", "one\ntwo\n");
+    folder.private("empty", "\n");
+    folder.write("open", HASH);
+    fs::set_permissions(folder.path("open"), fs::Permissions::from_mode(0o644)).unwrap();
+    folder.write("keys.json", "{}");
+    let oidc = |lines: &str| {
+        format!("[tunnel.oidc]\nissuer = \"https://login.example.com\"\nclient_id = \"id\"\n{lines}")
+    };
+    for (lines, message) in [
+        ("allow_ips = []".to_owned(), "nobody would pass"),
+        ("allow_ips = [\"10.0.0.1/8\"]".into(), "7:14: \"10.0.0.1/8\" has bits behind its prefix"),
+        ("ip_except = [\"/x\"]".into(), "needs \"allow_ips\""),
+        ("basic_auth = \"open\"".into(), "can be read by others (mode 644): run chmod 600"),
+        ("basic_auth = \"plain\"".into(), "plain: line 1: its hash is neither bcrypt"),
+        ("basic_auth = \"none\"".into(), "cannot read"),
+        ("basic_auth = { realm = \"x\" }".into(), "has no file"),
+        ("basic_auth = { file = \"users\", except = [\"webhooks\"] }".into(), "is no path"),
+        ("bearer = { audience = \"x\" }".into(), "needs one of jwks_file and jwks_url"),
+        ("bearer = { jwks_url = \"https://a/b\" }".into(), "has no audience"),
+        ("bearer = { jwks_url = \"http://a/b\", audience = \"x\" }".into(), "use https://"),
+        ("bearer = { jwks_file = \"keys.json\", audience = \"x\" }".into(), "keys.json: it is no JWK set"),
+        (
+            "bearer = { jwks_url = \"https://a/b\", audience = \"x\", algorithms = [\"none\"] }".into(),
+            "\"none\" is no signature",
+        ),
+        (
+            "bearer = { jwks_url = \"https://a/b\", audience = \"x\", algorithms = [\"HS256\"] }".into(),
+            "\"HS256\" is no signature",
+        ),
+        (
+            "bearer = { jwks_url = \"https://a/b\", audience = \"x\", claims = { a = [] } }".into(),
+            "\"a\" allows nothing",
+        ),
+        (oidc(""), "must say who is let in"),
+        (oidc("allow_anyone = true\nallow_groups = [\"x\"]"), "must say who is let in"),
+        (oidc("allow_emails = [\"example.com\"]"), "is no email"),
+        (oidc("allow_domains = [\"*.example.com\"]"), "is no domain"),
+        (
+            oidc("allow_anyone = true\ncallback_tunnel = \"auth\""),
+            "there is no tunnel auth in this configuration",
+        ),
+        (oidc("allow_anyone = true\nclient_secret_file = \"two\""), "must hold one line"),
+        (oidc("allow_anyone = true\nsession_key_file = \"secret\""), "32 characters or more"),
+        ("verify = { secret_file = \"secret\" }".into(), "has no scheme"),
+        ("verify = { scheme = \"paypal\", secret_file = \"secret\" }".into(), "\"paypal\" is none of github"),
+        ("verify = { scheme = \"github\" }".into(), "has no secret_file"),
+        ("verify = { scheme = \"github\", secret_file = \"empty\" }".into(), "is empty"),
+        (
+            "verify = { scheme = \"github\", secret_file = \"secret\", header = \"x\" }".into(),
+            "is for scheme = \"hmac\" only",
+        ),
+        (
+            "verify = { scheme = \"github\", secret_file = \"secret\", tolerance = \"5m\" }".into(),
+            "signs no time",
+        ),
+        (
+            "verify = { scheme = \"stripe\", secret_file = \"secret\", tolerance = \"2h\" }".into(),
+            "must be from 1s to 1h",
+        ),
+        ("verify = { scheme = \"hmac\", secret_file = \"secret\" }".into(), "needs header"),
+        ("verify = { scheme = \"standard\", secret_file = \"two\" }".into(), "base64, after whsec_"),
+    ] {
+        let error = folder.error(&tunnel(&lines));
+        assert!(error.contains(message), "{lines}\n{error}");
+    }
 }

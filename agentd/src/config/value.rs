@@ -1,8 +1,10 @@
 //! Reading one TOML document with the place of everything in it.
 
 use std::{
+    borrow::Cow,
     ops::Range,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use toml::{
@@ -10,7 +12,7 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::{ConfigError, Place};
+use super::{ConfigError, Place, beside, parse_duration};
 
 /// A file's name and text.
 pub(super) struct Document<'a> {
@@ -164,6 +166,51 @@ impl<'a> Table<'a> {
         Ok(texts)
     }
 
+    /// One table, or every table of a list of them.
+    pub(super) fn table_or_tables(&self, key: &str, known: &[&str]) -> Result<Vec<Self>, ConfigError> {
+        match self.entries.get(key) {
+            Some(value) if value.get_ref().as_array().is_some() => self.tables(key, known),
+            _ => Ok(self.table(key, known)?.into_iter().collect()),
+        }
+    }
+
+    /// A table of any names, each with one text or several, or true, false or a number.
+    pub(super) fn choices(&self, key: &str) -> Result<Vec<(String, Vec<String>)>, ConfigError> {
+        let Some(value) = self.entries.get(key) else { return Ok(Vec::new()) };
+        let entries = value.get_ref().as_table().ok_or_else(|| self.wrong_type(key, value, "a table"))?;
+        let text = |name: &str, value: &Spanned<DeValue<'a>>| match value.get_ref() {
+            DeValue::String(text) => Ok(text.to_string()),
+            DeValue::Boolean(truth) => Ok(truth.to_string()),
+            DeValue::Integer(number) => Ok(number.as_str().to_owned()),
+            _ => Err(self.wrong_type(name, value, "a text or a list of texts")),
+        };
+        let read = |(name, value): (&Spanned<Cow<'a, str>>, &Spanned<DeValue<'a>>)| {
+            let name = name.get_ref();
+            let texts = match value.get_ref().as_array() {
+                Some(list) => list.iter().map(|value| text(name, value)).collect::<Result<_, _>>()?,
+                None => vec![text(name, value)?],
+            };
+            if texts.is_empty() {
+                return Err(self.document.error(value.span(), format!("{name:?} allows nothing")));
+            }
+            Ok((name.to_string(), texts))
+        };
+        entries.iter().map(read).collect()
+    }
+
+    pub(super) fn is_text(&self, key: &str) -> bool {
+        self.entries.get(key).is_some_and(|value| value.get_ref().as_str().is_some())
+    }
+
+    pub(super) const fn document(&self) -> &'a Document<'a> {
+        self.document
+    }
+
+    /// An error about one key.
+    pub(super) fn error_at(&self, key: &str, message: impl Into<String>) -> ConfigError {
+        self.document.error(self.span_of(key), message)
+    }
+
     pub(super) fn has(&self, key: &str) -> bool {
         self.entries.contains_key(key)
     }
@@ -176,4 +223,18 @@ impl<'a> Table<'a> {
 fn article(noun: &str) -> String {
     let vowel = noun.starts_with(['a', 'e', 'i', 'o', 'u']);
     format!("{} {noun}", if vowel { "an" } else { "a" })
+}
+
+/// A file's name, beside the file that names it.
+pub(super) fn nonempty_path(file: &Path, text: &str) -> Result<PathBuf, &'static str> {
+    if text.is_empty() { Err("a file name is wanted here") } else { Ok(beside(file, text)) }
+}
+
+pub(super) fn duration_within(text: &str, least: &str, most: &str) -> Result<Duration, String> {
+    let duration = parse_duration(text)?;
+    if (parse_duration(least)?..=parse_duration(most)?).contains(&duration) {
+        Ok(duration)
+    } else {
+        Err(format!("{text:?} must be from {least} to {most}"))
+    }
 }

@@ -11,6 +11,8 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use proto::id::TunnelPatterns;
 use serde::Deserialize;
 
+use super::private_file::quoted;
+
 /// The variable that may hold the token itself.
 pub const ENV_TOKEN: &str = "AGENTD_TOKEN";
 
@@ -157,8 +159,7 @@ fn check_mode(path: &Path) -> Result<(), TokenError> {
     let mode = metadata.permissions().mode() & 0o777;
     if metadata.is_file() && mode & 0o077 != 0 {
         let path = path.display().to_string();
-        let plain = path.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-+".contains(&b));
-        let quoted = if plain { path.clone() } else { format!("'{}'", path.replace('\'', r"'\''")) };
+        let quoted = quoted(&path);
         return Err(TokenError::Exposed { path, quoted, mode });
     }
     Ok(())

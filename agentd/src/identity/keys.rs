@@ -207,7 +207,7 @@ impl Keys {
         keys
     }
 
-    fn pem(&self) -> Result<String, KeyError> {
+    pub(super) fn pem(&self) -> Result<String, KeyError> {
         // Version 1, which every tool reads.
         let document = match &self.pair {
             Pair::Eddsa(pair) => pair.to_pkcs8v1()?,

@@ -37,6 +37,7 @@ use crate::{
     serve::host::HostRule,
     serve::origin::{Rewrites, View, without_own_via},
     serve::outbox::{LinkGone, Outbox},
+    serve::policy::{Delivery, Webhook, answer::Answer, asked::Asked, visitors::is_user},
     serve::sockets::{Serial, Sockets},
     serve::tunnel::{Place, SocketPlace, Tunnel, Tunnels},
     serve::upgrade,
@@ -92,6 +93,8 @@ pub(crate) struct Exchange {
 enum Stop {
     /// The edge is told so: number of the missing piece, and why.
     Fail { seq: u32, code: ErrorCode },
+    /// The request was answered here, in place of the upstream.
+    Answered(Option<ErrorCode>),
     /// There is nobody left to tell.
     Gone,
 }
@@ -127,6 +130,8 @@ impl Exchange {
         match answer(job, &tunnels, &sender, &codecs, credit, websockets, &mut line).await {
             Ok(()) => line.end(Ending::Complete),
             Err(Stop::Gone) => {}
+            Err(Stop::Answered(None)) => line.end(Ending::Complete),
+            Err(Stop::Answered(Some(code))) => line.end(Ending::Failed(code)),
             Err(Stop::Fail { seq, code }) => {
                 line.end(Ending::Failed(code));
                 let failed = AgentMessage::Failed(Failed { token: (&*token).into(), seq, code });
@@ -170,28 +175,27 @@ async fn answer(
     let began = Instant::now();
     let tunnel = tunnels.get(&job.tunnel).ok_or(fail(ErrorCode::NoSuchTunnel))?;
     line.counted_by(tunnel.metrics());
+    let head_due = began + min(tunnel.request_timeout, job.timeout);
+    let signed = admit(&mut job, &tunnel, head_due, sender, line).await?;
     let mut place = match job.upgrade {
         None => Places::Request { _place: tunnels.enter(&tunnel).map_err(fail)? },
         Some(Upgrade::Websocket) => {
             Places::Socket(tunnels.enter_socket(&tunnel, websockets.sockets.count()).map_err(fail)?)
         }
     };
+    let delivery = match signed {
+        Some(webhook) => Some(signed_body(webhook, &mut job, tunnels, head_due, sender, line).await?),
+        None => None,
+    };
     let host = host_for(&job, &tunnel).map_err(fail)?;
     let headers = upstream_headers(&job, &tunnel, &host).map_err(fail)?;
 
-    let head_due = began + min(tunnel.request_timeout, job.timeout);
     let (response, progress) = timeout_at(head_due, async {
         let (body, progress) = match std::mem::replace(&mut job.body, JobBody::Whole(Bytes::new())) {
             JobBody::Whole(bytes) if bytes.is_empty() => (RequestBody::Empty, None),
             JobBody::Whole(bytes) => (RequestBody::Whole(bytes), None),
-            JobBody::Announced(mut body, progress) => {
-                let budget =
-                    tunnels.reserve_upload(body.announced()).await.ok_or(fail(ErrorCode::RequestTooLarge))?;
-                body.accept(budget);
-                let ask =
-                    AgentMessage::Continue(Continue { token: sender.token.into(), codecs: Codecs::all() });
-                sender.send(&ask, 0).await?;
-                (RequestBody::Upload(body), Some(progress))
+            JobBody::Announced(body, progress) => {
+                (RequestBody::Upload(ask_for(body, tunnels, sender).await?), Some(progress))
             }
         };
         let mut request = Request::new(body);
@@ -251,6 +255,11 @@ async fn answer(
         fail(error.code())
     })?;
     line.head(status);
+    if let Some(delivery) = delivery
+        && (200..400).contains(&status)
+    {
+        delivery.delivered();
+    }
     if tunnel.rewrites_location()
         && View::concerns(&headers)
         && let Some(view) = View::of(&job.headers, tunnel.upstream.address(), &host)
@@ -294,6 +303,101 @@ async fn answer(
             Err(Stop::Fail { seq: response.seq, code: error.code() })
         }
     }
+}
+
+/// Lets a request in or answers it here. Returns what its body must be signed by.
+async fn admit<'a>(
+    job: &mut Job,
+    tunnel: &'a Tunnel,
+    due: Instant,
+    sender: &Sender<'_>,
+    line: &mut AccessLine,
+) -> Result<Option<&'a Webhook>, Stop> {
+    let Some(policy) = tunnel.policy() else {
+        if job.headers.iter().any(|(name, _)| is_user(name)) {
+            job.headers.retain(|name, _| !is_user(name));
+        }
+        return Ok(None);
+    };
+    let body_bytes = match &job.body {
+        JobBody::Whole(bytes) => bytes.len() as u64,
+        JobBody::Announced(body, _) => body.announced(),
+    };
+    let admitted = timeout_at(due, policy.admit(&asked(job), body_bytes)).await;
+    match admitted.unwrap_or_else(|_| Err(Answer::refusal(ErrorCode::SignInUnavailable))) {
+        Ok(admitted) => {
+            admitted.visitor.mark(&mut job.headers);
+            Ok(admitted.signed)
+        }
+        Err(answer) => Err(answer_here(answer, job, sender, line).await),
+    }
+}
+
+/// Takes the whole body and checks its signature.
+async fn signed_body(
+    webhook: &Webhook,
+    job: &mut Job,
+    tunnels: &Tunnels,
+    due: Instant,
+    sender: &Sender<'_>,
+    line: &mut AccessLine,
+) -> Result<Delivery, Stop> {
+    let bytes = match std::mem::replace(&mut job.body, JobBody::Whole(Bytes::new())) {
+        JobBody::Whole(bytes) => bytes,
+        JobBody::Announced(body, _) => {
+            let whole = async {
+                let body = ask_for(body, tunnels, sender).await?;
+                let whole = http_body_util::BodyExt::collect(body).await;
+                whole
+                    .map(http_body_util::Collected::to_bytes)
+                    .map_err(|error| fail(UpstreamError::Upload(error).code()))
+            };
+            timeout_at(due, whole).await.unwrap_or(Err(fail(ErrorCode::UpstreamTimedOut)))?
+        }
+    };
+    match webhook.check(&asked(job), &bytes) {
+        Ok(delivery) => {
+            job.body = JobBody::Whole(bytes);
+            Ok(delivery)
+        }
+        Err(answer) => Err(answer_here(answer, job, sender, line).await),
+    }
+}
+
+/// Asks the edge for an announced body, once there is room for it.
+async fn ask_for(mut body: UploadBody, tunnels: &Tunnels, sender: &Sender<'_>) -> Result<UploadBody, Stop> {
+    let budget = tunnels.reserve_upload(body.announced()).await.ok_or(fail(ErrorCode::RequestTooLarge))?;
+    body.accept(budget);
+    let ask = AgentMessage::Continue(Continue { token: sender.token.into(), codecs: Codecs::all() });
+    sender.send(&ask, 0).await?;
+    Ok(body)
+}
+
+/// The head of a request, as policy sees it.
+fn asked(job: &Job) -> Asked<'_> {
+    Asked { method: &job.method, target: &job.target, headers: &job.headers, upgrade: job.upgrade.is_some() }
+}
+
+/// Answers in place of the upstream.
+async fn answer_here(answer: Answer, job: &Job, sender: &Sender<'_>, line: &mut AccessLine) -> Stop {
+    let code = answer.code;
+    let (status, headers, body) = answer.into_parts(&job.request_id, asked(job).wants_html());
+    line.head(status);
+    // The length stays in the head, also for whoever wants no body.
+    let body = if job.method == Method::HEAD { Bytes::new() } else { body };
+    let reply = AgentMessage::Reply(Reply {
+        token: sender.token.into(),
+        status,
+        headers,
+        body: (!body.is_empty()).then(|| Body::encode_front(&body, None).0),
+        end: true,
+    });
+    if sender.send(&reply, 2 * body.len()).await.is_err() {
+        return Stop::Gone;
+    }
+    sender.sent.store(1, Ordering::Relaxed);
+    line.body(body.len());
+    Stop::Answered(code)
 }
 
 /// What a WebSocket needs besides what a request does.

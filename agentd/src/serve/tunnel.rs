@@ -37,6 +37,7 @@ use crate::{
     serve::hint::{self, Given, Hint, Refusal},
     serve::host::HostRule,
     serve::origin::Rewrites,
+    serve::policy::Policy,
     serve::upstream::{Tls, Upstream},
     tls::{TlsError, Trust, client_config},
 };
@@ -58,6 +59,7 @@ pub(crate) struct Tunnel {
     metrics: Arc<TunnelMetrics>,
     causes: Causes,
     hints: Given,
+    policy: Option<Policy>,
     /// The public address, once the edge has said it: what checks of a tunnel that preserves its name wait for.
     public: watch::Sender<Option<String>>,
     _check: Option<AbortOnDropHandle<()>>,
@@ -285,6 +287,7 @@ impl Tunnel {
             metrics: metrics.tunnel(&config.name),
             causes: Causes::default(),
             hints: Given::default(),
+            policy: Policy::new(config, before.and_then(|before| before.policy.as_ref())),
             public,
             _check: check,
         })
@@ -355,6 +358,11 @@ impl Tunnel {
     /// Whether the edge's entry in `Via` reaches the upstream.
     pub(crate) const fn says_via(&self) -> bool {
         self.config.via
+    }
+
+    /// What it asks of requests, if anything.
+    pub(crate) const fn policy(&self) -> Option<&Policy> {
+        self.policy.as_ref()
     }
 
     /// Whether the upstream is well.

@@ -1,0 +1,608 @@
+//! Who may come in: every rule with a request that passes and one that does not, through the real processes.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
+
+use std::{
+    collections::HashMap,
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use agentd::identity::{Algorithm as KeyKind, JWKS_FILE, KEY_FILE, Keys};
+use base64::{
+    Engine as _,
+    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
+};
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+use tests::{
+    Agent, Local,
+    client::{Answer, Request},
+    operator::unix_now,
+    upstream::{Recorded, Upstream},
+};
+
+/// Files with secrets, as an operator keeps them.
+struct Secrets(tempfile::TempDir);
+
+impl Secrets {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Writes one; its path for TOML.
+    fn write(&self, name: &str, text: &str) -> String {
+        let path = self.path(name);
+        fs::write(&path, text).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        path.display().to_string()
+    }
+
+    /// A signing key, with its JWK set in a file.
+    fn signer(&self) -> Signer {
+        Signer::new(self.0.path())
+    }
+}
+
+#[derive(Clone)]
+struct Signer {
+    key: EncodingKey,
+    id: String,
+    jwks: String,
+}
+
+impl Signer {
+    fn new(dir: &Path) -> Self {
+        let keys = Keys::generate(KeyKind::Es256).unwrap();
+        keys.write(dir).unwrap();
+        let pem = fs::read(dir.join(KEY_FILE)).unwrap();
+        Self { key: EncodingKey::from_ec_pem(&pem).unwrap(), id: keys.id().to_owned(), jwks: keys.jwks() }
+    }
+
+    fn sign(&self, claims: &Value) -> String {
+        let header = Header { kid: Some(self.id.clone()), ..Header::new(Algorithm::ES256) };
+        encode(&header, claims, &self.key).unwrap()
+    }
+}
+
+fn tunnel(name: &str, upstream: &Upstream, rules: &str) -> String {
+    format!("[[tunnel]]\nname = \"{name}\"\nupstream = \"{}\"\n{rules}\n", upstream.address())
+}
+
+/// What a refusal looks like: status and code, a page for people and a document for programs.
+async fn is_refused(local: &Local, request: &Request, status: u16, code: &str) -> Answer {
+    let answer = request.send(local.public).await;
+    let seen = (answer.status, answer.field("x-tunnel-error"));
+    assert_eq!(seen, (status, Some(code.to_owned())), "{request:?}\n{}", answer.text());
+    assert_eq!(answer.field("content-type").as_deref(), Some("application/problem+json"));
+    let problem: Value = serde_json::from_slice(&answer.body).unwrap();
+    assert_eq!((&problem["code"], &problem["status"]), (&json!(code), &json!(status)));
+    assert_eq!(answer.field("cache-control").as_deref(), Some("no-store"));
+    answer
+}
+
+async fn passes(local: &Local, upstream: &Upstream, request: &Request) -> Recorded {
+    let answer = request.send(local.public).await;
+    assert_eq!(
+        (answer.status, answer.field("x-tunnel-error")),
+        (200, None),
+        "{request:?}\n{}",
+        answer.text()
+    );
+    upstream.recorded().last().unwrap().clone()
+}
+
+fn basic(name: &str, password: &str) -> String {
+    format!("Basic {}", STANDARD.encode(format!("{name}:{password}")))
+}
+
+fn mac(key: &[u8], text: &[&[u8]]) -> Vec<u8> {
+    let mut mac = Hmac::<Sha256>::new_from_slice(key).unwrap();
+    for piece in text {
+        mac.update(piece);
+    }
+    mac.finalize().into_bytes().to_vec()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[tokio::test]
+async fn each_rule_lets_in_whom_it_names_and_nobody_else() {
+    let secrets = Secrets::new();
+    let upstream = Upstream::echo().await;
+    let hash = bcrypt::hash("correct horse", 4).unwrap();
+    let users = secrets.write("users", &format!("ann:{hash}\n"));
+    let signer = secrets.signer();
+    let jwks = secrets.path(JWKS_FILE).display().to_string();
+    let github = secrets.write("github", "old\nnew\n");
+    let stripe = secrets.write("stripe", "whsec_abc\n");
+    let tunnels = [
+        tunnel("open", &upstream, ""),
+        tunnel("office", &upstream, "allow_ips = [\"10.0.0.0/8\"]\nip_except = [\"/healthz\"]"),
+        tunnel("home", &upstream, "allow_ips = [\"127.0.0.0/8\", \"::1\"]"),
+        tunnel("banned", &upstream, "deny_ips = [\"127.0.0.0/8\", \"::1\"]"),
+        tunnel(
+            "basic",
+            &upstream,
+            &format!("basic_auth = {{ file = \"{users}\", realm = \"team\", except = [\"/hooks/*\"] }}"),
+        ),
+        tunnel(
+            "bearer",
+            &upstream,
+            &format!(
+                "[tunnel.bearer]\njwks_file = \"{jwks}\"\nissuer = \"https://issuer.example\"\naudience = [\"me\", \"us\"]\n\
+                 claims = {{ scope = \"read\" }}\nuser_claim = \"name\""
+            ),
+        ),
+        tunnel(
+            "either",
+            &upstream,
+            &format!("basic_auth = \"{users}\"\n[tunnel.bearer]\njwks_file = \"{jwks}\"\naudience = \"me\""),
+        ),
+        tunnel(
+            "hooks",
+            &upstream,
+            &format!(
+                "[[tunnel.verify]]\nscheme = \"github\"\nsecret_file = \"{github}\"\npaths = [\"/github\"]\n\
+                 [[tunnel.verify]]\nscheme = \"stripe\"\nsecret_file = \"{stripe}\"\npaths = [\"/stripe/*\"]"
+            ),
+        ),
+    ];
+    let local = Local::start(&[]);
+    let names = ["open", "office", "home", "banned", "basic", "bearer", "either", "hooks"];
+    let _agent = local.agent_with(&tunnels.concat(), &names);
+    let get = |tunnel: &str, target: &str| Request::to(tunnel, "GET", target);
+
+    // Nobody's word for who asks reaches the upstream but ours.
+    let seen = passes(
+        &local,
+        &upstream,
+        &get("open", "/")
+            .field("x-tunnel-user", "root")
+            .field("x_tunnel_user", "root")
+            .field("authorization", "Basic eDp5"),
+    )
+    .await;
+    assert_eq!((seen.all("x-tunnel-user"), seen.all("x_tunnel_user")), (vec![], vec![]));
+    assert_eq!(seen.all("authorization"), ["Basic eDp5"]);
+
+    // Addresses: what a client says of itself counts for nothing.
+    passes(&local, &upstream, &get("home", "/")).await;
+    let lying = |tunnel: &str| {
+        get(tunnel, "/")
+            .field("x-forwarded-for", "10.0.0.1")
+            .field("forwarded", "for=10.0.0.1")
+            .field("x-real-ip", "10.0.0.1")
+    };
+    is_refused(&local, &get("office", "/"), 403, "address_refused").await;
+    is_refused(&local, &lying("office"), 403, "address_refused").await;
+    is_refused(&local, &lying("banned"), 403, "address_refused").await;
+    passes(&local, &upstream, &get("office", "/healthz")).await;
+    for path in ["/healthz/", "/healthz/../x", "/x/../healthz", "/%2e%2e/healthz", "//healthz", "/Healthz"] {
+        is_refused(&local, &get("office", path), 403, "address_refused").await;
+    }
+
+    // Passwords.
+    let answer = is_refused(&local, &get("basic", "/"), 401, "password_required").await;
+    assert_eq!(answer.field("www-authenticate").as_deref(), Some("Basic realm=\"team\", charset=\"UTF-8\""));
+    let with = |name: &str, password: &str| get("basic", "/").field("authorization", &basic(name, password));
+    for _ in 0..2 {
+        let seen =
+            passes(&local, &upstream, &with("ann", "correct horse").field("x-tunnel-user", "root")).await;
+        assert_eq!((seen.all("x-tunnel-user"), seen.all("authorization")), (vec!["ann".to_owned()], vec![]));
+    }
+    is_refused(&local, &with("ann", "Correct horse"), 401, "password_required").await;
+    is_refused(&local, &with("bob", "correct horse"), 401, "password_required").await;
+    let excepted = get("basic", "/hooks/x").field("authorization", "Bearer for-the-app");
+    assert_eq!(passes(&local, &upstream, &excepted).await.all("authorization"), ["Bearer for-the-app"]);
+    is_refused(&local, &get("basic", "/hooks/..%2fadmin"), 401, "password_required").await;
+    let page = get("basic", "/").field("accept", "text/html").send(local.public).await;
+    assert_eq!((page.status, page.field("content-type").as_deref()), (401, Some("text/html; charset=utf-8")));
+    let head = Request::to("basic", "HEAD", "/").send(local.public).await;
+    assert_eq!((head.status, head.body.len()), (401, 0));
+    let upload = Request::to("basic", "POST", "/").body(vec![7; 600 * 1024]);
+    is_refused(&local, &upload, 401, "password_required").await;
+    for n in 0..10 {
+        // Three were wrong already.
+        let answer = with("ann", &n.to_string()).send(local.public).await;
+        let expected = if n < 8 { 401 } else { 429 };
+        assert_eq!(answer.status, expected, "guess {n}");
+    }
+    let answer = is_refused(&local, &with("ann", "x"), 429, "too_many_guesses").await;
+    assert!(answer.field("retry-after").unwrap().parse::<u32>().unwrap() <= 60);
+    passes(&local, &upstream, &with("ann", "correct horse")).await;
+
+    // Tokens.
+    let claims = |change: Value| {
+        let mut claims = json!({
+            "iss": "https://issuer.example", "aud": "us", "sub": "1", "name": "Ann", "scope": "write read", "exp": unix_now() + 60
+        });
+        claims.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        signer.sign(&claims)
+    };
+    let bearer =
+        |tunnel: &str, token: &str| get(tunnel, "/").field("authorization", &format!("Bearer {token}"));
+    let seen = passes(&local, &upstream, &bearer("bearer", &claims(json!({})))).await;
+    assert_eq!((seen.all("x-tunnel-user"), seen.all("authorization")), (vec!["Ann".to_owned()], vec![]));
+    let answer = is_refused(&local, &get("bearer", "/"), 401, "token_required").await;
+    assert_eq!(answer.field("www-authenticate").as_deref(), Some("Bearer realm=\"tunnel\""));
+    for (change, why) in [
+        (json!({ "exp": unix_now() - 120 }), "it has expired"),
+        (json!({ "aud": "them" }), "it is for somebody else"),
+        (json!({ "iss": "https://other.example" }), "it is from somebody else"),
+        (json!({ "scope": "write" }), "a claim is missing or another"),
+    ] {
+        let answer = is_refused(&local, &bearer("bearer", &claims(change)), 401, "token_required").await;
+        let challenge = answer.field("www-authenticate").unwrap();
+        assert!(challenge.contains("error=\"invalid_token\"") && challenge.contains(why), "{challenge}");
+    }
+    let unsigned = format!(
+        "{}.{}.",
+        URL_SAFE_NO_PAD.encode("{\"alg\":\"none\"}"),
+        URL_SAFE_NO_PAD.encode("{\"aud\":\"us\"}")
+    );
+    is_refused(&local, &bearer("bearer", &unsigned), 401, "token_required").await;
+
+    // Either way is enough.
+    passes(&local, &upstream, &bearer("either", &claims(json!({ "aud": "me" })))).await;
+    passes(&local, &upstream, &get("either", "/").field("authorization", &basic("ann", "correct horse")))
+        .await;
+    let answer = is_refused(&local, &get("either", "/"), 401, "password_required").await;
+    let challenges = answer.all("www-authenticate").join(", ");
+    assert!(challenges.contains("Basic realm=") && challenges.contains("Bearer realm="), "{challenges}");
+
+    // Webhooks, over the bytes as they came; a body in one message and one that is announced.
+    for body in [&b"{\"a\":1}"[..], &[0xff; 700 * 1024]] {
+        let signed = |path: &str, secret: &str, body: &[u8]| {
+            let signature = format!("sha256={}", hex(&mac(secret.as_bytes(), &[body])));
+            Request::to("hooks", "POST", path).field("x-hub-signature-256", &signature)
+        };
+        for secret in ["old", "new"] {
+            let seen = passes(&local, &upstream, &signed("/github", secret, body).body(body.to_vec())).await;
+            assert!(seen.body == body);
+        }
+        let mut changed = body.to_vec();
+        changed[3] ^= 1;
+        let before = upstream.recorded().len();
+        is_refused(&local, &signed("/github", "new", body).body(changed), 401, "webhook_refused").await;
+        let other = signed("/GitHub/", "other", body).body(body.to_vec());
+        is_refused(&local, &other, 401, "webhook_refused").await;
+        is_refused(
+            &local,
+            &Request::to("hooks", "POST", "/github").body(body.to_vec()),
+            401,
+            "webhook_refused",
+        )
+        .await;
+        assert_eq!(upstream.recorded().len(), before, "the upstream was not called");
+    }
+    let stripe = |t: u64| {
+        let signature = hex(&mac(b"whsec_abc", &[format!("{t}.").as_bytes(), b"{}"]));
+        Request::to("hooks", "POST", "/stripe/x")
+            .field("stripe-signature", &format!("t={t},v1={signature}"))
+            .body(b"{}".to_vec())
+    };
+    let now = unix_now();
+    passes(&local, &upstream, &stripe(now)).await;
+    is_refused(&local, &stripe(now), 401, "webhook_refused").await;
+    passes(&local, &upstream, &stripe(now - 1)).await;
+    is_refused(&local, &stripe(now - 400), 401, "webhook_refused").await;
+    for (bytes, expected) in [(1024 * 1024, 401), (1024 * 1024 + 1, 413)] {
+        let answer = Request::to("hooks", "POST", "/github").body(vec![1; bytes]).send(local.public).await;
+        assert_eq!(answer.status, expected, "{bytes}");
+    }
+    let large = Request::to("hooks", "POST", "/github").body(vec![1; 1024 * 1024 + 1]);
+    is_refused(&local, &large, 413, "webhook_too_large").await;
+    passes(&local, &upstream, &Request::to("hooks", "POST", "/elsewhere").body(vec![1; 1024 * 1024 + 1]))
+        .await;
+}
+
+/// A provider in a few lines: whoever comes is signed in at once, as `user` says.
+#[derive(Clone)]
+struct Provider {
+    signer: Signer,
+    user: Arc<Mutex<Value>>,
+    /// What a code was given for.
+    codes: Arc<Mutex<HashMap<String, HashMap<String, String>>>>,
+    /// Claims that only the userinfo endpoint says.
+    more: Arc<Mutex<Value>>,
+}
+
+fn pairs(text: &str) -> HashMap<String, String> {
+    form_urlencoded::parse(text.as_bytes()).into_owned().collect()
+}
+
+impl Provider {
+    fn new(signer: Signer) -> Self {
+        Self {
+            signer,
+            user: Arc::default(),
+            codes: Arc::default(),
+            more: Arc::new(Mutex::new(json!({ "sub": "7" }))),
+        }
+    }
+
+    async fn start(&self) -> Upstream {
+        let this = self.clone();
+        Upstream::start(move |request, mut conn| {
+            let (status, fields, body) = this.answer(&request);
+            async move { conn.answer(&status, &fields, body.as_bytes()).await.then_some(conn) }
+        })
+        .await
+    }
+
+    fn answer(&self, request: &Recorded) -> (String, String, String) {
+        let issuer = format!("http://{}", request.all("host")[0]);
+        let ok = |body: Value| ("200 OK".to_owned(), String::new(), body.to_string());
+        let refused =
+            |why: &str| ("400 Bad Request".to_owned(), String::new(), json!({ "error": why }).to_string());
+        let (path, query) = request.target().split_once('?').unwrap_or((request.target(), ""));
+        match path {
+            "/.well-known/openid-configuration" => ok(json!({
+                "issuer": issuer,
+                "authorization_endpoint": format!("{issuer}/authorize"),
+                "token_endpoint": format!("{issuer}/token"),
+                "userinfo_endpoint": format!("{issuer}/userinfo"),
+                "jwks_uri": format!("{issuer}/keys"),
+                "authorization_response_iss_parameter_supported": true,
+            })),
+            "/keys" => ("200 OK".to_owned(), String::new(), self.signer.jwks.clone()),
+            "/authorize" => {
+                let asked = pairs(query);
+                let code = URL_SAFE_NO_PAD.encode(getrandom::u64().unwrap().to_be_bytes());
+                let back = form_urlencoded::Serializer::new(String::new())
+                    .append_pair("code", &code)
+                    .append_pair("state", &asked["state"])
+                    .append_pair("iss", &issuer)
+                    .finish();
+                assert_eq!((&*asked["response_type"], &*asked["code_challenge_method"]), ("code", "S256"));
+                self.codes.lock().unwrap().insert(code, asked.clone());
+                (
+                    "302 Found".to_owned(),
+                    format!("Location: {}?{back}\r\n", asked["redirect_uri"]),
+                    String::new(),
+                )
+            }
+            "/token" => {
+                let form = pairs(std::str::from_utf8(&request.body).unwrap());
+                let Some(asked) = self.codes.lock().unwrap().remove(&form["code"]) else {
+                    return refused("invalid_grant");
+                };
+                let challenge = URL_SAFE_NO_PAD.encode(Sha256::digest(&form["code_verifier"]));
+                let is_client = request.all("authorization") == [basic("web%2Ftunnel", "top+secret")];
+                if challenge != asked["code_challenge"]
+                    || form["redirect_uri"] != asked["redirect_uri"]
+                    || !is_client
+                {
+                    return refused("invalid_client");
+                }
+                let mut claims = json!({
+                    "iss": issuer, "aud": "web/tunnel", "exp": unix_now() + 60, "nonce": asked["nonce"], "sub": "7"
+                });
+                claims
+                    .as_object_mut()
+                    .unwrap()
+                    .extend(self.user.lock().unwrap().as_object().cloned().unwrap_or_default());
+                ok(
+                    json!({ "id_token": self.signer.sign(&claims), "access_token": "access", "token_type": "Bearer" }),
+                )
+            }
+            "/userinfo" if request.all("authorization") == ["Bearer access"] => {
+                ok(self.more.lock().unwrap().clone())
+            }
+            _ => ("404 Not Found".to_owned(), String::new(), String::new()),
+        }
+    }
+}
+
+/// A browser: pages and cookies, each host with its own.
+#[derive(Default, Clone)]
+struct Browser {
+    cookies: HashMap<String, HashMap<String, String>>,
+}
+
+impl Browser {
+    fn request(&self, host: &str, method: &str, target: &str) -> Request {
+        let cookies = self.cookies.get(host).into_iter().flatten();
+        let cookies: Vec<_> = cookies.map(|(name, value)| format!("{name}={value}")).collect();
+        let request = Request::new(method, target).field("Host", host);
+        if cookies.is_empty() { request } else { request.field("Cookie", &cookies.join("; ")) }
+    }
+
+    async fn send(&mut self, local: &Local, host: &str, target: &str) -> Answer {
+        let request = self
+            .request(host, "GET", target)
+            .field("Accept", "text/html")
+            .field("Sec-Fetch-Mode", "navigate");
+        let answer = request.send(local.public).await;
+        for cookie in answer.all("set-cookie") {
+            assert!(cookie.starts_with("__Host-agentd-") && cookie.contains("; Path=/;"), "{cookie}");
+            assert!(
+                ["Secure", "HttpOnly", "SameSite=Lax"].iter().all(|part| cookie.contains(part)),
+                "{cookie}"
+            );
+            let (name, value) = cookie.split(';').next().unwrap().split_once('=').unwrap();
+            let jar = self.cookies.entry(host.to_owned()).or_default();
+            if cookie.contains("Max-Age=0") {
+                jar.remove(name);
+            } else {
+                jar.insert(name.to_owned(), value.to_owned());
+            }
+        }
+        answer
+    }
+
+    /// Goes to a page and wherever that leads, at most so far. The last answer, and the addresses on the way.
+    async fn open(&mut self, local: &Local, host: &str, target: &str) -> (Answer, Vec<String>) {
+        let (mut host, mut target) = (host.to_owned(), target.to_owned());
+        let mut way = Vec::new();
+        for _ in 0..8 {
+            let answer = if host.ends_with(".localhost") {
+                self.send(local, &host, &target).await
+            } else {
+                Request::new("GET", &target).field("Host", &host).send(host.parse().unwrap()).await
+            };
+            let Some(location) = answer.field("location") else { return (answer, way) };
+            way.push(location.clone());
+            let rest = location.strip_prefix("http://").unwrap();
+            let at = rest.find('/').unwrap();
+            (host, target) = (rest[..at].to_owned(), rest[at..].to_owned());
+        }
+        panic!("it leads nowhere: {way:?}")
+    }
+}
+
+fn oidc(issuer: &Upstream, secrets: &Secrets, more: &str) -> String {
+    let secret = secrets.write("client", "top secret\n");
+    format!(
+        "[tunnel.oidc]\nissuer = \"http://{}\"\nclient_id = \"web/tunnel\"\nclient_secret_file = \"{secret}\"\n{more}",
+        issuer.address()
+    )
+}
+
+#[tokio::test]
+async fn signing_in_leads_to_the_provider_and_back_with_a_session_of_this_tunnel() {
+    let secrets = Secrets::new();
+    let provider = Provider::new(secrets.signer());
+    let (issuer, upstream) = (provider.start().await, Upstream::echo().await);
+    let rules = |more: &str| oidc(&issuer, &secrets, more);
+    let by_domain = "allow_domains = [\"example.com\"]\nallow_groups = [\"ops\"]\n";
+    let tunnels = [
+        tunnel("web", &upstream, &rules(&format!("{by_domain}except = [\"/open/*\"]"))),
+        tunnel("other", &upstream, &rules(by_domain)),
+        tunnel("short", &upstream, &rules("allow_anyone = true\nsession = \"1s\"")),
+        tunnel("sent", &upstream, &rules("allow_anyone = true\ncallback_tunnel = \"auth\"")),
+        tunnel("auth", &upstream, ""),
+    ];
+    let local = Local::start(&[]);
+    let agent: Agent = local.agent_with(&tunnels.concat(), &["web", "other", "short", "sent", "auth"]);
+    let sign_in_as = |user: Value| *provider.user.lock().unwrap() = user;
+    let ann = json!({ "email": "Ann@Example.com", "email_verified": true });
+
+    // Programs are told; nothing reaches the upstream.
+    let mut browser = Browser::default();
+    is_refused(&local, &browser.request("web.localhost", "GET", "/a"), 401, "sign_in_required").await;
+    let form = browser.request("web.localhost", "POST", "/a").field("Accept", "*/*").body(b"x".to_vec());
+    is_refused(&local, &form, 401, "sign_in_required").await;
+    passes(&local, &upstream, &browser.request("web.localhost", "GET", "/open/x")).await;
+    let before = upstream.recorded().len();
+
+    // A page goes to the provider and comes back where it was.
+    sign_in_as(ann.clone());
+    let (answer, way) = browser.open(&local, "web.localhost", "/a/b?c=d&e").await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert!(way[0].starts_with(&format!("http://{}/authorize?", issuer.address())), "{way:?}");
+    assert!(way[1].starts_with("http://web.localhost/.agentd/oidc/callback?code="), "{way:?}");
+    assert_eq!(way[2..], ["http://web.localhost/a/b?c=d&e"]);
+    let seen = upstream.recorded().last().unwrap().clone();
+    assert_eq!((upstream.recorded().len(), seen.target()), (before + 1, "/a/b?c=d&e"));
+    assert_eq!((seen.all("x-tunnel-user"), seen.all("cookie")), (vec!["Ann@Example.com".to_owned()], vec![]));
+    let program = browser
+        .request("web.localhost", "POST", "/api")
+        .field("Authorization", "Bearer of-the-app")
+        .body(b"x".to_vec());
+    assert_eq!(passes(&local, &upstream, &program).await.all("authorization"), ["Bearer of-the-app"]);
+
+    // What came back from the provider is good once, and in this browser.
+    let callback = way[1].strip_prefix("http://web.localhost").unwrap();
+    for mut who in [browser.clone(), Browser::default()] {
+        let again = who.send(&local, "web.localhost", callback).await;
+        assert_eq!((again.status, again.field("x-tunnel-error").as_deref()), (400, Some("sign_in_failed")));
+        assert_eq!(again.all("set-cookie"), Vec::<String>::new());
+    }
+    for changed in [
+        callback.replace("state=", "state=A"),
+        callback.replace("code=", "code=1&code="),
+        "/.agentd/oidc/callback".into(),
+    ] {
+        assert_eq!(browser.send(&local, "web.localhost", &changed).await.status, 400, "{changed}");
+    }
+    assert_eq!(browser.clone().send(&local, "other.localhost", callback).await.status, 400);
+
+    // No other tunnel takes the session, under whatever name it is shown.
+    let session = browser.cookies["web.localhost"]["__Host-agentd-session-web"].clone();
+    for name in ["__Host-agentd-session-web", "__Host-agentd-session-other"] {
+        let stolen = Request::to("other", "GET", "/").field("Cookie", &format!("{name}={session}"));
+        is_refused(&local, &stolen, 401, "sign_in_required").await;
+    }
+    // The provider knows the visitor still, and the other tunnel asks it anew.
+    let (answer, way) = browser.open(&local, "other.localhost", "/").await;
+    assert_eq!((answer.status, way.len()), (200, 3));
+
+    // An end: of its own, and by signing out, which a kept cookie does not undo.
+    let (answer, way) = browser.open(&local, "short.localhost", "/").await;
+    assert_eq!((answer.status, way.len()), (200, 3));
+    let expiring = browser.request("short.localhost", "GET", "/");
+    tests::eventually("the session is over", async || expiring.send(local.public).await.status == 401).await;
+    let kept = browser.request("web.localhost", "GET", "/");
+    passes(&local, &upstream, &kept).await;
+    let answer = browser.send(&local, "web.localhost", "/.agentd/oidc/sign-out").await;
+    assert!(answer.status == 200 && answer.text().contains("You are signed out."), "{}", answer.text());
+    assert!(!browser.cookies["web.localhost"].contains_key("__Host-agentd-session-web"));
+    is_refused(&local, &kept, 401, "sign_in_required").await;
+
+    // Who is not named stays out; what the token does not say is asked for.
+    for (user, more, status) in [
+        (json!({ "email": "ann@example.com" }), json!({ "sub": "7" }), 403),
+        (json!({ "email": "ann@example.com", "email_verified": "true" }), json!({ "sub": "7" }), 200),
+        (json!({ "email": "ann@example.com.evil.test", "email_verified": true }), json!({ "sub": "7" }), 403),
+        (
+            json!({ "email": "eve@evil.test", "email_verified": true, "groups": ["dev"] }),
+            json!({ "sub": "7" }),
+            403,
+        ),
+        (
+            json!({ "email": "eve@evil.test", "email_verified": true, "groups": ["dev", "ops"] }),
+            json!({ "sub": "7" }),
+            200,
+        ),
+        (json!({}), json!({ "sub": "7", "email": "ann@example.com", "email_verified": true }), 200),
+        (json!({}), json!({ "sub": "8", "email": "ann@example.com", "email_verified": true }), 400),
+        (json!({ "nonce": "another" }), json!({ "sub": "7" }), 400),
+        (
+            json!({ "aud": ["web/tunnel", "x"], "email": "ann@example.com", "email_verified": true }),
+            json!({ "sub": "7" }),
+            400,
+        ),
+        (
+            json!({ "aud": ["web/tunnel", "x"], "azp": "web/tunnel", "email": "ann@example.com", "email_verified": true }),
+            json!({ "sub": "7" }),
+            200,
+        ),
+        (json!({ "iss": "http://127.0.0.1:1" }), json!({ "sub": "7" }), 400),
+        (json!({ "exp": 1 }), json!({ "sub": "7" }), 400),
+    ] {
+        sign_in_as(user.clone());
+        *provider.more.lock().unwrap() = more;
+        let (answer, _) = Browser::default().open(&local, "web.localhost", "/").await;
+        assert_eq!(answer.status, status, "{user}: {}", answer.text());
+    }
+
+    // One address for all: the tunnel that has it sends visitors on.
+    sign_in_as(ann);
+    let (answer, way) = Browser::default().open(&local, "sent.localhost", "/x").await;
+    assert_eq!(answer.status, 200, "{way:?} {}", answer.text());
+    assert!(way[1].starts_with("http://auth.localhost/.agentd/oidc/callback?"), "{way:?}");
+    assert!(way[2].starts_with("http://sent.localhost/.agentd/oidc/callback?"), "{way:?}");
+    let lost =
+        Request::to("auth", "GET", "/.agentd/oidc/callback?code=1&state=2").field("Accept", "text/html");
+    assert_eq!(lost.send(local.public).await.status, 400);
+    // In path mode tunnels share their cookies' host.
+    let by_path = Request::new("GET", "/web/").field("Host", "127.0.0.1").field("Accept", "text/html");
+    let answer = by_path.send(local.public).await;
+    assert_eq!(
+        (answer.status, answer.field("x-tunnel-error").as_deref()),
+        (503, Some("sign_in_unavailable"))
+    );
+    drop(agent);
+}
