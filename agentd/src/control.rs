@@ -19,16 +19,18 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header
 use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::io::Errno;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
-    sync::{Semaphore, mpsc, oneshot},
-    time::timeout,
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    time::{Instant, timeout},
 };
 
 pub(crate) use self::socket::{ControlSocket, in_folder, place_for_service};
 use crate::{
     config::change::Change,
+    report::cause::Causes,
     report::metrics::{Format, Metrics},
     report::status::Status,
 };
@@ -107,38 +109,40 @@ impl Control {
 
     /// Serves the unix socket for ever. The socket's file goes with the future.
     pub(crate) async fn serve_socket(self, socket: ControlSocket) {
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
-        loop {
-            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-            match socket.accept().await {
-                Ok(stream) => {
-                    let control = self.clone();
-                    tokio::spawn(async move {
-                        control.serve(stream, Door::Unix).await;
-                        drop(place);
-                    });
-                }
-                Err(error) => not_accepted(&error).await,
+        let mut porch = Porch::default();
+        while let Some(place) = porch.place().await {
+            let accepted = match socket.accept().await {
+                Err(error) if porch.makes_room(&error) => socket.accept().await,
+                accepted => accepted,
+            };
+            if let Some(stream) = porch.let_in(accepted).await {
+                self.clone().spawn(stream, Door::Unix, place);
             }
         }
     }
 
     /// Serves a loopback address for ever.
     pub(crate) async fn serve_loopback(self, listener: TcpListener) {
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
-        loop {
-            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-            match listener.accept().await {
-                Ok((stream, _)) => {
-                    let control = self.clone();
-                    tokio::spawn(async move {
-                        control.serve(stream, Door::Loopback).await;
-                        drop(place);
-                    });
-                }
-                Err(error) => not_accepted(&error).await,
+        let mut porch = Porch::default();
+        while let Some(place) = porch.place().await {
+            let accepted = match listener.accept().await {
+                Err(error) if porch.makes_room(&error) => listener.accept().await,
+                accepted => accepted,
+            };
+            if let Some((stream, _)) = porch.let_in(accepted).await {
+                self.clone().spawn(stream, Door::Loopback, place);
             }
         }
+    }
+
+    fn spawn<S>(self, stream: S, door: Door, place: OwnedSemaphorePermit)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        tokio::spawn(async move {
+            self.serve(stream, door).await;
+            drop(place);
+        });
     }
 
     async fn serve<S>(&self, stream: S, door: Door)
@@ -281,10 +285,54 @@ fn content(status: StatusCode, kind: &'static str, body: String) -> Response<Ful
     response
 }
 
-/// Nobody could be let in: most often because there are no file descriptors left, which passes.
-async fn not_accepted(error: &std::io::Error) {
-    tracing::warn!(%error, "a control connection was not accepted");
-    tokio::time::sleep(Duration::from_millis(200)).await;
+/// Who is let in. A descriptor is kept in reserve, so that whoever asks what is wrong is answered when there are none left.
+struct Porch {
+    places: Arc<Semaphore>,
+    reserve: Option<std::fs::File>,
+    causes: Causes,
+}
+
+impl Default for Porch {
+    fn default() -> Self {
+        Self { places: Arc::new(Semaphore::new(CONNECTIONS)), reserve: None, causes: Causes::default() }
+    }
+}
+
+impl Porch {
+    /// Waits for a place.
+    async fn place(&mut self) -> Option<OwnedSemaphorePermit> {
+        if self.reserve.is_none() {
+            self.reserve = std::fs::File::open("/dev/null").ok();
+        }
+        Arc::clone(&self.places).acquire_owned().await.ok()
+    }
+
+    /// Gives the reserve away if that is what is wanted.
+    fn makes_room(&mut self, error: &std::io::Error) -> bool {
+        matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
+            && self.reserve.take().is_some()
+    }
+
+    /// Nobody could be let in: most often because there are no file descriptors left, which passes.
+    async fn let_in<S>(&self, accepted: std::io::Result<S>) -> Option<S> {
+        match accepted {
+            Ok(stream) => {
+                // Whoever came in by the reserve has not ended the shortage.
+                if self.reserve.is_some() {
+                    self.causes.answered();
+                }
+                Some(stream)
+            }
+            Err(error) => {
+                if let Some(unsaid) = self.causes.failed(&error.to_string(), Instant::now()) {
+                    let unsaid = (unsaid > 0).then_some(unsaid);
+                    tracing::warn!(%error, unsaid, "a control connection was not accepted");
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                None
+            }
+        }
+    }
 }
 
 /// Begins to listen at a loopback address.

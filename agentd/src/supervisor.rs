@@ -19,6 +19,7 @@ use proto::{
     id::{AgentId, TunnelName},
     message::{RefusedTunnel, Welcome},
 };
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
 pub(crate) use self::reloads::Source;
@@ -98,6 +99,7 @@ pub(crate) enum Audience {
 /// [`StartError`] when it cannot begin. An edge or an upstream that cannot be reached is no error.
 pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
     let Setup { config, source, audience, control_socket } = setup;
+    raise_descriptor_limit();
     let signals = Signals::new(source.is_some())?;
     let metrics = Arc::new(Metrics::new());
     let tunnels = Arc::new(Tunnels::new(&config.tunnels, config.max_concurrent, Arc::clone(&metrics))?);
@@ -151,6 +153,16 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
     let outcome = supervisor.run(asked, signals).await;
     servers.shutdown().await;
     Ok(outcome)
+}
+
+/// Each request may hold two descriptors, and the usual soft limit is 1,024 for the sake of programs that use `select`.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
+    {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
 }
 
 /// The socket the configuration names, or the usual one if it can be had.

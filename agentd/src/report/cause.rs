@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::io::Errno;
 use tokio::time::Instant;
 
 use crate::{config::address::Address, tls};
@@ -99,6 +100,9 @@ pub(crate) fn explain(upstream: &Address, error: &(dyn StdError + 'static)) -> S
         }
         io = io.or_else(|| inner.downcast_ref::<io::Error>());
         cause = inner.source();
+    }
+    if io.is_some_and(|io| matches!(Errno::from_io_error(io), Some(Errno::MFILE | Errno::NFILE))) {
+        text.push_str("; it is agentd that may open no more files: raise LimitNOFILE= of its unit, or lower max_concurrent");
     }
     let tls = io.and_then(|io| io.get_ref()?.downcast_ref::<rustls::Error>());
     if let Some(advice) = tls.and_then(tls::advice) {

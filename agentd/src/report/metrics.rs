@@ -10,11 +10,19 @@ use std::{
 };
 
 use prometheus_client::{
-    encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric as _},
+    metrics::{
+        counter::{ConstCounter, Counter},
+        family::Family,
+        gauge::Gauge,
+        histogram::Histogram,
+    },
     registry::{Registry, Unit},
 };
 use proto::{error::ErrorCode, id::TunnelName};
+
+use crate::report::telemetry;
 
 /// Upper bounds of the latency buckets, in seconds: from a local answer to the longest wait for a head.
 const LATENCY_BUCKETS: [f64; 12] =
@@ -216,6 +224,7 @@ impl Metrics {
             metrics.dial_failures.clone(),
         );
         registry.register("reloads", "Reloads of the configuration, by result", metrics.reloads.clone());
+        registry.register_collector(Box::new(LostLines));
         let started = Gauge::<f64, AtomicU64>::default();
         started.set(unix_now().as_secs_f64());
         registry.register_with_unit(
@@ -314,6 +323,19 @@ impl Metrics {
     pub(crate) fn in_service(&self, connections: usize, tunnels_open: usize) {
         self.connections.set(connections as i64);
         self.tunnels_open.set(tunnels_open as i64);
+    }
+}
+
+/// What the log itself counts.
+#[derive(Debug)]
+struct LostLines;
+
+impl Collector for LostLines {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let lost = ConstCounter::new(telemetry::lost_lines());
+        let help = "Lines of log and output that were lost because their reader is slow";
+        let metric = encoder.encode_descriptor("log_lines_lost", help, None, lost.metric_type())?;
+        lost.encode(metric)
     }
 }
 

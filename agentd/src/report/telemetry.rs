@@ -2,16 +2,18 @@
 //! background, one JSON object a line elsewhere. What people asked to see goes to standard output.
 //!
 //! All but the journal are written by a thread of their own: a terminal that is stopped, or a pipe that
-//! nobody reads, must not stop the agent. What does not fit the queue is lost.
+//! nobody reads, must not stop the agent. What does not fit the queue is lost, counted, and said when there is room.
 
 use std::{
-    io::{IsTerminal as _, Write as _},
+    io::{self, IsTerminal as _, Write},
     path::Path,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::{Duration, Instant},
 };
 
 use crate::config::{self, LogConfig, LogFormat};
 use tracing_appender::{
-    non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard},
+    non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard},
     rolling::{RollingFileAppender, Rotation},
 };
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
@@ -25,10 +27,72 @@ pub(crate) struct Flush {
     _worker: WorkerGuard,
 }
 
-fn queue(to: impl std::io::Write + Send + 'static, name: &str) -> (NonBlocking, Flush) {
+/// How many lines this process has lost.
+pub(crate) fn lost_lines() -> u64 {
+    let counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
+    counters.iter().map(|counter| counter.dropped_lines() as u64).sum()
+}
+
+/// What each queue has lost.
+static COUNTERS: Mutex<Vec<ErrorCounter>> = Mutex::new(Vec::new());
+
+/// What is lost goes on being lost for a while: it is said no more often than this.
+const SAID_EACH: Duration = Duration::from_secs(1);
+
+/// Says between the lines how many of them were lost.
+struct Counted<W> {
+    to: W,
+    lost: Arc<OnceLock<ErrorCounter>>,
+    said: usize,
+    at: Option<Instant>,
+    say: fn(&mut W, usize),
+}
+
+impl<W: Write> Counted<W> {
+    fn tell(&mut self) {
+        let lost = self.lost.get().map_or(0, ErrorCounter::dropped_lines);
+        if lost > self.said && self.at.is_none_or(|at| at.elapsed() >= SAID_EACH) {
+            (self.say)(&mut self.to, lost - self.said);
+            self.said = lost;
+            self.at = Some(Instant::now());
+        }
+    }
+}
+
+impl<W: Write> Write for Counted<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.to.write(bytes)
+    }
+
+    /// One line, as the queue holds it.
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.to.write_all(bytes)?;
+        self.tell();
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
+fn queue<W: Write + Send + 'static>(to: W, name: &str, say: fn(&mut W, usize)) -> (NonBlocking, Flush) {
+    let lost = Arc::new(OnceLock::new());
+    let counted = Counted { to, lost: Arc::clone(&lost), said: 0, at: None, say };
     let (writer, worker) =
-        NonBlockingBuilder::default().buffered_lines_limit(QUEUED_LINES).thread_name(name).finish(to);
+        NonBlockingBuilder::default().buffered_lines_limit(QUEUED_LINES).thread_name(name).finish(counted);
+    COUNTERS.lock().unwrap_or_else(PoisonError::into_inner).push(writer.error_counter());
+    let _ = lost.set(writer.error_counter());
     (writer, Flush { _worker: worker })
+}
+
+/// Says it as any other line: behind those that wait.
+fn say_in_log<W>(_: &mut W, lost: usize) {
+    tracing::warn!(lost, "{lost} lines of this log were lost: whoever reads it is too slow");
+}
+
+fn say_to_people<W: Write>(to: &mut W, lost: usize) {
+    let _ = to.write_all(format!("{lost} lines were lost: this output is read too slowly\n").as_bytes());
 }
 
 /// Lines for people on standard output.
@@ -38,7 +102,7 @@ pub(crate) struct Terminal(NonBlocking);
 impl Terminal {
     /// Begins writing to standard output.
     pub(crate) fn open() -> (Self, Flush) {
-        let (writer, flush) = queue(std::io::stdout(), "output");
+        let (writer, flush) = queue(io::stdout(), "output", say_to_people);
         (Self(writer), flush)
     }
 
@@ -55,25 +119,25 @@ impl Terminal {
 /// # Errors
 ///
 /// When the folder or the journal cannot be written to.
-pub(crate) fn start(log: &LogConfig) -> std::io::Result<Flush> {
+pub(crate) fn start(log: &LogConfig) -> io::Result<Flush> {
     let level = log.level.clone().unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO));
     if let Some(dir) = &log.dir {
         return start_in(dir, log, level);
     }
-    let terminal = std::io::stderr().is_terminal();
+    let terminal = io::stderr().is_terminal();
     let usual = || match (terminal, is_journal()) {
         (true, _) => LogFormat::Human,
         (false, true) => LogFormat::Journal,
         (false, false) => LogFormat::Json,
     };
     let format = log.format.unwrap_or_else(usual);
-    let (writer, flush) = queue(std::io::stderr(), "log");
+    let (writer, flush) = queue(io::stderr(), "log", say_in_log);
     subscribe(format, level, writer, terminal)?;
     Ok(flush)
 }
 
 /// Logs to `agentd.DATE.log` in a folder, a new file each day, old ones removed.
-fn start_in(dir: &Path, log: &LogConfig, level: Targets) -> std::io::Result<Flush> {
+fn start_in(dir: &Path, log: &LogConfig, level: Targets) -> io::Result<Flush> {
     let days = log.keep_days.unwrap_or(config::DEFAULT_LOG_DAYS) as usize;
     let files = RollingFileAppender::builder()
         .rotation(Rotation::DAILY)
@@ -81,8 +145,8 @@ fn start_in(dir: &Path, log: &LogConfig, level: Targets) -> std::io::Result<Flus
         .filename_suffix("log")
         .max_log_files(days)
         .build(dir)
-        .map_err(std::io::Error::other)?;
-    let (writer, flush) = queue(files, "log");
+        .map_err(io::Error::other)?;
+    let (writer, flush) = queue(files, "log", say_in_log);
     subscribe(log.format.unwrap_or(LogFormat::Human), level, writer, false)?;
     Ok(flush)
 }
@@ -90,11 +154,11 @@ fn start_in(dir: &Path, log: &LogConfig, level: Targets) -> std::io::Result<Flus
 /// Whether standard error is the stream that systemd connected to the journal.
 fn is_journal() -> bool {
     let Some(stream) = std::env::var_os("JOURNAL_STREAM") else { return false };
-    let Ok(stat) = rustix::fs::fstat(std::io::stderr()) else { return false };
+    let Ok(stat) = rustix::fs::fstat(io::stderr()) else { return false };
     stream.to_str() == Some(&format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
-fn subscribe(format: LogFormat, level: Targets, writer: NonBlocking, ansi: bool) -> std::io::Result<()> {
+fn subscribe(format: LogFormat, level: Targets, writer: NonBlocking, ansi: bool) -> io::Result<()> {
     let registry = tracing_subscriber::registry().with(level);
     // An error means that somebody in this process logs already.
     let _ = match format {
@@ -112,4 +176,51 @@ fn subscribe(format: LogFormat, level: Targets, writer: NonBlocking, ansi: bool)
         }
     };
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Takes nothing before it may.
+    struct Slow {
+        leave: mpsc::Receiver<()>,
+        lines: Arc<Mutex<Vec<String>>>,
+    }
+
+    impl Write for Slow {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _ = self.leave.recv();
+            let line = String::from_utf8_lossy(bytes).into_owned();
+            self.lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_a_slow_reader_loses_is_counted_and_said() {
+        let (leave, waits) = mpsc::channel();
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let (writer, flush) = queue(Slow { leave: waits, lines: Arc::clone(&lines) }, "slow", say_to_people);
+        let terminal = Terminal(writer);
+        for number in 0..QUEUED_LINES + 2_681 {
+            terminal.line(number.to_string());
+        }
+        let lost = terminal.0.error_counter().dropped_lines();
+        // One may be in the writer's hands already.
+        assert!((2_680..=2_681).contains(&lost), "{lost}");
+        assert!(lost_lines() >= lost as u64);
+        drop(leave);
+        drop(flush);
+        let lines = lines.lock().unwrap();
+        let said: Vec<_> = lines.iter().filter(|line| line.contains("were lost")).collect();
+        assert_eq!(said, [&format!("{lost} lines were lost: this output is read too slowly\n")]);
+        assert_eq!(lines.len(), QUEUED_LINES + 2_681 - lost + 1, "all others are there");
+    }
 }

@@ -190,6 +190,7 @@ async fn answer(
     let host = host_for(&job, &tunnel).map_err(fail)?;
     let headers = upstream_headers(&job, &tunnel, &host).map_err(fail)?;
 
+    tunnel.waited_for(job.timeout);
     let (response, progress) = timeout_at(head_due, async {
         let (body, progress) = match std::mem::replace(&mut job.body, JobBody::Whole(Bytes::new())) {
             JobBody::Whole(bytes) if bytes.is_empty() => (RequestBody::Empty, None),

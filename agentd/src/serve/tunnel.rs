@@ -8,7 +8,7 @@ use std::{
     net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -46,6 +46,9 @@ use crate::{
 /// A body waits for its share before it is asked for.
 const UPLOAD_BUDGET_BYTES: usize = 32 * 1024 * 1024;
 
+/// The edge says how long it waits with each request, and some of it may have passed by then.
+const EDGE_WAITS_LESS: Duration = Duration::from_secs(10);
+
 /// The budget is counted in units of this many bytes.
 const BUDGET_UNIT_BYTES: usize = 1024;
 
@@ -60,6 +63,8 @@ pub(crate) struct Tunnel {
     causes: Causes,
     hints: Given,
     policy: Option<Policy>,
+    /// Whether it was said that the edge waits less long.
+    told_less: AtomicBool,
     /// The public address, once the edge has said it: what checks of a tunnel that preserves its name wait for.
     public: watch::Sender<Option<String>>,
     _check: Option<AbortOnDropHandle<()>>,
@@ -288,6 +293,7 @@ impl Tunnel {
             causes: Causes::default(),
             hints: Given::default(),
             policy: Policy::new(config, before.and_then(|before| before.policy.as_ref())),
+            told_less: AtomicBool::new(false),
             public,
             _check: check,
         })
@@ -324,6 +330,24 @@ impl Tunnel {
                 request_id = %request_id,
                 unsaid = (unsaid > 0).then_some(unsaid),
                 "a request to {name} failed: {cause}"
+            );
+        }
+    }
+
+    /// Says in the log, once, that the edge waits for less long than this tunnel would.
+    pub(crate) fn waited_for(&self, edge: Duration) {
+        // Nobody asked for the default.
+        if self.request_timeout > limits::REPLY_TIMEOUT
+            && edge + EDGE_WAITS_LESS < self.request_timeout
+            && !self.told_less.swap(true, Ordering::Relaxed)
+        {
+            let name = &self.config.name;
+            tracing::warn!(
+                tunnel_id = %name,
+                "request_timeout of {name} is {:?}, but the edge waits about {} s for a head: raise replyTimeoutSecs of the edge, \
+                 as far as its front allows",
+                self.request_timeout,
+                edge.as_secs_f64().round()
             );
         }
     }

@@ -24,6 +24,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use proto::{error::ErrorCode, limits};
+use rustix::io::Errno;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
@@ -380,7 +381,18 @@ impl Upstream {
     }
 
     async fn connect(&self) -> Result<Socket, UpstreamError> {
-        match timeout(DIAL_TIMEOUT, Socket::connect(&self.address)).await {
+        let connect = async {
+            match Socket::connect(&self.address).await {
+                Err(error) if is_out_of_descriptors(&error) => {
+                    pool::close_idle();
+                    // What drives the connections lets go of them first.
+                    tokio::task::yield_now().await;
+                    Socket::connect(&self.address).await
+                }
+                connected => connected,
+            }
+        };
+        match timeout(DIAL_TIMEOUT, connect).await {
             Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => Err(UpstreamError::Late(CONNECTION)),
             Ok(connected) => connected.map_err(UpstreamError::Unreachable),
             Err(_) => Err(UpstreamError::Late(CONNECTION)),
@@ -454,6 +466,10 @@ impl Upstream {
         self.pool.add_http2(&connection);
         Ok(Connected::Http2(lease))
     }
+}
+
+fn is_out_of_descriptors(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
 }
 
 /// What an upstream is late with.

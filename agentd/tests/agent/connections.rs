@@ -7,7 +7,10 @@ use tokio::{
 };
 
 use crate::{
-    stage::{Agent, Edge, Line, Peer, Sent, Upstream, get, noise, patiently, request, with_body},
+    stage::{
+        Agent, Edge, Line, Peer, Sent, TOKEN, Upstream, get, noise, patiently, private_file, request,
+        with_body,
+    },
     transport::agent_with,
 };
 
@@ -354,5 +357,92 @@ async fn a_connection_is_kept_as_long_as_configured_and_announced() {
     for timeout in ["timeout=0", "timeout=1, max=100"] {
         let answer = format!("HTTP/1.1 200 OK\r\nKeep-Alive: {timeout}\r\ncontent-length: 2\r\n\r\nok");
         served_and_closed(&mut line, &upstream, answer.as_bytes()).await;
+    }
+}
+
+#[tokio::test]
+async fn out_of_descriptors_the_agent_says_so_answers_who_asks_and_recovers() {
+    let (edge, upstream) = (Edge::bind().await, Upstream::bind().await);
+    let folder = tempfile::tempdir().unwrap();
+    private_file(folder.path(), "token", TOKEN).unwrap();
+    let config = format!(
+        "control_socket = \"control.sock\"\n[edge]\nurl = \"{}\"\ntoken_file = \"token\"\n[[tunnel]]\nname = \"web\"\nupstream = {}\n",
+        edge.url, upstream.port
+    );
+    let path = private_file(folder.path(), "agentd.toml", &config).unwrap();
+    let mut command = tokio::process::Command::new("sh");
+    // Both limits: the soft one alone would be raised.
+    command.args([
+        "-c",
+        "ulimit -n 48; exec \"$0\" run --log-level info --config \"$1\"",
+        env!("CARGO_BIN_EXE_agentd"),
+    ]);
+    command.arg(&path).env_clear().env("PATH", "/usr/bin:/bin").kill_on_drop(true);
+    command.stdin(std::process::Stdio::null());
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let agent = Agent::spawn(command);
+    let mut line = edge.welcome().await;
+    // More than there are descriptors, none of them answered.
+    for _ in 0..60 {
+        line.request(&get("/slow")).await;
+    }
+    let mut peers = Vec::new();
+    let mut refused = 0;
+    while peers.len() + refused < 60 {
+        tokio::select! {
+            peer = upstream.accept() => peers.push(peer),
+            failure = line.failure() => {
+                assert_eq!(failure, (0, ErrorCode::UpstreamUnreachable));
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused > 0);
+    agent.says("it is agentd that may open no more files").await;
+    for _ in 0..3 {
+        let mut asking =
+            Peer::new(tokio::net::UnixStream::connect(folder.path().join("control.sock")).await.unwrap());
+        asking.write("GET /ready HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await;
+        assert!(asking.head().await.starts_with("HTTP/1.1 200 "));
+        asking.closed().await;
+    }
+    for peer in &mut peers {
+        peer.head().await;
+        peer.write("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok").await;
+        assert!(line.answer().await.is_end());
+    }
+    let sent = get("/after");
+    line.request(&sent).await;
+    let _peer = upstream.answer(OK).await;
+    is_ok(&mut line, &sent).await;
+    let complaints = agent.log().lines().filter(|line| line.contains("WARN")).count();
+    assert!(complaints <= 2, "{complaints}: {}", agent.log());
+}
+
+#[tokio::test]
+async fn the_soft_limit_of_descriptors_is_raised() {
+    let edge = Edge::bind().await;
+    let agent = Agent::http(&edge, 1, &[]);
+    let _line = edge.welcome().await;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", agent.child.id().unwrap())).unwrap();
+    let files: Vec<_> =
+        limits.lines().find(|line| line.starts_with("Max open files")).unwrap().split_whitespace().collect();
+    assert_eq!(files[3], files[4], "soft and hard");
+}
+
+#[tokio::test]
+async fn a_timeout_that_the_edge_does_not_wait_for_is_said_once() {
+    let upstream = Upstream::bind().await;
+    let (mut line, agent, _folder, _edge) =
+        agent_with(&format!("upstream = {}\nrequest_timeout = \"5m\"", upstream.port)).await;
+    for turn in 0..2 {
+        let sent = get("/");
+        line.request(&sent).await;
+        let (peer, _) =
+            upstream.answer(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok").await;
+        is_ok(&mut line, &sent).await;
+        drop(peer);
+        agent.says("request_timeout of web is 300s, but the edge waits about 30 s for a head").await;
+        assert_eq!(agent.log().matches("the edge waits").count(), 1, "{turn}");
     }
 }

@@ -201,6 +201,16 @@ async fn sweep(pool: Weak<Pool>, keep_alive: Duration) {
     }
 }
 
+/// Closes every idle connection of this process: somebody needs their descriptors.
+pub(super) fn close_idle() {
+    let pools: Vec<Arc<Pool>> = lock(&POOLS).iter().filter_map(Weak::upgrade).collect();
+    for pool in pools {
+        let mut contents = lock(&pool.contents);
+        contents.idle.clear();
+        contents.http2.retain(|connection| connection.idle_since().is_none());
+    }
+}
+
 /// While it lasts, no connection that was opened before the starving one is idle.
 pub(super) struct Starving {
     pools: Vec<Weak<Pool>>,
