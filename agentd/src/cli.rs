@@ -23,6 +23,7 @@ use crate::{
     operate::diagnose,
     operate::exit,
     operate::reference,
+    operate::requests,
     operate::service,
     report::telemetry,
     supervisor::{self, Audience, Outcome, Setup, Source},
@@ -129,6 +130,51 @@ enum Command {
         #[arg(short = 'w', long = "write", value_name = "FILE")]
         file: Option<PathBuf>,
     },
+    /// Lists the requests that the running agent has captured.
+    Requests {
+        #[command(flatten)]
+        reach: Reach,
+        #[command(flatten)]
+        wanted: requests::Wanted,
+        /// Go on with those that come.
+        #[arg(long, short)]
+        follow: bool,
+        /// How many at most.
+        #[arg(long, value_name = "NUMBER", default_value = "100", value_parser = clap::value_parser!(u32).range(1..=1000))]
+        limit: u32,
+        /// Answer with a JSON list; with --follow with an object on each line.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows one captured request.
+    Request {
+        #[command(subcommand)]
+        command: RequestCommand,
+    },
+    /// Sends a captured request to its upstream again: code 0 if it was answered.
+    Replay {
+        #[command(flatten)]
+        reach: Reach,
+        #[command(flatten)]
+        replay: requests::Replay,
+        /// Answer with a JSON list.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Writes captured requests for other programs. What is secret is masked.
+    Export {
+        #[command(flatten)]
+        reach: Reach,
+        #[command(flatten)]
+        export: requests::Export,
+    },
+    /// Puts requests from elsewhere into the list of the running agent, to be replayed.
+    Import {
+        #[command(flatten)]
+        reach: Reach,
+        #[command(flatten)]
+        import: requests::Import,
+    },
     /// Shows the tunnels of the running agent.
     Tunnel {
         #[command(subcommand)]
@@ -166,6 +212,9 @@ struct Service {
     /// Where /healthz, /ready and /metrics are served over HTTP: a loopback address such as 127.0.0.1:4041.
     #[arg(long, value_name = "ADDRESS", env = "AGENTD_STATUS_ADDRESS")]
     status_address: Option<String>,
+    /// Where the inspector's page is, if a tunnel is inspected: a loopback address. Default: 127.0.0.1:4040.
+    #[arg(long, value_name = "ADDRESS", env = "AGENTD_INSPECT_ADDRESS")]
+    inspect_address: Option<String>,
     /// The folder of log files, a new one each day. Default: standard error, or the state folder in the
     /// background.
     #[arg(long, value_name = "DIR", env = "AGENTD_LOG_DIR")]
@@ -180,6 +229,26 @@ struct Reach {
     /// The configuration file, which may name the control socket.
     #[arg(long, value_name = "FILE", env = "AGENTD_CONFIG", default_value = config::DEFAULT_PATH)]
     config: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum RequestCommand {
+    /// Shows everything about one.
+    Show {
+        /// Its number in the list.
+        id: u64,
+        #[command(flatten)]
+        reach: Reach,
+        /// With both bodies; where the output is no terminal, the response's body and nothing else, as it passed.
+        #[arg(long)]
+        body: bool,
+        /// With what is masked otherwise.
+        #[arg(long)]
+        reveal: bool,
+        /// Answer with a JSON object.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -222,6 +291,13 @@ struct Http {
     /// How long the service may take to begin an answer.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     request_timeout: Option<Duration>,
+    /// Where the inspector's page is: a loopback address. Where the port is taken, the next free one is used.
+    /// Default: 127.0.0.1:4040.
+    #[arg(long, value_name = "ADDRESS", env = "AGENTD_INSPECT_ADDRESS")]
+    inspect_address: Option<String>,
+    /// Capture nothing, and have no page.
+    #[arg(long)]
+    no_inspect: bool,
     /// How many requests are served at a time.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     max_concurrent: Option<u32>,
@@ -264,6 +340,7 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
         grace_period: common.grace_period,
         control_socket: common.control_socket.filter(|value| !value.as_os_str().is_empty()),
         status_address: None,
+        inspect_address: None,
         log: LogConfig { level: common.log_level, format: common.log_format, ..LogConfig::default() },
     };
     match cli.command {
@@ -271,11 +348,13 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
             // What people want to see goes to standard output; the log keeps to what is wrong.
             overrides.log.level.get_or_insert_with(|| Targets::new().with_default(tracing::Level::WARN));
             overrides.log.format.get_or_insert(LogFormat::Human);
+            overrides.inspect_address = http.inspect_address.clone().filter(|value| !value.is_empty());
             match http.into_tunnel(&overrides).and_then(|tunnel| overrides.with_tunnel(tunnel)) {
                 Ok(config) => logged(&config.log.clone(), || {
                     let (terminal, _flush) = telemetry::Terminal::open();
                     let audience = Audience::People(terminal);
-                    run(Setup { config, source: None, audience, control_socket: None })
+                    let control_socket = control::place_for_people(environment);
+                    run(Setup { config, source: None, audience, control_socket })
                 }),
                 Err(error) => bad_config(&error),
             }
@@ -321,6 +400,23 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
         Command::Diagnose { reach, file } => {
             let places = reach.places(overrides.control_socket.clone());
             diagnose::run(config::load(&reach.config, &overrides), &places, file.as_deref())
+        }
+        Command::Requests { reach, wanted, follow, limit, json } => {
+            let places = reach.places_of_any(overrides.control_socket);
+            requests::list(&places, &wanted, limit, follow, Format::from_flag(json))
+        }
+        Command::Request { command: RequestCommand::Show { id, reach, body, reveal, json } } => {
+            let places = reach.places_of_any(overrides.control_socket);
+            requests::show(&places, id, body, reveal, Format::from_flag(json))
+        }
+        Command::Replay { reach, replay, json } => {
+            requests::replay(&reach.places_of_any(overrides.control_socket), &replay, Format::from_flag(json))
+        }
+        Command::Export { reach, export } => {
+            requests::export(&reach.places_of_any(overrides.control_socket), &export)
+        }
+        Command::Import { reach, import } => {
+            requests::import(&reach.places_of_any(overrides.control_socket), &import)
         }
         Command::Tunnel { command } => match command {
             TunnelCommand::List { reach, json } => {
@@ -387,6 +483,7 @@ fn logged(log: &LogConfig, work: impl FnOnce() -> ExitCode) -> ExitCode {
 impl Service {
     fn load(self, mut overrides: Overrides) -> Result<(Config, Source), ConfigError> {
         overrides.status_address = self.status_address.filter(|value| !value.is_empty());
+        overrides.inspect_address = self.inspect_address.filter(|value| !value.is_empty());
         overrides.log.dir = self.log_dir;
         let config = config::load(&self.config, &overrides)?;
         Ok((config, Source { path: self.config, overrides }))
@@ -394,6 +491,16 @@ impl Service {
 }
 
 impl Reach {
+    /// Also those of `agentd http`, behind the daemon's.
+    fn places_of_any(&self, named: Option<PathBuf>) -> Vec<PathBuf> {
+        let is_named = named.is_some() || self.place.state_dir.is_some();
+        let mut places = self.places(named);
+        if !is_named {
+            places.extend(client::places_of_people(environment));
+        }
+        places
+    }
+
     fn places(&self, named: Option<PathBuf>) -> Vec<PathBuf> {
         let usual = StateDir::find(None, environment, is_root());
         client::places(
@@ -478,6 +585,7 @@ impl Http {
             }
         };
         let mut tunnel = TunnelConfig::new(name, self.upstream);
+        tunnel.inspect = !self.no_inspect;
         if let Some(rule) = &self.host_header {
             tunnel.host_header = parse_host_header(rule).map_err(ConfigError::new)?;
         }

@@ -59,6 +59,12 @@ pub const DEFAULT_KEEP_ALIVE: Duration = Duration::from_secs(60);
 /// memory of the process. A tunnel that may serve more raises it.
 pub const DEFAULT_TOTAL_CONCURRENT: u32 = 256;
 
+/// How many bytes all captured requests may take, unless configured otherwise.
+pub const DEFAULT_INSPECT_MEMORY: usize = 32 * 1024 * 1024;
+
+/// How many bytes of each body are captured, unless configured otherwise.
+pub const DEFAULT_INSPECT_BODY: usize = 256 * 1024;
+
 /// Everything the agent needs to run.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -78,8 +84,31 @@ pub struct Config {
     pub control_socket: Option<PathBuf>,
     /// Where `/healthz`, `/ready` and `/metrics` are served: a loopback address.
     pub status_address: Option<SocketAddr>,
+    /// What the inspector keeps and where it is.
+    pub inspect: InspectConfig,
     /// What is logged, how and where.
     pub log: LogConfig,
+}
+
+/// What the inspector keeps, for all tunnels, and where it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InspectConfig {
+    /// The loopback address of its page. Where its port is taken, the next free one is used.
+    pub address: SocketAddr,
+    /// How many bytes all captured requests may take.
+    pub memory: usize,
+    /// Names of fields, in lower case, whose values are masked beside those that always are.
+    pub redact: Vec<String>,
+}
+
+impl Default for InspectConfig {
+    fn default() -> Self {
+        Self {
+            address: SocketAddr::from(([127, 0, 0, 1], 4040)),
+            memory: DEFAULT_INSPECT_MEMORY,
+            redact: Vec::new(),
+        }
+    }
 }
 
 /// How to reach the edge.
@@ -130,6 +159,10 @@ pub struct TunnelConfig {
     pub visitors: VisitorRules,
     /// The signatures that its webhooks must have.
     pub webhooks: Vec<WebhookRule>,
+    /// Whether its requests are captured for the inspector.
+    pub inspect: bool,
+    /// How many bytes of each body are captured.
+    pub inspect_body: usize,
 }
 
 /// How an upstream is asked whether it is well.
@@ -222,6 +255,8 @@ impl TunnelConfig {
             health_check: None,
             visitors: VisitorRules::ANYBODY,
             webhooks: Vec::new(),
+            inspect: false,
+            inspect_body: DEFAULT_INSPECT_BODY,
         }
     }
 
@@ -292,6 +327,8 @@ pub struct Overrides {
     pub control_socket: Option<PathBuf>,
     /// Where `/healthz`, `/ready` and `/metrics` are served.
     pub status_address: Option<String>,
+    /// Where the inspector's page is.
+    pub inspect_address: Option<String>,
     /// What is logged, how and where.
     pub log: LogConfig,
 }
@@ -380,6 +417,13 @@ impl Overrides {
             Some(text) => Some(parse_status_address(text).map_err(ConfigError::new)?),
             None => file.status_address,
         };
+        let inspect = match &self.inspect_address {
+            Some(text) => InspectConfig {
+                address: parse_inspect_address(text).map_err(ConfigError::new)?,
+                ..file.inspect
+            },
+            None => file.inspect,
+        };
         Ok(Config {
             edge: EdgeConfig { url, ca_file: self.ca_file.clone().or(file.ca_file) },
             token_source,
@@ -389,6 +433,7 @@ impl Overrides {
             max_concurrent,
             control_socket: self.control_socket.clone().or(file.control_socket),
             status_address,
+            inspect,
             log: LogConfig {
                 level: self.log.level.clone().or(file.log.level),
                 format: self.log.format.or(file.log.format),
@@ -436,6 +481,7 @@ struct FileConfig {
     max_concurrent: Option<u32>,
     control_socket: Option<PathBuf>,
     status_address: Option<SocketAddr>,
+    inspect: InspectConfig,
     log: LogConfig,
     tunnels: Vec<TunnelConfig>,
 }
@@ -460,15 +506,47 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("{text:?} is not a duration: write it as 500ms, 60s, 5m or 1h"))
 }
 
+/// Reads a number of bytes such as `256KiB`: a whole number and `B`, `KiB`, `MiB` or `GiB`, or a bare number of bytes.
+///
+/// # Errors
+///
+/// A sentence for the user.
+pub fn parse_bytes(text: &str) -> Result<usize, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let unit: Option<usize> = match unit.trim_start() {
+        "" | "B" => Some(1),
+        "KiB" => Some(1 << 10),
+        "MiB" => Some(1 << 20),
+        "GiB" => Some(1 << 30),
+        _ => None,
+    };
+    let bytes = number.parse::<usize>().ok().zip(unit).and_then(|(number, unit)| number.checked_mul(unit));
+    bytes.ok_or_else(|| format!("{text:?} is not a number of bytes: write it as 512, 256KiB or 32MiB"))
+}
+
 /// Reads a `status_address` setting.
 ///
 /// # Errors
 ///
 /// A sentence for the user: also for an address that others than this machine can reach.
 pub fn parse_status_address(text: &str) -> Result<SocketAddr, String> {
+    parse_loopback(text, 4041)
+}
+
+/// Reads an `inspect_address` setting.
+///
+/// # Errors
+///
+/// A sentence for the user: also for an address that others than this machine can reach.
+pub fn parse_inspect_address(text: &str) -> Result<SocketAddr, String> {
+    parse_loopback(text, 4040)
+}
+
+fn parse_loopback(text: &str, usual: u16) -> Result<SocketAddr, String> {
     let address: SocketAddr = text
         .parse()
-        .map_err(|_| format!("{text:?} is not an address and a port: write it as 127.0.0.1:4041"))?;
+        .map_err(|_| format!("{text:?} is not an address and a port: write it as 127.0.0.1:{usual}"))?;
     if address.ip().is_loopback() {
         Ok(address)
     } else {

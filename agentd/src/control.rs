@@ -8,6 +8,7 @@
 //! | `GET /healthz` `/ready` `/metrics` | yes | yes |
 //! | `GET /status` | yes | no |
 //! | `POST /reload` `/stop` | yes | no |
+//! | `/api/…`, see [`crate::inspect`] | yes | no |
 
 pub(crate) mod client;
 mod socket;
@@ -16,7 +17,7 @@ use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::io::Errno;
@@ -27,9 +28,11 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-pub(crate) use self::socket::{ControlSocket, in_folder, place_for_service};
+pub(crate) use self::socket::{ControlSocket, in_folder, place_for_people, place_for_service};
 use crate::{
     config::change::Change,
+    inspect::api::{self, Inspector},
+    loopback::is_for_this_machine,
     report::cause::Causes,
     report::metrics::{Format, Metrics},
     report::status::Status,
@@ -100,11 +103,12 @@ enum Door {
 pub(crate) struct Control {
     asks: mpsc::Sender<Ask>,
     metrics: Arc<Metrics>,
+    inspector: Inspector,
 }
 
 impl Control {
-    pub(crate) const fn new(asks: mpsc::Sender<Ask>, metrics: Arc<Metrics>) -> Self {
-        Self { asks, metrics }
+    pub(crate) const fn new(asks: mpsc::Sender<Ask>, metrics: Arc<Metrics>, inspector: Inspector) -> Self {
+        Self { asks, metrics, inspector }
     }
 
     /// Serves the unix socket for ever. The socket's file goes with the future.
@@ -150,8 +154,12 @@ impl Control {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let service = service_fn(|request: Request<Incoming>| async move {
+            if door == Door::Unix && request.uri().path().starts_with("/api/") {
+                return Ok::<_, Infallible>(self.inspector.answer(request, api::Door::Socket).await);
+            }
             let (head, _body) = request.into_parts();
-            Ok::<_, Infallible>(self.answer(&head.method, head.uri.path(), &head.headers, door).await)
+            let answer = self.answer(&head.method, head.uri.path(), &head.headers, door).await;
+            Ok(answer.map(|body| body.boxed_unsync()))
         });
         let served = http1::Builder::new()
             .timer(TokioTimer::new())
@@ -233,19 +241,6 @@ impl Control {
         .ok()
         .flatten()
     }
-}
-
-/// Whether `host` names this machine's loopback.
-fn is_for_this_machine(headers: &HeaderMap) -> bool {
-    let mut hosts = headers.get_all(header::HOST).iter();
-    let (Some(host), None) = (hosts.next(), hosts.next()) else { return false };
-    let Ok(host) = host.as_bytes().try_into() else { return false };
-    let host: http::uri::Authority = host;
-    let name = host.host();
-    let literal = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
-    !host.as_str().contains('@')
-        && (name.eq_ignore_ascii_case("localhost")
-            || literal.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback()))
 }
 
 fn ready(status: &Status) -> Response<Full<Bytes>> {
@@ -342,27 +337,4 @@ impl Porch {
 /// When the address is taken.
 pub(crate) async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
     TcpListener::bind(address).await
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_loopback_names_are_answered() {
-        let asked = |hosts: &[&str]| {
-            let mut headers = HeaderMap::new();
-            for host in hosts {
-                headers.append(header::HOST, HeaderValue::from_str(host).unwrap());
-            }
-            is_for_this_machine(&headers)
-        };
-        for host in ["localhost", "LOCALHOST:4041", "127.0.0.1", "127.0.0.1:1", "127.9.9.9", "[::1]:4041"] {
-            assert!(asked(&[host]), "{host}");
-        }
-        for host in ["evil.example", "localhost.evil.example", "192.0.2.1:4041", "u@localhost", "", "a b"] {
-            assert!(!asked(&[host]), "{host}");
-        }
-        assert!(!asked(&[]) && !asked(&["localhost", "localhost"]));
-    }
 }

@@ -4,8 +4,8 @@
 //! The rooms, and the only direction in which they know each other:
 //!
 //! ```text
-//! cli ──► operate ──► supervisor ──► control
-//!            │             └───────► link ──► serve ──► report ──► identity, config, tls
+//! cli ──► operate ──► supervisor ──► control ──► inspect ──┐
+//!            │             └───────► link ─────────────────┴──► serve ──► capture, report ──► identity, config, tls
 //!            └── diagnose: link, serve
 //! ```
 //!
@@ -15,11 +15,15 @@
 
 use std::{ffi::OsString, process::ExitCode};
 
+mod capture;
 mod cli;
 pub mod config;
 mod control;
 pub mod identity;
+
+mod inspect;
 mod link;
+mod loopback;
 mod operate;
 mod random;
 mod report;

@@ -7,4 +7,5 @@ pub(crate) mod check;
 pub(crate) mod diagnose;
 pub(crate) mod exit;
 pub(crate) mod reference;
+pub(crate) mod requests;
 pub(crate) mod service;

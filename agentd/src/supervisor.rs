@@ -4,12 +4,14 @@
 //! Enters: a [`Setup`], [`News`] of the connections, signals, what the control socket asks. Leaves: an
 //! [`Outcome`].
 
+mod inspection;
 mod reloads;
 mod signals;
 mod status;
 
 use std::{
     collections::BTreeMap,
+    io::IsTerminal as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -24,11 +26,13 @@ use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
 pub(crate) use self::reloads::Source;
 use self::{
+    inspection::Inspection,
     reloads::Reloads,
     signals::{Asked, Signals},
     status::Birth,
 };
 use crate::{
+    capture::ring::Captures,
     config::{Config, change::Change},
     control::{self, Ask, Control, ControlSocket, Stopping},
     link::{
@@ -102,7 +106,10 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
     raise_descriptor_limit();
     let signals = Signals::new(source.is_some())?;
     let metrics = Arc::new(Metrics::new());
-    let tunnels = Arc::new(Tunnels::new(&config.tunnels, config.max_concurrent, Arc::clone(&metrics))?);
+    let captures = Arc::new(Captures::new(config.inspect.memory));
+    let tunnels =
+        Tunnels::new(&config.tunnels, config.max_concurrent, Arc::clone(&metrics), Arc::clone(&captures))?;
+    let tunnels = Arc::new(tunnels);
     let dialer = Dialer::new(config.edge.url.clone(), config.edge.ca_file.as_deref())?;
     let access = match &audience {
         Audience::Service => AccessLog::Log,
@@ -110,7 +117,8 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
     };
     let (asks, asked) = mpsc::channel(control::ASKS);
     let mut servers = JoinSet::new();
-    let control = Control::new(asks, Arc::clone(&metrics));
+    let inspection = Inspection::new(captures, Arc::clone(&tunnels), &config)?;
+    let control = Control::new(asks, Arc::clone(&metrics), inspection.inspector().clone());
     if let Some(socket) = open_socket(config.control_socket.as_deref(), control_socket.as_deref())? {
         servers.spawn(control.clone().serve_socket(socket));
     }
@@ -128,7 +136,7 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
     }
     let agent = agent_id(getrandom::u64().map_err(std::io::Error::other)?);
     let notifier = Notifier::from_env();
-    let supervisor = Supervisor {
+    let mut supervisor = Supervisor {
         birth: Birth::now(agent.clone(), notifier.is_managed()),
         links: Rotation::new(
             agent,
@@ -140,6 +148,7 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
             notifier,
         ),
         reloads: Reloads::new(source, metrics),
+        inspection,
         config,
         tunnels,
         audience,
@@ -150,6 +159,7 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
         ever_open: false,
         forget_at: None,
     };
+    supervisor.inspect();
     let outcome = supervisor.run(asked, signals).await;
     servers.shutdown().await;
     Ok(outcome)
@@ -196,6 +206,7 @@ struct Supervisor {
     tunnels: Arc<Tunnels>,
     links: Rotation,
     reloads: Reloads,
+    inspection: Inspection,
     audience: Audience,
     notifier: Notifier,
     stop: Option<Stop>,
@@ -326,7 +337,12 @@ impl Supervisor {
         match ask {
             Ask::Status(answer) => {
                 let tunnels = status::tunnels(&self.config, &self.tunnels, &self.links, &self.shown);
-                drop(answer.send(self.birth.status(self.links.status(), self.reloads.status(), tunnels)));
+                drop(answer.send(self.birth.status(
+                    self.links.status(),
+                    self.reloads.status(),
+                    tunnels,
+                    self.inspection.url(),
+                )));
             }
             Ask::Reload(answer) => match self.reload() {
                 Err(error) => drop(answer.send(Err(error))),
@@ -370,6 +386,7 @@ impl Supervisor {
         let dialer = dialer.map_err(|error| error.to_string())?;
         let prepared = self.tunnels.prepare(&new.tunnels, new.max_concurrent);
         let prepared = prepared.map_err(|error| error.to_string())?;
+        self.inspection.check(&new)?;
         // From here on nothing fails.
         self.config.token = self.links.token().clone();
         let change = Change::between(&self.config, &new);
@@ -378,10 +395,22 @@ impl Supervisor {
         self.shown.retain(|name, _| wanted.contains(name));
         self.links.reload(dialer, &new, &change);
         self.config = new;
+        self.inspect();
         if !change.removed.is_empty() {
             self.forget_at = Some(Instant::now() + LEAVING);
         }
         Ok(change)
+    }
+
+    /// Has the inspector listen if there is something to inspect, and only then.
+    fn inspect(&mut self) {
+        if let Some(address) = self.inspection.align(&self.config) {
+            tracing::info!("the inspector is at http://{address}");
+            // What is read by programs stays as it is.
+            if std::io::stdout().is_terminal() {
+                self.tell(|| format!("http://{address}  ->  every request, to look at and to send again"));
+            }
+        }
     }
 
     fn begin_stop(&mut self, outcome: Outcome) {

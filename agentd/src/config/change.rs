@@ -55,6 +55,9 @@ impl Change {
         for (setting, is_another) in [
             ("control_socket", old.control_socket != new.control_socket),
             ("status_address", old.status_address != new.status_address),
+            ("inspect_address", old.inspect.address != new.inspect.address),
+            ("inspect_memory", old.inspect.memory != new.inspect.memory),
+            ("inspect_redact", old.inspect.redact != new.inspect.redact),
             ("log", old.log != new.log),
         ] {
             if is_another {

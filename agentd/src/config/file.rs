@@ -13,7 +13,8 @@ use rustls::pki_types::ServerName;
 use super::{
     Config, ConfigError, FileConfig, HealthCheck, Http2, LogConfig, Overrides, TunnelConfig,
     address::{Address, Scheme},
-    beside, parse_host, parse_host_header, parse_log_level, parse_origin, parse_status_address,
+    beside, parse_bytes, parse_host, parse_host_header, parse_inspect_address, parse_log_level, parse_origin,
+    parse_status_address,
     value::{Document, Table, duration_within, nonempty_path},
     visitors,
 };
@@ -24,6 +25,9 @@ const ROOT_KEYS: &[&str] = &[
     "edge",
     "grace_period",
     "include",
+    "inspect_address",
+    "inspect_memory",
+    "inspect_redact",
     "log",
     "max_concurrent",
     "status_address",
@@ -43,6 +47,8 @@ const TUNNEL_KEYS: &[&str] = &[
     "host_header",
     "http2",
     "insecure_skip_verify",
+    "inspect",
+    "inspect_body",
     "ip_except",
     "keep_alive",
     "max_concurrent",
@@ -96,6 +102,7 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
     config.max_concurrent = root.integer("max_concurrent", 1..=10_000)?;
     config.control_socket = root.text("control_socket", |text| nonempty_path(path, text))?;
     config.status_address = root.text("status_address", parse_status_address)?;
+    read_inspect(&document, &root, &mut config)?;
     if let Some(log) = root.table("log", LOG_KEYS)? {
         config.log = LogConfig {
             level: log.text("level", parse_log_level)?,
@@ -221,6 +228,10 @@ fn read_tunnel(
     }
     tunnel.visitors = visitors::read(table, files)?;
     tunnel.webhooks = visitors::read_webhooks(table, files)?;
+    tunnel.inspect = table.flag("inspect")?.unwrap_or(false);
+    if let Some(bytes) = table.text_or_integer("inspect_body", |text| bytes_within(text, "0", "16MiB"))? {
+        tunnel.inspect_body = bytes;
+    }
     if tunnel.upstream.scheme() == Scheme::Http {
         for key in ["ca_file", "server_name", "insecure_skip_verify"] {
             if table.has(key) {
@@ -232,6 +243,35 @@ fn read_tunnel(
         }
     }
     Ok(tunnel)
+}
+
+fn read_inspect(
+    document: &Document<'_>,
+    root: &Table<'_>,
+    config: &mut FileConfig,
+) -> Result<(), ConfigError> {
+    if let Some(address) = root.text("inspect_address", parse_inspect_address)? {
+        config.inspect.address = address;
+    }
+    if let Some(bytes) = root.text_or_integer("inspect_memory", |text| bytes_within(text, "1MiB", "4GiB"))? {
+        config.inspect.memory = bytes;
+    }
+    for (name, span) in root.texts("inspect_redact")? {
+        let name: http::HeaderName = name
+            .parse()
+            .map_err(|_| document.error(span, format!("{name:?} is not the name of a header field")))?;
+        config.inspect.redact.push(name.as_str().to_owned());
+    }
+    Ok(())
+}
+
+fn bytes_within(text: &str, least: &str, most: &str) -> Result<usize, String> {
+    let bytes = parse_bytes(text)?;
+    if (parse_bytes(least)?..=parse_bytes(most)?).contains(&bytes) {
+        Ok(bytes)
+    } else {
+        Err(format!("{text:?} must be from {least} to {most}"))
+    }
 }
 
 fn read_health_check(table: &Table<'_>) -> Result<HealthCheck, ConfigError> {

@@ -56,6 +56,9 @@ fn reads_every_key() {
             max_concurrent = 10000
             control_socket = "run/control.sock"
             status_address = "[::1]:4041"
+            inspect_address = "127.0.0.1:4444"
+            inspect_memory = "1MiB"
+            inspect_redact = ["X-Own"]
             [log]
             level = "agentd=debug,info"
             format = "journal"
@@ -79,6 +82,8 @@ fn reads_every_key() {
             insecure_skip_verify = false
             http2 = "never"
             keep_alive = "5s"
+            inspect = true
+            inspect_body = 1000
             [tunnel.health_check]
             path = "/healthz?full=1"
             host = "app.test:8000"
@@ -108,6 +113,12 @@ fn reads_every_key() {
     assert_eq!(api.upstream.to_string(), "http://localhost:3000");
     assert!(matches!(&api.host_header, HostHeader::Value(value) if value == "app.example.com:8080"));
     assert_eq!((config.max_concurrent, config.status_address.unwrap().port()), (10_000, 4041));
+    assert_eq!((config.inspect.address.port(), config.inspect.memory), (4444, 1 << 20));
+    assert_eq!(config.inspect.redact, ["x-own"]);
+    assert_eq!(
+        (web.inspect, web.inspect_body, api.inspect, api.inspect_body),
+        (true, 1000, false, 256 << 10)
+    );
     assert_eq!(config.control_socket, Some(folder.path("run/control.sock")));
     assert_eq!(config.log.format, Some(LogFormat::Journal));
     assert_eq!((config.log.dir, config.log.keep_days), (Some(folder.path("log")), Some(3)));
@@ -137,6 +148,9 @@ fn settings_of_the_agent_are_checked_like_those_of_a_tunnel() {
         ("max_concurrent = 10001", "1:18: \"max_concurrent\" must be from 1 to 10000"),
         ("status_address = \"0.0.0.0:80\"", "1:18: \"0.0.0.0:80\" can be reached by other machines"),
         ("status_address = \"4041\"", "1:18: \"4041\" is not an address and a port"),
+        ("inspect_address = \"0.0.0.0:4040\"", "1:19: \"0.0.0.0:4040\" can be reached by other machines"),
+        ("inspect_memory = \"1023KiB\"", "1:18: \"1023KiB\" must be from 1MiB to 4GiB"),
+        ("inspect_redact = [\"a b\"]", "1:19: \"a b\" is not the name of a header field"),
         ("log.format = \"xml\"", "1:14: \"xml\" is none of \"human\", \"json\" and \"journal\""),
         ("log.level = \"loud\"", "1:13: \"loud\" is not a level"),
         ("log.keep_days = 0", "1:17: \"keep_days\" must be from 1 to 3650"),
@@ -203,6 +217,12 @@ fn a_bad_value_is_named_with_its_place() {
             "7:46: \"199\" is no status: write it as 200, \"2xx\", \"200-399\" or several with commas",
         ),
         ("health_check = { path = \"/\", host = \"a b\" }", "7:37: \"a b\" is not a host name"),
+        ("inspect_body = \"17MiB\"", "7:16: \"17MiB\" must be from 0 to 16MiB"),
+        (
+            "inspect_body = \"1 MB\"",
+            "7:16: \"1 MB\" is not a number of bytes: write it as 512, 256KiB or 32MiB",
+        ),
+        ("inspect = 1", "7:11: \"inspect\" must be true or false, not an integer"),
         ("via = \"no\"", "7:7: \"via\" must be true or false, not a string"),
         ("host_header = \"a b\"", "7:15: \"a b\" is neither \"upstream\" nor \"preserve\" nor a host name"),
     ] {

@@ -10,8 +10,8 @@ use std::{
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, header};
-use http_body_util::{BodyExt as _, Empty};
-use hyper::client::conn::http1;
+use http_body_util::{BodyExt as _, Full};
+use hyper::{body::Incoming, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use tokio::{net::UnixStream, time::timeout};
 
@@ -70,10 +70,27 @@ pub(crate) fn places(
     places
 }
 
+/// Where agents that people have started are: `agentd http` has a socket of its own.
+pub(crate) fn places_of_people(environment: impl Fn(&str) -> Option<PathBuf>) -> Vec<PathBuf> {
+    let Some(folder) = environment("XDG_RUNTIME_DIR").map(|folder| folder.join("agentd")) else {
+        return Vec::new();
+    };
+    let entries =
+        std::fs::read_dir(folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
+    let mut places: Vec<_> = entries
+        .filter(|path| {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            name.starts_with("http-") && name.ends_with(".sock")
+        })
+        .collect();
+    places.sort();
+    places
+}
+
 /// The running agent.
 pub(crate) struct Agent {
     path: PathBuf,
-    sender: http1::SendRequest<Empty<Bytes>>,
+    sender: http1::SendRequest<Full<Bytes>>,
 }
 
 impl Agent {
@@ -121,6 +138,67 @@ impl Agent {
         self.ask(Method::POST, "/stop").await
     }
 
+    /// Asks its inspector; `kind` is the media type of `body`.
+    ///
+    /// # Errors
+    ///
+    /// [`AskError::Refused`] with the inspector's reason.
+    pub(crate) async fn inspect(
+        &mut self,
+        method: Method,
+        path: &str,
+        kind: &'static str,
+        body: Vec<u8>,
+    ) -> Result<Bytes, AskError> {
+        let response = self.open(method, path, kind, body).await?;
+        let collected = timeout(PATIENCE, response.collect()).await;
+        let collected = collected.map_err(|_| self.broken(io::ErrorKind::TimedOut.into()))?;
+        Ok(collected.map_err(|error| self.broken(io::Error::other(error)))?.to_bytes())
+    }
+
+    /// Asks its inspector for an answer that has no end.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::inspect`].
+    pub(crate) async fn follow(&mut self, path: &str) -> Result<Incoming, AskError> {
+        self.open(Method::GET, path, "text/plain", Vec::new()).await
+    }
+
+    async fn open(
+        &mut self,
+        method: Method,
+        path: &str,
+        kind: &'static str,
+        body: Vec<u8>,
+    ) -> Result<Incoming, AskError> {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, "localhost")
+            .header(header::CONTENT_TYPE, kind)
+            .body(Full::from(body))
+            .map_err(|error| self.broken(io::Error::other(error)))?;
+        // A detail may be waited for.
+        let answered = timeout(2 * PATIENCE, self.sender.send_request(request)).await;
+        let answered = answered.map_err(|_| self.broken(io::ErrorKind::TimedOut.into()))?;
+        let (head, body) = answered.map_err(|error| self.broken(io::Error::other(error)))?.into_parts();
+        if head.status.is_success() {
+            return Ok(body);
+        }
+        let collected = timeout(PATIENCE, body.collect()).await;
+        let body = collected.ok().and_then(Result::ok).map(|body| body.to_bytes()).unwrap_or_default();
+        Err(match serde_json::from_slice::<Refused>(&body) {
+            Ok(refused) => AskError::Refused(refused.error),
+            // An agent from before it had an inspector.
+            Err(_) => self.broken(io::Error::other(String::from_utf8_lossy(&body).trim().to_owned())),
+        })
+    }
+
+    fn broken(&self, source: io::Error) -> AskError {
+        AskError::Broken { path: self.path.clone(), source }
+    }
+
     async fn ask<T: serde::de::DeserializeOwned>(
         &mut self,
         method: Method,
@@ -131,7 +209,7 @@ impl Agent {
             .method(method)
             .uri(path)
             .header(header::HOST, "localhost")
-            .body(Empty::new())
+            .body(Full::default())
             .map_err(|error| broken(io::Error::other(error)))?;
         let answered = timeout(PATIENCE, async {
             let response = self.sender.send_request(request).await?;

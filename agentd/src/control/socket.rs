@@ -40,6 +40,8 @@ pub(crate) struct ControlSocket {
     path: PathBuf,
     listener: UnixListener,
     _lock: File,
+    /// Nobody else ever takes this place.
+    own: bool,
 }
 
 impl ControlSocket {
@@ -73,7 +75,9 @@ impl ControlSocket {
         let listener = UnixListener::bind(&early).map_err(failed)?;
         fs::set_permissions(&early, fs::Permissions::from_mode(MODE)).map_err(failed)?;
         fs::rename(&early, path).map_err(failed)?;
-        Ok(Self { path: path.into(), listener, _lock: lock })
+        let own =
+            path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("http-"));
+        Ok(Self { path: path.into(), listener, _lock: lock, own })
     }
 
     /// The next who asks.
@@ -86,7 +90,16 @@ impl Drop for ControlSocket {
     fn drop(&mut self) {
         // The lock's file stays: removing it would let two agents hold "the" lock.
         let _ = fs::remove_file(&self.path);
+        if self.own {
+            let _ = fs::remove_file(self.path.with_extension("lock"));
+        }
     }
+}
+
+/// Where `agentd http` listens: a place of its process, so that several can run.
+pub(crate) fn place_for_people(environment: impl Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
+    let folder = environment("XDG_RUNTIME_DIR").filter(|folder| folder.is_dir())?.join("agentd");
+    Some(folder.join(format!("http-{}.sock", std::process::id())))
 }
 
 /// Where a service listens unless it is told: the folder systemd made for it, or the usual one of its user.

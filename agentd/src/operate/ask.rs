@@ -52,7 +52,7 @@ struct NoAnswer {
     error: String,
 }
 
-fn no_answer(error: &AskError, format: Format) -> ExitCode {
+pub(super) fn no_answer(error: &AskError, format: Format) -> ExitCode {
     let running = !matches!(error, AskError::NotRunning(_));
     match format {
         Format::Json => println!("{}", json(&NoAnswer { running, error: error.to_string() })),
@@ -61,7 +61,7 @@ fn no_answer(error: &AskError, format: Format) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn complain(error: impl Display) {
+pub(super) fn complain(error: impl Display) {
     eprintln!("agentd: {error}");
 }
 
@@ -70,7 +70,7 @@ fn block_on<T>(future: impl Future<Output = T>) -> std::io::Result<T> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future))
 }
 
-fn ask<T>(
+pub(super) fn ask<T>(
     places: &[PathBuf],
     question: impl AsyncFnOnce(&mut Agent) -> Result<T, AskError>,
 ) -> Result<T, AskError> {

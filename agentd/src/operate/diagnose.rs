@@ -32,6 +32,7 @@ use tokio::{
 
 use self::report::{Report, Verdict};
 use crate::{
+    capture::ring::Captures,
     config::edge_url::EdgeUrl,
     config::{
         Config, ConfigError, Http2, TunnelConfig,
@@ -248,8 +249,9 @@ struct Moment {
 
 impl Moment {
     fn begin(link: Link, tunnels: &[TunnelConfig], max_concurrent: u32) -> Result<Self, String> {
-        let tunnels = Tunnels::new(tunnels, max_concurrent, Arc::new(Metrics::new()))
-            .map_err(|error| error.to_string())?;
+        let tunnels =
+            Tunnels::new(tunnels, max_concurrent, Arc::new(Metrics::new()), Arc::new(Captures::new(0)))
+                .map_err(|error| error.to_string())?;
         let shared = Shared {
             tunnels: Arc::new(tunnels),
             access: AccessLog::Log,

@@ -11,3 +11,6 @@ pub(crate) const IDENTITY_REFUSED: u8 = 77;
 
 /// The configuration is not valid.
 pub(crate) const BAD_CONFIG: u8 = 78;
+
+/// The command is not understood.
+pub(crate) const USAGE: u8 = 2;

@@ -18,6 +18,9 @@ pub(crate) struct Status {
     pub(crate) systemd: bool,
     pub(crate) edge: EdgeStatus,
     pub(crate) config: ConfigStatus,
+    /// Where the inspector's page is, while something is inspected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) inspector: Option<String>,
     pub(crate) tunnels: Vec<TunnelStatus>,
 }
 
@@ -198,6 +201,9 @@ impl Status {
         if let Some(error) = &self.config.last_error {
             let _ = writeln!(text, "        the last reload changed nothing: {error}");
         }
+        if let Some(url) = &self.inspector {
+            let _ = writeln!(text, "inspect {url}");
+        }
         text.push('\n');
         text.push_str(&list(&self.tunnels));
         text
@@ -341,6 +347,7 @@ mod tests {
                 last_error: None,
             },
             config: ConfigStatus { file: Some("/a.toml".into()), loaded_at: 1, reloads: 2, last_error: None },
+            inspector: None,
             tunnels: vec![
                 tunnel("web", TunnelState::Open),
                 tunnel("longer-name", TunnelState::Refused { reason: "taken".into() }),

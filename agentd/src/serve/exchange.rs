@@ -31,6 +31,10 @@ use tokio::{
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 
 use crate::{
+    capture::{
+        record::Kind,
+        ring::{Capture, Tap},
+    },
     report::access::{AccessLine, AccessLog, Ending, SocketLine},
     report::cause,
     serve::hint::Refusal,
@@ -42,7 +46,7 @@ use crate::{
     serve::tunnel::{Place, SocketPlace, Tunnel, Tunnels},
     serve::upgrade,
     serve::upload::{UploadBody, UploadProgress},
-    serve::upstream::{self, RequestBody, ResponseBody, UpstreamError},
+    serve::upstream::{self, Dialled, RequestBody, ResponseBody, UpstreamError},
 };
 
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -70,6 +74,16 @@ pub(crate) enum JobBody {
     Whole(Bytes),
     /// It follows after `continue`.
     Announced(UploadBody, UploadProgress),
+}
+
+impl JobBody {
+    /// What of it is there from the beginning.
+    fn at_hand(&self) -> &[u8] {
+        match self {
+            Self::Whole(bytes) => bytes,
+            Self::Announced(..) => &[],
+        }
+    }
 }
 
 /// Everything one request needs.
@@ -127,13 +141,32 @@ impl Exchange {
         let websockets = Websockets { access, sockets, serial };
         let token = job.token.clone();
         let sender = Sender { token: &token, outbox: &outbox, sent: &sent };
-        match answer(job, &tunnels, &sender, &codecs, credit, websockets, &mut line).await {
-            Ok(()) => line.end(Ending::Complete),
+        let mut capture = None;
+        match answer(job, &tunnels, &sender, &codecs, credit, websockets, &mut line, &mut capture).await {
+            Ok(()) => {
+                line.end(Ending::Complete);
+                if let Some(capture) = capture {
+                    capture.complete();
+                }
+            }
             Err(Stop::Gone) => {}
-            Err(Stop::Answered(None)) => line.end(Ending::Complete),
-            Err(Stop::Answered(Some(code))) => line.end(Ending::Failed(code)),
+            Err(Stop::Answered(None)) => {
+                line.end(Ending::Complete);
+                if let Some(capture) = capture {
+                    capture.complete();
+                }
+            }
+            Err(Stop::Answered(Some(code))) => {
+                line.end(Ending::Failed(code));
+                if let Some(capture) = capture {
+                    capture.failed(code);
+                }
+            }
             Err(Stop::Fail { seq, code }) => {
                 line.end(Ending::Failed(code));
+                if let Some(capture) = capture {
+                    capture.failed(code);
+                }
                 let failed = AgentMessage::Failed(Failed { token: (&*token).into(), seq, code });
                 // If the link has gone, the edge knows.
                 let _ = sender.send(&failed, 0).await;
@@ -163,6 +196,7 @@ fn encode(message: &AgentMessage<'_>, body_bytes: usize) -> Vec<u8> {
     text
 }
 
+#[expect(clippy::too_many_arguments, reason = "each is one side of the exchange, and there is one caller")]
 async fn answer(
     mut job: Job,
     tunnels: &Tunnels,
@@ -171,31 +205,68 @@ async fn answer(
     credit: watch::Receiver<u32>,
     websockets: Websockets,
     line: &mut AccessLine,
+    capture: &mut Option<Capture>,
 ) -> Result<(), Stop> {
     let began = Instant::now();
     let tunnel = tunnels.get(&job.tunnel).ok_or(fail(ErrorCode::NoSuchTunnel))?;
     line.counted_by(tunnel.metrics());
     let head_due = began + min(tunnel.request_timeout, job.timeout);
-    let signed = admit(&mut job, &tunnel, head_due, sender, line).await?;
+    let begin = |job: &Job| {
+        let kind = if job.upgrade.is_some() { Kind::Websocket } else { Kind::Http };
+        tunnel
+            .lens()
+            .map(|lens| lens.request(&job.request_id, kind, job.method.as_str(), job.target.as_str()))
+    };
+    let head = |job: &Job, capture: &Option<Capture>| {
+        if let Some(capture) = capture {
+            capture.tap().request(job.headers.iter(), job.body.at_hand());
+        }
+    };
+    let refuse = |job: &Job, capture: &Option<Capture>, code| {
+        head(job, capture);
+        fail(code)
+    };
+    let signed = match admit(&mut job, &tunnel, head_due, sender, line).await {
+        Ok(signed) => signed,
+        Err(stop) => {
+            // What was answered in the course of signing in is nothing to look at.
+            if matches!(stop, Stop::Answered(Some(_)) | Stop::Fail { .. }) {
+                *capture = begin(&job);
+                head(&job, capture);
+            }
+            return Err(stop);
+        }
+    };
+    *capture = begin(&job);
     let mut place = match job.upgrade {
-        None => Places::Request { _place: tunnels.enter(&tunnel).map_err(fail)? },
+        None => {
+            Places::Request { _place: tunnels.enter(&tunnel).map_err(|code| refuse(&job, capture, code))? }
+        }
         Some(Upgrade::Websocket) => {
-            Places::Socket(tunnels.enter_socket(&tunnel, websockets.sockets.count()).map_err(fail)?)
+            let place = tunnels.enter_socket(&tunnel, websockets.sockets.count());
+            Places::Socket(place.map_err(|code| refuse(&job, capture, code))?)
         }
     };
     let delivery = match signed {
-        Some(webhook) => Some(signed_body(webhook, &mut job, tunnels, head_due, sender, line).await?),
+        Some(webhook) => {
+            let signed = signed_body(webhook, &mut job, tunnels, head_due, sender, line).await;
+            Some(signed.inspect_err(|_| head(&job, capture))?)
+        }
         None => None,
     };
-    let host = host_for(&job, &tunnel).map_err(fail)?;
-    let headers = upstream_headers(&job, &tunnel, &host).map_err(fail)?;
+    let host = host_for(&job, &tunnel).map_err(|code| refuse(&job, capture, code))?;
+    let headers = upstream_headers(&job, &tunnel, &host).map_err(|code| refuse(&job, capture, code))?;
+    if let Some(capture) = capture {
+        capture.tap().request(headers.iter(), job.body.at_hand());
+    }
 
     tunnel.waited_for(job.timeout);
     let (response, progress) = timeout_at(head_due, async {
         let (body, progress) = match std::mem::replace(&mut job.body, JobBody::Whole(Bytes::new())) {
             JobBody::Whole(bytes) if bytes.is_empty() => (RequestBody::Empty, None),
             JobBody::Whole(bytes) => (RequestBody::Whole(bytes), None),
-            JobBody::Announced(body, progress) => {
+            JobBody::Announced(mut body, progress) => {
+                body.show(capture.as_ref().map(|capture| capture.tap().clone()));
                 (RequestBody::Upload(ask_for(body, tunnels, sender).await?), Some(progress))
             }
         };
@@ -227,6 +298,11 @@ async fn answer(
         Answered::Response(response) => response,
         Answered::Opened { subprotocol, headers, io } => {
             line.head(http::StatusCode::SWITCHING_PROTOCOLS.as_u16());
+            if let Some(capture) = capture {
+                let protocol = subprotocol.as_deref().and_then(|name| HeaderValue::from_str(name).ok());
+                let protocol = protocol.iter().map(|value| (&header::SEC_WEBSOCKET_PROTOCOL, value));
+                capture.tap().answer(101, protocol.chain(headers.iter()), None);
+            }
             if let Places::Socket(place) = std::mem::replace(&mut place, Places::None) {
                 upgrade::Socket {
                     line: SocketLine::begin(
@@ -244,6 +320,7 @@ async fn answer(
                     sockets: websockets.sockets,
                     place,
                     idle: tunnel.websocket_idle_timeout(),
+                    capture: capture.take(),
                 }
                 .start(subprotocol, headers);
             }
@@ -251,6 +328,8 @@ async fn answer(
         }
     };
 
+    let tap = capture.as_ref().map(Capture::tap);
+    let dialled = tap.and_then(|_| response.extensions().get::<Dialled>().copied());
     let (status, mut headers, body) = check_head(response).map_err(|error| {
         log_failure(&job, &tunnel, &error);
         fail(error.code())
@@ -260,6 +339,9 @@ async fn answer(
         && (200..400).contains(&status)
     {
         delivery.delivered();
+    }
+    if let Some(tap) = tap {
+        tap.answer(status, headers.iter(), dialled.map(|at| at.0));
     }
     if tunnel.rewrites_location()
         && View::concerns(&headers)
@@ -280,6 +362,7 @@ async fn answer(
         credit,
         refused: (status >= 400).then(|| Refused { status, own_page: is_own_page(&job, &tunnel, &host) }),
         tunnel: &tunnel,
+        tap,
     };
     let done = timeout_at(began + limits::RESPONSE_DURATION, async {
         response.send_head(status, headers, line).await?;
@@ -471,7 +554,7 @@ fn is_own_page(job: &Job, tunnel: &Tunnel, host: &HeaderValue) -> bool {
 
 /// The URI whose path and query are exactly the target's bytes, and that has nothing else: there is
 /// no authority in it that could lead elsewhere.
-fn origin_form(target: &Target) -> Option<Uri> {
+pub(crate) fn origin_form(target: &Target) -> Option<Uri> {
     let mut parts = http::uri::Parts::default();
     parts.path_and_query = Some(PathAndQuery::try_from(target.as_str()).ok()?);
     let uri = Uri::from_parts(parts).ok()?;
@@ -537,7 +620,9 @@ fn upstream_headers(job: &Job, tunnel: &Tunnel, host: &HeaderValue) -> Result<He
 }
 
 /// Checks the head of a response and takes off what belongs to the upstream's connection.
-fn check_head(response: Response<ResponseBody>) -> Result<(u16, Headers, ResponseBody), UpstreamError> {
+pub(crate) fn check_head(
+    response: Response<ResponseBody>,
+) -> Result<(u16, Headers, ResponseBody), UpstreamError> {
     let (head, body) = response.into_parts();
     let status = head.status.as_u16();
     if !(200..=599).contains(&status) {
@@ -641,6 +726,7 @@ struct Outflow<'a> {
     /// What may be known for a setting that is amiss.
     refused: Option<Refused>,
     tunnel: &'a Tunnel,
+    tap: Option<&'a Tap>,
 }
 
 impl Outflow<'_> {
@@ -666,7 +752,12 @@ impl Outflow<'_> {
 
     fn take(&mut self, next: Option<Result<Bytes, UpstreamError>>) {
         match next {
-            Some(Ok(bytes)) => self.pending.extend_from_slice(&bytes),
+            Some(Ok(bytes)) => {
+                if let Some(tap) = self.tap {
+                    tap.answer_piece(&bytes);
+                }
+                self.pending.extend_from_slice(&bytes);
+            }
             Some(Err(error)) => self.broken = Some(error),
             None => self.ended = true,
         }

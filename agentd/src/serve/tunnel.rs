@@ -26,6 +26,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
+    capture::ring::{Captures, Lens},
     config::{
         HostHeader, Http2, TunnelConfig,
         address::{Address, Host, Scheme},
@@ -65,6 +66,8 @@ pub(crate) struct Tunnel {
     policy: Option<Policy>,
     /// Whether it was said that the edge waits less long.
     told_less: AtomicBool,
+    /// What makes its requests visible to the inspector.
+    lens: Option<Lens>,
     /// The public address, once the edge has said it: what checks of a tunnel that preserves its name wait for.
     public: watch::Sender<Option<String>>,
     _check: Option<AbortOnDropHandle<()>>,
@@ -101,6 +104,7 @@ pub(crate) struct Tunnels {
     max_concurrent: AtomicU32,
     uploads: Arc<Semaphore>,
     metrics: Arc<Metrics>,
+    captures: Arc<Captures>,
 }
 
 /// Tunnels that are set up and not yet served.
@@ -115,6 +119,7 @@ impl Tunnels {
         configs: &[TunnelConfig],
         max_concurrent: u32,
         metrics: Arc<Metrics>,
+        captures: Arc<Captures>,
     ) -> Result<Self, TlsError> {
         let tunnels = Self {
             by_name: Mutex::default(),
@@ -123,6 +128,7 @@ impl Tunnels {
             max_concurrent: AtomicU32::new(max_concurrent),
             uploads: Arc::new(Semaphore::new(UPLOAD_BUDGET_BYTES / BUDGET_UNIT_BYTES)),
             metrics,
+            captures,
         };
         let prepared = tunnels.prepare(configs, max_concurrent)?;
         tunnels.replace(prepared);
@@ -146,7 +152,7 @@ impl Tunnels {
             // Certificates are read again, whether or not the name of their file has changed.
             let tunnel = match before {
                 Some(before) if before.config == *config && config.ca_file.is_none() => before,
-                before => Arc::new(Tunnel::new(config, before.as_deref(), &self.metrics)?),
+                before => Arc::new(Tunnel::new(config, before.as_deref(), &self.metrics, &self.captures)?),
             };
             by_name.insert(config.name.clone(), tunnel);
         }
@@ -242,7 +248,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Tunnel {
-    fn new(config: &TunnelConfig, before: Option<&Self>, metrics: &Arc<Metrics>) -> Result<Self, TlsError> {
+    fn new(
+        config: &TunnelConfig,
+        before: Option<&Self>,
+        metrics: &Arc<Metrics>,
+        captures: &Arc<Captures>,
+    ) -> Result<Self, TlsError> {
         let upstream = match before {
             // Its idle connections are as good as before.
             Some(before) if before.config.has_upstream_of(config) && config.ca_file.is_none() => {
@@ -294,6 +305,10 @@ impl Tunnel {
             hints: Given::default(),
             policy: Policy::new(config, before.and_then(|before| before.policy.as_ref())),
             told_less: AtomicBool::new(false),
+            lens: config.inspect.then(|| {
+                let upstream = config.upstream.to_string();
+                Lens::new(Arc::clone(captures), config.name.clone(), &upstream, config.inspect_body)
+            }),
             public,
             _check: check,
         })
@@ -307,6 +322,21 @@ impl Tunnel {
     /// Where this tunnel's requests are counted.
     pub(crate) const fn metrics(&self) -> &Arc<TunnelMetrics> {
         &self.metrics
+    }
+
+    /// What makes its requests visible to the inspector, if they are to be.
+    pub(crate) const fn lens(&self) -> Option<&Lens> {
+        self.lens.as_ref()
+    }
+
+    /// Its settings.
+    pub(crate) const fn config(&self) -> &TunnelConfig {
+        &self.config
+    }
+
+    /// The address that the edge has opened it at, once that is known.
+    pub(crate) fn public_url(&self) -> Option<String> {
+        self.public.borrow().clone()
     }
 
     /// Notes the address that the edge has opened it at.

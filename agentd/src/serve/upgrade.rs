@@ -35,6 +35,10 @@ use tokio_tungstenite::{
 };
 
 use crate::{
+    capture::{
+        record::Direction,
+        ring::{Capture, Tap},
+    },
     report::access::SocketLine,
     serve::{
         outbox::Outbox,
@@ -111,6 +115,8 @@ pub(crate) struct Socket {
     /// How long it may be silent.
     pub(crate) idle: Option<Duration>,
     pub(crate) line: SocketLine,
+    /// What shows it to the inspector.
+    pub(crate) capture: Option<Capture>,
 }
 
 impl Socket {
@@ -127,7 +133,7 @@ impl Socket {
         registered: Registered,
         events: mpsc::Receiver<SocketEvent>,
     ) {
-        let Self { token, io, outbox, codecs, place, idle, mut line, .. } = self;
+        let Self { token, io, outbox, codecs, place, idle, mut line, capture, .. } = self;
         let accepted = AgentMessage::Accepted(Accepted {
             token: (&*token).into(),
             subprotocol: subprotocol.map(Into::into),
@@ -158,6 +164,7 @@ impl Socket {
             events,
             idle,
             line: &mut line,
+            tap: capture.as_ref().map(Capture::tap),
         };
         let end = pump.run(upstream).await;
         // The edge waits for a close; where none was sent, this is the last word.
@@ -170,6 +177,11 @@ impl Socket {
             let _ = pump.outbox.send(failed.encode().into_bytes(), None).await;
         }
         drop(pump);
+        match (capture, end) {
+            (Some(capture), End::Closed) => capture.complete(),
+            (Some(capture), End::Broken) => capture.failed(ErrorCode::UpstreamReset),
+            (None, _) | (_, End::Gone) => {}
+        }
         drop(place);
     }
 }
@@ -192,6 +204,7 @@ struct Pump<'a> {
     events: mpsc::Receiver<SocketEvent>,
     idle: Option<Duration>,
     line: &'a mut SocketLine,
+    tap: Option<&'a Tap>,
 }
 
 type Upstream = WebSocketStream<TokioIo<Upgraded>>;
@@ -216,6 +229,9 @@ impl Pump<'_> {
                     Ok(None) => {}
                     Ok(Some(message)) => {
                         self.line.client_sent(&message);
+                        if let Some(tap) = self.tap {
+                            tap.frame(Direction::ToUpstream, &message);
+                        }
                         if let Message::Close(close) = &message {
                             self.line.code(close.as_ref().map(|close| close.code));
                             close_by.get_or_insert(now + limits::SOCKET_CLOSE);
@@ -297,6 +313,9 @@ impl Pump<'_> {
                             Heard::Nothing => {}
                             Heard::Message(message) => {
                                 self.line.upstream_sent(&message);
+                                if let Some(tap) = self.tap {
+                                    tap.frame(Direction::ToClient, &message);
+                                }
                                 if let Message::Close(close) = &message {
                                     self.line.code(close.as_ref().map(|close| close.code));
                                     close_by.get_or_insert(now + limits::SOCKET_CLOSE);

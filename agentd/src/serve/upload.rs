@@ -15,6 +15,8 @@ use http_body::{Frame, SizeHint};
 use proto::chunk::{Accepted, Reassembler};
 use tokio::sync::OwnedSemaphorePermit;
 
+use crate::capture::ring::Tap;
+
 /// Why an announced body came to nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum UploadError {
@@ -73,6 +75,7 @@ pub(crate) struct UploadBody {
     budget: Option<OwnedSemaphorePermit>,
     /// What is taken before anything else.
     again: VecDeque<Bytes>,
+    tap: Option<Tap>,
 }
 
 /// Tells whether the upstream has been given the whole body.
@@ -91,7 +94,7 @@ pub(crate) fn new(announced: u64) -> (Upload, UploadBody, UploadProgress) {
         outcome: (announced == 0).then_some(Ok(())),
         waker: None,
     }));
-    let body = UploadBody { state: Arc::clone(&state), budget: None, again: VecDeque::new() };
+    let body = UploadBody { state: Arc::clone(&state), budget: None, again: VecDeque::new(), tap: None };
     (Upload(Arc::clone(&state)), body, UploadProgress(state))
 }
 
@@ -149,6 +152,11 @@ impl UploadBody {
             state.outcome = None;
         }
         self.again.extend(pieces);
+    }
+
+    /// Shows the inspector what passes.
+    pub(crate) fn show(&mut self, tap: Option<Tap>) {
+        self.tap = tap;
     }
 
     /// How many bytes were announced.
@@ -212,6 +220,9 @@ impl http_body::Body for UploadBody {
                 (false, false) => {}
             }
             if !bytes.is_empty() {
+                if let Some(tap) = &this.tap {
+                    tap.request_piece(&bytes);
+                }
                 return Poll::Ready(Some(Ok(Frame::data(bytes))));
             }
         }

@@ -246,11 +246,16 @@ impl Upstream {
             request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         let mut used = self.take().await;
+        let mut dialled = None;
         loop {
             let (connection, age) = match used.take() {
                 Some(connection) => (connection, Age::Used),
                 // Boxed: dialling is rare and its state large, and every request would carry room for it.
-                None => Box::pin(self.open()).await?,
+                None => {
+                    let opened = Box::pin(self.open()).await?;
+                    dialled = Some(Dialled(std::time::Instant::now()));
+                    opened
+                }
             };
             let is_used = age == Age::Used;
             request = match connection {
@@ -260,7 +265,8 @@ impl Upstream {
                     let answer = connection.sender().try_send_request(request);
                     let answer = if is_used { answer.await } else { self.first_answer(number, answer).await };
                     match answer {
-                        Ok(response) => {
+                        Ok(mut response) => {
+                            response.extensions_mut().extend(noted(dialled));
                             connection.read(response.headers());
                             return Ok(response.map(|body| ResponseBody::http1(body, connection)));
                         }
@@ -281,7 +287,10 @@ impl Upstream {
                 Connected::Http2(lease) => {
                     let (head, body) = request.into_parts();
                     match lease.send(self.for_http2(head.clone()), body).await {
-                        Ok(response) => return Ok(response.map(ResponseBody::http2)),
+                        Ok(mut response) => {
+                            response.extensions_mut().extend(noted(dialled));
+                            return Ok(response.map(ResponseBody::http2));
+                        }
                         Err(http2::Failure { untouched: Some(body), error, .. }) => {
                             untouched += 1;
                             untouched_first += u32::from(!is_used);
@@ -492,6 +501,18 @@ pub(crate) enum Upgrade {
     Switched(http::response::Parts, hyper::upgrade::Upgraded),
     /// It answered as to any request.
     Refused(Response<ResponseBody>),
+}
+
+/// In a response: when the connection was opened, if that was for it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Dialled(pub(crate) std::time::Instant);
+
+fn noted(dialled: Option<Dialled>) -> http::Extensions {
+    let mut noted = http::Extensions::new();
+    if let Some(dialled) = dialled {
+        noted.insert(dialled);
+    }
+    noted
 }
 
 /// A copy of a request that has no body.

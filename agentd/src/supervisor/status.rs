@@ -36,6 +36,7 @@ impl Birth {
         edge: EdgeStatus,
         config: ConfigStatus,
         tunnels: Vec<TunnelStatus>,
+        inspector: Option<String>,
     ) -> Status {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -46,6 +47,7 @@ impl Birth {
             systemd: self.systemd,
             edge,
             config,
+            inspector,
             tunnels,
         }
     }

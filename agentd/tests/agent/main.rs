@@ -7,6 +7,7 @@ mod breakage;
 mod cli;
 mod connections;
 mod fidelity;
+mod inspector;
 mod lifecycle;
 mod limit;
 mod stage;

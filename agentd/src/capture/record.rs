@@ -1,0 +1,241 @@
+//! What is known of one request.
+
+use std::{collections::VecDeque, time::Instant};
+
+use bytes::Bytes;
+use proto::{id::RequestId, socket::Message};
+
+use super::{fields::Fields, kept::Kept};
+
+/// How many messages of one WebSocket are kept: the last ones.
+const FRAMES: usize = 1000;
+
+/// How much of each message is kept.
+const FRAME_BYTES: usize = 4096;
+
+/// For how many pieces of an event stream it is noted when they came.
+const PIECES: usize = 1000;
+
+/// Where a request comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Source {
+    /// From the edge.
+    Edge,
+    /// It was sent again from here.
+    Replay,
+    /// It was put into the list.
+    Import,
+}
+
+/// What a request is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Kind {
+    /// One answer.
+    Http,
+    /// A WebSocket.
+    Websocket,
+}
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Outcome {
+    /// With a whole answer.
+    Complete,
+    /// Without one; the error says why.
+    Failed,
+    /// Nobody wanted the rest.
+    Cancelled,
+}
+
+/// Where something goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Direction {
+    /// From the public client.
+    ToUpstream,
+    /// From the upstream.
+    ToClient,
+}
+
+/// What a message of a WebSocket is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum FrameKind {
+    Text,
+    Binary,
+    Close,
+}
+
+/// One message of a WebSocket.
+#[derive(Debug, Clone)]
+pub(crate) struct Frame {
+    pub(crate) direction: Direction,
+    pub(crate) kind: FrameKind,
+    pub(crate) size: usize,
+    /// Its beginning; a close's reason.
+    pub(crate) first: Bytes,
+    /// Of a close.
+    pub(crate) code: Option<u16>,
+    pub(crate) at_us: u64,
+}
+
+impl Frame {
+    fn of(direction: Direction, message: &Message, at_us: u64) -> Self {
+        let (kind, bytes, code) = match message {
+            Message::Text(text) => (FrameKind::Text, text.as_bytes(), None),
+            Message::Binary(bytes) => (FrameKind::Binary, &bytes[..], None),
+            Message::Close(Some(close)) => (FrameKind::Close, close.reason.as_bytes(), Some(close.code)),
+            Message::Close(None) => (FrameKind::Close, &b""[..], None),
+        };
+        let first = Bytes::copy_from_slice(&bytes[..bytes.len().min(FRAME_BYTES)]);
+        Self { direction, kind, size: bytes.len(), first, code, at_us }
+    }
+
+    const fn weight(&self) -> usize {
+        size_of::<Self>() + self.first.len()
+    }
+}
+
+/// When a piece of an event stream came.
+#[derive(Debug, Clone, Copy, serde::Serialize)]
+pub(crate) struct Piece {
+    pub(crate) offset: u64,
+    pub(crate) size: usize,
+    pub(crate) at_us: u64,
+}
+
+/// What came back.
+#[derive(Debug, Clone)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) fields: Fields,
+    pub(crate) body: Kept,
+    /// Whether it is a stream of events.
+    is_stream: bool,
+}
+
+impl Answer {
+    pub(crate) fn new(status: u16, fields: Fields, body: Kept) -> Self {
+        let is_stream = fields.text("content-type").is_some_and(|kind| {
+            kind.get(..17).is_some_and(|kind| kind.eq_ignore_ascii_case("text/event-stream"))
+        });
+        Self { status, fields, body, is_stream }
+    }
+}
+
+/// Times, in microseconds after the request was received.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Times {
+    pub(crate) connected: Option<u64>,
+    pub(crate) head: Option<u64>,
+    pub(crate) first_byte: Option<u64>,
+    pub(crate) last_byte: Option<u64>,
+    pub(crate) ended: Option<u64>,
+}
+
+/// What is known of one request. A clone shares the bodies.
+#[derive(Debug, Clone)]
+pub(crate) struct Record {
+    pub(crate) source: Source,
+    pub(crate) kind: Kind,
+    pub(crate) method: Box<str>,
+    pub(crate) target: Box<str>,
+    /// The edge's name of it.
+    pub(crate) request_id: Option<RequestId>,
+    pub(crate) replay_of: Option<u64>,
+    pub(crate) fields: Fields,
+    pub(crate) body: Kept,
+    pub(crate) answer: Option<Answer>,
+    pub(crate) times: Times,
+    pub(crate) outcome: Option<Outcome>,
+    pub(crate) error: Option<&'static str>,
+    pub(crate) frames: VecDeque<Frame>,
+    /// How many messages have passed.
+    pub(crate) frames_total: u64,
+    frames_weight: usize,
+    pub(crate) pieces: Vec<Piece>,
+    pub(crate) pieces_dropped: u64,
+    /// It has left the ring: nothing more is kept.
+    pub(super) evicted: bool,
+}
+
+impl Record {
+    pub(crate) const fn new(source: Source, kind: Kind, method: Box<str>, target: Box<str>) -> Self {
+        Self {
+            source,
+            kind,
+            method,
+            target,
+            request_id: None,
+            replay_of: None,
+            fields: Fields::NONE,
+            body: Kept::EMPTY,
+            answer: None,
+            times: Times { connected: None, head: None, first_byte: None, last_byte: None, ended: None },
+            outcome: None,
+            error: None,
+            frames: VecDeque::new(),
+            frames_total: 0,
+            frames_weight: 0,
+            pieces: Vec::new(),
+            pieces_dropped: 0,
+            evicted: false,
+        }
+    }
+
+    /// Takes a piece of the answer's body. The offset of what is new in it.
+    pub(super) fn answer_piece(&mut self, piece: &[u8], limit: usize, at_us: u64) -> u64 {
+        self.times.first_byte.get_or_insert(at_us);
+        self.times.last_byte = Some(at_us);
+        let Some(answer) = &mut self.answer else { return 0 };
+        let offset = answer.body.size();
+        answer.body.push(piece, limit);
+        if answer.is_stream {
+            if self.pieces.len() < PIECES {
+                self.pieces.push(Piece { offset, size: piece.len(), at_us });
+            } else {
+                self.pieces_dropped += 1;
+            }
+        }
+        offset
+    }
+
+    /// Takes a message of a WebSocket; those kept may weigh `limit` together.
+    pub(super) fn frame(&mut self, direction: Direction, message: &Message, limit: usize, at_us: u64) {
+        let frame = Frame::of(direction, message, at_us);
+        self.times.first_byte.get_or_insert(at_us);
+        self.times.last_byte = Some(at_us);
+        self.frames_total += 1;
+        self.frames_weight += frame.weight();
+        self.frames.push_back(frame);
+        while self.frames.len() > FRAMES || self.frames_weight > limit {
+            let Some(oldest) = self.frames.pop_front() else { return };
+            self.frames_weight -= oldest.weight();
+        }
+    }
+
+    /// How much memory it takes, with what a record needs besides.
+    pub(super) fn weight(&self) -> usize {
+        let answer = self.answer.as_ref().map_or(0, |answer| answer.fields.weight() + answer.body.weight());
+        size_of::<Self>()
+            + self.method.len()
+            + self.target.len()
+            + self.fields.weight()
+            + self.body.weight()
+            + answer
+            + self.frames_weight
+            + self.pieces.capacity() * size_of::<Piece>()
+            + OVERHEAD
+    }
+}
+
+/// What the allocator and the ring need for each record, beside what is counted.
+const OVERHEAD: usize = 400;
+
+/// Microseconds from `began` until now.
+pub(super) fn since(began: Instant) -> u64 {
+    began.elapsed().as_micros() as u64
+}

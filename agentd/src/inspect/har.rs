@@ -1,0 +1,609 @@
+//! HAR 1.2, written so that every reader takes it, and read as every writer writes it.
+//!
+//! Readers differ in what they insist on: everything that one of them misses is there, and what one of them does not
+//! take is left out. Bodies are decoded, because that is what `content.text` means; the fields stay as they are.
+
+use serde::{Deserialize, Serialize};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use super::{
+    decode,
+    redact::{MASK, Redact},
+    replay::Request,
+    shape::{from_base64, public_url, to_base64},
+};
+use crate::capture::{
+    fields::Fields,
+    kept::Kept,
+    record::{Answer, Direction, FrameKind, Kind, Record},
+    ring::Captured,
+};
+
+#[derive(Serialize)]
+struct File {
+    log: Log,
+}
+
+#[derive(Serialize)]
+struct Log {
+    version: &'static str,
+    creator: Creator,
+    entries: Vec<Entry>,
+}
+
+#[derive(Serialize)]
+struct Creator {
+    name: &'static str,
+    version: &'static str,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Entry {
+    started_date_time: String,
+    time: f64,
+    request: RequestShape,
+    response: ResponseShape,
+    cache: Empty,
+    timings: Timings,
+    #[serde(rename = "_id")]
+    id: u64,
+    #[serde(rename = "_tunnel")]
+    tunnel: String,
+    #[serde(rename = "_upstream")]
+    upstream: String,
+    #[serde(rename = "_requestId", skip_serializing_if = "Option::is_none")]
+    request_id: Option<String>,
+    #[serde(rename = "_replayOf", skip_serializing_if = "Option::is_none")]
+    replay_of: Option<u64>,
+    #[serde(rename = "_error", skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    #[serde(rename = "_resourceType", skip_serializing_if = "Option::is_none")]
+    resource_type: Option<&'static str>,
+    #[serde(rename = "_webSocketMessages", skip_serializing_if = "Option::is_none")]
+    messages: Option<Vec<SocketMessage>>,
+}
+
+#[derive(Serialize)]
+struct Empty {}
+
+#[derive(Serialize)]
+struct Pair {
+    name: String,
+    value: String,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct RequestShape {
+    method: String,
+    url: String,
+    http_version: &'static str,
+    cookies: Vec<Pair>,
+    headers: Vec<Pair>,
+    query_string: Vec<Pair>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    post_data: Option<PostData>,
+    headers_size: i64,
+    body_size: u64,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct PostData {
+    mime_type: String,
+    text: String,
+    /// HAR has no encoding for the body of a request.
+    #[serde(rename = "_base64", skip_serializing_if = "Option::is_none")]
+    base64: Option<String>,
+    #[serde(rename = "_cut", skip_serializing_if = "std::ops::Not::not")]
+    cut: bool,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ResponseShape {
+    status: u16,
+    status_text: &'static str,
+    http_version: &'static str,
+    cookies: Vec<Pair>,
+    headers: Vec<Pair>,
+    content: Content,
+    #[serde(rename = "redirectURL")]
+    redirect_url: String,
+    headers_size: i64,
+    body_size: i64,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Content {
+    size: u64,
+    mime_type: String,
+    text: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    encoding: Option<&'static str>,
+    #[serde(rename = "_cut", skip_serializing_if = "std::ops::Not::not")]
+    cut: bool,
+}
+
+#[derive(Serialize)]
+struct Timings {
+    blocked: f64,
+    dns: f64,
+    connect: f64,
+    send: f64,
+    wait: f64,
+    receive: f64,
+    ssl: f64,
+}
+
+#[derive(Serialize)]
+struct SocketMessage {
+    #[serde(rename = "type")]
+    direction: &'static str,
+    time: f64,
+    opcode: u8,
+    data: String,
+}
+
+/// Writes records as one file; with `redact` without what that hides.
+pub(crate) fn write<'a>(
+    records: impl Iterator<Item = (&'a Captured, Record)>,
+    redact: Option<&Redact>,
+) -> String {
+    let entries = records.map(|(captured, record)| entry(captured, &record, redact)).collect();
+    let creator = Creator { name: "agentd", version: env!("CARGO_PKG_VERSION") };
+    let file = File { log: Log { version: "1.2", creator, entries } };
+    serde_json::to_string_pretty(&file).expect("texts, numbers and lists are JSON")
+}
+
+fn entry(captured: &Captured, record: &Record, redact: Option<&Redact>) -> Entry {
+    let times = record.times;
+    let ms = |us: Option<u64>| us.map_or(0.0, |us| us as f64 / 1000.0);
+    let ended = ms(times.ended.or(times.last_byte).or(times.head));
+    let head = ms(times.head).min(ended);
+    let connect = times.connected.map_or(-1.0, |us| (us as f64 / 1000.0).min(head));
+    let timings = Timings {
+        blocked: -1.0,
+        dns: -1.0,
+        connect,
+        send: 0.0,
+        wait: head - connect.max(0.0),
+        receive: ended - head,
+        ssl: -1.0,
+    };
+    let url = public_url(&record.fields, &record.target).unwrap_or_else(|| {
+        let base =
+            if captured.upstream.starts_with("unix:") { "http://localhost" } else { &captured.upstream };
+        format!("{}{}", base.trim_end_matches('/'), record.target)
+    });
+    let is_socket = record.kind == Kind::Websocket;
+    let seconds = captured.received_at as f64 / 1e6;
+    Entry {
+        started_date_time: date(captured.received_at),
+        time: ended,
+        request: request(record, encoded(&url), redact),
+        response: response(record.answer.as_ref(), redact),
+        cache: Empty {},
+        timings,
+        id: captured.id,
+        tunnel: captured.tunnel.to_string(),
+        upstream: captured.upstream.to_string(),
+        request_id: record.request_id.as_ref().map(ToString::to_string),
+        replay_of: record.replay_of,
+        error: match (record.error, record.answer.is_some()) {
+            (Some(error), _) => Some(error.to_owned()),
+            (None, true) => None,
+            (None, false) => Some("there is no answer".to_owned()),
+        },
+        resource_type: is_socket.then_some("websocket"),
+        messages: is_socket.then(|| {
+            record
+                .frames
+                .iter()
+                .filter(|frame| frame.kind != FrameKind::Close)
+                .map(|frame| SocketMessage {
+                    direction: match frame.direction {
+                        Direction::ToUpstream => "send",
+                        Direction::ToClient => "receive",
+                    },
+                    time: seconds + frame.at_us as f64 / 1e6,
+                    opcode: if frame.kind == FrameKind::Text { 1 } else { 2 },
+                    data: match frame.kind {
+                        FrameKind::Text => String::from_utf8_lossy(&frame.first).into_owned(),
+                        FrameKind::Binary | FrameKind::Close => to_base64(&frame.first),
+                    },
+                })
+                .collect()
+        }),
+    }
+}
+
+fn date(unix_us: u64) -> String {
+    let nanos = i128::from(unix_us / 1000) * 1_000_000;
+    OffsetDateTime::from_unix_timestamp_nanos(nanos)
+        .ok()
+        .and_then(|date| date.format(&Rfc3339).ok())
+        .unwrap_or_else(|| "1970-01-01T00:00:00Z".to_owned())
+}
+
+/// An address with everything encoded that is not to be in one.
+fn encoded(url: &str) -> String {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~:/?#[]@!$&'()*+,;=%".contains(&byte);
+    let (origin, target) =
+        match url.find("://").and_then(|at| url[at + 3..].find('/').map(|end| at + 3 + end)) {
+            Some(at) => url.split_at(at),
+            None => (url, ""),
+        };
+    let mut text = origin.to_owned();
+    let bytes = target.as_bytes();
+    for (at, &byte) in bytes.iter().enumerate() {
+        let is_escape = |at: usize| bytes.get(at).is_some_and(u8::is_ascii_hexdigit);
+        let keep = match byte {
+            b'%' => is_escape(at + 1) && is_escape(at + 2),
+            // Only a host has brackets, and a target has no fragment.
+            b'[' | b']' | b'#' => false,
+            byte => allowed(byte),
+        };
+        if keep {
+            text.push(byte as char);
+        } else {
+            text.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    text
+}
+
+fn value(name: &str, value: &[u8], redact: Option<&Redact>) -> String {
+    if redact.is_some_and(|redact| redact.hides(name)) {
+        return MASK.to_owned();
+    }
+    // Bytes that are not UTF-8 are taken for ISO-8859-1, as HTTP has them.
+    std::str::from_utf8(value)
+        .map_or_else(|_| value.iter().map(|&byte| byte as char).collect(), ToOwned::to_owned)
+}
+
+fn headers(fields: &Fields, redact: Option<&Redact>) -> Vec<Pair> {
+    let pair =
+        |(name, bytes): (&str, &[u8])| Pair { name: name.to_owned(), value: value(name, bytes, redact) };
+    fields.iter().map(pair).collect()
+}
+
+fn cookies(fields: &Fields, name: &str, redact: Option<&Redact>) -> Vec<Pair> {
+    let values = fields.iter().filter(|(own, _)| own.eq_ignore_ascii_case(name)).map(|(_, value)| value);
+    values
+        .filter_map(|value| std::str::from_utf8(value).ok())
+        .flat_map(|value| {
+            // `set-cookie` has one, and attributes behind it.
+            let most = if name == "cookie" { usize::MAX } else { 1 };
+            value.split(';').take(most)
+        })
+        .filter_map(|part| part.trim().split_once('='))
+        .map(|(own, value)| Pair {
+            name: own.to_owned(),
+            value: if redact.is_some_and(|redact| redact.hides(name)) {
+                MASK.to_owned()
+            } else {
+                value.to_owned()
+            },
+        })
+        .collect()
+}
+
+/// A body without its coding, where that is known.
+fn plain(fields: &Fields, body: &Kept) -> Vec<u8> {
+    let bytes = body.to_vec();
+    match fields.text("content-encoding").and_then(|coding| decode::decode(coding, &bytes)) {
+        Some(decoded) if decoded.error.is_none() || body.is_cut() => decoded.bytes,
+        _ => bytes,
+    }
+}
+
+fn request(record: &Record, url: String, redact: Option<&Redact>) -> RequestShape {
+    let query = record.target.split_once('?').map(|(_, query)| query).unwrap_or_default();
+    let bytes = record.body.to_vec();
+    let post_data = (record.body.size() > 0).then(|| {
+        let mime_type = record.fields.text("content-type").unwrap_or("application/octet-stream").to_owned();
+        let cut = record.body.is_cut();
+        match String::from_utf8(bytes) {
+            Ok(text) => PostData { mime_type, text, base64: None, cut },
+            Err(error) => {
+                PostData { mime_type, text: String::new(), base64: Some(to_base64(error.as_bytes())), cut }
+            }
+        }
+    });
+    RequestShape {
+        method: record.method.to_string(),
+        url,
+        http_version: "HTTP/1.1",
+        cookies: cookies(&record.fields, "cookie", redact),
+        headers: headers(&record.fields, redact),
+        query_string: form_urlencoded::parse(query.as_bytes())
+            .map(|(name, value)| Pair { name: name.into_owned(), value: value.into_owned() })
+            .collect(),
+        post_data,
+        headers_size: -1,
+        body_size: record.body.size(),
+    }
+}
+
+fn response(answer: Option<&Answer>, redact: Option<&Redact>) -> ResponseShape {
+    let none = (Fields::default(), Kept::default());
+    let (fields, body) = answer.map_or((&none.0, &none.1), |answer| (&answer.fields, &answer.body));
+    let bytes = plain(fields, body);
+    let size = if body.is_cut() { body.size() } else { bytes.len() as u64 };
+    let (text, encoding) = match String::from_utf8(bytes) {
+        Ok(text) => (text, None),
+        Err(error) => (to_base64(error.as_bytes()), Some("base64")),
+    };
+    let status = answer.map_or(0, |answer| answer.status);
+    ResponseShape {
+        status,
+        status_text: http::StatusCode::from_u16(status)
+            .ok()
+            .and_then(|status| status.canonical_reason())
+            .unwrap_or_default(),
+        http_version: "HTTP/1.1",
+        cookies: cookies(fields, "set-cookie", redact),
+        headers: headers(fields, redact),
+        content: Content {
+            size,
+            mime_type: fields.text("content-type").unwrap_or("x-unknown").to_owned(),
+            text,
+            encoding,
+            cut: body.is_cut(),
+        },
+        redirect_url: fields.text("location").unwrap_or_default().to_owned(),
+        headers_size: -1,
+        body_size: if answer.is_some() { body.size() as i64 } else { -1 },
+    }
+}
+
+/// What is read of a file: everything else is for others.
+#[derive(Deserialize)]
+struct Read {
+    log: ReadLog,
+}
+
+#[derive(Deserialize)]
+struct ReadLog {
+    entries: Vec<ReadEntry>,
+}
+
+#[derive(Deserialize)]
+struct ReadEntry {
+    request: ReadRequest,
+    #[serde(default)]
+    response: Option<ReadResponse>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ReadRequest {
+    method: String,
+    url: String,
+    #[serde(default)]
+    headers: Vec<ReadPair>,
+    #[serde(default)]
+    post_data: Option<ReadPostData>,
+}
+
+#[derive(Deserialize)]
+struct ReadPair {
+    name: String,
+    #[serde(default)]
+    value: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ReadPostData {
+    #[serde(default)]
+    text: Option<String>,
+    #[serde(default)]
+    params: Vec<ReadPair>,
+    #[serde(default, rename = "_base64")]
+    base64: Option<String>,
+    #[serde(default, rename = "_cut")]
+    cut: bool,
+}
+
+#[derive(Deserialize)]
+struct ReadResponse {
+    #[serde(default)]
+    status: i64,
+    #[serde(default)]
+    headers: Vec<ReadPair>,
+    #[serde(default)]
+    content: Option<ReadContent>,
+}
+
+#[derive(Deserialize)]
+struct ReadContent {
+    #[serde(default)]
+    text: Option<String>,
+    #[serde(default)]
+    encoding: Option<String>,
+}
+
+/// One request of a file.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Imported {
+    pub(crate) request: Request,
+    /// What the file says that was answered.
+    pub(crate) answer: Option<Answered>,
+}
+
+/// Status, fields and body.
+pub(crate) type Answered = (u16, Vec<(String, Vec<u8>)>, Vec<u8>);
+
+/// Reads a file.
+///
+/// # Errors
+///
+/// A sentence for the user: also for a request whose body is not all there.
+pub(crate) fn read(text: &[u8]) -> Result<Vec<Imported>, String> {
+    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
+    let read: Read =
+        serde_json::from_slice(text).map_err(|error| format!("this is not a HAR file: {error}"))?;
+    if read.log.entries.is_empty() {
+        return Err("there is no request in this HAR file".to_owned());
+    }
+    read.log
+        .entries
+        .into_iter()
+        .enumerate()
+        .map(|(at, entry)| {
+            imported(entry).map_err(|error| format!("entry {} of the HAR file: {error}", at + 1))
+        })
+        .collect()
+}
+
+fn imported(entry: ReadEntry) -> Result<Imported, String> {
+    let pairs = |pairs: Vec<ReadPair>| -> Vec<(String, Vec<u8>)> {
+        pairs.into_iter().map(|pair| (pair.name, pair.value.unwrap_or_default().into_bytes())).collect()
+    };
+    let ReadRequest { method, url, headers, post_data } = entry.request;
+    if !url.contains("://") {
+        return Err(format!("{url:?} is not an address"));
+    }
+    let (host, target) = super::curl::split_url(&url);
+    let mut fields = pairs(headers);
+    if !fields.iter().any(|(name, _)| name.eq_ignore_ascii_case("host")) {
+        fields.insert(0, ("host".to_owned(), host.into_bytes()));
+    }
+    let body = match post_data {
+        None => Vec::new(),
+        Some(data) if data.cut => return Err("its body is cut".to_owned()),
+        Some(ReadPostData { base64: Some(base64), .. }) => {
+            from_base64(&base64).ok_or("its body is not base64")?
+        }
+        Some(ReadPostData { text: Some(text), params, .. }) if !text.is_empty() || params.is_empty() => {
+            text.into_bytes()
+        }
+        Some(data) => {
+            let mut form = form_urlencoded::Serializer::new(String::new());
+            for pair in data.params {
+                form.append_pair(&pair.name, &pair.value.unwrap_or_default());
+            }
+            form.finish().into_bytes()
+        }
+    };
+    let answer = entry.response.and_then(|response| {
+        let status = u16::try_from(response.status).ok().filter(|status| (100..600).contains(status))?;
+        let mut fields = pairs(response.headers);
+        // The body stands there without its coding.
+        fields.retain(|(name, _)| !name.eq_ignore_ascii_case("content-encoding"));
+        let body = response.content.and_then(|content| {
+            let text = content.text?;
+            if content.encoding.as_deref() == Some("base64") {
+                from_base64(&text)
+            } else {
+                Some(text.into_bytes())
+            }
+        });
+        Some((status, fields, body.unwrap_or_default()))
+    });
+    Ok(Imported { request: Request { method, target, fields, body }, answer })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use crate::capture::ring::{Captures, Lens};
+
+    use super::*;
+
+    fn captured(method: &str, target: &str, fields: &[(&str, &[u8])], body: &[u8]) -> (Arc<Captures>, u64) {
+        let captures = Arc::new(Captures::new(8 << 20));
+        let lens = Lens::new(Arc::clone(&captures), "web".parse().unwrap(), "http://localhost:3000", 1000);
+        let fields = Fields::from_pairs(fields.iter().copied());
+        let reply: [(&str, &[u8]); 2] = [("content-type", b"text/plain"), ("set-cookie", b"s=1; Path=/")];
+        let answer = (201, Fields::from_pairs(reply.into_iter()), &b"done"[..]);
+        let id = lens.import(method, target, fields, body, Some(answer));
+        (captures, id)
+    }
+
+    fn written(captures: &Captures, id: u64, redact: Option<&Redact>) -> String {
+        let captured = captures.get(id).unwrap();
+        write(std::iter::once((&*captured, captured.record())), redact)
+    }
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let fields: [(&str, &[u8]); 5] = [
+            ("host", b"localhost:3000"),
+            ("x-forwarded-proto", b"https"),
+            ("x-forwarded-host", b"web.example.com"),
+            ("authorization", b"Bearer x"),
+            ("empty", b""),
+        ];
+        for body in [&b""[..], b"text", b"\xff\0"] {
+            let (captures, id) = captured("PUT", "/a%20b?c=d&c=%C3%A4", &fields, body);
+            let text = written(&captures, id, None);
+            let [imported] = &read(text.as_bytes()).unwrap()[..] else { panic!("one entry") };
+            assert_eq!(imported.request, Request::of(&captures.get(id).unwrap().record()));
+            let (status, fields, body) = imported.answer.as_ref().unwrap();
+            assert_eq!((*status, fields.len(), &body[..]), (201, 2, &b"done"[..]));
+            assert!(text.contains(r#""url": "https://web.example.com/a%20b?c=d&c=%C3%A4""#), "{text}");
+            assert!(text.contains(r#""value": "ä""#), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_hidden_is_not_exported() {
+        let fields: [(&str, &[u8]); 3] =
+            [("authorization", b"Bearer hunter2"), ("cookie", b"a=hunter2; b=hunter2"), ("x-plain", b"seen")];
+        let (captures, id) = captured("GET", "/", &fields, b"");
+        let text = written(&captures, id, Some(&Redact::default()));
+        assert!(
+            !text.contains("hunter2") && text.contains("seen") && text.matches(MASK).count() >= 4,
+            "{text}"
+        );
+        assert!(written(&captures, id, None).contains("hunter2"));
+    }
+
+    #[test]
+    fn addresses_are_encoded() {
+        for (url, wanted) in [
+            ("http://h:1/a b\"<>\\^`{|}", "http://h:1/a%20b%22%3C%3E%5C%5E%60%7B%7C%7D"),
+            ("http://[::1]:1/[x]?a=[]#", "http://[::1]:1/%5Bx%5D?a=%5B%5D%23"),
+            ("http://h/%41%4%zz%", "http://h/%41%254%25zz%25"),
+            ("http://h/ä", "http://h/%C3%A4"),
+            ("http://h", "http://h"),
+        ] {
+            assert_eq!(encoded(url), wanted);
+        }
+    }
+
+    #[test]
+    fn files_of_others_are_read() {
+        let file = r#"{"log": {"version": "1.2", "entries": [
+            {"request": {"method": "GET", "url": "https://h.example/x?y#z", "headers": [{"name": ":path", "value": "/x"}]}},
+            {"request": {"method": "POST", "url": "http://h:1", "headers": [],
+                "postData": {"mimeType": "application/x-www-form-urlencoded", "params": [{"name": "a b", "value": "ä"}]}},
+             "response": {"status": 200, "headers": [{"name": "content-encoding", "value": "gzip"}],
+                "content": {"text": "AP8=", "encoding": "base64"}}},
+            {"request": {"method": "GET", "url": "http://h/"}, "response": {"status": 0, "headers": [], "content": {}}}
+        ]}}"#;
+        let files = read(file.as_bytes()).unwrap();
+        assert_eq!(
+            (&*files[0].request.target, &files[0].request.fields[0].1[..]),
+            ("/x?y", &b"h.example"[..])
+        );
+        assert_eq!((&*files[1].request.target, &files[1].request.body[..]), ("/", &b"a+b=%C3%A4"[..]));
+        assert_eq!(files[1].answer, Some((200, Vec::new(), vec![0, 0xff])));
+        assert_eq!(files[2].answer, None);
+        for bad in [
+            "",
+            "{}",
+            r#"{"log": {"entries": []}}"#,
+            r#"{"log": {"entries": [{"request": {"method": "GET", "url": "/relative"}}]}}"#,
+            r#"{"log": {"entries": [{"request": {"method": "P", "url": "http://h/", "postData": {"text": "x", "_cut": true}}}]}}"#,
+        ] {
+            assert!(read(bad.as_bytes()).is_err(), "{bad}");
+        }
+    }
+}
