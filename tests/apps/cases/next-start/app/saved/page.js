@@ -1,0 +1,3 @@
+export default async function Saved({ searchParams }) {
+  return <p>saved: {(await searchParams).word}</p>;
+}

@@ -1,0 +1,3 @@
+export default { title: 'Word' };
+
+export const Word = { render: () => '<p>word: first</p>' };
