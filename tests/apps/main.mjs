@@ -44,6 +44,7 @@ try {
         const begun = Date.now();
         try {
           await one.run(place);
+          place.checkSockets();
           results.push('ok');
         } catch (error) {
           failed += 1;

@@ -152,6 +152,7 @@ export class Place {
     this.authority = `${this.host}:${edge.port}`;
     this.url = `http://${this.authority}`;
     this.logs = [];
+    this.sockets = [];
   }
 
   /** A tunnel to `upstream`, with the flags of the recipe. */
@@ -201,8 +202,15 @@ export class Place {
     const page = await this.context.newPage();
     page.on('console', (message) => this.logs.push(`${message.type()}: ${message.text()}`));
     page.on('pageerror', (error) => this.logs.push(`error: ${error.message}`));
+    page.on('websocket', (socket) => this.sockets.push(socket.url()));
     page.on('websocket', (socket) => socket.on('socketerror', (error) => this.logs.push(`websocket: ${error}`)));
     return page;
+  }
+
+  /** Fails where a page went past the tunnel: on the developer's own machine that works, and nowhere else. */
+  checkSockets() {
+    const past = this.sockets.filter((url) => !url.startsWith(`ws://${this.authority}/`));
+    if (past.length) throw new Error(`WebSockets past the tunnel: ${past.join(' ')}`);
   }
 
   /** What `agentd http` advised. */

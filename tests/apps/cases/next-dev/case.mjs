@@ -1,6 +1,6 @@
 // Next's development server: the page hydrates, which takes its WebSocket, and an edit shows with the state kept.
 import { cpSync, readFileSync, writeFileSync } from 'node:fs';
-import { freePort, mark, script, unmoved } from '../../place.mjs';
+import { freePort, mark, script, unmoved, until } from '../../place.mjs';
 
 export const title = 'Next.js 16.4 dev: hydration, fast refresh';
 export const recipes = [
@@ -28,8 +28,16 @@ export async function run(place) {
   }
   const count = await button.textContent();
   const file = `${place.folder}/app/page.js`;
-  writeFileSync(file, readFileSync(file, 'utf8').replace('first', 'second'));
-  await page.getByText('word: second').waitFor();
+  const edited = readFileSync(file, 'utf8').replace('first', 'second');
+  // Turbopack does not see an edit that follows its first page at once, without a tunnel neither: it is saved again.
+  let saved = 0;
+  await until('the edit shows', async () => {
+    if (Date.now() - saved > 5000) {
+      writeFileSync(file, edited);
+      saved = Date.now();
+    }
+    return page.getByText('word: second').isVisible();
+  });
   await page.getByRole('button', { name: count }).waitFor();
   await unmoved(page);
 }

@@ -4,8 +4,8 @@ import { freePort, mark, script, unmoved, until } from '../../place.mjs';
 
 export const title = 'Storybook 10.6: a story, its channel, HMR';
 export const recipes = [
-  { rule: 'upstream' },
-  { rule: 'preserve', how: '`core.allowedHosts`', allowed: true },
+  { rule: 'upstream', how: '`hmr.clientPort`' },
+  { rule: 'preserve', how: '`hmr.clientPort`, `core.allowedHosts`, `server.allowedHosts`', allowed: true },
 ];
 
 export async function run(place) {
@@ -18,7 +18,14 @@ export async function run(place) {
     core: { disableTelemetry: true, disableWhatsNewNotifications: true, allowedHosts: allowed },
   };
   mkdirSync(`${place.folder}/.storybook`);
-  writeFileSync(`${place.folder}/.storybook/main.js`, `export default ${JSON.stringify(settings)};\n`);
+  // The client of Vite would dial the page's host with Storybook's own port.
+  const vite = `(config) => {
+    config.server.hmr = { ...config.server.hmr, clientPort: ${place.edge.port} };
+    config.server.allowedHosts = ${JSON.stringify(allowed)};
+    return config;
+  }`;
+  const main = `${JSON.stringify(settings).slice(0, -1)}, viteFinal: ${vite} }`;
+  writeFileSync(`${place.folder}/.storybook/main.js`, `export default ${main};\n`);
   await place.app(port, script('storybook'), ['dev', '--ci', '--no-version-updates', '--port', String(port)], {
     env: { STORYBOOK_DISABLE_TELEMETRY: '1' },
   });

@@ -26,7 +26,7 @@ export async function run(place) {
   await place.tunnel(String(port));
 
   const page = await place.page();
-  const connected = page.waitForEvent('console', (message) => message.text().includes('Hot Module Replacement enabled'));
+  const connected = page.waitForEvent('console', (message) => message.text().includes('[webpack-dev-server] connected'));
   await page.goto(place.url);
   await page.getByText('word: first').waitFor();
   await connected;
