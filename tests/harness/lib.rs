@@ -81,27 +81,15 @@ impl Local {
     #[must_use]
     pub fn start_as(command: Command, environment: &[(&str, &str)], more: &[&str]) -> Self {
         let state = tempfile::tempdir().unwrap();
-        let dir = state.path().to_str().unwrap();
-        let common = ["--public", "127.0.0.1:0", "--agents", "127.0.0.1:0", "--state-dir", dir];
-        // A process more for each edge that no test of websockets needs.
-        let sockets = if more.contains(&"--websockets") { &[][..] } else { &["--websockets", "none"] };
-        // What tests the exchange itself is not to meet what the fronts of AWS do to it; tests/fronts.rs is.
-        let direct = if more.contains(&"--front") { &[][..] } else { &["--front", "direct"] };
-        let arguments = [&common, sockets, direct, more].concat();
         let named = more.iter().position(|&one| one == "--front").map(|at| more[at + 1]);
         let front = match named {
             None | Some("direct") => Front::Local,
             Some(name) => name.parse().unwrap(),
         };
-        let process = Process::start_as("local", command, &arguments, environment);
-        let value = |name: &str| {
-            let line = process.wait_for_line(|line| line.split_whitespace().next() == Some(name));
-            line.split_whitespace().nth(1).unwrap().to_owned()
-        };
-        let public = value("public");
+        let process = launch(command, environment, more, state.path(), ["127.0.0.1:0"; 2]);
+        let public = told(&process, "public");
         let port: u16 = public.rsplit(':').next().unwrap().trim_end_matches('/').parse().unwrap();
-        let endpoint = wait_for_file(&state.path().join("endpoint"));
-        let (agents, token) = (value("agents"), PathBuf::from(value("token")));
+        let (agents, token) = (told(&process, "agents"), PathBuf::from(told(&process, "token")));
         let place = Place {
             public: format!("http://{{name}}.localhost:{port}").parse().unwrap(),
             agents: agents.parse().unwrap(),
@@ -114,12 +102,25 @@ impl Local {
             public: SocketAddr::from(([127, 0, 0, 1], port)),
             agents,
             token,
-            key: value("key").into(),
-            endpoint: endpoint.trim().trim_start_matches("http://").parse().unwrap(),
+            key: told(&process, "key").into(),
+            endpoint: endpoint_in(state.path()),
             process,
             stack: Stack::new(place).unwrap(),
             state,
         }
+    }
+
+    /// Kills it as a power cut does, and starts it again where it was, on what it has kept.
+    pub fn kill_and_start_again(&mut self, more: &[&str]) {
+        self.process.signal(rustix::process::Signal::KILL);
+        self.process.wait();
+        std::fs::remove_file(self.state.path().join("endpoint")).unwrap();
+        let agents = self.agents.trim_start_matches("ws://").to_owned();
+        let addresses = [self.public.to_string(), agents];
+        let command = Command::new(process::binary("local"));
+        self.process = launch(command, &[], more, self.state.path(), [&addresses[0], &addresses[1]]);
+        told(&self.process, "token");
+        self.endpoint = endpoint_in(self.state.path());
     }
 
     /// It as the acceptance run sees every edge.
@@ -234,6 +235,32 @@ impl Local {
         }
         found
     }
+}
+
+/// Starts `local` on a state folder, where the public and the agents come in.
+fn launch(
+    command: Command,
+    environment: &[(&str, &str)],
+    more: &[&str],
+    state: &Path,
+    [public, agents]: [&str; 2],
+) -> Process {
+    let common = ["--public", public, "--agents", agents, "--state-dir", state.to_str().unwrap()];
+    // A process more for each edge that no test of websockets needs.
+    let sockets = if more.contains(&"--websockets") { &[][..] } else { &["--websockets", "none"] };
+    // What tests the exchange itself is not to meet what the fronts of AWS do to it; tests/fronts.rs is.
+    let direct = if more.contains(&"--front") { &[][..] } else { &["--front", "direct"] };
+    Process::start_as("local", command, &[&common, sockets, direct, more].concat(), environment)
+}
+
+/// What `local` says of one of its addresses or files.
+fn told(process: &Process, name: &str) -> String {
+    let line = process.wait_for_line(|line| line.split_whitespace().next() == Some(name));
+    line.split_whitespace().nth(1).unwrap().to_owned()
+}
+
+fn endpoint_in(state: &Path) -> SocketAddr {
+    wait_for_file(&state.join("endpoint")).trim().trim_start_matches("http://").parse().unwrap()
 }
 
 /// The values of one metric.
