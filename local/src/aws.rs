@@ -9,16 +9,16 @@ use std::{
     collections::{BTreeMap, HashMap},
     convert::Infallible,
     net::{Ipv4Addr, SocketAddr},
-    sync::{Arc, Mutex, OnceLock, PoisonError, RwLock},
+    sync::{Arc, OnceLock, PoisonError, RwLock},
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use proto::{id::ConnectionId, message::notice};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::Value;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -26,18 +26,25 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::{
     chaos::{Chaos, ChaosConfig},
     clock::Clock,
-    connections::{ConnectionInfo, PostOutcome},
+    connections::PostOutcome,
     lambda::{InvokeError, Lambda, WeakLambda},
     latency::{Latency, Profile},
     services::{Post, Services, percent_decode},
-    sqs::{Attribute, NewMessage, SqsError, SqsErrorKind},
+    sqs::{Attribute, NewMessage},
     stack::stack,
-    states::{AcceptedRun, RunResult, States, interpreter::Outcome},
+    states::States,
 };
 
+mod answer;
 pub mod policy;
+mod waiting;
 
+use answer::{
+    Answer, Configuration, JSON, configuration, connection, function_error, rest_error, sqs_error,
+    sync_execution, unknown_operation,
+};
 use policy::{Action, Table};
+use waiting::WaitingRuns;
 
 /// The most bytes of a request's body: the largest is a batch to DynamoDB (16 MB).
 const BODY_BYTES: usize = 16 * 1024 * 1024;
@@ -111,53 +118,6 @@ struct Shared {
     connections_table: String,
     mailboxes_table: String,
     lambda: OnceLock<WeakLambda>,
-}
-
-/// The runs that callers wait for, so that one can be told that its client went away.
-#[derive(Debug, Default)]
-struct WaitingRuns {
-    by_key: Mutex<HashMap<Box<str>, Vec<WaitingRun>>>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct WaitingRun {
-    request_id: String,
-    mailbox: String,
-}
-
-struct WaitingGuard<'w> {
-    waiting: &'w WaitingRuns,
-    access_key: &'w str,
-    run: WaitingRun,
-}
-
-impl Drop for WaitingGuard<'_> {
-    fn drop(&mut self) {
-        let mut by_key = self.waiting.by_key.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(runs) = by_key.get_mut(self.access_key) {
-            if let Some(at) = runs.iter().position(|run| *run == self.run) {
-                runs.swap_remove(at);
-            }
-            if runs.is_empty() {
-                by_key.remove(self.access_key);
-            }
-        }
-    }
-}
-
-impl WaitingRuns {
-    fn begin<'w>(&'w self, access_key: &'w str, run: &AcceptedRun) -> Option<WaitingGuard<'w>> {
-        let part = |name| run.input().get(name).and_then(Value::as_str).map(str::to_owned);
-        let run = WaitingRun { request_id: part("request_id")?, mailbox: part("mailbox")? };
-        let mut by_key = self.by_key.lock().unwrap_or_else(PoisonError::into_inner);
-        by_key.entry(access_key.into()).or_default().push(run.clone());
-        Some(WaitingGuard { waiting: self, access_key, run })
-    }
-
-    fn of(&self, access_key: &str) -> Vec<WaitingRun> {
-        let by_key = self.by_key.lock().unwrap_or_else(PoisonError::into_inner);
-        by_key.get(access_key).cloned().unwrap_or_default()
-    }
 }
 
 impl Aws {
@@ -298,49 +258,6 @@ async fn serve_connection(stream: TcpStream, shared: Arc<Shared>, stop: Cancella
     }
 }
 
-/// What an answer is made of.
-struct Answer {
-    status: StatusCode,
-    content_type: &'static str,
-    headers: Vec<(HeaderName, HeaderValue)>,
-    body: Bytes,
-}
-
-const JSON_1_0: &str = "application/x-amz-json-1.0";
-const JSON: &str = "application/json";
-const ERROR_TYPE: HeaderName = HeaderName::from_static("x-amzn-errortype");
-const QUERY_ERROR: HeaderName = HeaderName::from_static("x-amzn-query-error");
-
-#[derive(Serialize)]
-struct ErrorBody<'a> {
-    #[serde(rename = "__type")]
-    name: &'a str,
-    message: &'a str,
-}
-
-impl Answer {
-    fn json(body: impl Into<Bytes>) -> Self {
-        Self { status: StatusCode::OK, content_type: JSON_1_0, headers: Vec::new(), body: body.into() }
-    }
-
-    /// An error of the JSON protocols.
-    fn error(status: StatusCode, name: &str, message: &str) -> Self {
-        let body = serde_json::to_vec(&ErrorBody { name, message }).unwrap_or_default();
-        let short = name.rsplit('#').next().unwrap_or(name);
-        let headers = HeaderValue::from_str(short).map(|name| vec![(ERROR_TYPE, name)]);
-        Self { status, content_type: JSON_1_0, headers: headers.unwrap_or_default(), body: body.into() }
-    }
-
-    fn into_response(self) -> Response<Full<Bytes>> {
-        let mut response = Response::new(Full::new(self.body));
-        *response.status_mut() = self.status;
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(self.content_type));
-        headers.extend(self.headers);
-        response
-    }
-}
-
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct NamesTable<'a> {
@@ -357,53 +274,6 @@ struct StartSyncExecution<'a> {
     name: Option<Cow<'a, str>>,
     #[serde(borrow)]
     input: Option<Cow<'a, str>>,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct SyncExecution<'a> {
-    execution_arn: &'a str,
-    state_machine_arn: &'a str,
-    name: &'a str,
-    start_date: f64,
-    stop_date: f64,
-    status: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    output: Option<String>,
-    output_details: Details,
-    input_details: Details,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    cause: Option<&'a str>,
-    billing_details: Billing,
-}
-
-#[derive(Serialize)]
-struct Details {
-    included: bool,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Billing {
-    billed_duration_in_milliseconds: u64,
-    billed_memory_used_in_m_b: u64,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Connection<'a> {
-    connected_at: String,
-    last_active_at: String,
-    identity: ConnectionIdentity<'a>,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct ConnectionIdentity<'a> {
-    source_ip: &'a str,
-    user_agent: &'a str,
 }
 
 impl Shared {
@@ -646,44 +516,6 @@ impl Shared {
     }
 }
 
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Configuration {
-    #[serde(default)]
-    function_name: String,
-    environment: Environment,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Environment {
-    variables: BTreeMap<String, String>,
-}
-
-fn configuration(name: &str, variables: BTreeMap<String, String>) -> Answer {
-    let body = Configuration { function_name: name.to_owned(), environment: Environment { variables } };
-    Answer { content_type: JSON, ..Answer::json(serde_json::to_vec(&body).unwrap_or_default()) }
-}
-
-/// What an invoker gets of a function that failed: the call itself has succeeded.
-fn function_error(error: &InvokeError) -> Answer {
-    #[derive(Serialize)]
-    #[serde(rename_all = "camelCase")]
-    struct Body<'a> {
-        error_type: &'a str,
-        error_message: &'a str,
-    }
-    let text = error.to_string();
-    let body = match error {
-        InvokeError::Function { error_type, message } => Body { error_type, error_message: message },
-        _ => Body { error_type: "Runtime.ExitError", error_message: &text },
-    };
-    let kind = HeaderName::from_static("x-amz-function-error");
-    let headers = vec![(kind, HeaderValue::from_static("Unhandled"))];
-    let body = serde_json::to_vec(&body).unwrap_or_default();
-    Answer { content_type: JSON, headers, ..Answer::json(body) }
-}
-
 /// Why a caller was turned away.
 struct Refusal {
     name: &'static str,
@@ -729,93 +561,6 @@ fn access_key(authorization: &str) -> Option<&str> {
     let (_, credential) = authorization.strip_prefix("AWS4-")?.split_once("Credential=")?;
     let (key, _) = credential.split_once('/')?;
     (!key.is_empty()).then_some(key)
-}
-
-fn unknown_operation() -> Answer {
-    Answer::error(StatusCode::BAD_REQUEST, "UnknownOperationException", "The operation does not run here.")
-}
-
-fn rest_error(status: StatusCode, name: &'static str, message: &str) -> Answer {
-    Answer { content_type: JSON, ..Answer::error(status, name, message) }
-}
-
-fn sqs_error(error: &SqsError) -> Answer {
-    let status = match error.kind {
-        SqsErrorKind::OverLimit | SqsErrorKind::RequestThrottled => StatusCode::FORBIDDEN,
-        _ => StatusCode::BAD_REQUEST,
-    };
-    let name = format!("com.amazonaws.sqs#{}", error.kind.name());
-    let mut answer = Answer::error(status, &name, &error.message);
-    if let Ok(query) = HeaderValue::from_str(&format!("{};Sender", error.kind.query_name())) {
-        answer.headers.push((QUERY_ERROR, query));
-    }
-    answer
-}
-
-fn connection(info: &ConnectionInfo) -> Answer {
-    let body = Connection {
-        connected_at: rfc3339(info.connected_at_ms),
-        last_active_at: rfc3339(info.last_active_at_ms),
-        identity: ConnectionIdentity {
-            source_ip: &info.identity.source_ip,
-            user_agent: &info.identity.user_agent,
-        },
-    };
-    Answer { content_type: JSON, ..Answer::json(serde_json::to_vec(&body).unwrap_or_default()) }
-}
-
-/// A time in the one form that the management API writes.
-fn rfc3339(epoch_ms: u64) -> String {
-    let (days, in_day) = (epoch_ms / 86_400_000, epoch_ms % 86_400_000);
-    // The civil calendar from days since 1970, in eras of 400 years that begin in March.
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:03}Z",
-        in_day / 3_600_000,
-        in_day / 60_000 % 60,
-        in_day / 1000 % 60,
-        in_day % 1000
-    )
-}
-
-fn sync_execution(machine_arn: &str, result: &RunResult) -> Answer {
-    let (status, output, failure) = match &result.outcome {
-        Outcome::Succeeded(output) => ("SUCCEEDED", Some(output.to_string()), None),
-        Outcome::Failed(error) => ("FAILED", None, Some(error)),
-        Outcome::TimedOut(error) => ("TIMED_OUT", None, Some(error)),
-    };
-    let elapsed_ms = ((result.stop_date - result.start_date) * 1000.0).max(0.0);
-    // Billed in steps of 100 ms, and at least one.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "five minutes at most")]
-    let steps = (elapsed_ms / 100.0).ceil().max(1.0) as u64;
-    let body = SyncExecution {
-        execution_arn: &result.execution_arn,
-        state_machine_arn: machine_arn,
-        name: &result.name,
-        start_date: result.start_date,
-        stop_date: result.stop_date,
-        status,
-        output,
-        output_details: Details { included: true },
-        input_details: Details { included: false },
-        error: failure.map(|failure| &*failure.error),
-        cause: failure.map(|failure| &*failure.cause),
-        billing_details: Billing {
-            billed_duration_in_milliseconds: steps * 100,
-            billed_memory_used_in_m_b: 64,
-        },
-    };
-    match serde_json::to_vec(&body) {
-        Ok(body) => Answer::json(body),
-        Err(error) => Answer::error(StatusCode::INTERNAL_SERVER_ERROR, "InternalFailure", &error.to_string()),
-    }
 }
 
 #[cfg(test)]

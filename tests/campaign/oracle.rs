@@ -2,8 +2,8 @@
 
 use std::{collections::BTreeMap, ops::AddAssign};
 
+use ::tests::noise;
 use fastrand::Rng;
-use tests::noise;
 
 use crate::scenario::Shape;
 

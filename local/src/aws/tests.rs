@@ -13,7 +13,7 @@ use aws_smithy_runtime_api::{
 use aws_smithy_types::{config_bag::ConfigBag, error::metadata::ProvideErrorMetadata as _};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::*;
+use super::{answer::rfc3339, *};
 use crate::{
     connections::{Handle, Identity, Outgoing},
     dynamodb,
