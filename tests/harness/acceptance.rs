@@ -33,6 +33,9 @@ use crate::{
 
 const MIB: usize = 1024 * 1024;
 
+/// A scenario at work.
+pub type Running<'s> = Pin<Box<dyn Future<Output = Option<&'static str>> + 's>>;
+
 /// One thing that the system has to do.
 #[derive(Clone, Copy)]
 pub struct Scenario {
@@ -42,7 +45,7 @@ pub struct Scenario {
     pub inapplicable: fn(&Stack) -> Option<&'static str>,
     /// Asks it of this edge. Where its front takes something away, that is what is expected, and the front's behaviour is
     /// what is returned, by its name in docs/aws-fronts.md.
-    pub run: for<'s> fn(&'s Stack) -> Pin<Box<dyn Future<Output = Option<&'static str>> + 's>>,
+    pub run: for<'s> fn(&'s Stack) -> Running<'s>,
 }
 
 /// What a scenario returns.

@@ -47,32 +47,22 @@ struct OneQueue<'a> {
     attribute_names: Vec<String>,
 }
 
+/// Calls with several entries.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Batch<'a, E> {
+    #[serde(borrow)]
+    queue_url: Cow<'a, str>,
+    entries: Vec<E>,
+}
+
+/// A message to send: by itself with a queue, in a batch with an id.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct SendMessage<'a> {
-    #[serde(borrow)]
+    #[serde(borrow, default)]
     queue_url: Cow<'a, str>,
-    #[serde(borrow)]
-    message_body: Cow<'a, str>,
-    #[serde(default)]
-    message_attributes: BTreeMap<Box<str>, WireAttribute>,
-    #[serde(default)]
-    delay_seconds: u64,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct SendMessageBatch<'a> {
-    #[serde(borrow)]
-    queue_url: Cow<'a, str>,
-    #[serde(borrow)]
-    entries: Vec<SendEntry<'a>>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct SendEntry<'a> {
-    #[serde(borrow)]
+    #[serde(borrow, default)]
     id: Cow<'a, str>,
     #[serde(borrow)]
     message_body: Cow<'a, str>,
@@ -98,33 +88,18 @@ struct ReceiveMessage<'a> {
     attribute_names: Vec<String>,
 }
 
+/// A message to delete, or to hide for longer: by itself with a queue, in a batch with an id.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct DeleteMessage<'a> {
-    #[serde(borrow)]
+    #[serde(borrow, default)]
     queue_url: Cow<'a, str>,
+    #[serde(borrow, default)]
+    id: Cow<'a, str>,
     #[serde(borrow)]
     receipt_handle: Cow<'a, str>,
     #[serde(default)]
     visibility_timeout: u64,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct DeleteMessageBatch<'a> {
-    #[serde(borrow)]
-    queue_url: Cow<'a, str>,
-    #[serde(borrow)]
-    entries: Vec<DeleteEntry<'a>>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct DeleteEntry<'a> {
-    #[serde(borrow)]
-    id: Cow<'a, str>,
-    #[serde(borrow)]
-    receipt_handle: Cow<'a, str>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -309,7 +284,7 @@ impl Sqs {
         }
     }
 
-    fn send_batch(&self, call: SendMessageBatch<'_>) -> Result<Vec<u8>> {
+    fn send_batch(&self, call: Batch<'_, SendMessage<'_>>) -> Result<Vec<u8>> {
         check_batch(call.entries.iter().map(|entry| &*entry.id))?;
         // The queue's own limit holds for the whole batch.
         let bytes: usize = call.entries.iter().map(|entry| entry.message_body.len()).sum();
@@ -333,7 +308,7 @@ impl Sqs {
         write(&result)
     }
 
-    fn delete_batch(&self, call: &DeleteMessageBatch<'_>) -> Result<Vec<u8>> {
+    fn delete_batch(&self, call: &Batch<'_, DeleteMessage<'_>>) -> Result<Vec<u8>> {
         check_batch(call.entries.iter().map(|entry| &*entry.id))?;
         self.queue(&call.queue_url)?;
         let mut result = BatchResult { successful: Vec::new(), failed: Vec::new() };
