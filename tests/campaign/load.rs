@@ -53,9 +53,9 @@ pub(crate) async fn load(scenario: &Scenario, to: SocketAddr, moment: oneshot::S
                 }
                 let ask = Ask::new(scenario.seed, index, scenario.shape);
                 let came = client.ask(&ask).await;
-                let verdict = judge(&ask, &came, scenario.is_quiet());
+                let verdict = judge(&ask, &came, scenario.strictness());
                 if matches!(came, Seen::Nothing)
-                    || matches!(&verdict, Verdict::Honest(code) if code.starts_with("503"))
+                    || matches!(&verdict, Verdict::Honest(code) if code.starts_with("503") || code.starts_with("404"))
                 {
                     // Nobody hammers what is away, or the requests would be over before it is back.
                     tokio::time::sleep(Duration::from_millis(20)).await;

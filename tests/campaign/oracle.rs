@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, ops::AddAssign};
 use ::tests::noise;
 use fastrand::Rng;
 
-use crate::scenario::Shape;
+use crate::scenario::{Shape, Strictness};
 
 /// What the upstream does with one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,14 +126,17 @@ pub(crate) enum Verdict {
     Wrong(String),
 }
 
-/// Judges one request. In a quiet run only what is right will do.
-pub(crate) fn judge(ask: &Ask, seen: &Seen, quiet: bool) -> Verdict {
+/// Judges one request.
+pub(crate) fn judge(ask: &Ask, seen: &Seen, strictness: Strictness) -> Verdict {
     let wrong = |what: &str| Verdict::Wrong(format!("request {} ({}): {what}", ask.id, ask.target()));
     let verdict = match seen {
         Seen::Late => return wrong("no end within the time"),
         Seen::Nothing => Verdict::Broken,
         Seen::Answer { status, code: Some(code), complete, .. } => match status {
             429 | 500 | 502 | 503 | 504 if *complete => Verdict::Honest(format!("{status} {code}")),
+            404 if strictness == Strictness::Forgetful && code == "no_such_tunnel" => {
+                Verdict::Honest(format!("{status} {code}"))
+            }
             // The end of one of our own pages may be lost like any other.
             429 | 500 | 502 | 503 | 504 => Verdict::Broken,
             _ => return wrong(&format!("{status} with the error {code}")),
@@ -162,8 +165,10 @@ pub(crate) fn judge(ask: &Ask, seen: &Seen, quiet: bool) -> Verdict {
         // It cannot be answered: an error that looks like an answer would be the fault.
         (Kind::Short | Kind::Reset, Verdict::Right) => wrong("whole, where the upstream broke off"),
         (Kind::Short | Kind::Reset, _) => verdict,
-        (_, Verdict::Honest(code)) if quiet => wrong(&format!("{code}, and nothing was wrong")),
-        (_, Verdict::Broken) if quiet => wrong("broken off, and nothing was wrong"),
+        (_, Verdict::Honest(code)) if strictness == Strictness::Quiet => {
+            wrong(&format!("{code}, and nothing was wrong"))
+        }
+        (_, Verdict::Broken) if strictness == Strictness::Quiet => wrong("broken off, and nothing was wrong"),
         _ => verdict,
     }
 }
@@ -236,17 +241,22 @@ mod tests {
     fn only_what_is_whole_and_its_own_is_right() {
         let echo = ask(Kind::Echo, 100);
         let whole = echo.body();
-        assert_eq!(judge(&echo, &answer(200, 7, whole.clone(), true), true), Verdict::Right);
-        let wrong = |seen: Seen| matches!(judge(&echo, &seen, false), Verdict::Wrong(_));
+        assert_eq!(judge(&echo, &answer(200, 7, whole.clone(), true), Strictness::Quiet), Verdict::Right);
+        let wrong = |seen: Seen| matches!(judge(&echo, &seen, Strictness::Honest), Verdict::Wrong(_));
         assert!(wrong(answer(200, 7, whole[..99].to_vec(), true)), "silently short");
         assert!(wrong(answer(200, 8, whole.clone(), true)), "another's");
         assert!(wrong(answer(200, 7, noise(9, 50), false)), "another's body");
         assert!(wrong(answer(201, 7, whole.clone(), true)), "another status");
         assert!(wrong(Seen::Late));
-        assert!(wrong(own(404, "unknown_tunnel")), "an error that is not true");
-        assert_eq!(judge(&echo, &answer(200, 7, whole[..50].to_vec(), false), false), Verdict::Broken);
+        let unknown = own(404, "no_such_tunnel");
+        assert!(wrong(own(404, "no_such_tunnel")), "an error that is not true");
+        assert!(matches!(judge(&echo, &unknown, Strictness::Forgetful), Verdict::Honest(_)));
         assert_eq!(
-            judge(&echo, &own(503, "tunnel_offline"), false),
+            judge(&echo, &answer(200, 7, whole[..50].to_vec(), false), Strictness::Honest),
+            Verdict::Broken
+        );
+        assert_eq!(
+            judge(&echo, &own(503, "tunnel_offline"), Strictness::Honest),
             Verdict::Honest("503 tunnel_offline".into())
         );
     }
@@ -255,14 +265,17 @@ mod tests {
     fn where_nothing_goes_wrong_nothing_but_right_will_do() {
         let echo = ask(Kind::Echo, 10);
         for seen in [own(503, "tunnel_offline"), Seen::Nothing] {
-            assert!(matches!(judge(&echo, &seen, true), Verdict::Wrong(_)));
+            assert!(matches!(judge(&echo, &seen, Strictness::Quiet), Verdict::Wrong(_)));
         }
         let short = ask(Kind::Short, 10);
         assert_eq!(
-            judge(&short, &own(502, "upstream_broken"), true),
+            judge(&short, &own(502, "upstream_broken"), Strictness::Quiet),
             Verdict::Honest("502 upstream_broken".into())
         );
-        assert!(matches!(judge(&short, &answer(200, 7, short.body(), true), true), Verdict::Wrong(_)));
+        assert!(matches!(
+            judge(&short, &answer(200, 7, short.body(), true), Strictness::Quiet),
+            Verdict::Wrong(_)
+        ));
     }
 
     #[test]

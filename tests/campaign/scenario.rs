@@ -115,6 +115,17 @@ const LEGS: [(&str, f64); 6] = [
 /// A lost message costs its request the whole time that it may take, so it is rarer.
 const LOSE: (&str, f64) = ("lose", 0.001);
 
+/// How strictly a run is judged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Strictness {
+    /// Nothing goes wrong, so only what is right will do.
+    Quiet,
+    /// Honest errors and what is visibly broken off will do.
+    Honest,
+    /// The same, and the edge may have forgotten which tunnels there are.
+    Forgetful,
+}
+
 /// One run.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Scenario {
@@ -169,10 +180,16 @@ impl Scenario {
         }
     }
 
-    /// Whether every request must be answered rightly, because nothing goes wrong.
-    pub(crate) fn is_quiet(&self) -> bool {
+    /// What may come of a request.
+    pub(crate) fn strictness(&self) -> Strictness {
         let harmless = |(name, _): &(String, f64)| matches!(name.as_str(), "delay" | "duplicate" | "reorder");
-        self.fault == Fault::None && self.legs.iter().all(harmless)
+        match self.fault {
+            Fault::None if self.legs.iter().all(harmless) => Strictness::Quiet,
+            // `local` keeps its tables in memory, unlike DynamoDB: after it was killed a name is unknown until its
+            // agent is back.
+            Fault::EdgeKill => Strictness::Forgetful,
+            _ => Strictness::Honest,
+        }
     }
 
     /// What is given to `local --chaos`.

@@ -22,7 +22,7 @@ use tokio::time::sleep;
 use crate::{
     load::{Client, TUNNEL},
     oracle::{Ask, Kind, Seen, Verdict, judge},
-    scenario::{Fault, Scenario},
+    scenario::{Fault, Scenario, Strictness},
     upstream::Upstream,
 };
 
@@ -331,7 +331,7 @@ impl Stage {
         let probe = Ask { id: PROBE, kind: Kind::Echo, sent: None, back: 16 };
         loop {
             let seen = Client::new(self.public()).ask(&probe).await;
-            match judge(&probe, &seen, false) {
+            match judge(&probe, &seen, Strictness::Honest) {
                 Verdict::Right => return Ok(()),
                 Verdict::Wrong(what) if !is_unknown(&seen) => anyhow::bail!(what),
                 _ if begun.elapsed() > RECOVERY => anyhow::bail!("not well after {RECOVERY:?}: {seen:?}"),
