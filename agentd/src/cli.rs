@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
+use std::{ffi::OsString, io::IsTerminal as _, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{
     Args, CommandFactory as _, Parser, Subcommand,
@@ -17,6 +17,7 @@ use crate::{
     identity,
     identity::credential::{ENV_CREDENTIALS, ENV_TOKEN},
     identity::name,
+    inspect::screen::Screen,
     operate::ask::{self, Format},
     operate::background::{self, Forked, StateDir},
     operate::check,
@@ -295,6 +296,9 @@ struct Http {
     /// Default: 127.0.0.1:4040.
     #[arg(long, value_name = "ADDRESS", env = "AGENTD_INSPECT_ADDRESS")]
     inspect_address: Option<String>,
+    /// Only lines, also on a terminal: no keys, no screen.
+    #[arg(long)]
+    plain: bool,
     /// Capture nothing, and have no page.
     #[arg(long)]
     no_inspect: bool,
@@ -349,20 +353,22 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
             overrides.log.level.get_or_insert_with(|| Targets::new().with_default(tracing::Level::WARN));
             overrides.log.format.get_or_insert(LogFormat::Human);
             overrides.inspect_address = http.inspect_address.clone().filter(|value| !value.is_empty());
+            let is_plain = http.plain;
             match http.into_tunnel(&overrides).and_then(|tunnel| overrides.with_tunnel(tunnel)) {
-                Ok(config) => logged(&config.log.clone(), || {
-                    let (terminal, _flush) = telemetry::Terminal::open();
-                    let audience = Audience::People(terminal);
-                    let control_socket = control::place_for_people(environment);
-                    run(Setup { config, source: None, audience, control_socket })
-                }),
+                Ok(config) => in_foreground(config, is_plain),
                 Err(error) => bad_config(&error),
             }
         }
         Command::Run { service } => match service.load(overrides) {
             Ok((config, source)) => logged(&config.log.clone(), || {
                 let control_socket = control::place_for_service(environment, is_root());
-                run(Setup { config, source: Some(source), audience: Audience::Service, control_socket })
+                run(Setup {
+                    config,
+                    source: Some(source),
+                    audience: Audience::Service,
+                    control_socket,
+                    screen: None,
+                })
             }),
             Err(error) => bad_config(&error),
         },
@@ -474,7 +480,7 @@ fn is_root() -> bool {
 
 /// Does `work` while the log is written.
 fn logged(log: &LogConfig, work: impl FnOnce() -> ExitCode) -> ExitCode {
-    match telemetry::start(log) {
+    match telemetry::start(log, None) {
         Ok(_flush) => work(),
         Err(error) => failed(&format!("cannot write the log: {error}")),
     }
@@ -534,12 +540,18 @@ fn start(mut config: Config, source: Source, place: Place) -> ExitCode {
             let dir = config.log.dir.get_or_insert_with(|| state.log_dir());
             let log = LogConfig { dir: Some(dir.clone()), ..config.log.clone() };
             // The starter reports the failure, because nobody sees this process any more.
-            let Ok(_flush) = telemetry::start(&log) else {
+            let Ok(_flush) = telemetry::start(&log, None) else {
                 return Ok(ExitCode::from(exit::RUNTIME));
             };
             starter.ready();
             let control_socket = Some(control::in_folder(state.path()));
-            Ok(run(Setup { config, source: Some(source), audience: Audience::Service, control_socket }))
+            Ok(run(Setup {
+                config,
+                source: Some(source),
+                audience: Audience::Service,
+                control_socket,
+                screen: None,
+            }))
         }
     })
 }
@@ -562,6 +574,36 @@ fn run(setup: Setup) -> ExitCode {
             failed(&error.to_string())
         }
     }
+}
+
+/// Serves one tunnel for somebody who sits here: on a screen with keys where there is a terminal for both, else in
+/// lines.
+fn in_foreground(config: Config, is_plain: bool) -> ExitCode {
+    let is_terminal = std::io::stdout().is_terminal();
+    let has_keys = is_terminal && std::io::stdin().is_terminal() && !is_plain;
+    let is_inspected = config.tunnels.iter().any(|tunnel| tunnel.inspect);
+    // A terminal that can't be drawn on has lines all the same.
+    let opened = (has_keys && is_inspected).then(Screen::open).and_then(Result::ok);
+    let (screen, to_screen) = opened.unzip();
+    let log = match telemetry::start(&config.log, to_screen.clone()) {
+        Ok(flush) => flush,
+        Err(error) => {
+            drop(screen);
+            return failed(&format!("cannot write the log: {error}"));
+        }
+    };
+    let (terminal, lines) = match to_screen {
+        Some(screen) => (telemetry::Terminal::Screen(screen), None),
+        None => {
+            let (terminal, flush) = telemetry::Terminal::open();
+            (terminal, Some(flush))
+        }
+    };
+    let audience = Audience::People { terminal, page: is_terminal && !is_plain };
+    let control_socket = control::place_for_people(environment);
+    let code = run(Setup { config, source: None, audience, control_socket, screen });
+    drop((lines, log));
+    code
 }
 
 fn failed(message: &str) -> ExitCode {

@@ -14,6 +14,7 @@ pub(crate) mod har;
 pub(crate) mod page;
 pub(crate) mod redact;
 pub(crate) mod replay;
+pub(crate) mod screen;
 pub(crate) mod server;
 pub(crate) mod shape;
 pub(crate) mod signature;

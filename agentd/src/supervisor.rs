@@ -11,7 +11,6 @@ mod status;
 
 use std::{
     collections::BTreeMap,
-    io::IsTerminal as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -35,6 +34,7 @@ use crate::{
     capture::ring::Captures,
     config::{Config, change::Change},
     control::{self, Ask, Control, ControlSocket, Stopping},
+    inspect::screen::Screen,
     link::{
         dial::{DialError, Dialer},
         refusal::{advice, is_permanent},
@@ -71,6 +71,8 @@ pub(crate) struct Setup {
     /// Where it may be asked, unless the configuration names a place. One that cannot be had is done
     /// without.
     pub control_socket: Option<PathBuf>,
+    /// The screen on which requests are shown.
+    pub screen: Option<Screen>,
 }
 
 /// Why the agent could not begin.
@@ -93,7 +95,12 @@ pub(crate) enum Audience {
     /// A service manager and a log.
     Service,
     /// Somebody at a terminal.
-    People(Terminal),
+    People {
+        /// Where they read.
+        terminal: Terminal,
+        /// Whether they are told where the inspector's page is. What is read by programs stays as it is.
+        page: bool,
+    },
 }
 
 /// Runs the agent until it is stopped.
@@ -102,7 +109,7 @@ pub(crate) enum Audience {
 ///
 /// [`StartError`] when it cannot begin. An edge or an upstream that cannot be reached is no error.
 pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
-    let Setup { config, source, audience, control_socket } = setup;
+    let Setup { config, source, audience, control_socket, screen } = setup;
     raise_descriptor_limit();
     let signals = Signals::new(source.is_some())?;
     let metrics = Arc::new(Metrics::new());
@@ -113,7 +120,7 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
     let dialer = Dialer::new(config.edge.url.clone(), config.edge.ca_file.as_deref())?;
     let access = match &audience {
         Audience::Service => AccessLog::Log,
-        Audience::People(terminal) => AccessLog::People(terminal.clone()),
+        Audience::People { terminal, .. } => AccessLog::People(terminal.clone()),
     };
     let (asks, asked) = mpsc::channel(control::ASKS);
     let mut servers = JoinSet::new();
@@ -160,6 +167,10 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
         forget_at: None,
     };
     supervisor.inspect();
+    if let Some(screen) = screen {
+        let inspector = supervisor.inspection.inspector().clone();
+        servers.spawn(screen.run(inspector, supervisor.inspection.url()));
+    }
     let outcome = supervisor.run(asked, signals).await;
     servers.shutdown().await;
     Ok(outcome)
@@ -406,8 +417,7 @@ impl Supervisor {
     fn inspect(&mut self) {
         if let Some(address) = self.inspection.align(&self.config) {
             tracing::info!("the inspector is at http://{address}");
-            // What is read by programs stays as it is.
-            if std::io::stdout().is_terminal() {
+            if matches!(self.audience, Audience::People { page: true, .. }) {
                 self.tell(|| format!("http://{address}  ->  every request, to look at and to send again"));
             }
         }
@@ -441,7 +451,7 @@ impl Supervisor {
 
     /// Tells whoever sits at the terminal.
     fn tell(&self, text: impl FnOnce() -> String) {
-        if let Audience::People(terminal) = &self.audience {
+        if let Audience::People { terminal, .. } = &self.audience {
             terminal.line(text());
         }
     }

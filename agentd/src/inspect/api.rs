@@ -169,6 +169,33 @@ impl Inspector {
         &self.0.redact
     }
 
+    /// The newest requests, at most so many, newest first.
+    pub(crate) fn newest(&self, most: usize) -> Vec<Summary> {
+        let all = self.captures().all();
+        all.iter().rev().take(most).map(|captured| summarised(captured)).collect()
+    }
+
+    /// One request in short, while it is kept.
+    pub(crate) fn summary(&self, id: u64) -> Option<Summary> {
+        self.captures().get(id).map(|captured| summarised(&captured))
+    }
+
+    /// Everything about one request, secrets masked, while it is kept.
+    pub(crate) fn masked(&self, id: u64) -> Option<Detail> {
+        self.captures().get(id).map(|captured| self.detail(&captured, false))
+    }
+
+    /// Sends a request again as it was; the id of the replay.
+    ///
+    /// # Errors
+    ///
+    /// A sentence for people, where nothing is sent.
+    pub(crate) fn replay_unchanged(&self, id: u64) -> Result<u64, String> {
+        let replayed = self.find(id).and_then(|captured| self.replay(&captured, &Edits::default()));
+        let ids = replayed.map_err(|Refused(_, error)| error)?;
+        ids.first().copied().ok_or_else(|| "it was not sent again".to_owned())
+    }
+
     /// Answers a request.
     pub(crate) async fn answer(&self, request: Request<Incoming>, door: Door) -> Response<Body> {
         let answer = self.try_answer(request, door).await;
@@ -510,6 +537,10 @@ impl Inspector {
         });
         Ok(ids)
     }
+}
+
+fn summarised(captured: &Captured) -> Summary {
+    captured.look(|record| Summary::of(captured, record))
 }
 
 /// Refuses who is no page or program of this machine.

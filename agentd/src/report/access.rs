@@ -162,17 +162,19 @@ impl Drop for AccessLine {
                 self.path,
                 self.status()
             ),
-            AccessLog::People(terminal) => terminal.line(format!(
-                "{}  {}  {} {}  {}  {}{}{}",
-                time_of_day(),
-                self.status(),
-                self.method,
-                self.path,
-                readable_bytes(self.bytes),
-                readable_duration(elapsed),
-                if self.error_code().is_some() { "  " } else { "" },
-                self.error_code().unwrap_or_default(),
-            )),
+            AccessLog::People(terminal) => terminal.request_line(|| {
+                format!(
+                    "{}  {}  {} {}  {}  {}{}{}",
+                    time_of_day(),
+                    self.status(),
+                    self.method,
+                    self.path,
+                    readable_bytes(self.bytes),
+                    readable_duration(elapsed),
+                    if self.error_code().is_some() { "  " } else { "" },
+                    self.error_code().unwrap_or_default(),
+                )
+            }),
         }
     }
 }
@@ -248,15 +250,17 @@ impl Drop for SocketLine {
                 "WebSocket {} closed",
                 self.path,
             ),
-            AccessLog::People(terminal) => terminal.line(format!(
-                "{}  {}  WebSocket {} closed  {} in, {} out  {}",
-                time_of_day(),
-                self.code.map_or_else(|| "-".to_owned(), |code| code.to_string()),
-                self.path,
-                readable_bytes(self.bytes_in),
-                readable_bytes(self.bytes_out),
-                readable_duration(elapsed),
-            )),
+            AccessLog::People(terminal) => terminal.request_line(|| {
+                format!(
+                    "{}  {}  WebSocket {} closed  {} in, {} out  {}",
+                    time_of_day(),
+                    self.code.map_or_else(|| "-".to_owned(), |code| code.to_string()),
+                    self.path,
+                    readable_bytes(self.bytes_in),
+                    readable_bytes(self.bytes_out),
+                    readable_duration(elapsed),
+                )
+            }),
         }
     }
 }
@@ -265,14 +269,18 @@ fn readable_ms(duration: Duration) -> f64 {
     duration.as_micros() as f64 / 1000.0
 }
 
-/// The time of day in UTC.
 fn time_of_day() -> String {
-    let secs =
-        SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs() % 86_400;
+    time_of_day_at(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
+}
+
+/// The time of day in UTC, from the time since 1970.
+pub(crate) fn time_of_day_at(at: Duration) -> String {
+    let secs = at.as_secs() % 86_400;
     format!("{:02}:{:02}:{:02}Z", secs / 3600, secs / 60 % 60, secs % 60)
 }
 
-fn readable_bytes(bytes: u64) -> String {
+/// A size for people.
+pub(crate) fn readable_bytes(bytes: u64) -> String {
     match bytes {
         0..10_000 => format!("{bytes} B"),
         10_000..10_000_000 => format!("{} KB", bytes / 1000),
@@ -280,7 +288,8 @@ fn readable_bytes(bytes: u64) -> String {
     }
 }
 
-fn readable_duration(duration: Duration) -> String {
+/// A duration for people.
+pub(crate) fn readable_duration(duration: Duration) -> String {
     match duration.as_micros() {
         0..10_000 => format!("{:.1} ms", duration.as_secs_f64() * 1000.0),
         10_000..10_000_000 => format!("{} ms", duration.as_millis()),

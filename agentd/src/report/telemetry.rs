@@ -12,6 +12,7 @@ use std::{
 };
 
 use crate::config::{self, LogConfig, LogFormat};
+use tokio::sync::mpsc;
 use tracing_appender::{
     non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard},
     rolling::{RollingFileAppender, Rotation},
@@ -95,31 +96,79 @@ fn say_to_people<W: Write>(to: &mut W, lost: usize) {
     let _ = to.write_all(format!("{lost} lines were lost: this output is read too slowly\n").as_bytes());
 }
 
-/// Lines for people on standard output.
+/// Lines for people.
 #[derive(Debug, Clone)]
-pub(crate) struct Terminal(NonBlocking);
+pub(crate) enum Terminal {
+    /// On standard output.
+    Lines(NonBlocking),
+    /// On a screen that draws them, and requests by itself.
+    Screen(ToScreen),
+}
 
 impl Terminal {
     /// Begins writing to standard output.
     pub(crate) fn open() -> (Self, Flush) {
         let (writer, flush) = queue(io::stdout(), "output", say_to_people);
-        (Self(writer), flush)
+        (Self::Lines(writer), flush)
     }
 
     /// Writes one line, or loses it.
     pub(crate) fn line(&self, mut text: String) {
-        text.push('\n');
-        let _ = self.0.clone().write_all(text.as_bytes());
+        match self {
+            Self::Lines(writer) => {
+                text.push('\n');
+                let _ = writer.clone().write_all(text.as_bytes());
+            }
+            Self::Screen(screen) => screen.say(text),
+        }
+    }
+
+    /// Writes the line of a request, where lines are what is shown of requests.
+    pub(crate) fn request_line(&self, text: impl FnOnce() -> String) {
+        if matches!(self, Self::Lines(_)) {
+            self.line(text());
+        }
+    }
+}
+
+/// Hands lines to a screen. What it has no room for is lost.
+#[derive(Debug, Clone)]
+pub(crate) struct ToScreen(mpsc::Sender<String>);
+
+/// How many lines may wait for a screen.
+const SCREEN_LINES: usize = 256;
+
+impl ToScreen {
+    /// Where lines go in, and where the screen takes them out.
+    pub(crate) fn new() -> (Self, mpsc::Receiver<String>) {
+        let (said, lines) = mpsc::channel(SCREEN_LINES);
+        (Self(said), lines)
+    }
+
+    fn say(&self, line: String) {
+        drop(self.0.try_send(line));
+    }
+}
+
+impl Write for ToScreen {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.say(String::from_utf8_lossy(line).into_owned());
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
 /// Starts logging as configured: to files in a folder, else to the journal where standard error leads
-/// there, else to standard error. A process that already logs goes on as it does.
+/// there, else to standard error; to the screen instead of a terminal that it has taken. A process that already logs
+/// goes on as it does.
 ///
 /// # Errors
 ///
 /// When the folder or the journal cannot be written to.
-pub(crate) fn start(log: &LogConfig) -> io::Result<Flush> {
+pub(crate) fn start(log: &LogConfig, screen: Option<ToScreen>) -> io::Result<Flush> {
     let level = log.level.clone().unwrap_or_else(|| Targets::new().with_default(tracing::Level::INFO));
     if let Some(dir) = &log.dir {
         return start_in(dir, log, level);
@@ -131,8 +180,17 @@ pub(crate) fn start(log: &LogConfig) -> io::Result<Flush> {
         (false, false) => LogFormat::Json,
     };
     let format = log.format.unwrap_or_else(usual);
-    let (writer, flush) = queue(io::stderr(), "log", say_in_log);
-    subscribe(format, level, writer, terminal)?;
+    let (writer, flush, ansi) = match screen.filter(|_| terminal) {
+        Some(screen) => {
+            let (writer, flush) = queue(screen, "log", say_in_log);
+            (writer, flush, false)
+        }
+        None => {
+            let (writer, flush) = queue(io::stderr(), "log", say_in_log);
+            (writer, flush, terminal)
+        }
+    };
+    subscribe(format, level, writer, ansi)?;
     Ok(flush)
 }
 

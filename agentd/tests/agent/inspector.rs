@@ -18,13 +18,13 @@ use crate::stage::{
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
 /// An agent that is inspected, and how to ask it.
-struct Inspected {
+pub(crate) struct Inspected {
     _edge: Edge,
     line: Line,
-    upstream: Upstream,
+    pub(crate) upstream: Upstream,
     agent: Agent,
     folder: tempfile::TempDir,
-    address: String,
+    pub(crate) address: String,
     token: String,
 }
 
@@ -69,7 +69,7 @@ async fn exchange<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin>(
 }
 
 impl Inspected {
-    async fn start(more: &[&str]) -> Self {
+    pub(crate) async fn start(more: &[&str]) -> Self {
         let (edge, upstream) = (Edge::bind().await, Upstream::bind().await);
         let folder = tempfile::tempdir().unwrap();
         let mut command = agentd();
@@ -128,7 +128,7 @@ impl Inspected {
         exchange(stream, method, target, fields, body).await
     }
 
-    async fn get(&self, target: &str) -> Value {
+    pub(crate) async fn get(&self, target: &str) -> Value {
         let answer = self.call("GET", target, &[], b"").await;
         assert_eq!(answer.status, 200, "{target}: {answer:?}");
         answer.json()
@@ -146,7 +146,7 @@ impl Inspected {
     }
 
     /// Sends a request through the tunnel and answers it; what the upstream got.
-    async fn pass(
+    pub(crate) async fn pass(
         &mut self,
         request: proto::message::Request<'static>,
         response: &[u8],
@@ -661,7 +661,7 @@ async fn a_stream_without_end_does_not_grow_the_agent() {
 }
 
 /// What hostile visitors and services send.
-fn hostile() -> Vec<Vec<u8>> {
+pub(crate) fn hostile() -> Vec<Vec<u8>> {
     [
         "<script>alert(1)</script>",
         "</pre><script src=//evil.example></script>",

@@ -4,11 +4,14 @@
 
 mod body;
 mod breakage;
+mod chromium;
 mod cli;
 mod connections;
 mod fidelity;
 mod inspector;
 mod lifecycle;
 mod limit;
+mod page;
 mod stage;
+mod terminal;
 mod transport;

@@ -71,16 +71,17 @@ export class Detail {
     const live = this.live[direction];
     if (this.request?.id !== id || !live) return false;
     const bytes = fromBase64(base64);
-    if (offset > live.bytes.length) return false; // something between was missed
-    if (offset + bytes.length > live.bytes.length) {
+    // Something between was missed; of a body that is cut the rest is only counted.
+    if (offset > live.bytes.length && bytes.length > 0) return false;
+    if (bytes.length > 0 && offset + bytes.length > live.bytes.length) {
       const all = new Uint8Array(offset + bytes.length);
       all.set(live.bytes.subarray(0, offset));
       all.set(bytes, offset);
       live.bytes = all;
     }
-    live.size = Math.max(live.size, passed);
+    live.size = Math.max(live.size, offset + passed);
     live.cut = live.size > live.bytes.length;
-    if (direction === "to_client") this.request.pieces.push({ offset, size: bytes.length, at_us: at });
+    if (direction === "to_client") this.request.pieces.push({ offset, size: passed, at_us: at });
     // As often as one can read.
     this.timer ||= setTimeout(() => {
       this.timer = 0;

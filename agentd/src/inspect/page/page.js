@@ -234,7 +234,7 @@ function watch(request) {
   if (watched?.id === request.id) return;
   watched?.source.close();
   const { id } = request;
-  const mine = watched = { id, source: api.events({ watch: String(id), text: "", path: request.target.includes("*") ? "" : request.target }) };
+  const mine = watched = { id, source: api.events({ watch: String(id), text: "", path: request.target.includes("*") ? "" : request.target.slice(0, 1000) }) };
   // What came before it was heard is read again.
   mine.source.addEventListener("open", () => { if (watched === mine && detail.request?.id === id) open(id, detail.revealed); });
   mine.source.addEventListener("body", (event) => {
@@ -452,5 +452,13 @@ try {
 } catch {
   // There is no memory of it.
 }
+/** What the address names is opened: the terminal leads here. */
+function openNamed() {
+  const id = Number(/^#(\d+)$/.exec(location.hash)?.[1] ?? 0);
+  if (id > 0) list.go(id, true);
+}
+addEventListener("hashchange", openNamed);
+
 showNothing();
 connect();
+openNamed();

@@ -1,0 +1,218 @@
+//! The inspector's page in a real browser: what passes shows up, is read and sent again, and stays text whatever it is.
+
+use proto::message::Request;
+use serde_json::json;
+
+use crate::{
+    chromium::Chromium,
+    inspector::{Inspected, hostile},
+    stage::{request, with_body, with_header},
+};
+
+const JSON: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 20\r\n\r\n{\"ok\":true,\"n\":12.0}";
+
+fn posted(target: &str, body: &[u8]) -> Request<'static> {
+    with_header(with_body(request("POST", target), body), "content-type", b"application/json")
+}
+
+/// The bodies' views, tried in the browser that will run them.
+const VIEWS: &str = r#"(async () => {
+    const views = await import('/body.js');
+    const bytes = (text) => new TextEncoder().encode(text);
+    const laid = (text) => views.prettyJson(text)?.map(([, piece]) => piece).join('') ?? null;
+    const is = (what, got, wanted) => {
+        if (JSON.stringify(got) !== JSON.stringify(wanted)) throw new Error(`${what}: ${JSON.stringify(got)}`);
+    };
+    is('numbers and repeated names stay', laid('{"a":12345678901234567890,"a":1.0e2,"b":[]}'),
+        '{\n  "a": 12345678901234567890,\n  "a": 1.0e2,\n  "b": []\n}');
+    is('escapes stay', laid('["\\u003c","\\"]{"]'), '[\n  "\\u003c",\n  "\\"]{"\n]');
+    is('no JSON', [laid('{"a":'), laid('x')], [null, null]);
+    is('deep', laid('['.repeat(3000) + ']'.repeat(3000)) !== null, true);
+    is('a form', views.formFields('a=1+2&b=%C3%A4&c&=d&e=%zz'), [['a', '1 2'], ['b', 'ä'], ['c', ''], ['', 'd'], ['e', '%zz']]);
+    const parts = views.multipart(bytes('--x\r\ncontent-disposition: form-data; name="a\\"b"; filename="f"\r\n\r\none\r\n--x\r\n\r\ntwo\r\n--x--\r\n'), 'x');
+    is('parts', parts.map((part) => [part.name, part.file, views.asText(part.bytes).text, part.cut]), [['a"b', 'f', 'one', false], ['', '', 'two', false]]);
+    is('a part that is cut', views.multipart(bytes('--x\r\n\r\nhal'), 'x').map((part) => [views.asText(part.bytes).text, part.cut]), [['hal', true]]);
+    is('events', views.streamEvents(bytes(': hi\n\nevent: a\ndata: 1\r\ndata: 2\r\nid: 7\n\ndata: x')).map((event) => [event.name, event.id, event.data, event.whole]),
+        [['a', '7', '1\n2', true], ['', '', 'x', false]]);
+    is('hex', views.hexRows(new Uint8Array([0, 65, 255]), 0, 8), [['00000000', '00 41 ff'.padEnd(48), '·A·']]);
+    is('what fits', [views.viewsOf(bytes('{}'), 'text/plain'), views.viewsOf(new Uint8Array([0, 1]), 'image/png'), views.viewsOf(bytes('a=b'), 'application/x-www-form-urlencoded')],
+        [['json', 'text', 'hex'], ['image', 'hex', 'text'], ['form', 'text', 'hex']]);
+    return 'ok';
+})()"#;
+
+/// What would be there if a capture had become markup, or had run.
+const MARKUP: &str = "document.querySelectorAll('main script, main style, main img, main svg, main a, main object, \
+    main embed, main form:not(#filters), main video, main base, main meta, main iframe:not(.image), \
+    main iframe:not([sandbox=\"\"])').length + Number('owned' in window)";
+
+#[tokio::test]
+async fn requests_show_up_are_read_and_sent_again_and_stay_text() {
+    let Some(mut browser) = Chromium::start().await else { return };
+    let mut stage = Inspected::start(&[]).await;
+    let page = format!("http://{}/", stage.address);
+    browser.open(&page).await;
+    browser.wait_for("document.querySelector('#live')?.textContent === 'live'").await;
+    browser.wait_for("document.querySelector('#empty h2')?.textContent.includes('first request')").await;
+    assert_eq!(browser.evaluate(VIEWS).await, "ok");
+
+    // Three requests, three rows, one opened.
+    for target in ["/first", "/second?x=1", "/hook"] {
+        stage.pass(posted(target, b"{\"event\":\"paid\",\"amount\":12345678901234567890}"), JSON).await;
+    }
+    browser.wait_for("document.querySelectorAll('#space .row').length === 3").await;
+    browser
+        .wait_for("document.querySelector('.row[aria-rowindex=\"1\"] .target')?.textContent === '/hook'")
+        .await;
+    browser.press("j").await;
+    browser.wait_for("document.querySelector('#detail h2')?.textContent === 'POST /hook'").await;
+    browser.wait_for("document.querySelector('#detail').innerText.includes('12345678901234567890')").await;
+
+    // Sent again: the upstream gets it, the fourth row is there, and the answers are compared.
+    browser.press("r").await;
+    let mut peer = stage.upstream.accept().await;
+    let head = peer.head().await;
+    assert!(head.contains("POST /hook ") && head.contains("x-tunnel-replay: 3"), "{head}");
+    peer.bytes(46).await;
+    peer.write(b"HTTP/1.1 202 Accepted\r\ncontent-type: application/json\r\ncontent-length: 12\r\n\r\n{\"ok\":false}").await;
+    drop(peer);
+    browser.wait_for("document.querySelectorAll('#space .row').length === 4").await;
+    browser.wait_for("document.querySelector('.diff')?.innerText.includes('/ok')").await;
+    let diff = browser.evaluate("document.querySelector('.diff').innerText").await;
+    let diff = diff.as_str().unwrap();
+    assert!(diff.contains("202") && diff.contains("/n") && diff.contains("12.0"), "{diff}");
+
+    // Edited: only what was touched is another.
+    browser.press("e").await;
+    browser.wait_for("document.querySelector('#edit[open] .target') !== null").await;
+    browser.evaluate("{ const target = document.querySelector('#edit .target'); target.value = '/edited'; document.querySelector('#edit form').requestSubmit(); }").await;
+    let mut peer = stage.upstream.accept().await;
+    let head = peer.head().await;
+    assert!(head.contains("POST /edited ") && head.contains("content-length: 46"), "{head}");
+    peer.bytes(46).await;
+    peer.write(JSON).await;
+    drop(peer);
+    browser.wait_for("document.querySelectorAll('#space .row').length === 5").await;
+    browser.wait_for("document.querySelector('#detail h2')?.textContent === 'POST /edited'").await;
+
+    // Filters are the server's: what they leave is listed, and what is wrong with them is said.
+    let set = |field: &str, value: &str| {
+        format!(
+            "{{ const field = document.querySelector('#{field}'); field.value = '{value}'; field.dispatchEvent(new Event('input', {{bubbles: true}})); }}"
+        )
+    };
+    browser.evaluate(&set("path", "/edited")).await;
+    browser.wait_for("document.querySelectorAll('#space .row').length === 1").await;
+    browser.evaluate(&set("status", "many")).await;
+    browser.wait_for("!document.querySelector('#filter-error').hidden").await;
+    browser.evaluate(&(set("path", "") + &set("status", ""))).await;
+    browser.wait_for("document.querySelectorAll('#space .row').length === 5").await;
+
+    // Whatever is captured is text.
+    let cases = hostile();
+    for case in &cases {
+        let field: Vec<u8> =
+            case.iter().copied().filter(|byte| *byte >= b' ' && *byte != 0x7f).take(8000).collect();
+        let sent = with_header(posted("/hostile", case), "x-hostile", &field);
+        let mut answer = format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: image/svg+xml\r\ncontent-length: {}\r\nx-hostile: ",
+            case.len()
+        )
+        .into_bytes();
+        answer.extend(field);
+        answer.extend(b"\r\n\r\n");
+        answer.extend(case);
+        stage.pass(sent, &answer).await;
+    }
+    let last = 5 + cases.len();
+    let first = 6;
+    browser.wait_for(&format!("document.querySelector('#row-{last}') !== null")).await;
+    for id in first..=last {
+        browser.evaluate(&format!("location.hash = '#{id}'")).await;
+        browser
+            .wait_for(&format!("document.querySelector('#detail .facts')?.innerText.includes('#{id}')"))
+            .await;
+        let views = browser
+            .evaluate("document.querySelectorAll('#detail [role=tab]').length")
+            .await
+            .as_u64()
+            .unwrap();
+        for view in 0..views {
+            browser
+                .evaluate(&format!("document.querySelectorAll('#detail [role=tab]')[{view}]?.click()"))
+                .await;
+        }
+        assert_eq!(browser.evaluate(MARKUP).await, 0, "case {}", id - first);
+    }
+    assert_eq!(browser.evaluate("violations").await, json!([]), "the policy had to stop something");
+
+    let strangers: Vec<&str> = browser
+        .asked()
+        .filter(|url| !url.starts_with(&page) && !url.starts_with("data:") && *url != "about:srcdoc")
+        .collect();
+    assert!(strangers.is_empty(), "{strangers:?}");
+    assert!(browser.asked().any(|url| url.ends_with("/page.js")));
+    let wrong = |event: &&serde_json::Value| {
+        event["method"] == "Runtime.exceptionThrown"
+            || event["method"] == "Log.entryAdded" && event["params"]["entry"]["level"] == "error"
+            // The filter that is no status was refused, as it should be.
+            && event["params"]["entry"]["networkRequestId"].is_null()
+    };
+    let wrong: Vec<_> = browser.events.iter().filter(wrong).collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
+    browser.close().await;
+}
+
+/// Notes when the row of a new request has been painted, by its number.
+const STOPWATCH: &str = "{
+    window.painted = [];
+    new MutationObserver((changes) => {
+        for (const row of changes.flatMap((change) => [...change.addedNodes])) {
+            if (!row.classList?.contains('fresh')) continue;
+            const id = Number(row.dataset.id);
+            requestAnimationFrame(() => setTimeout(() => {
+                painted.push([id, performance.timeOrigin + performance.now()]);
+                document.documentElement.dataset.painted = id;
+            }));
+        }
+    }).observe(document.querySelector('#space'), {childList: true});
+}";
+
+/// How long it takes from a request's arrival at the agent until its row is seen, with 500 rows and more.
+#[tokio::test]
+#[ignore = "a measurement: cargo test -p agentd --test agent measure -- --ignored --nocapture"]
+async fn measure_how_soon_a_request_is_seen() {
+    let Some(mut browser) = Chromium::start().await else { return };
+    let mut stage = Inspected::start(&[]).await;
+    for number in 0..500 {
+        stage.pass(posted(&format!("/{number}"), b"{}"), JSON).await;
+    }
+    browser.open(&format!("http://{}/", stage.address)).await;
+    browser.wait_for("document.querySelector('#count')?.textContent === '500'").await;
+    browser.evaluate(STOPWATCH).await;
+    for number in 501..=600 {
+        stage.pass(posted(&format!("/{number}"), b"{}"), JSON).await;
+        browser.wait_for(&format!("painted.some(([id]) => id === {number})")).await;
+    }
+    let painted = browser.evaluate("painted").await;
+    let list = stage.get("/api/requests?limit=100").await;
+    let arrived = |id: &serde_json::Value| {
+        let row = list["requests"].as_array().unwrap().iter().find(|row| row["id"] == *id);
+        row.unwrap()["received_at"].as_f64().unwrap() / 1000.0
+    };
+    let mut took: Vec<f64> = painted
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|seen| seen[1].as_f64().unwrap() - arrived(&seen[0]))
+        .collect();
+    took.sort_by(f64::total_cmp);
+    let at = |part: f64| took[(took.len() as f64 * part) as usize];
+    println!(
+        "{} requests: p50 {:.0} ms, p95 {:.0} ms, worst {:.0} ms",
+        took.len(),
+        at(0.5),
+        at(0.95),
+        at(0.999)
+    );
+    browser.close().await;
+}
