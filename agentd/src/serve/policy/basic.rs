@@ -421,4 +421,46 @@ mod tests {
         }
         assert_eq!((known.users.len(), known.order.len()), (MOST_KNOWN, MOST_KNOWN));
     }
+
+    /// Prints how long a known password takes alone and beside 100 guesses a second from as many addresses, at the cost
+    /// that files usually have: `cargo test -p agentd --lib guesses -- --ignored --nocapture`.
+    #[tokio::test]
+    #[ignore = "a measurement"]
+    async fn guesses_beside_a_known_password() {
+        let hash = bcrypt::hash("secret", 10).unwrap();
+        let users = Users::parse(&format!("ann:{hash}\n")).unwrap();
+        let passwords = Arc::new(Passwords::new(&BasicRule { users, realm: "r".into(), except: Vec::new() }));
+        let (good, home) = (basic("ann:secret"), ip("192.0.2.1"));
+        assert_eq!(passwords.check(&good, home).await, Checked::User("ann".into()));
+        for guesses_of_second in [0u32, 100] {
+            let begun = Instant::now();
+            let (mut taken, mut guesses, mut sent) = (Vec::new(), Vec::new(), 0);
+            while begun.elapsed() < Duration::from_secs(5) {
+                while f64::from(sent) < begun.elapsed().as_secs_f64() * f64::from(guesses_of_second) {
+                    let (passwords, from) =
+                        (Arc::clone(&passwords), IpAddr::from((0x0a00_0000 + sent).to_be_bytes()));
+                    let guess = basic(&format!("user{}:{sent}", sent % 3));
+                    guesses.push(tokio::spawn(async move { passwords.check(&guess, Some(from)).await }));
+                    sent += 1;
+                }
+                let before = std::time::Instant::now();
+                assert!(matches!(passwords.check(&good, home).await, Checked::User(_)));
+                taken.push(before.elapsed());
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            taken.sort();
+            let at = |share: usize| taken[taken.len() * share / 100];
+            let mut hashed = 0;
+            for guess in guesses {
+                hashed += u32::from(guess.await.unwrap() == Checked::Wrong);
+            }
+            println!(
+                "{guesses_of_second} guesses/s: {} good, p50 {:?}, p95 {:?}, p99 {:?}; {sent} guesses, {hashed} of them hashed",
+                taken.len(),
+                at(50),
+                at(95),
+                at(99)
+            );
+        }
+    }
 }
