@@ -434,7 +434,7 @@ mod tests {
         assert_eq!(passwords.check(&good, home).await, Checked::User("ann".into()));
         for guesses_of_second in [0u32, 100] {
             let begun = Instant::now();
-            let (mut taken, mut guesses, mut sent) = (Vec::new(), Vec::new(), 0);
+            let (mut taken, mut guesses, mut sent) = (Vec::new(), Vec::new(), 0_u32);
             while begun.elapsed() < Duration::from_secs(5) {
                 while f64::from(sent) < begun.elapsed().as_secs_f64() * f64::from(guesses_of_second) {
                     let (passwords, from) =
