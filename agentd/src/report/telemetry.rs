@@ -266,7 +266,7 @@ mod tests {
         let (leave, waits) = mpsc::channel();
         let lines = Arc::new(Mutex::new(Vec::new()));
         let (writer, flush) = queue(Slow { leave: waits, lines: Arc::clone(&lines) }, "slow", say_to_people);
-        let terminal = Terminal(writer);
+        let terminal = Terminal::Lines(writer);
         for number in 0..QUEUED_LINES + 2_681 {
             terminal.line(number.to_string());
         }
