@@ -932,3 +932,29 @@ async fn text_travels_in_fewer_messages_than_noise_and_both_arrive_whole() {
     }
     assert!(messages[0] > 0 && messages[0] * 3 <= messages[1] * 2, "{messages:?}");
 }
+
+/// Nothing else ends it before every place is taken, 64 rounds later.
+#[tokio::test]
+async fn a_tunnel_that_leads_back_to_itself_ends_at_the_first_return() {
+    let local = Local::start(&[]);
+    let port = local.public.port();
+    // The resolver of this machine need not know these names.
+    let to = |name: &str, via: bool| {
+        format!("[[tunnel]]\nname = \"{name}\"\nupstream = \"http://{name}.localhost:{port}\"\nvia = {via}\n")
+    };
+    let one = to("one", true);
+    let other = to("other", false);
+    // Through one another: ping → pong → ping.
+    let mutual = |name: &str, next: &str| {
+        format!("[[tunnel]]\nname = \"{name}\"\nupstream = \"http://{next}.localhost:{port}\"\nvia = false\n")
+    };
+    let tunnels = [one, other, mutual("ping", "pong"), mutual("pong", "ping")].concat();
+    let _agent = local.agent_with(&tunnels, &["one", "other", "ping", "pong"]);
+    let runs = async || local.counters().await.get("states:StartSyncExecution").copied().unwrap_or(0);
+    for (name, rounds) in [("one", 1), ("other", 1), ("ping", 2)] {
+        let before = runs().await;
+        let answer = Request::to(name, "GET", "/x").send(local.public).await;
+        assert_error(&answer, 508, "loop_detected", name);
+        assert_eq!(runs().await - before, rounds, "{name}");
+    }
+}

@@ -9,7 +9,7 @@ use proto::{
     header::{Headers, value_to_text},
     id::{RequestId, TunnelName},
     message::Upgrade,
-    target::Target,
+    target::{Target, TargetError},
 };
 
 use crate::Config;
@@ -118,7 +118,10 @@ pub fn route(
         .unwrap_or(Cow::Borrowed(&arrival.domain_name))
         .into_owned();
     let target = fronts(front::TARGET).unwrap_or(Cow::Borrowed(&arrival.target));
-    let target = Target::parse(&target).map_err(|_| ErrorCode::BadRequest)?;
+    let target = Target::parse(&target).map_err(|error| match error {
+        TargetError::TooLong => ErrorCode::TargetTooLong,
+        TargetError::NotOriginForm | TargetError::ForbiddenByte => ErrorCode::BadRequest,
+    })?;
     // CONNECT asks for a tunnel of another kind; its target has no path (RFC 9110 §9.3.6).
     if arrival.method == Method::CONNECT {
         return Err(ErrorCode::UpgradeUnsupported);
@@ -151,6 +154,9 @@ pub fn route(
         }
         // An agent that does not know WebSockets refuses what has this field.
         headers.push(header::UPGRADE, HeaderValue::from_static("websocket"));
+    }
+    if forwarded::is_loop(&headers, &host, prefix.as_deref()) {
+        return Err(ErrorCode::LoopDetected);
     }
     let hop = Hop { client, scheme, host: &host, port, prefix: prefix.as_deref() };
     forwarded::apply(&mut headers, &hop, config.trust, request_id);
@@ -360,6 +366,43 @@ mod tests {
         let websocket = arrival("/web", &[("connection", "Upgrade"), ("upgrade", "WebSocket")]);
         assert_eq!(routed(websocket).err(), Some(ErrorCode::UpgradeUnsupported));
         assert!(routed(arrival("/web", &[("connection", "upgrade"), ("upgrade", "h2c")])).is_ok());
+    }
+
+    #[test]
+    fn a_target_at_its_limit_passes_and_one_byte_more_does_not() {
+        let with_target =
+            |len: usize| routed(arrival(&format!("/web/{}", "x".repeat(len - 5)), &[])).map(|_| ());
+        assert_eq!(with_target(proto::target::TARGET_BYTES), Ok(()));
+        assert_eq!(with_target(proto::target::TARGET_BYTES + 1), Err(ErrorCode::TargetTooLong));
+    }
+
+    #[test]
+    fn a_request_that_comes_back_goes_no_further() {
+        let host = "web.tunnel.example.com";
+        let again = |headers: &[(&str, &str)]| routed(arrival("/", &by_front(host, headers))).map(|_| ());
+        let looped = Err(ErrorCode::LoopDetected);
+        assert_eq!(again(&[("x-tunnel-passed", "Web.tunnel.example.com")]), looped);
+        assert_eq!(again(&[("x-tunnel-passed", "web.tunnel.example.com,api.tunnel.example.com")]), looped);
+        // Through other tunnels once is no loop, whatever the proxies between them are called.
+        assert_eq!(again(&[("x-tunnel-passed", "api.tunnel.example.com"), ("via", "1.1 tunnel")]), Ok(()));
+        // Somewhere round it goes, even if somebody drops what we wrote.
+        let most = forwarded::MOST_PASSED;
+        for (name, entry) in [("x-tunnel-passed", "a"), ("via", "1.1 tunnel")] {
+            assert_eq!(again(&[(name, &vec![entry; most - 1].join(", "))]), Ok(()), "{name}");
+            assert_eq!(again(&[(name, &vec![entry; most].join(", "))]), looped, "{name}");
+        }
+        let first = routed(arrival("/web/x", &[])).unwrap();
+        let passed = first.headers.get("x-tunnel-passed").unwrap().to_str().unwrap().to_owned();
+        assert!(passed.ends_with("/web"), "{passed}");
+        assert_eq!(
+            routed(arrival("/web/x", &[("x-tunnel-passed", &passed)])).err(),
+            Some(ErrorCode::LoopDetected)
+        );
+        let other = routed(arrival("/api/x", &[("x-tunnel-passed", &passed)])).unwrap();
+        assert_eq!(
+            other.headers.get("x-tunnel-passed").unwrap(),
+            &*format!("{passed}, {}", passed.replace("web", "api"))
+        );
     }
 
     #[test]

@@ -73,6 +73,9 @@ error_codes! {
     /// The request body is over the ceiling.
     RequestTooLarge, "request_too_large", PAYLOAD_TOO_LARGE, "RequestTooLarge",
         "The request body is over the limit of 4715520 bytes (4.5 MiB).";
+    /// The request-target is over the ceiling.
+    TargetTooLong, "target_too_long", URI_TOO_LONG, "TargetTooLong",
+        "The request's target is over the limit of 32768 bytes.";
     /// The request head is over the ceiling.
     HeadTooLarge, "head_too_large", REQUEST_HEADER_FIELDS_TOO_LARGE, "HeadTooLarge",
         "The request's header fields are over the limit of 61440 bytes.";
@@ -85,6 +88,9 @@ error_codes! {
     /// WebSocket and other upgrades are not carried.
     UpgradeUnsupported, "upgrade_unsupported", NOT_IMPLEMENTED, "UpgradeUnsupported",
         "This tunnel does not carry protocol upgrades such as WebSocket.";
+    /// The request has come back to the tunnel that it went through.
+    LoopDetected, "loop_detected", LOOP_DETECTED, "LoopDetected",
+        "This tunnel leads back to itself: its upstream is, or forwards to, its own public address.";
     /// The upstream refused the connection or could not be reached.
     UpstreamUnreachable, "upstream_unreachable", BAD_GATEWAY, "UpstreamUnreachable",
         "The agent is connected, but nothing answers at the upstream it forwards to.";

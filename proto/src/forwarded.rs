@@ -53,6 +53,33 @@ pub const ERROR: HeaderName = HeaderName::from_static("x-tunnel-error");
 /// The edge's own entry in `Via`.
 pub const VIA: &str = "1.1 tunnel";
 
+/// The field with the public addresses of the tunnels that a request has passed, the last one last. `Via` does not name
+/// tunnels, and may be kept from an upstream; this is how a request that comes back is known.
+pub const PASSED: HeaderName = HeaderName::from_static("x-tunnel-passed");
+
+/// No request passes more tunnels than this.
+pub const MOST_PASSED: usize = 16;
+
+/// Whether a request that arrives at this public address has been there before (RFC 9110 §7.6), or has passed so many
+/// tunnels that it goes round somewhere.
+#[must_use]
+pub fn is_loop(headers: &Headers, host: &str, prefix: Option<&str>) -> bool {
+    let here = place(host, prefix);
+    let entries = |name: HeaderName| {
+        let values = headers.get_all(name).flat_map(|value| value.as_bytes().split(|&b| b == b','));
+        values.map(<[u8]>::trim_ascii).collect::<Vec<_>>()
+    };
+    let passed = entries(PASSED);
+    passed.len() >= MOST_PASSED
+        || passed.iter().any(|entry| entry.eq_ignore_ascii_case(here.as_bytes()))
+        || entries(header::VIA).iter().filter(|entry| **entry == VIA.as_bytes()).count() >= MOST_PASSED
+}
+
+/// A public address of a tunnel in [`PASSED`].
+fn place(host: &str, prefix: Option<&str>) -> String {
+    format!("{host}{}", prefix.unwrap_or_default())
+}
+
 /// Rewrites the forwarding fields of a request on its way to the upstream.
 pub fn apply(headers: &mut Headers, hop: &Hop<'_>, trust: Trust, request_id: &RequestId) {
     let earlier = |headers: &Headers, name: HeaderName| match trust {
@@ -83,6 +110,8 @@ pub fn apply(headers: &mut Headers, hop: &Hop<'_>, trust: Trust, request_id: &Re
     // RFC 9110 §7.6.3: every proxy adds itself; the client's own entries say how it came this far.
     let via = headers.get_all(header::VIA).map(|value| value.as_bytes().to_vec()).collect();
     set_list(headers, header::VIA, via, Some(VIA));
+    let passed = headers.get_all(PASSED).map(|value| value.as_bytes().to_vec()).collect();
+    set_list(headers, PASSED, passed, Some(&place(hop.host, hop.prefix)));
     set(headers, REQUEST_ID, request_id.as_str());
     if !headers.get(TRACEPARENT).is_some_and(is_traceparent) {
         headers.remove("tracestate");
