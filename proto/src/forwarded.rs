@@ -204,6 +204,35 @@ mod tests {
     }
 
     #[test]
+    fn a_request_that_was_here_is_known_by_where_it_has_passed() {
+        let id = RequestId::from_random([0xab; 16]);
+        let mut headers = request();
+        apply(&mut headers, &hop(), Trust::Nobody, &id);
+        assert_eq!(get(&headers, "x-tunnel-passed"), "web.tunnel.example.com:8443/web");
+        assert!(is_loop(&headers, "WEB.tunnel.example.com:8443", Some("/web")));
+        for (host, prefix) in
+            [("web.tunnel.example.com:8443", Some("/api")), ("web.tunnel.example.com", Some("/web"))]
+        {
+            assert!(!is_loop(&headers, host, prefix), "{host}");
+        }
+        // Others go round until there are too many.
+        for number in 1..MOST_PASSED {
+            assert!(!is_loop(&headers, "other", None), "{number}");
+            apply(
+                &mut headers,
+                &Hop { host: &format!("h{number}"), prefix: None, ..hop() },
+                Trust::Nobody,
+                &id,
+            );
+            headers.remove(header::VIA);
+        }
+        assert!(is_loop(&headers, "other", None));
+        let mut by_via = Headers::new();
+        by_via.push(header::VIA, HeaderValue::from_str(&vec![VIA; MOST_PASSED].join(", ")).unwrap());
+        assert!(is_loop(&by_via, "other", None));
+    }
+
+    #[test]
     fn the_clients_copies_are_dropped_by_default() {
         let id = RequestId::from_random([0xab; 16]);
         let mut headers = request();
