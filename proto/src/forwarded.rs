@@ -228,7 +228,7 @@ mod tests {
         }
         assert!(is_loop(&headers, "other", None));
         let mut by_via = Headers::new();
-        by_via.push(header::VIA, HeaderValue::from_str(&vec![VIA; MOST_PASSED].join(", ")).unwrap());
+        by_via.push(header::VIA, HeaderValue::from_str(&[VIA; MOST_PASSED].join(", ")).unwrap());
         assert!(is_loop(&by_via, "other", None));
     }
 
