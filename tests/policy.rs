@@ -606,3 +606,217 @@ async fn signing_in_leads_to_the_provider_and_back_with_a_session_of_this_tunnel
     );
     drop(agent);
 }
+
+/// One that says who it is and what it was asked for, with a status that the target may name (`/status/503`).
+async fn naming(name: &'static str) -> Upstream {
+    Upstream::start(move |request, mut conn| async move {
+        let status = request.target().rsplit_once("/status/").map_or("200", |(_, status)| status).to_owned();
+        let fields = format!(
+            "x-name: {name}\r\nx-old: 1\r\nLocation: /next\r\nSet-Cookie: a=1; Path=/\r\n\
+             Access-Control-Allow-Origin: https://own.example\r\n"
+        );
+        conn.answer(&format!("{status} X"), &fields, name.as_bytes()).await.then_some(conn)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn requests_go_where_their_rules_say_and_are_changed_on_the_way() {
+    let secrets = Secrets::new();
+    let (own, one, two) = (naming("own").await, naming("one").await, naming("two").await);
+    let site = secrets.path("site");
+    fs::create_dir_all(site.join("sub")).unwrap();
+    fs::write(site.join("index.html"), "<p>home").unwrap();
+    let large: Vec<u8> = (0..700_000_u32).map(|n| (n % 251) as u8).collect();
+    fs::write(site.join("sub/large.bin"), &large).unwrap();
+    fs::write(site.join(".env"), "secret").unwrap();
+    fs::write(secrets.path("outside"), "secret").unwrap();
+    std::os::unix::fs::symlink("../outside", site.join("link")).unwrap();
+    let page = secrets.write("sorry.html", "<p>Sorry, back soon");
+    let closed = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap().to_string()
+    };
+    let site = site.display();
+    let (a, b) = (one.address(), two.address());
+    let tunnels = [
+        tunnel(
+            "routes",
+            &own,
+            &format!(
+                "max_body = 1000\n\
+                 request_headers = {{ remove = [\"x-debug\"], set = {{ x-client = \"${{client_ip}}\", x-from = \"${{tunnel}}\" }}, add = {{ x-tag = \"t\" }} }}\n\
+                 response_headers = {{ remove = [\"x-old\"], set = {{ x-new = \"${{request_id}}\" }} }}\n\
+                 cors = {{ origins = [\"https://app.example\"], methods = [\"PUT\"] }}\n\
+                 [[tunnel.route]]\npath = \"/api\"\nupstream = \"{a}\"\nstrip_prefix = true\nadd_prefix = \"/v1\"\n\
+                 [[tunnel.route]]\npath = \"/both\"\nupstream = [\"{a}\", \"{b}\"]\n\
+                 [[tunnel.route]]\npath = \"/well\"\nupstream = [\"{closed}\", \"{b}\"]\n\
+                 health_check = {{ path = \"/\", interval = \"100ms\", max_failed = 1 }}\n\
+                 [[tunnel.route]]\npath = \"/site\"\nfiles = \"{site}\"\nstrip_prefix = true\n\
+                 [[tunnel.route]]\npath = \"/hello\"\nrespond = {{ status = 203, body = \"hello\" }}\n\
+                 [[tunnel.route]]\npath = \"/old\"\nredirect = \"https://new.example${{target}}\"\n\
+                 [[tunnel.route]]\npath = \"/upload\"\nmethods = [\"POST\"]\nupstream = \"{b}\"\nmax_body = \"1MiB\""
+            ),
+        ),
+        tunnel("plain", &own, "forwarded = \"none\""),
+        tunnel("rfc", &own, "forwarded = \"rfc7239\""),
+        tunnel("few", &own, "rate_limit = { requests = 2, per = \"1h\" }"),
+        tunnel("fuse", &own, "circuit_breaker = { open_after = 2, retry_after = \"1h\" }"),
+        tunnel("works", &own, "maintenance = true"),
+        format!("[[tunnel]]\nname = \"down\"\nupstream = \"{closed}\"\nerror_page = \"{page}\"\n"),
+    ];
+    let local = Local::start(&[]);
+    let names = ["routes", "plain", "rfc", "few", "fuse", "works", "down"];
+    let agent = local.agent_with(&tunnels.concat(), &names);
+    let get = |tunnel: &str, target: &str| Request::to(tunnel, "GET", target);
+    let sent = async |request: &Request| request.send(local.public).await;
+
+    // Fields, and a path that is another one for the upstream.
+    let asked =
+        get("routes", "/api/x?y").field("x-debug", "1").field("x-client", "forged").field("x-tag", "s");
+    let answer = sent(&asked).await;
+    let seen = one.recorded().last().unwrap().clone();
+    assert_eq!((answer.text(), seen.target()), ("one".to_owned(), "/v1/x?y"));
+    assert_eq!((seen.all("x-debug"), seen.all("x-from")), (vec![], vec!["routes".to_owned()]));
+    assert_eq!(
+        (seen.all("x-client"), seen.all("x-tag")),
+        (vec!["127.0.0.1".to_owned()], vec!["s".into(), "t".into()])
+    );
+    assert_eq!(seen.all("x-forwarded-prefix"), ["/api"]);
+    assert_eq!((answer.field("x-old"), answer.field("x-new")), (None, answer.field("x-tunnel-request-id")));
+    // The upstream's root is not below what was added, so its own address of it stays; its cookie covers the route.
+    assert_eq!(answer.field("set-cookie").as_deref(), Some("a=1; Path=/api"));
+    assert_eq!(answer.field("access-control-allow-origin"), None, "who may read it is said here");
+
+    // Load, and who is not well.
+    let mut turns = Vec::new();
+    for _ in 0..4 {
+        turns.push(sent(&get("routes", "/both")).await.text());
+    }
+    turns.sort();
+    assert_eq!(turns, ["one", "one", "two", "two"]);
+    tests::eventually("the dead one is left out", async || {
+        let mut well = 0;
+        for _ in 0..4 {
+            well += u32::from(sent(&get("routes", "/well")).await.text() == "two");
+        }
+        well == 4
+    })
+    .await;
+
+    // The rest, and what no route reads in two ways.
+    assert_eq!(sent(&get("routes", "/apix")).await.text(), "own");
+    is_refused(&local, &get("routes", "/api/%2e%2e/x"), 400, "bad_request").await;
+    let hello = sent(&get("routes", "/hello/you")).await;
+    assert_eq!((hello.status, hello.text(), hello.field("x-tunnel-error")), (203, "hello".to_owned(), None));
+    let moved = sent(&get("routes", "/old/x?y")).await;
+    assert_eq!(
+        (moved.status, moved.field("location").as_deref()),
+        (302, Some("https://new.example/old/x?y"))
+    );
+
+    // Files.
+    let home = sent(&get("routes", "/site/")).await;
+    assert_eq!((home.status, home.text()), (200, "<p>home".to_owned()));
+    assert_eq!(home.field("content-type").as_deref(), Some("text/html; charset=utf-8"));
+    let whole = sent(&get("routes", "/site/sub/large.bin")).await;
+    assert!((whole.status, whole.complete) == (200, true) && whole.body == large);
+    let etag = whole.field("etag").unwrap();
+    let range = get("routes", "/site/sub/large.bin").field("range", "bytes=100-600099");
+    let part = sent(&range.field("if-range", &etag)).await;
+    assert_eq!(part.field("content-range").as_deref(), Some("bytes 100-600099/700000"));
+    assert!(part.status == 206 && part.body == large[100..600_100]);
+    let same = sent(&get("routes", "/site/sub/large.bin").field("if-none-match", &etag)).await;
+    assert_eq!((same.status, same.body.len()), (304, 0));
+    let head = Request::to("routes", "HEAD", "/site/sub/large.bin").send(local.public).await;
+    assert_eq!((head.field("content-length").as_deref(), head.body.len()), (Some("700000"), 0));
+    for path in
+        ["/site/.env", "/site/link", "/site/%2eenv", "/site//etc/passwd", "/site/nothing", "/site/sub/"]
+    {
+        is_refused(&local, &get("routes", path), 404, "no_such_file").await;
+    }
+    is_refused(&local, &Request::to("routes", "PUT", "/site/x").body(b"x".to_vec()), 405, "method_refused")
+        .await;
+
+    // Bodies: of one message, and announced ones.
+    let post = |target: &str, bytes: usize| Request::to("routes", "POST", target).body(vec![1; bytes]);
+    assert_eq!(sent(&post("/x", 1000)).await.status, 200);
+    is_refused(&local, &post("/x", 1001), 413, "body_too_large").await;
+    is_refused(&local, &post("/x", 900_000), 413, "body_too_large").await;
+    assert_eq!(sent(&post("/upload", 1024 * 1024)).await.text(), "two");
+    is_refused(&local, &post("/upload", 1024 * 1024 + 1), 413, "body_too_large").await;
+
+    // Other origins.
+    let before = own.recorded().len();
+    let preflight = |origin: &str| {
+        let request = Request::to("routes", "OPTIONS", "/x").field("origin", origin);
+        request.field("access-control-request-method", "PUT")
+    };
+    let answer = sent(&preflight("https://app.example")).await;
+    let allowed = answer.field("access-control-allow-origin");
+    assert_eq!((answer.status, allowed.as_deref()), (204, Some("https://app.example")));
+    is_refused(&local, &preflight("https://evil.example"), 403, "origin_refused").await;
+    assert_eq!(own.recorded().len(), before, "the upstream was not called");
+    let read = sent(&get("routes", "/x").field("origin", "https://app.example")).await;
+    assert_eq!(read.field("access-control-allow-origin").as_deref(), Some("https://app.example"));
+
+    // What the upstream learns.
+    sent(&get("plain", "/")).await;
+    let seen = own.recorded().last().unwrap().clone();
+    for name in ["forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port"]
+    {
+        assert_eq!(seen.all(name), Vec::<String>::new(), "{name}");
+    }
+    sent(&get("rfc", "/")).await;
+    let seen = own.recorded().last().unwrap().clone();
+    assert_eq!((seen.all("forwarded").len(), seen.all("x-forwarded-for").len()), (1, 0));
+
+    // Limits.
+    for _ in 0..2 {
+        assert_eq!(sent(&get("few", "/")).await.status, 200);
+    }
+    let answer = is_refused(&local, &get("few", "/"), 429, "rate_limited").await;
+    let wait: u32 = answer.field("retry-after").unwrap().parse().unwrap();
+    assert!((1700..=1800).contains(&wait), "{wait}");
+    assert_eq!(answer.field("ratelimit-policy").as_deref(), Some("\"tunnel\";q=2;w=3600"));
+    for _ in 0..2 {
+        assert_eq!(sent(&get("fuse", "/status/503")).await.text(), "own");
+    }
+    is_refused(&local, &get("fuse", "/"), 503, "circuit_open").await;
+
+    // Pages.
+    is_refused(&local, &get("works", "/"), 503, "maintenance").await;
+    is_refused(&local, &get("down", "/"), 502, "upstream_unreachable").await;
+    let html = |tunnel: &str| get(tunnel, "/").field("accept", "text/html");
+    let sorry = sent(&html("down")).await;
+    assert_eq!((sorry.status, sorry.text()), (502, "<p>Sorry, back soon".to_owned()));
+    assert_eq!(sorry.field("x-tunnel-error").as_deref(), Some("upstream_unreachable"));
+    let works = sent(&html("works")).await;
+    assert!(works.status == 503 && works.text().contains("maintenance"), "{}", works.text());
+
+    // Another policy by reload; what was used of a limit stays used.
+    let reloaded = tunnels.concat().replace("maintenance = true", "").replace("/hello", "/hi");
+    agent.write_tunnels(&local, &reloaded);
+    assert_eq!(agent.ask(&["reload"]).0, Some(0));
+    assert_eq!(sent(&get("works", "/")).await.status, 200);
+    assert_eq!(sent(&get("routes", "/hi")).await.status, 203);
+    assert_eq!(sent(&get("routes", "/hello")).await.text(), "own");
+    is_refused(&local, &get("few", "/"), 429, "rate_limited").await;
+
+    // What a request would meet.
+    let file = agent.dir().join("agentd.toml").display().to_string();
+    let url = "https://routes.tunnel.example.com/api/x?y";
+    let mut explain =
+        tests::process::Process::start("agentd", &["config", "explain", url, "--config", &file], &[]);
+    let code = explain.wait();
+    let said = explain.printed();
+    assert_eq!(code, Some(0), "{said}");
+    for line in [
+        "tunnel       routes",
+        "route        /api",
+        "max_body     1000 bytes",
+        "without \"/api\", below \"/v1\"",
+    ] {
+        assert!(said.contains(line), "{line}\n{said}");
+    }
+}

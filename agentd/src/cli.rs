@@ -23,6 +23,7 @@ use crate::{
     operate::check,
     operate::diagnose,
     operate::exit,
+    operate::explain::{self, Thought},
     operate::reference,
     operate::requests,
     operate::service,
@@ -318,6 +319,20 @@ enum ConfigCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Says which route and rules a request would meet, without sending it.
+    Explain {
+        /// The public address, such as https://web.tunnel.example.com/api.
+        url: http::Uri,
+        /// The method.
+        #[arg(long, default_value = "GET")]
+        method: http::Method,
+        /// The address it would come from.
+        #[arg(long, value_name = "ADDRESS")]
+        ip: Option<std::net::IpAddr>,
+        /// The configuration file.
+        #[arg(long, value_name = "FILE", env = "AGENTD_CONFIG", default_value = config::DEFAULT_PATH)]
+        config: PathBuf,
+    },
 }
 
 /// Runs the program with `args`, the program's name first.
@@ -435,6 +450,9 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
         Command::Identity(command) => identity::run(command),
         Command::Config { command: ConfigCommand::Check { config, json } } => {
             check::run(&config::load(&config, &overrides), json)
+        }
+        Command::Config { command: ConfigCommand::Explain { url, method, ip, config } } => {
+            explain::run(&config::load(&config, &overrides), &Thought { url, method, ip })
         }
         Command::Service { command } => match service::run(command, &overrides) {
             Ok(code) => code,

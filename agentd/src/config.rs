@@ -12,6 +12,8 @@ pub mod http_url;
 mod log;
 pub mod paths;
 pub mod range;
+pub mod template;
+pub mod traffic;
 mod value;
 pub mod visitors;
 
@@ -39,6 +41,7 @@ use crate::{
     config::{
         address::Address,
         edge_url::EdgeUrl,
+        traffic::TrafficRules,
         visitors::{VisitorRules, WebhookRule},
     },
     identity::credential::{CREDENTIAL, Token, TokenError, TokenSource},
@@ -163,6 +166,8 @@ pub struct TunnelConfig {
     pub inspect: bool,
     /// How many bytes of each body are captured.
     pub inspect_body: usize,
+    /// Where requests go, and what is changed on the way.
+    pub traffic: TrafficRules,
 }
 
 /// How an upstream is asked whether it is well.
@@ -257,7 +262,18 @@ impl TunnelConfig {
             webhooks: Vec::new(),
             inspect: false,
             inspect_body: DEFAULT_INSPECT_BODY,
+            traffic: TrafficRules::NOTHING,
         }
+    }
+
+    /// Whether both speak to their upstreams in the same way.
+    #[must_use]
+    pub(crate) fn speaks_as(&self, other: &Self) -> bool {
+        self.ca_file == other.ca_file
+            && self.server_name == other.server_name
+            && self.insecure_skip_verify == other.insecure_skip_verify
+            && self.http2 == other.http2
+            && self.keep_alive == other.keep_alive
     }
 
     /// Whether both lead to the same upstream in the same way.

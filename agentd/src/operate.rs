@@ -6,6 +6,7 @@ pub(crate) mod background;
 pub(crate) mod check;
 pub(crate) mod diagnose;
 pub(crate) mod exit;
+pub(crate) mod explain;
 pub(crate) mod reference;
 pub(crate) mod requests;
 pub(crate) mod service;

@@ -1,81 +1,19 @@
 //! The head of an answer, and the pages for errors. Pure.
 
 use http::{HeaderName, HeaderValue, header};
-use proto::{error::ErrorCode, forwarded, header::Headers, id::RequestId, problem};
+use proto::{error::ErrorCode, forwarded, header::Headers, id::RequestId, prefix, problem};
 
 use crate::public::Head;
 
 /// Makes the fields of the upstream's response those of our answer: hop-by-hop fields go, the request id
-/// comes, and in path mode what names a path of the upstream is moved under `prefix`.
-pub fn finish(headers: &mut Headers, request_id: &RequestId, prefix: Option<&str>, host: &str) {
+/// comes, and in path mode what names a path of the upstream is moved under `path`.
+pub fn finish(headers: &mut Headers, request_id: &RequestId, path: Option<&str>, host: &str) {
     headers.strip_hop_by_hop();
-    if let Some(prefix) = prefix {
-        let fields = std::mem::take(headers).into_iter().map(|(name, value)| {
-            let moved = match name.as_str() {
-                "location" | "content-location" => move_location(&value, prefix, host),
-                "refresh" => move_refresh(&value, prefix),
-                "set-cookie" => move_cookie(&value, prefix),
-                _ => None,
-            };
-            (name, moved.unwrap_or(value))
-        });
-        *headers = fields.collect();
+    if let Some(path) = path {
+        prefix::move_fields(headers, "", path, host);
     }
     let id = HeaderValue::from_str(request_id.as_str()).expect("hexadecimal digits are a header value");
     headers.set(forwarded::REQUEST_ID, id);
-}
-
-fn move_location(value: &HeaderValue, prefix: &str, host: &str) -> Option<HeaderValue> {
-    let location = value.to_str().ok()?;
-    if location.starts_with('/') && !location.starts_with("//") {
-        return HeaderValue::from_str(&format!("{prefix}{location}")).ok();
-    }
-    // An absolute address of our own public host, as an upstream makes it from X-Forwarded-Host.
-    let (scheme, rest) =
-        location.split_once("://").filter(|(scheme, _)| matches!(*scheme, "http" | "https"))?;
-    let path = rest.strip_prefix(host)?;
-    if !(path.is_empty() || path.starts_with(['/', '?', '#'])) || path.starts_with(&format!("{prefix}/")) {
-        return None;
-    }
-    HeaderValue::from_str(&format!("{scheme}://{host}{prefix}{path}")).ok()
-}
-
-/// `5; url=/next`: only an absolute path is moved; an address of the upstream's own is public already.
-fn move_refresh(value: &HeaderValue, prefix: &str) -> Option<HeaderValue> {
-    let text = value.to_str().ok()?;
-    let (before, url) = text.split_at(text.find('/')?);
-    let is_whole = before.trim_end_matches(['\'', '"']).trim_end().ends_with(['=', ';', ',']);
-    let moved = is_whole && !url.starts_with("//");
-    moved.then(|| HeaderValue::from_str(&format!("{before}{prefix}{url}")).ok()).flatten()
-}
-
-fn move_cookie(value: &HeaderValue, prefix: &str) -> Option<HeaderValue> {
-    let bytes = value.as_bytes();
-    // Browsers take a cookie of such a name with Path=/ only, in whatever case it is written (RFC 6265bis §4.1.3.2).
-    if bytes.get(..7).is_some_and(|name| name.eq_ignore_ascii_case(b"__Host-")) {
-        return None;
-    }
-    let mut moved = Vec::with_capacity(bytes.len() + prefix.len());
-    let mut changed = false;
-    for (index, part) in bytes.split(|&b| b == b';').enumerate() {
-        if index > 0 {
-            moved.push(b';');
-        }
-        let path = part.trim_ascii_start();
-        if index > 0 && path.len() > 5 && path[..5].eq_ignore_ascii_case(b"path=") && path[5] == b'/' {
-            let space = part.len() - path.len();
-            moved.extend_from_slice(&part[..space + 5]);
-            moved.extend_from_slice(prefix.as_bytes());
-            // "/" alone would become "/web/", which does not cover "/web".
-            if path[5..].trim_ascii_end() != b"/" {
-                moved.extend_from_slice(&path[5..]);
-            }
-            changed = true;
-        } else {
-            moved.extend_from_slice(part);
-        }
-    }
-    changed.then(|| HeaderValue::from_bytes(&moved).ok()).flatten()
 }
 
 /// The head of an answer that sends a browser to another path of the same host; there is no body.

@@ -154,6 +154,27 @@ error_codes! {
     /// A signed body is longer than what is held to be checked.
     WebhookTooLarge, "webhook_too_large", PAYLOAD_TOO_LARGE, "WebhookTooLarge",
         "The body of this webhook is over the 1048576 bytes (1 MiB) that are held to check a signature.";
+    /// A page of an origin that `cors` does not name asks whether it may.
+    OriginRefused, "origin_refused", FORBIDDEN, "OriginRefused",
+        "Pages of this origin may not use this tunnel.";
+    /// A folder of files has none of this name.
+    NoSuchFile, "no_such_file", NOT_FOUND, "NoSuchFile",
+        "There is no file at this address.";
+    /// Files are read and not written.
+    MethodRefused, "method_refused", METHOD_NOT_ALLOWED, "MethodRefused",
+        "This address can be read only.";
+    /// The body is over the tunnel's or the route's own limit.
+    BodyTooLarge, "body_too_large", PAYLOAD_TOO_LARGE, "BodyTooLarge",
+        "The request body is longer than this tunnel takes.";
+    /// More requests than `rate_limit` lets through.
+    RateLimited, "rate_limited", TOO_MANY_REQUESTS, "RateLimited",
+        "Too many requests. Wait a little, then try again.";
+    /// The upstream has failed again and again and is left alone for a while.
+    CircuitOpen, "circuit_open", SERVICE_UNAVAILABLE, "CircuitOpen",
+        "The upstream has failed several times and is left alone for a while. Try again in a moment.";
+    /// The tunnel is closed for maintenance.
+    Maintenance, "maintenance", SERVICE_UNAVAILABLE, "Maintenance",
+        "This service is under maintenance. Try again later.";
     /// The upstream did not answer in time, or nobody knows what became of the request in time.
     UpstreamTimedOut, "upstream_timed_out", GATEWAY_TIMEOUT, "UpstreamTimedOut",
         "The upstream did not answer in time.";

@@ -18,6 +18,7 @@ pub mod header;
 pub mod id;
 pub mod limits;
 pub mod message;
+pub mod prefix;
 pub mod problem;
 pub mod session;
 pub mod socket;

@@ -14,7 +14,7 @@ use super::{
     Config, ConfigError, FileConfig, HealthCheck, Http2, LogConfig, Overrides, TunnelConfig,
     address::{Address, Scheme},
     beside, parse_bytes, parse_host, parse_host_header, parse_inspect_address, parse_log_level, parse_origin,
-    parse_status_address,
+    parse_status_address, traffic,
     value::{Document, Table, duration_within, nonempty_path},
     visitors,
 };
@@ -42,7 +42,11 @@ const TUNNEL_KEYS: &[&str] = &[
     "basic_auth",
     "bearer",
     "ca_file",
+    "circuit_breaker",
+    "cors",
     "deny_ips",
+    "error_page",
+    "forwarded",
     "health_check",
     "host_header",
     "http2",
@@ -51,13 +55,19 @@ const TUNNEL_KEYS: &[&str] = &[
     "inspect_body",
     "ip_except",
     "keep_alive",
+    "maintenance",
+    "max_body",
     "max_concurrent",
     "max_websockets",
     "name",
     "oidc",
     "origin",
+    "rate_limit",
+    "request_headers",
     "request_timeout",
+    "response_headers",
     "rewrite_location",
+    "route",
     "server_name",
     "upstream",
     "verify",
@@ -78,6 +88,13 @@ pub(super) const ALL_KEYS: &[&[&str]] = &[
     visitors::BEARER_KEYS,
     visitors::OIDC_KEYS,
     visitors::VERIFY_KEYS,
+    traffic::ROUTE_KEYS,
+    traffic::RESPOND_KEYS,
+    traffic::REDIRECT_KEYS,
+    traffic::FIELDS_KEYS,
+    traffic::CORS_KEYS,
+    traffic::RATE_LIMIT_KEYS,
+    traffic::CIRCUIT_BREAKER_KEYS,
 ];
 
 /// Reads a configuration file and what it includes, under `overrides`.
@@ -232,6 +249,9 @@ fn read_tunnel(
     if let Some(bytes) = table.text_or_integer("inspect_body", |text| bytes_within(text, "0", "16MiB"))? {
         tunnel.inspect_body = bytes;
     }
+    tunnel.traffic = traffic::read(table, |table| {
+        table.table("health_check", HEALTH_CHECK_KEYS)?.map(|check| read_health_check(&check)).transpose()
+    })?;
     if tunnel.upstream.scheme() == Scheme::Http {
         for key in ["ca_file", "server_name", "insecure_skip_verify"] {
             if table.has(key) {

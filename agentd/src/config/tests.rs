@@ -301,7 +301,9 @@ fn the_packaged_example_shows_every_key_and_nothing_else() {
         for (key, value) in table {
             found.insert(key.clone());
             // Its keys are anybody's.
-            if key == "claims" {
+            if ["claims", "headers"].contains(&&**key)
+                || (["set", "add"].contains(&&**key) && value.is_table())
+            {
                 continue;
             }
             let tables =
@@ -326,9 +328,11 @@ fn the_packaged_example_shows_every_key_and_nothing_else() {
         ("oidc-secret", "secret"),
         ("session-key", "0123456789abcdef0123456789abcdef"),
         ("stripe-secret", "whsec_abc"),
+        ("sorry.html", "<p>Sorry"),
     ] {
         folder.private(name, text);
     }
+    fs::create_dir(folder.path("site")).unwrap();
     // Keys are in a file or at an address.
     let loaded = in_force.replace("jwks_file = ", "#");
     for text in [example, &loaded] {
@@ -475,5 +479,62 @@ fn rules_about_visitors_that_mean_nothing_or_too_much_are_refused() {
     ] {
         let error = folder.error(&tunnel(&lines));
         assert!(error.contains(message), "{lines}\n{error}");
+    }
+}
+
+#[test]
+fn faults_in_routes_and_rules_say_what_would_be_right() {
+    let folder = Folder::new();
+    let route = |more: &str| format!("[[tunnel.route]]\npath = \"/a\"\n{more}");
+    for (rules, said) in [
+        ("rout = []".to_owned(), "unknown key \"rout\" in [[tunnel]]: did you mean \"route\"?"),
+        (route("upstreem = 1"), "did you mean \"upstream\"?"),
+        (route(""), "a route leads to one of upstream, files, respond and redirect"),
+        (route("upstream = 1\nrespond = {}"), "a route leads to one of"),
+        (route("upstream = []"), "a list of upstreams must not be empty"),
+        (route("upstream = [\"a b\"]"), "a b"),
+        (route("files = \"nowhere\""), "cannot read"),
+        (route("files = \"token\""), "is no folder"),
+        (route("respond = { status = 199 }"), "\"status\" must be from 200 to 599"),
+        (route("respond = { status = 204, body = \"x\" }"), "has no body"),
+        (route("respond = { headers = { content-length = \"1\" } }"), "the tunnel's own affair"),
+        (route("redirect = \"new\""), "leads nowhere"),
+        (route("redirect = { to = \"/x\", status = 304 }"), "301, 302, 303, 307 or 308"),
+        (route("redirect = { status = 301 }"), "no \"to\""),
+        (route("redirect = \"/x${user\""), "without \"}\""),
+        (route("respond = {}\nstrip_prefix = true"), "is for routes to upstream or files"),
+        (route("respond = {}\nhealth_check = { path = \"/\" }"), "is for routes to upstream"),
+        (route("upstream = 1\nstrip_prefix = \"/b\""), "is no beginning of the route's path"),
+        (route("upstream = 1\nmethods = [\"get\"]"), "is no method: write it as GET"),
+        (route("upstream = 1\nhost = \"a:80\""), "without a port"),
+        (
+            format!("{}{}", route("upstream = 1\n"), route("upstream = 2")),
+            "another route has the path /a already",
+        ),
+        ("[[tunnel.route]]\nupstream = 1".to_owned(), "this route has no path"),
+        ("[[tunnel.route]]\npath = \"a\"\nupstream = 1".to_owned(), "is no path"),
+        ("[[tunnel.route]]\npath = \"/a/*\"\nupstream = 1".to_owned(), "what is below it belongs to it"),
+        ("request_headers = { set = { host = \"x\" } }".to_owned(), "host is set by \"host_header\""),
+        ("request_headers = { set = { x-tunnel-user = \"x\" } }".to_owned(), "the tunnel's own affair"),
+        ("request_headers = { set = { a = [\"1\", \"2\"] } }".to_owned(), "further ones go into \"add\""),
+        ("request_headers = { set = { a = \"${usr}\" } }".to_owned(), "${usr} in"),
+        ("response_headers = { remove = [\"transfer-encoding\"] }".to_owned(), "the tunnel's own affair"),
+        ("response_headers = { delete = [] }".to_owned(), "unknown key \"delete\""),
+        ("cors = { methods = [\"GET\"] }".to_owned(), "this cors has no origins"),
+        ("cors = { origins = [\"*\"], credentials = true }".to_owned(), "name the origins"),
+        ("cors = { origins = [\"app.example.com\"] }".to_owned(), "is no origin"),
+        ("cors = { origins = [\"https://a.example/\"] }".to_owned(), "is no origin"),
+        ("forwarded = \"all\"".to_owned(), "is none of \"both\""),
+        ("rate_limit = { per = \"1m\" }".to_owned(), "no requests"),
+        ("rate_limit = { requests = 0 }".to_owned(), "must be from 1"),
+        ("rate_limit = { requests = 1, by = \"me\" }".to_owned(), "is none of \"ip\""),
+        ("max_body = \"1 GB\"".to_owned(), "is no size"),
+        ("circuit_breaker = { open_after = 0 }".to_owned(), "must be from 1 to 1000"),
+        ("error_page = \"none.html\"".to_owned(), "cannot read"),
+        ("maintenance = \"yes\"".to_owned(), "must be true or false"),
+    ] {
+        let error = folder.load(&tunnel(&rules)).unwrap_err();
+        assert!(error.message.contains(said), "{rules}\n{}", error.message);
+        assert!(error.place.is_some(), "{rules}");
     }
 }

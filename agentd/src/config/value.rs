@@ -202,6 +202,10 @@ impl<'a> Table<'a> {
         self.entries.get(key).is_some_and(|value| value.get_ref().as_str().is_some())
     }
 
+    pub(super) fn is_list(&self, key: &str) -> bool {
+        self.entries.get(key).is_some_and(|value| value.get_ref().as_array().is_some())
+    }
+
     pub(super) const fn document(&self) -> &'a Document<'a> {
         self.document
     }

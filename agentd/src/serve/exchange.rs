@@ -41,12 +41,15 @@ use crate::{
     serve::host::HostRule,
     serve::origin::{Rewrites, View, without_own_via},
     serve::outbox::{LinkGone, Outbox},
-    serve::policy::{Delivery, Webhook, answer::Answer, asked::Asked, visitors::is_user},
+    serve::policy::{
+        Delivery, Policy, Webhook, answer::Answer, asked::Asked, body::LocalBody, traffic::Passage,
+        visitors::is_user,
+    },
     serve::sockets::{Serial, Sockets},
     serve::tunnel::{Place, SocketPlace, Tunnel, Tunnels},
     serve::upgrade,
     serve::upload::{UploadBody, UploadProgress},
-    serve::upstream::{self, Dialled, RequestBody, ResponseBody, UpstreamError},
+    serve::upstream::{self, Dialled, RequestBody, ResponseBody, Upstream, UpstreamError},
 };
 
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
@@ -66,6 +69,13 @@ pub(crate) struct Job {
     pub(crate) timeout: Duration,
     /// What the public client wants to go on with.
     pub(crate) upgrade: Option<Upgrade>,
+}
+
+impl Job {
+    /// The host that the public client asked for.
+    fn public_host(&self) -> &str {
+        self.headers.get(X_FORWARDED_HOST).and_then(|host| host.to_str().ok()).unwrap_or_default()
+    }
 }
 
 /// The body of a public request.
@@ -140,6 +150,7 @@ impl Exchange {
         let Self { job, tunnels, outbox, codecs, credit, sent, access, sockets, serial } = self;
         let websockets = Websockets { access, sockets, serial };
         let token = job.token.clone();
+        let page = ErrorPage::of(&job, &tunnels);
         let sender = Sender { token: &token, outbox: &outbox, sent: &sent };
         let mut capture = None;
         match answer(job, &tunnels, &sender, &codecs, credit, websockets, &mut line, &mut capture).await {
@@ -167,7 +178,9 @@ impl Exchange {
                 if let Some(capture) = capture {
                     capture.failed(code);
                 }
-                let failed = AgentMessage::Failed(Failed { token: (&*token).into(), seq, code });
+                let page = page.as_ref().filter(|_| seq == 0).and_then(|page| page.reply(&token, code));
+                let failed = page
+                    .unwrap_or_else(|| AgentMessage::Failed(Failed { token: (&*token).into(), seq, code }));
                 // If the link has gone, the edge knows.
                 let _ = sender.send(&failed, 0).await;
             }
@@ -226,9 +239,21 @@ async fn answer(
         head(job, capture);
         fail(code)
     };
-    let signed = match admit(&mut job, &tunnel, head_due, sender, line).await {
-        Ok(signed) => signed,
-        Err(stop) => {
+    let says = match tunnel.policy() {
+        None => {
+            without_user(&mut job);
+            Ok((None, None))
+        }
+        // Boxed: who uses none of it carries no room for it.
+        Some(policy) => {
+            let admitted = Box::pin(admit(&mut job, policy, head_due)).await;
+            admitted.map(|(signed, passage)| (signed, Some(passage)))
+        }
+    };
+    let (signed, mut passage) = match says {
+        Ok(says) => says,
+        Err(answer) => {
+            let stop = Box::pin(answer_here(answer, &job, &tunnel, sender, codecs, credit, line)).await;
             // What was answered in the course of signing in is nothing to look at.
             if matches!(stop, Stop::Answered(Some(_)) | Stop::Fail { .. }) {
                 *capture = begin(&job);
@@ -237,31 +262,45 @@ async fn answer(
             return Err(stop);
         }
     };
+    let (upstream, host_rule) = match passage.as_ref().and_then(|passage| passage.upstream) {
+        Some((upstream, rule)) => (&**upstream, rule),
+        None => (&*tunnel.upstream, &tunnel.host),
+    };
+    let is_own = std::ptr::eq(upstream, &*tunnel.upstream);
     *capture = begin(&job);
     let mut place = match job.upgrade {
-        None => {
-            Places::Request { _place: tunnels.enter(&tunnel).map_err(|code| refuse(&job, capture, code))? }
-        }
+        None => Places::Request {
+            _place: tunnels.enter(&tunnel, is_own).map_err(|code| refuse(&job, capture, code))?,
+        },
         Some(Upgrade::Websocket) => {
-            let place = tunnels.enter_socket(&tunnel, websockets.sockets.count());
+            let place = tunnels.enter_socket(&tunnel, is_own, websockets.sockets.count());
             Places::Socket(place.map_err(|code| refuse(&job, capture, code))?)
         }
     };
     let delivery = match signed {
         Some(webhook) => {
-            let signed = signed_body(webhook, &mut job, tunnels, head_due, sender, line).await;
-            Some(signed.inspect_err(|_| head(&job, capture))?)
+            let signed = Box::pin(signed_body(webhook, &mut job, tunnels, head_due, sender)).await;
+            match signed.inspect_err(|_| head(&job, capture))? {
+                Ok(delivery) => Some(delivery),
+                Err(answer) => {
+                    head(&job, capture);
+                    return Err(
+                        Box::pin(answer_here(answer, &job, &tunnel, sender, codecs, credit, line)).await
+                    );
+                }
+            }
         }
         None => None,
     };
-    let host = host_for(&job, &tunnel).map_err(|code| refuse(&job, capture, code))?;
-    let headers = upstream_headers(&job, &tunnel, &host).map_err(|code| refuse(&job, capture, code))?;
+    let host = host_for(&job, host_rule).map_err(|code| refuse(&job, capture, code))?;
+    let way = Way { upstream, host: &host, passage: passage.as_deref() };
+    let headers = upstream_headers(&job, &tunnel, &way).map_err(|code| refuse(&job, capture, code))?;
     if let Some(capture) = capture {
         capture.tap().request(headers.iter(), job.body.at_hand());
     }
 
     tunnel.waited_for(job.timeout);
-    let (response, progress) = timeout_at(head_due, async {
+    let outcome = timeout_at(head_due, async {
         let (body, progress) = match std::mem::replace(&mut job.body, JobBody::Whole(Bytes::new())) {
             JobBody::Whole(bytes) if bytes.is_empty() => (RequestBody::Empty, None),
             JobBody::Whole(bytes) => (RequestBody::Whole(bytes), None),
@@ -272,27 +311,37 @@ async fn answer(
         };
         let mut request = Request::new(body);
         *request.method_mut() = job.method.clone();
-        *request.uri_mut() = origin_form(&job.target).ok_or(fail(ErrorCode::BadRequest))?;
+        *request.uri_mut() = origin_form(way.target(&job)).ok_or(fail(ErrorCode::BadRequest))?;
         *request.headers_mut() = headers;
         if job.upgrade.is_some() {
-            return handshake(&job, &tunnel, request).await.map(|answer| (answer, None));
+            return handshake(&job, &tunnel, upstream, request).await.map(|answer| (answer, None));
         }
-        match tunnel.upstream.send(request).await {
+        match upstream.send(request).await {
             Ok(response) => Ok((Answered::Response(response), progress)),
             Err(error) => {
                 // The body's own failure explains the broken request better than its echo does.
                 let upload = progress.and_then(|progress| progress.failure());
                 let error = upload.map_or(error, UpstreamError::Upload);
-                log_failure(&job, &tunnel, &error);
+                log_failure(&job, &tunnel, upstream, &error);
                 Err(fail(error.code()))
             }
         }
     })
     .await
     .unwrap_or_else(|_| {
-        tunnel.failed(&job.request_id, || format!("{}: no answer in time", tunnel.upstream.address()));
+        tunnel.failed(&job.request_id, || format!("{}: no answer in time", upstream.address()));
         Err(fail(ErrorCode::UpstreamTimedOut))
-    })?;
+    });
+    let good = match &outcome {
+        Ok((Answered::Response(response), _)) => Some(!matches!(response.status().as_u16(), 502..=504)),
+        Ok((Answered::Opened { .. }, _)) => Some(true),
+        Err(Stop::Fail { code, .. }) => Some(!code.status().is_server_error()),
+        Err(Stop::Answered(_) | Stop::Gone) => None,
+    };
+    if let (Some(passage), Some(good)) = (&mut passage, good) {
+        passage.came_to(good);
+    }
+    let (response, progress) = outcome?;
     tunnel.answered();
     let response = match response {
         Answered::Response(response) => response,
@@ -331,7 +380,7 @@ async fn answer(
     let tap = capture.as_ref().map(Capture::tap);
     let dialled = tap.and_then(|_| response.extensions().get::<Dialled>().copied());
     let (status, mut headers, body) = check_head(response).map_err(|error| {
-        log_failure(&job, &tunnel, &error);
+        log_failure(&job, &tunnel, upstream, &error);
         fail(error.code())
     })?;
     line.head(status);
@@ -343,16 +392,23 @@ async fn answer(
     if let Some(tap) = tap {
         tap.answer(status, headers.iter(), dialled.map(|at| at.0));
     }
+    let way = Way { upstream, host: &host, passage: passage.as_deref() };
+    if let Some(passage) = way.passage {
+        passage.move_response(&mut headers, job.public_host());
+    }
     if tunnel.rewrites_location()
         && View::concerns(&headers)
-        && let Some(view) = View::of(&job.headers, tunnel.upstream.address(), &host)
+        && let Some(view) = way.view(&job)
     {
         view.to_public(&mut headers);
+    }
+    if let Some(passage) = way.passage {
+        passage.edit_response(&mut headers);
     }
     let codec = (codecs.has(Codec::Zstd) && wants_codec(&headers)).then_some(Codec::Zstd);
     let mut response = Outflow {
         sender,
-        body,
+        body: Source::Upstream(body),
         pending: BytesMut::new(),
         ended: false,
         broken: None,
@@ -360,20 +416,11 @@ async fn answer(
         seq: 0,
         window: SendWindow::new(limits::CHUNK_WINDOW),
         credit,
-        refused: (status >= 400).then(|| Refused { status, own_page: is_own_page(&job, &tunnel, &host) }),
+        refused: (status >= 400).then(|| Refused { status, own_page: is_own_page(&job, &tunnel, &way) }),
         tunnel: &tunnel,
         tap,
     };
-    let done = timeout_at(began + limits::RESPONSE_DURATION, async {
-        response.send_head(status, headers, line).await?;
-        while !response.is_sent() {
-            response.send_chunk(line).await?;
-        }
-        Ok(())
-    })
-    .await
-    .unwrap_or(Err(Broken::TimedOut));
-    match done {
+    match response.deliver(began, status, headers, line).await {
         Ok(()) => {
             if progress.is_none_or(|progress| progress.is_complete()) {
                 response.body.finish();
@@ -383,38 +430,58 @@ async fn answer(
         Err(Broken::Gone) => Err(Stop::Gone),
         Err(Broken::TimedOut) => Err(Stop::Fail { seq: response.seq, code: ErrorCode::UpstreamTimedOut }),
         Err(Broken::Upstream(error)) => {
-            log_failure(&job, &tunnel, &error);
+            log_failure(&job, &tunnel, upstream, &error);
             Err(Stop::Fail { seq: response.seq, code: error.code() })
         }
     }
 }
 
-/// Lets a request in or answers it here. Returns what its body must be signed by.
+/// Where a request goes.
+struct Way<'a> {
+    upstream: &'a Upstream,
+    /// What `host` says to it.
+    host: &'a HeaderValue,
+    passage: Option<&'a Passage<'a>>,
+}
+
+impl<'a> Way<'a> {
+    fn target<'t>(&'t self, job: &'t Job) -> &'t Target {
+        self.passage.and_then(|passage| passage.target.as_ref()).unwrap_or(&job.target)
+    }
+
+    fn view<'v>(&'v self, job: &'v Job) -> Option<View<'v>>
+    where
+        'a: 'v,
+    {
+        let view = View::of(&job.headers, self.upstream.address(), self.host)?;
+        Some(match self.passage.and_then(Passage::prefixes) {
+            Some((public, own)) => view.under(public, own),
+            None => view,
+        })
+    }
+}
+
+/// Only the agent says who a visitor is.
+fn without_user(job: &mut Job) {
+    if job.headers.iter().any(|(name, _)| is_user(name)) {
+        job.headers.retain(|name, _| !is_user(name));
+    }
+}
+
+/// Lets a request in or answers it. Returns what its body must be signed by, and where it goes.
 async fn admit<'a>(
     job: &mut Job,
-    tunnel: &'a Tunnel,
+    policy: &'a Policy,
     due: Instant,
-    sender: &Sender<'_>,
-    line: &mut AccessLine,
-) -> Result<Option<&'a Webhook>, Stop> {
-    let Some(policy) = tunnel.policy() else {
-        if job.headers.iter().any(|(name, _)| is_user(name)) {
-            job.headers.retain(|name, _| !is_user(name));
-        }
-        return Ok(None);
-    };
+) -> Result<(Option<&'a Webhook>, Box<Passage<'a>>), Answer> {
     let body_bytes = match &job.body {
         JobBody::Whole(bytes) => bytes.len() as u64,
         JobBody::Announced(body, _) => body.announced(),
     };
-    let admitted = timeout_at(due, policy.admit(&asked(job), body_bytes)).await;
-    match admitted.unwrap_or_else(|_| Err(Answer::refusal(ErrorCode::SignInUnavailable))) {
-        Ok(admitted) => {
-            admitted.visitor.mark(&mut job.headers);
-            Ok(admitted.signed)
-        }
-        Err(answer) => Err(answer_here(answer, job, sender, line).await),
-    }
+    let admitted = timeout_at(due, policy.admit(&asked(job), &job.request_id, body_bytes)).await;
+    let admitted = admitted.unwrap_or_else(|_| Err(Answer::refusal(ErrorCode::SignInUnavailable)))?;
+    admitted.visitor.mark(&mut job.headers);
+    Ok((admitted.signed, Box::new(admitted.passage)))
 }
 
 /// Takes the whole body and checks its signature.
@@ -424,8 +491,7 @@ async fn signed_body(
     tunnels: &Tunnels,
     due: Instant,
     sender: &Sender<'_>,
-    line: &mut AccessLine,
-) -> Result<Delivery, Stop> {
+) -> Result<Result<Delivery, Answer>, Stop> {
     let bytes = match std::mem::replace(&mut job.body, JobBody::Whole(Bytes::new())) {
         JobBody::Whole(bytes) => bytes,
         JobBody::Announced(body, _) => {
@@ -439,13 +505,9 @@ async fn signed_body(
             timeout_at(due, whole).await.unwrap_or(Err(fail(ErrorCode::UpstreamTimedOut)))?
         }
     };
-    match webhook.check(&asked(job), &bytes) {
-        Ok(delivery) => {
-            job.body = JobBody::Whole(bytes);
-            Ok(delivery)
-        }
-        Err(answer) => Err(answer_here(answer, job, sender, line).await),
-    }
+    let checked = webhook.check(&asked(job), &bytes);
+    job.body = JobBody::Whole(bytes);
+    Ok(checked)
 }
 
 /// Asks the edge for an announced body, once there is room for it.
@@ -463,25 +525,65 @@ fn asked(job: &Job) -> Asked<'_> {
 }
 
 /// Answers in place of the upstream.
-async fn answer_here(answer: Answer, job: &Job, sender: &Sender<'_>, line: &mut AccessLine) -> Stop {
+async fn answer_here(
+    answer: Answer,
+    job: &Job,
+    tunnel: &Tunnel,
+    sender: &Sender<'_>,
+    codecs: &Codecs,
+    credit: watch::Receiver<u32>,
+    line: &mut AccessLine,
+) -> Stop {
     let code = answer.code;
     let (status, headers, body) = answer.into_parts(&job.request_id, asked(job).wants_html());
     line.head(status);
-    // The length stays in the head, also for whoever wants no body.
-    let body = if job.method == Method::HEAD { Bytes::new() } else { body };
-    let reply = AgentMessage::Reply(Reply {
-        token: sender.token.into(),
-        status,
-        headers,
-        body: (!body.is_empty()).then(|| Body::encode_front(&body, None).0),
-        end: true,
-    });
-    if sender.send(&reply, 2 * body.len()).await.is_err() {
-        return Stop::Gone;
+    let codec = (codecs.has(Codec::Zstd) && wants_codec(&headers)).then_some(Codec::Zstd);
+    let mut response = Outflow {
+        sender,
+        // The length stays in the head, also for whoever wants no body.
+        body: Source::Local(if job.method == Method::HEAD { LocalBody::default() } else { body }),
+        pending: BytesMut::new(),
+        ended: false,
+        broken: None,
+        codec,
+        seq: 0,
+        window: SendWindow::new(limits::CHUNK_WINDOW),
+        credit,
+        refused: None,
+        tunnel,
+        tap: None,
+    };
+    match response.deliver(Instant::now(), status, headers, line).await {
+        Ok(()) => Stop::Answered(code),
+        Err(Broken::Gone) => Stop::Gone,
+        Err(Broken::TimedOut) => Stop::Fail { seq: response.seq, code: ErrorCode::UpstreamTimedOut },
+        Err(Broken::Upstream(error)) => {
+            tracing::warn!(request_id = %job.request_id, tunnel_id = %job.tunnel, "an answer broke off: {error}");
+            Stop::Fail { seq: response.seq, code: error.code() }
+        }
     }
-    sender.sent.store(1, Ordering::Relaxed);
-    line.body(body.len());
-    Stop::Answered(code)
+}
+
+/// The tunnel's own page for a browser whose request the upstream does not answer.
+struct ErrorPage {
+    tunnel: Arc<Tunnel>,
+    request_id: RequestId,
+    is_head: bool,
+}
+
+impl ErrorPage {
+    fn of(job: &Job, tunnels: &Tunnels) -> Option<Self> {
+        let tunnel = tunnels.get(&job.tunnel).filter(|tunnel| tunnel.policy().is_some())?;
+        let is_head = job.method == Method::HEAD;
+        asked(job).wants_html().then(|| Self { tunnel, request_id: job.request_id.clone(), is_head })
+    }
+
+    fn reply<'a>(&'a self, token: &'a str, code: ErrorCode) -> Option<AgentMessage<'a>> {
+        let page = self.tunnel.policy()?.error_page(code)?;
+        let (status, headers, _) = Answer::refusal(code).with_page(page).into_parts(&self.request_id, true);
+        let body = (!self.is_head).then(|| Body::encode_front(page.as_bytes(), None).0);
+        Some(AgentMessage::Reply(Reply { token: token.into(), status, headers, body, end: true }))
+    }
 }
 
 /// What a WebSocket needs besides what a request does.
@@ -505,10 +607,15 @@ enum Answered {
 }
 
 /// Asks the upstream for a WebSocket. Some servers never answer where they know of none.
-async fn handshake(job: &Job, tunnel: &Tunnel, mut request: Request<RequestBody>) -> Result<Answered, Stop> {
+async fn handshake(
+    job: &Job,
+    tunnel: &Tunnel,
+    upstream: &Upstream,
+    mut request: Request<RequestBody>,
+) -> Result<Answered, Stop> {
     let key = generate_key();
     upgrade::ask(request.headers_mut(), &key);
-    let answer = timeout(limits::SOCKET_HANDSHAKE, tunnel.upstream.upgrade(request)).await;
+    let answer = timeout(limits::SOCKET_HANDSHAKE, upstream.upgrade(request)).await;
     let answer = answer.map_err(|_| {
         tracing::info!(
             request_id = %job.request_id, tunnel_id = %job.tunnel,
@@ -522,14 +629,14 @@ async fn handshake(job: &Job, tunnel: &Tunnel, mut request: Request<RequestBody>
             .map(|(subprotocol, headers)| Answered::Opened { subprotocol, headers, io }),
     });
     checked.map_err(|error| {
-        log_failure(job, tunnel, &error);
+        log_failure(job, tunnel, upstream, &error);
         fail(error.code())
     })
 }
 
-fn log_failure(job: &Job, tunnel: &Tunnel, error: &UpstreamError) {
+fn log_failure(job: &Job, tunnel: &Tunnel, upstream: &Upstream, error: &UpstreamError) {
     if error.code().status().is_server_error() {
-        tunnel.failed(&job.request_id, || cause::explain(tunnel.upstream.address(), error));
+        tunnel.failed(&job.request_id, || cause::explain(upstream.address(), error));
     }
     let cause = std::error::Error::source(error).map(ToString::to_string);
     tracing::debug!(
@@ -542,10 +649,10 @@ fn log_failure(job: &Job, tunnel: &Tunnel, error: &UpstreamError) {
 }
 
 /// Whether a page of the tunnel asks, and the upstream is told that it is another host than the page's.
-fn is_own_page(job: &Job, tunnel: &Tunnel, host: &HeaderValue) -> bool {
+fn is_own_page(job: &Job, tunnel: &Tunnel, way: &Way<'_>) -> bool {
     let Some(origin) = job.headers.get(header::ORIGIN) else { return false };
     let all = Rewrites { location: false, origin: true };
-    let view = View::of(&job.headers, tunnel.upstream.address(), host);
+    let view = way.view(job);
     !tunnel.rewrites(false).origin
         && view.is_some_and(|view| {
             view.to_upstream(all, &header::ORIGIN, origin).is_some_and(|own| own != origin)
@@ -563,8 +670,8 @@ pub(crate) fn origin_form(target: &Target) -> Option<Uri> {
 }
 
 /// What `host` says to the upstream.
-fn host_for(job: &Job, tunnel: &Tunnel) -> Result<HeaderValue, ErrorCode> {
-    match &tunnel.host {
+fn host_for(job: &Job, rule: &HostRule) -> Result<HeaderValue, ErrorCode> {
+    match rule {
         HostRule::Fixed(value) => Ok(value.clone()),
         HostRule::Public => job
             .headers
@@ -577,7 +684,7 @@ fn host_for(job: &Job, tunnel: &Tunnel) -> Result<HeaderValue, ErrorCode> {
 
 /// The header fields for the upstream: in the order they came, `host` by the tunnel's rule and first,
 /// the length exact, nothing that belongs to one connection.
-fn upstream_headers(job: &Job, tunnel: &Tunnel, host: &HeaderValue) -> Result<HeaderMap, ErrorCode> {
+fn upstream_headers(job: &Job, tunnel: &Tunnel, way: &Way<'_>) -> Result<HeaderMap, ErrorCode> {
     // An offer of HTTP/2 may be ignored (RFC 9110 §7.8); anything else is waited for.
     let upgrades = job.upgrade.is_none()
         && job.headers.get_all(header::UPGRADE).any(|value| !value.as_bytes().eq_ignore_ascii_case(b"h2c"));
@@ -595,9 +702,9 @@ fn upstream_headers(job: &Job, tunnel: &Tunnel, host: &HeaderValue) -> Result<He
     let mut kept = job.headers.clone();
     kept.strip_hop_by_hop();
     let mut headers = HeaderMap::with_capacity(kept.len() + 2);
-    headers.insert(header::HOST, host.clone());
+    headers.insert(header::HOST, way.host.clone());
     let rewrites = tunnel.rewrites(job.upgrade.is_some());
-    let view = || View::of(&job.headers, tunnel.upstream.address(), host);
+    let view = || way.view(job);
     for (name, value) in kept {
         if name == header::CONTENT_LENGTH {
             // At its place, once.
@@ -615,6 +722,9 @@ fn upstream_headers(job: &Job, tunnel: &Tunnel, host: &HeaderValue) -> Result<He
     }
     if let Some(length) = length {
         headers.insert(header::CONTENT_LENGTH, length);
+    }
+    if let Some(passage) = way.passage {
+        passage.edit_request(&mut headers);
     }
     Ok(headers)
 }
@@ -708,10 +818,41 @@ struct Refused {
     own_page: bool,
 }
 
+/// Where a response's body comes from.
+enum Source {
+    Upstream(ResponseBody),
+    Local(LocalBody),
+}
+
+impl Source {
+    fn is_end(&self) -> bool {
+        match self {
+            Self::Upstream(body) => body.is_end(),
+            Self::Local(body) => body.is_end(),
+        }
+    }
+
+    async fn next(&mut self) -> Option<Result<Bytes, UpstreamError>> {
+        match self {
+            Self::Upstream(body) => body.next().await,
+            Self::Local(body) => {
+                body.next().await.map(|next| next.map_err(|error| UpstreamError::Reset(Some(error.into()))))
+            }
+        }
+    }
+
+    /// Gives an upstream's connection back.
+    fn finish(self) {
+        if let Self::Upstream(body) = self {
+            body.finish();
+        }
+    }
+}
+
 /// A response on its way out.
 struct Outflow<'a> {
     sender: &'a Sender<'a>,
-    body: ResponseBody,
+    body: Source,
     /// Read from the upstream and not yet sent.
     pending: BytesMut,
     /// Nothing follows `pending`.
@@ -730,6 +871,25 @@ struct Outflow<'a> {
 }
 
 impl Outflow<'_> {
+    /// Sends all of it.
+    async fn deliver(
+        &mut self,
+        began: Instant,
+        status: u16,
+        headers: Headers,
+        line: &mut AccessLine,
+    ) -> Result<(), Broken> {
+        timeout_at(began + limits::RESPONSE_DURATION, async {
+            self.send_head(status, headers, line).await?;
+            while !self.is_sent() {
+                self.send_chunk(line).await?;
+            }
+            Ok(())
+        })
+        .await
+        .unwrap_or(Err(Broken::TimedOut))
+    }
+
     /// Whether the last piece has been sent.
     fn is_sent(&self) -> bool {
         self.ended && self.pending.is_empty() && self.seq > 0

@@ -62,6 +62,10 @@ pub(crate) struct View<'a> {
     upstream: &'a Address,
     /// The `host` that the upstream is sent.
     sent: &'a str,
+    /// What a route puts before the path for the upstream, such as `/v1`; else empty.
+    added: &'a str,
+    /// Whether a route changes the path: then paths of the public host have been moved already.
+    is_moved: bool,
 }
 
 impl<'a> View<'a> {
@@ -75,7 +79,15 @@ impl<'a> View<'a> {
             prefix: text("x-forwarded-prefix").filter(|prefix| prefix.starts_with('/')).unwrap_or_default(),
             upstream,
             sent: sent.to_str().ok()?,
+            added: "",
+            is_moved: false,
         })
+    }
+
+    /// The same for a route that changes the path: what is below `added` for the upstream is below `prefix`, also
+    /// that of path mode, for the public client.
+    pub(crate) const fn under(self, prefix: &'a str, added: &'a str) -> Self {
+        Self { prefix, added, is_moved: true, ..self }
     }
 
     /// The value of a request's field as the upstream should see it, where that is another one.
@@ -128,7 +140,11 @@ impl<'a> View<'a> {
     /// A public address in the upstream's terms; in path mode a path as well.
     fn private(&self, value: &str) -> Option<String> {
         if value.starts_with('/') && !value.starts_with("//") {
-            return self.without_prefix(value).filter(|_| !self.prefix.is_empty()).map(str::to_owned);
+            let is_same = self.prefix.is_empty() && self.added.is_empty();
+            return self
+                .without_prefix(value)
+                .filter(|_| !is_same)
+                .map(|rest| format!("{}{rest}", self.added));
         }
         let (scheme, authority, place) = split(value)?;
         let scheme = scheme?;
@@ -136,7 +152,7 @@ impl<'a> View<'a> {
             return None;
         }
         let place = self.without_prefix(place)?;
-        Some(format!("{}://{}{place}", self.upstream.scheme().as_str(), self.sent))
+        Some(format!("{}://{}{}{place}", self.upstream.scheme().as_str(), self.sent, self.added))
     }
 
     /// What follows the prefix, if it is there.
@@ -169,6 +185,10 @@ impl<'a> View<'a> {
         }
         // An app that knows its public name may know its prefix as well; the edge moves those that do not.
         let knows_public = self.is_public(scheme.unwrap_or(self.public_scheme), authority);
+        if self.is_moved && knows_public {
+            return None;
+        }
+        let place = proto::prefix::without(place, self.added)?;
         let prefix = match self.prefix {
             prefix if knows_public && has_prefix(place, prefix) => "",
             prefix => prefix,

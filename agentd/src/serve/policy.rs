@@ -1,4 +1,4 @@
-//! Who may come in, before anything of the upstream is touched.
+//! Who may come in, where requests go and what is changed on the way, before anything of the upstream is touched.
 //!
 //! Enters: a request's head ([`asked::Asked`]), and for webhooks its body. Leaves: what the upstream is told, or an
 //! [`answer::Answer`] in its place. Secrets stay on this machine.
@@ -6,29 +6,45 @@
 pub(crate) mod answer;
 pub(crate) mod asked;
 mod basic;
+pub(crate) mod body;
+mod breaker;
 mod cookie;
+mod cors;
 mod fetch;
+mod files;
 mod ip;
 mod jwt;
+mod limit;
 mod oidc;
 mod seen;
+pub(crate) mod traffic;
 pub(crate) mod visitors;
 mod webhook;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use proto::error::ErrorCode;
+use proto::{error::ErrorCode, id::RequestId};
+use tokio::time::Instant;
 
-use crate::config::TunnelConfig;
+use crate::config::{
+    TunnelConfig,
+    address::Address,
+    traffic::{Choice, RouteRule, RouteTarget, TrafficRules},
+    visitors::VisitorRules,
+};
 
 use self::{
     answer::Answer,
     asked::Asked,
+    traffic::{Member, Passage, Traffic},
     visitors::{Visitor, Visitors},
     webhook::Signed,
 };
 
-pub(crate) use self::webhook::{Delivery, Webhook};
+pub(crate) use self::{
+    ip::lets_in,
+    webhook::{Delivery, Webhook},
+};
 
 /// The most bytes of a body that are held until its signature has been checked.
 pub(crate) const SIGNED_BODY_BYTES: u64 = 1024 * 1024;
@@ -37,6 +53,7 @@ pub(crate) const SIGNED_BODY_BYTES: u64 = 1024 * 1024;
 pub(crate) struct Policy {
     visitors: Visitors,
     webhooks: Vec<Webhook>,
+    traffic: Traffic,
 }
 
 /// A request that was let in.
@@ -44,16 +61,24 @@ pub(crate) struct Admitted<'a> {
     pub(crate) visitor: Visitor,
     /// Its body must be signed as one of these says.
     pub(crate) signed: Option<&'a Webhook>,
+    /// Where it goes.
+    pub(crate) passage: Passage<'a>,
 }
 
 impl Policy {
-    /// What a tunnel's configuration asks; `None` for nothing.
-    pub(crate) fn new(config: &TunnelConfig, before: Option<&Self>) -> Option<Self> {
-        if config.visitors == crate::config::visitors::VisitorRules::ANYBODY && config.webhooks.is_empty() {
-            return None;
+    /// What a tunnel's configuration asks; `None` for nothing. `member` makes an upstream of a route.
+    pub(crate) fn new<E>(
+        config: &TunnelConfig,
+        before: Option<&Self>,
+        member: impl Fn(&Address, &RouteRule) -> Result<Member, E>,
+    ) -> Result<Option<Self>, E> {
+        let TunnelConfig { name, visitors, webhooks, traffic, .. } = config;
+        if *visitors == VisitorRules::ANYBODY && webhooks.is_empty() && *traffic == TrafficRules::NOTHING {
+            return Ok(None);
         }
         let before_visitors = before.map(|before| &before.visitors);
-        Some(Self {
+        Ok(Some(Self {
+            traffic: Traffic::new(name, traffic, before.map(|before| &before.traffic), member)?,
             visitors: Visitors::new(&config.name, &config.visitors, before_visitors),
             webhooks: config
                 .webhooks
@@ -64,7 +89,17 @@ impl Policy {
                     same.map_or_else(|| Webhook::new(rule.clone()), Webhook::again)
                 })
                 .collect(),
-        })
+        }))
+    }
+
+    /// Where requests go and what is changed.
+    pub(crate) const fn traffic(&self) -> &Traffic {
+        &self.traffic
+    }
+
+    /// The page that browsers get where the upstream did not answer.
+    pub(crate) fn error_page(&self, code: ErrorCode) -> Option<&str> {
+        self.traffic.error_page(code)
     }
 
     /// Lets a request in by its head, or answers it. `body_bytes` is what its body was announced to have.
@@ -72,13 +107,28 @@ impl Policy {
     /// # Cancel safety
     ///
     /// As [`Visitors::admit`].
-    pub(crate) async fn admit(&self, asked: &Asked<'_>, body_bytes: u64) -> Result<Admitted<'_>, Answer> {
+    pub(crate) async fn admit<'a>(
+        &'a self,
+        asked: &Asked<'_>,
+        request_id: &RequestId,
+        body_bytes: u64,
+    ) -> Result<Admitted<'a>, Answer> {
+        self.visitors.address(asked)?;
+        let choice = self.traffic.enter(asked, Instant::now())?;
         let visitor = self.visitors.admit(asked, unix_now()).await?;
         let signed = self.webhooks.iter().find(|webhook| webhook.covers(asked.target.path()));
         if signed.is_some() && body_bytes > SIGNED_BODY_BYTES {
             return Err(Answer::refusal(ErrorCode::WebhookTooLarge));
         }
-        Ok(Admitted { visitor, signed })
+        if let (Some(_), Choice::Route(_, route)) = (signed, choice)
+            && !matches!(route.target, RouteTarget::Upstreams(..))
+        {
+            // Its body would never be looked at.
+            return Err(Answer::refusal(ErrorCode::WebhookRefused));
+        }
+        let user = visitor.user.as_deref();
+        let passage = self.traffic.lead(choice, asked, user, request_id, body_bytes).await?;
+        Ok(Admitted { visitor, signed, passage })
     }
 }
 
@@ -97,3 +147,6 @@ impl Webhook {
 fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
+
+#[cfg(test)]
+mod tests;

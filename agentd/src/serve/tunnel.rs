@@ -30,6 +30,7 @@ use crate::{
     config::{
         HostHeader, Http2, TunnelConfig,
         address::{Address, Host, Scheme},
+        traffic::{RouteRule, RouteTarget},
     },
     report::cause::Causes,
     report::metrics::{Metrics, TunnelMetrics},
@@ -38,7 +39,7 @@ use crate::{
     serve::hint::{self, Given, Hint, Refusal},
     serve::host::HostRule,
     serve::origin::Rewrites,
-    serve::policy::Policy,
+    serve::policy::{Policy, traffic::Member},
     serve::upstream::{Tls, Upstream},
     tls::{TlsError, Trust, client_config},
 };
@@ -199,7 +200,9 @@ impl Tunnels {
     ///
     /// [`ErrorCode::TooManyRequests`] when this tunnel or all together serve as many as they may, and
     /// [`ErrorCode::UpstreamUnhealthy`].
-    pub(crate) fn enter(&self, tunnel: &Tunnel) -> Result<Place, ErrorCode> {
+    ///
+    /// `is_own` for a request to the tunnel's own upstream.
+    pub(crate) fn enter(&self, tunnel: &Tunnel, is_own: bool) -> Result<Place, ErrorCode> {
         let before = tunnel.metrics.in_flight.inc();
         let before_all = self.in_flight.fetch_add(1, Ordering::Relaxed);
         // From here on both are given back, whatever follows.
@@ -209,7 +212,7 @@ impl Tunnels {
         {
             return Err(ErrorCode::TooManyRequests);
         }
-        if tunnel.health.is_down() {
+        if is_own && tunnel.health.is_down() {
             return Err(ErrorCode::UpstreamUnhealthy);
         }
         Ok(place)
@@ -221,13 +224,18 @@ impl Tunnels {
     ///
     /// [`ErrorCode::TooManyRequests`] when this tunnel or all together have as many as they may, and
     /// [`ErrorCode::UpstreamUnhealthy`].
-    pub(crate) fn enter_socket(&self, tunnel: &Tunnel, open: usize) -> Result<SocketPlace, ErrorCode> {
+    pub(crate) fn enter_socket(
+        &self,
+        tunnel: &Tunnel,
+        is_own: bool,
+        open: usize,
+    ) -> Result<SocketPlace, ErrorCode> {
         let before = tunnel.metrics.websockets.inc();
         let place = SocketPlace(Arc::clone(&tunnel.metrics));
         if before >= i64::from(tunnel.config.max_websockets) || open >= limits::SOCKETS as usize {
             return Err(ErrorCode::TooManyRequests);
         }
-        if tunnel.health.is_down() {
+        if is_own && tunnel.health.is_down() {
             return Err(ErrorCode::UpstreamUnhealthy);
         }
         Ok(place)
@@ -261,11 +269,7 @@ impl Tunnel {
             }
             _ => Arc::new(Self::upstream_for(config)?),
         };
-        let host = match &config.host_header {
-            HostHeader::Preserve => HostRule::Public,
-            HostHeader::Value(value) => HostRule::Fixed(value.clone()),
-            HostHeader::Upstream => HostRule::Fixed(upstream.authority().clone()),
-        };
+        let host = host_rule(config, &upstream);
         let health = Arc::new(Health::new(config.health_check.as_ref().map(|check| check.max_failed)));
         let public = watch::Sender::new(before.and_then(|before| before.public.borrow().clone()));
         let check = config.health_check.clone().map(|settings| {
@@ -294,6 +298,16 @@ impl Tunnel {
             );
             AbortOnDropHandle::new(tokio::spawn(check))
         });
+        let policy_before = before.and_then(|before| before.policy.as_ref());
+        let is_same_way = before.is_some_and(|before| before.config.speaks_as(config));
+        let policy = Policy::new(config, policy_before, |address, route| {
+            let runs = policy_before.filter(|_| is_same_way && config.ca_file.is_none());
+            let upstream = match runs.and_then(|before| before.traffic().upstream_at(address)) {
+                Some(upstream) => Arc::clone(upstream),
+                None => Arc::new(Self::upstream_at(config, address)?),
+            };
+            Ok::<_, TlsError>(Self::member(config, route, upstream, public.subscribe()))
+        })?;
         Ok(Self {
             config: config.clone(),
             upstream,
@@ -303,7 +317,7 @@ impl Tunnel {
             metrics: metrics.tunnel(&config.name),
             causes: Causes::default(),
             hints: Given::default(),
-            policy: Policy::new(config, before.and_then(|before| before.policy.as_ref())),
+            policy,
             told_less: AtomicBool::new(false),
             lens: config.inspect.then(|| {
                 let upstream = config.upstream.to_string();
@@ -314,9 +328,53 @@ impl Tunnel {
         })
     }
 
+    /// The policy of a tunnel, apart from the tunnel.
+    #[cfg(test)]
+    pub(crate) fn policy_of(config: &TunnelConfig) -> Result<Option<Policy>, TlsError> {
+        Policy::new(config, None, |address, route| {
+            let upstream = Arc::new(Self::upstream_at(config, address)?);
+            Ok::<_, TlsError>(Self::member(config, route, upstream, watch::Sender::new(None).subscribe()))
+        })
+    }
+
     /// The upstream of a tunnel, apart from the tunnel.
     pub(crate) fn upstream_for(config: &TunnelConfig) -> Result<Upstream, TlsError> {
-        Ok(Upstream::new(config.upstream.clone(), tls_for(config)?, config.http2, config.keep_alive))
+        Self::upstream_at(config, &config.upstream)
+    }
+
+    /// An upstream of a route, which is spoken to as to the tunnel's own.
+    fn upstream_at(config: &TunnelConfig, address: &Address) -> Result<Upstream, TlsError> {
+        Ok(Upstream::new(address.clone(), tls_for(config, address)?, config.http2, config.keep_alive))
+    }
+
+    /// An upstream of a route with its health.
+    fn member(
+        config: &TunnelConfig,
+        route: &RouteRule,
+        upstream: Arc<Upstream>,
+        public: watch::Receiver<Option<String>>,
+    ) -> Member {
+        let host = host_rule(config, &upstream);
+        let check = match &route.target {
+            RouteTarget::Upstreams(_, check) => check.clone(),
+            _ => None,
+        };
+        let health = Arc::new(Health::new(check.as_ref().map(|check| check.max_failed)));
+        let check = check.map(|settings| {
+            let host = settings.host.clone().map_or_else(|| host.clone(), HostRule::Fixed);
+            let (name, address) = (config.name.clone(), upstream.address().to_string());
+            let changed = move |state: &HealthState| match state {
+                HealthState::Down { reason } => {
+                    tracing::warn!(tunnel_id = %name, "{address}, an upstream of {name}, is down: {reason}");
+                }
+                HealthState::Up | HealthState::Unchecked => {
+                    tracing::info!(tunnel_id = %name, "{address}, an upstream of {name}, is up again");
+                }
+            };
+            let asked = health::Asked { host, public, upstream: Arc::clone(&upstream) };
+            AbortOnDropHandle::new(tokio::spawn(health::check(settings, asked, Arc::clone(&health), changed)))
+        });
+        Member { upstream, host, health, _check: check }
     }
 
     /// Where this tunnel's requests are counted.
@@ -425,8 +483,17 @@ impl Tunnel {
     }
 }
 
-fn tls_for(config: &TunnelConfig) -> Result<Option<Tls>, TlsError> {
-    let Address::Tcp { host, scheme: Scheme::Https, .. } = &config.upstream else { return Ok(None) };
+/// What `host` says to an upstream of a tunnel.
+fn host_rule(config: &TunnelConfig, upstream: &Upstream) -> HostRule {
+    match &config.host_header {
+        HostHeader::Preserve => HostRule::Public,
+        HostHeader::Value(value) => HostRule::Fixed(value.clone()),
+        HostHeader::Upstream => HostRule::Fixed(upstream.authority().clone()),
+    }
+}
+
+fn tls_for(config: &TunnelConfig, address: &Address) -> Result<Option<Tls>, TlsError> {
+    let Address::Tcp { host, scheme: Scheme::Https, .. } = address else { return Ok(None) };
     let trust = match (&config.ca_file, config.insecure_skip_verify) {
         (_, true) => Trust::Anybody,
         (Some(path), false) => Trust::SystemAnd(path),

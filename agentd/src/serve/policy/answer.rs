@@ -4,6 +4,8 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use proto::{error::ErrorCode, header::Headers, id::RequestId, problem};
 
+use crate::serve::policy::body::LocalBody;
+
 /// A whole answer that is no upstream's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Answer {
@@ -12,14 +14,53 @@ pub(crate) struct Answer {
     pub(crate) status: StatusCode,
     /// Besides those that every answer has.
     pub(crate) fields: Vec<(HeaderName, HeaderValue)>,
-    /// A page, where it is no problem's.
-    page: Option<&'static str>,
+    content: Content,
+}
+
+/// What an answer has to say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Content {
+    /// The problem, where there is one.
+    Problem,
+    /// A page of one sentence.
+    Sentence(&'static str),
+    /// A page of the tunnel's own, for browsers.
+    Page(Bytes),
+    /// All of the head, and a body.
+    Whole(Headers, LocalBody),
 }
 
 impl Answer {
     /// A refusal.
     pub(crate) const fn refusal(code: ErrorCode) -> Self {
-        Self { code: Some(code), status: code.status(), fields: Vec::new(), page: None }
+        Self { code: Some(code), status: code.status(), fields: Vec::new(), content: Content::Problem }
+    }
+
+    /// A status and nothing else.
+    pub(crate) const fn empty(status: StatusCode) -> Self {
+        Self { code: None, status, fields: Vec::new(), content: Content::Problem }
+    }
+
+    /// Exactly this.
+    pub(crate) const fn whole(status: StatusCode, headers: Headers, body: LocalBody) -> Self {
+        Self { code: None, status, fields: Vec::new(), content: Content::Whole(headers, body) }
+    }
+
+    /// With a page for browsers, in place of the problem's.
+    pub(crate) fn with_page(mut self, page: &str) -> Self {
+        self.content = Content::Page(Bytes::copy_from_slice(page.as_bytes()));
+        self
+    }
+
+    /// Changes the fields that it has besides those that every answer has.
+    pub(crate) fn edit(&mut self, edit: impl FnOnce(&mut Headers)) {
+        if let Content::Whole(headers, _) = &mut self.content {
+            edit(headers);
+        } else {
+            let mut headers: Headers = std::mem::take(&mut self.fields).into_iter().collect();
+            edit(&mut headers);
+            self.fields = headers.into_iter().collect();
+        }
     }
 
     /// Leads elsewhere, with GET.
@@ -29,7 +70,7 @@ impl Answer {
                 code: None,
                 status: StatusCode::SEE_OTHER,
                 fields: vec![(header::LOCATION, location)],
-                page: None,
+                content: Content::Problem,
             },
             Err(_) => Self::refusal(ErrorCode::BadRequest),
         }
@@ -37,7 +78,7 @@ impl Answer {
 
     /// A page of one fixed sentence.
     pub(crate) const fn page(sentence: &'static str) -> Self {
-        Self { code: None, status: StatusCode::OK, fields: Vec::new(), page: Some(sentence) }
+        Self { code: None, status: StatusCode::OK, fields: Vec::new(), content: Content::Sentence(sentence) }
     }
 
     /// With one more field, if it can be said.
@@ -47,27 +88,38 @@ impl Answer {
     }
 
     /// Head and body.
-    pub(crate) fn into_parts(self, request_id: &RequestId, html: bool) -> (u16, Headers, Bytes) {
-        let (kind, body) = match (self.code, self.page) {
-            (Some(code), _) => {
-                let (kind, body) = problem::body(code, request_id, html);
-                (Some(kind), body)
+    pub(crate) fn into_parts(self, request_id: &RequestId, html: bool) -> (u16, Headers, LocalBody) {
+        const HTML: Option<&str> = Some("text/html; charset=utf-8");
+        let (kind, body) = match (self.content, self.code) {
+            (Content::Whole(mut headers, body), _) => {
+                for (name, value) in self.fields {
+                    headers.push(name, value);
+                }
+                return (self.status.as_u16(), headers, body);
             }
-            (None, Some(sentence)) => (
-                Some("text/html; charset=utf-8"),
+            (Content::Page(page), _) if html => (HTML, page),
+            (Content::Problem | Content::Page(_), Some(code)) => {
+                let (kind, body) = problem::body(code, request_id, html);
+                (Some(kind), body.into())
+            }
+            (Content::Sentence(sentence), _) => (
+                HTML,
                 format!(
                     "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" \
                      content=\"width=device-width\"><meta name=\"color-scheme\" content=\"light dark\"><title>{sentence}\
                      </title></head><body><p>{sentence}</p></body></html>\n"
-                ),
+                )
+                .into(),
             ),
-            (None, None) => (None, String::new()),
+            (Content::Problem | Content::Page(_), None) => (None, Bytes::new()),
         };
         let mut headers = Headers::new();
         if let Some(kind) = kind {
             headers.push(header::CONTENT_TYPE, HeaderValue::from_static(kind));
         }
-        headers.push(header::CONTENT_LENGTH, body.len().into());
+        if self.status != StatusCode::NO_CONTENT {
+            headers.push(header::CONTENT_LENGTH, body.len().into());
+        }
         headers.push(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(code) = self.code {
             headers.push(proto::forwarded::ERROR, HeaderValue::from_static(code.as_str()));

@@ -84,7 +84,19 @@ impl Visitors {
         }
     }
 
-    /// Lets a request in or answers it.
+    /// Lets a request's address in or answers it: looked at before everything else.
+    pub(crate) fn address(&self, asked: &Asked<'_>) -> Result<(), Answer> {
+        let path = asked.target.path();
+        if let Some(rule) = &self.rules.ips
+            && !rule.except.iter().any(|pattern| pattern.surely_is(path))
+            && !ip::lets_in(rule, asked.client())
+        {
+            return Err(Answer::refusal(ErrorCode::AddressRefused));
+        }
+        Ok(())
+    }
+
+    /// Lets a request in or answers it, once its address is.
     ///
     /// # Cancel safety
     ///
@@ -92,12 +104,6 @@ impl Visitors {
     pub(crate) async fn admit(&self, asked: &Asked<'_>, now: u64) -> Result<Visitor, Answer> {
         let path = asked.target.path();
         let holds = |except: &[PathPattern]| !except.iter().any(|pattern| pattern.surely_is(path));
-        if let Some(rule) = &self.rules.ips
-            && holds(&rule.except)
-            && !ip::lets_in(rule, asked.client())
-        {
-            return Err(Answer::refusal(ErrorCode::AddressRefused));
-        }
         if path.starts_with("/.agentd/")
             && let Some(answer) = self.own_page(asked, now).await
         {

@@ -1,0 +1,477 @@
+//! Requests against policies, without any IO but files.
+
+use std::collections::BTreeMap;
+
+use http::{HeaderName, HeaderValue, Method};
+use proto::{
+    forwarded::{Hop, Trust, apply},
+    header::Headers,
+    target::Target,
+};
+
+use super::*;
+use crate::{config, serve::tunnel::Tunnel};
+
+/// One tunnel's rules, and requests as `METHOD TARGET [@host] [from=IP] [bytes=N] [name:value …] => OUTCOME`.
+struct Case {
+    rules: &'static str,
+    requests: &'static [&'static str],
+}
+
+const CASES: &[Case] = &[
+    Case {
+        rules: "",
+        requests: &[
+            "GET / => own /",
+            "GET /../x => own /../x",
+            "GET //x?y => own //x?y",
+            "OPTIONS * => own *",
+            "POST /x bytes=9999999 => own /x",
+            "GET /x @other.example => own /x",
+            "GET /x from=unknown => own /x",
+            "OPTIONS / origin:https://a.example access-control-request-method:PUT => own /",
+        ],
+    },
+    Case {
+        rules: r#"
+            [[tunnel.route]]
+            path = "/api"
+            upstream = "127.0.0.1:2"
+            [[tunnel.route]]
+            path = "/api/v2"
+            upstream = "127.0.0.1:3"
+            [[tunnel.route]]
+            path = "/api"
+            methods = ["DELETE", "PUT"]
+            upstream = "127.0.0.1:4"
+            [[tunnel.route]]
+            path = "/"
+            host = "admin.example"
+            upstream = "127.0.0.1:5"
+        "#,
+        requests: &[
+            "GET / => own /",
+            "GET /x => own /x",
+            "GET /api => 2 /api",
+            "GET /api/ => 2 /api/",
+            "GET /api?x=/y => 2 /api?x=/y",
+            "GET /api/x => 2 /api/x",
+            "GET /api/v2 => 3 /api/v2",
+            "GET /api/v2/x => 3 /api/v2/x",
+            "GET /api/v20 => 2 /api/v20",
+            "GET /apix => own /apix",
+            "GET /API => own /API",
+            "GET /Api/x => own /Api/x",
+            "GET //api => own //api",
+            "GET /x/api => own /x/api",
+            "GET /api//x => 2 /api//x",
+            "GET /api//v2 => 2 /api//v2",
+            "GET /%61pi => 2 /%61pi",
+            "GET /api%2Fv2 => own /api%2Fv2",
+            "GET /api/v2%2Fx => 2 /api/v2%2Fx",
+            "GET /api/%76%32/x => 3 /api/%76%32/x",
+            "GET /%2561pi => own /%2561pi",
+            "DELETE /api => 4 /api",
+            "PUT /api/x => 4 /api/x",
+            "DELETE /api/v2 => 3 /api/v2",
+            "POST /api => 2 /api",
+            "DELETE /x => own /x",
+            "GET / @admin.example => 5 /",
+            "GET /x @ADMIN.example:8443 => 5 /x",
+            "GET /x @admin.example. => 5 /x",
+            "GET /x @badmin.example => own /x",
+            "GET /x @admin.example.evil => own /x",
+            "GET /api @admin.example => 2 /api",
+            "GET /api/../x => 400 bad_request",
+            "GET /x/../api => 400 bad_request",
+            "GET /x/%2e%2e/api => 400 bad_request",
+            "GET /x/%2E./api => 400 bad_request",
+            "GET /x/.%2e/api => 400 bad_request",
+            "GET /x/./api => 400 bad_request",
+            "GET /.. => 400 bad_request",
+            "GET /x%2f..%2fapi => 400 bad_request",
+            "GET /x%5c..%5capi => 400 bad_request",
+            "GET /..%5c => 400 bad_request",
+            "GET /%252e%252e/api => own /%252e%252e/api",
+            "GET /.../api => own /.../api",
+            "GET /..api => own /..api",
+            "GET /x?a=/../ => own /x?a=/../",
+            "OPTIONS * => own *",
+        ],
+    },
+    Case {
+        rules: r#"
+            [[tunnel.route]]
+            path = "/api"
+            strip_prefix = true
+            upstream = "127.0.0.1:2"
+            [[tunnel.route]]
+            path = "/old/app"
+            strip_prefix = "/old"
+            add_prefix = "/v1"
+            upstream = "127.0.0.1:3"
+            [[tunnel.route]]
+            path = "/"
+            add_prefix = "/site/"
+            upstream = "127.0.0.1:4"
+        "#,
+        requests: &[
+            "GET /api => 2 /",
+            "GET /api/ => 2 /",
+            "GET /api/x => 2 /x",
+            "GET /api?q => 2 /?q",
+            "GET /api/?q => 2 /?q",
+            "GET /api/x?q=/api/ => 2 /x?q=/api/",
+            "GET /api//x => 2 //x",
+            "GET /%61pi/x => 2 /x",
+            "GET /api/api/x => 2 /api/x",
+            "GET /api/%2Fx => 2 /%2Fx",
+            "GET /old/app => 3 /v1/app",
+            "GET /old/app/x?q => 3 /v1/app/x?q",
+            "GET /old => 4 /site/old",
+            "GET / => 4 /site/",
+            "GET /?q => 4 /site/?q",
+            "GET /x => 4 /site/x",
+            "GET //x => 4 /site//x",
+            "GET /apix => 4 /site/apix",
+            "GET /api/.. => 400 bad_request",
+            "GET /api/../../x => 400 bad_request",
+            "GET /old/app/%2e%2e => 400 bad_request",
+        ],
+    },
+    Case {
+        rules: r#"
+            [[tunnel.route]]
+            path = "/hello"
+            respond = { status = 201, body = "hi", headers = { x-a = "b", content-type = "text/x" } }
+            [[tunnel.route]]
+            path = "/gone"
+            respond = { status = 410 }
+            [[tunnel.route]]
+            path = "/none"
+            respond = { status = 204 }
+            [[tunnel.route]]
+            path = "/ok"
+            methods = ["GET"]
+            respond = {}
+            [[tunnel.route]]
+            path = "/moved"
+            redirect = "https://new.example${target}"
+            [[tunnel.route]]
+            path = "/login"
+            redirect = { to = "/sso?by=${tunnel}", status = 307 }
+        "#,
+        requests: &[
+            "GET /hello => 201 hi x-a:b content-type:text/x content-length:2",
+            "POST /hello/x => 201 hi",
+            "GET /hellox => own /hellox",
+            "GET /gone => 410  content-length:0",
+            "GET /none => 204 ",
+            "GET /ok => 200 ",
+            "HEAD /ok => own /ok",
+            "POST /ok => own /ok",
+            "GET /moved => 302 https://new.example/moved",
+            "GET /moved/a%20b?c => 302 https://new.example/moved/a%20b?c",
+            "GET /login?x => 307 /sso?by=web",
+            "GET /hello/.. => 400 bad_request",
+        ],
+    },
+    Case {
+        rules: "max_body = 100\n[[tunnel.route]]\npath = \"/big\"\nmax_body = \"1KiB\"\nupstream = 2\n[[tunnel.route]]\npath = \"/small\"\nmax_body = 0\nupstream = 3\n",
+        requests: &[
+            "POST / bytes=0 => own /",
+            "POST / bytes=99 => own /",
+            "POST / bytes=100 => own /",
+            "POST / bytes=101 => 413 body_too_large",
+            "POST /x bytes=5000000 => 413 body_too_large",
+            "POST /big bytes=101 => 2 /big",
+            "POST /big bytes=1024 => 2 /big",
+            "POST /big bytes=1025 => 413 body_too_large",
+            "POST /bigger bytes=101 => 413 body_too_large",
+            "POST /small bytes=0 => 3 /small",
+            "POST /small bytes=1 => 413 body_too_large",
+            "GET /small => 3 /small",
+        ],
+    },
+    Case {
+        rules: "maintenance = true\nmax_body = 1\nallow_ips = [\"192.0.2.0/24\"]",
+        requests: &[
+            "GET / => 503 maintenance retry-after:60",
+            "POST / bytes=2 => 503 maintenance",
+            "OPTIONS / origin:https://a.example access-control-request-method:PUT => 503 maintenance",
+            "GET / from=198.51.100.1 => 403 address_refused",
+        ],
+    },
+    Case {
+        rules: r#"
+            [tunnel.cors]
+            origins = ["https://app.example", "https://*.app.example", "http://localhost:5173", "null"]
+            methods = ["GET", "PUT"]
+            headers = ["x-a", "content-type"]
+            credentials = true
+            max_age = "10m"
+        "#,
+        requests: &[
+            "GET / => own /",
+            "GET / origin:https://app.example => own /",
+            "GET / origin:https://evil.example => own /",
+            "OPTIONS / => own /",
+            "OPTIONS / origin:https://app.example => own /",
+            "OPTIONS / access-control-request-method:PUT => own /",
+            "OPTIONS / origin:https://app.example access-control-request-method:PUT => 204  access-control-allow-origin:https://app.example access-control-allow-methods:GET,_PUT access-control-allow-headers:x-a,_content-type access-control-allow-credentials:true access-control-max-age:600",
+            "OPTIONS /x origin:https://a.app.example access-control-request-method:GET => 204  access-control-allow-origin:https://a.app.example",
+            "OPTIONS / origin:http://localhost:5173 access-control-request-method:GET => 204  access-control-allow-origin:http://localhost:5173",
+            "OPTIONS / origin:null access-control-request-method:GET => 204  access-control-allow-origin:null",
+            "OPTIONS / origin:http://app.example access-control-request-method:GET => 403 origin_refused vary:origin",
+            "OPTIONS / origin:https://app.example:444 access-control-request-method:GET => 403 origin_refused",
+            "OPTIONS / origin:https://app.example.evil access-control-request-method:GET => 403 origin_refused",
+            "OPTIONS / origin:https://xapp.example access-control-request-method:GET => 403 origin_refused",
+            "OPTIONS / origin:https://.app.example access-control-request-method:GET => 403 origin_refused",
+            "OPTIONS / origin:http://localhost access-control-request-method:GET => 403 origin_refused",
+            "OPTIONS / origin:https://APP.example access-control-request-method:GET => 403 origin_refused",
+            "POST / origin:https://app.example access-control-request-method:PUT => own /",
+        ],
+    },
+    Case {
+        rules: "[tunnel.cors]\norigins = [\"*\"]\n",
+        requests: &[
+            "OPTIONS / origin:https://any.example access-control-request-method:PATCH access-control-request-headers:x-b => 204  access-control-allow-origin:* access-control-allow-headers:x-b",
+            "OPTIONS / origin:null access-control-request-method:PATCH => 204  access-control-allow-origin:*",
+            "OPTIONS / origin:https://any.example => own /",
+        ],
+    },
+    Case {
+        rules: "rate_limit = { requests = 2, per = \"1h\" }",
+        requests: &[
+            "GET / from=192.0.2.1 => own /",
+            "POST /x from=192.0.2.1 => own /x",
+            "GET / from=192.0.2.1 => 429 rate_limited retry-after:1800 ratelimit:\"tunnel\";r=0;t=1800 ratelimit-policy:\"tunnel\";q=2;w=3600",
+            "GET / from=::ffff:192.0.2.1 => 429 rate_limited",
+            "GET / from=192.0.2.2 => own /",
+            "GET / from=2001:db8::1 => own /",
+            "GET / from=2001:db8::2 => own /",
+            "GET / from=2001:db8::3 => 429 rate_limited",
+            "GET / from=2001:db8:0:1::3 => own /",
+            "GET / from=unknown => own /",
+            "GET / from=unknown => own /",
+            "GET / from=unknown => 429 rate_limited",
+            "OPTIONS / from=192.0.2.1 origin:https://a.example access-control-request-method:PUT => 429 rate_limited",
+        ],
+    },
+    Case {
+        rules: "rate_limit = { requests = 3, per = \"1h\", by = \"tunnel\" }",
+        requests: &[
+            "GET / from=192.0.2.1 => own /",
+            "GET / from=192.0.2.2 => own /",
+            "GET / from=192.0.2.3 => own /",
+            "GET / from=192.0.2.4 => 429 rate_limited retry-after:1200",
+        ],
+    },
+    Case {
+        rules: "rate_limit = { requests = 1, per = \"1h\", by = \"user\" }",
+        requests: &[
+            "GET / from=192.0.2.1 => own /",
+            "GET / from=192.0.2.1 => 429 rate_limited",
+            "GET / from=192.0.2.2 => own /",
+        ],
+    },
+    Case {
+        rules: "allow_ips = [\"192.0.2.0/24\", \"2001:db8::/32\", \"198.51.100.7\"]\ndeny_ips = [\"192.0.2.128/25\"]\nip_except = [\"/open/*\"]",
+        requests: &[
+            "GET / from=192.0.2.0 => own /",
+            "GET / from=192.0.2.127 => own /",
+            "GET / from=192.0.2.128 => 403 address_refused",
+            "GET / from=192.0.2.255 => 403 address_refused",
+            "GET / from=192.0.3.0 => 403 address_refused",
+            "GET / from=192.0.1.255 => 403 address_refused",
+            "GET / from=198.51.100.7 => own /",
+            "GET / from=198.51.100.8 => 403 address_refused",
+            "GET / from=::ffff:192.0.2.1 => own /",
+            "GET / from=::ffff:192.0.2.200 => 403 address_refused",
+            "GET / from=2001:db8:ffff::1 => own /",
+            "GET / from=2001:db9::1 => 403 address_refused",
+            "GET / from=::1 => 403 address_refused",
+            "GET / from=unknown => 403 address_refused",
+            "GET / from=203.0.113.1 x-forwarded-for:192.0.2.1 => 403 address_refused",
+            "GET / from=203.0.113.1 forwarded:for=192.0.2.1 => 403 address_refused",
+            "GET / from=203.0.113.1 x-real-ip:192.0.2.1 => 403 address_refused",
+            "GET /open/x from=203.0.113.1 => own /open/x",
+            "GET /open from=203.0.113.1 => 403 address_refused",
+            "GET /openx from=203.0.113.1 => 403 address_refused",
+            "GET /Open/x from=203.0.113.1 => 403 address_refused",
+            "GET /open/../x from=203.0.113.1 => 403 address_refused",
+            "GET /open/%2e%2e/x from=203.0.113.1 => 403 address_refused",
+            "GET /open//x from=203.0.113.1 => 403 address_refused",
+            "GET /open/a%2Fb from=203.0.113.1 => 403 address_refused",
+            "GET //open/x from=203.0.113.1 => 403 address_refused",
+            "GET /open/x;y from=203.0.113.1 => 403 address_refused",
+        ],
+    },
+    Case {
+        rules: r#"
+            [[tunnel.route]]
+            path = "/lb"
+            upstream = ["127.0.0.1:2", "127.0.0.1:3", "127.0.0.1:4"]
+        "#,
+        requests: &[
+            "GET /lb => 2 /lb",
+            "GET /lb => 3 /lb",
+            "GET /lb => 4 /lb",
+            "GET /lb => 2 /lb",
+            "GET /x => own /x",
+            "GET /lb/x => 3 /lb/x",
+        ],
+    },
+    Case {
+        rules: r#"
+            max_body = 10
+            [[tunnel.route]]
+            path = "/a/b/c"
+            strip_prefix = "/a/b"
+            upstream = 2
+            [[tunnel.route]]
+            path = "/a"
+            strip_prefix = "/"
+            methods = ["GET", "HEAD"]
+            upstream = 3
+            [[tunnel.route]]
+            path = "/größe"
+            redirect = "/size"
+            [tunnel.cors]
+            origins = ["https://app.example"]
+        "#,
+        requests: &[
+            "GET /a/b/c => 2 /c",
+            "GET /a/b/c/ => 2 /c/",
+            "GET /a/b/c/d?e => 2 /c/d?e",
+            "GET /a/b/cd => 3 /a/b/cd",
+            "GET /a/b => 3 /a/b",
+            "HEAD /a => 3 /a",
+            "POST /a => own /a",
+            "POST /a/b/c bytes=10 => 2 /c",
+            "POST /a/b/c bytes=11 => 413 body_too_large",
+            "GET /a%2Fb/c => own /a%2Fb/c",
+            "GET /a/b%2Fc => 3 /a/b%2Fc",
+            "GET /%61/%62/%63/d => 2 /%63/d",
+            "GET /A/b/c => own /A/b/c",
+            "GET /a;x/b/c => own /a;x/b/c",
+            "GET /gr%C3%B6%C3%9Fe => 302 /size",
+            "GET /gr%c3%b6%c3%9fe/x => 302 /size",
+            "GET /gr%C3%96%C3%9Fe => own /gr%C3%96%C3%9Fe",
+            "OPTIONS /a/b/c origin:https://app.example access-control-request-method:GET => 204  access-control-allow-methods:GET,_HEAD,_POST,_PUT,_PATCH,_DELETE",
+            "OPTIONS /a/../b origin:https://app.example access-control-request-method:GET => 400 bad_request",
+            "OPTIONS /a/b/c origin:https://app.example => 2 /c",
+        ],
+    },
+    Case {
+        rules: "circuit_breaker = { open_after = 2, retry_after = \"1h\" }",
+        requests: &[
+            "GET / => own / failing",
+            "GET / => own /",
+            "GET / => own / failing",
+            "GET / => own / failing",
+            "GET / => 503 circuit_open retry-after:3600",
+            "GET /x => 503 circuit_open",
+        ],
+    },
+];
+
+#[tokio::test]
+async fn requests_meet_the_rules_of_their_tunnel() {
+    let mut seen = 0;
+    for case in CASES {
+        let policy = policy(case.rules);
+        for request in case.requests {
+            seen += 1;
+            let (asked, outcome) = request.split_once(" => ").unwrap();
+            let outcome =
+                outcome.strip_suffix(" failing").map_or((outcome, false), |outcome| (outcome, true));
+            let is = ask(&policy, asked, outcome.1).await;
+            let mut wanted = outcome.0.split(' ');
+            let expected = format!("{} {}", wanted.next().unwrap(), wanted.next().unwrap_or_default());
+            assert_eq!(is.0, expected, "{}\n{asked}", case.rules);
+            for field in wanted {
+                let (name, value) = field.split_once(':').unwrap();
+                assert_eq!(
+                    is.1.get(name),
+                    Some(&value.replace('_', " ")),
+                    "{}\n{asked}: {:?}",
+                    case.rules,
+                    is.1
+                );
+            }
+        }
+    }
+    assert!(seen >= 200, "{seen} requests");
+}
+
+/// `None` where the rules ask for nothing.
+fn policy(rules: &str) -> Option<Policy> {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("agentd.toml");
+    let text = format!(
+        "[edge]\nurl = \"ws://127.0.0.1:1\"\n[[tunnel]]\nname = \"web\"\nupstream = \"127.0.0.1:1\"\n{rules}\n"
+    );
+    std::fs::write(&file, text).unwrap();
+    let overrides = config::Overrides { token: Some("secret".into()), ..config::Overrides::default() };
+    let config = config::load(&file, &overrides).unwrap_or_else(|error| panic!("{rules}: {error}"));
+    Tunnel::policy_of(&config.tunnels[0]).unwrap()
+}
+
+async fn ask(policy: &Option<Policy>, text: &str, failing: bool) -> (String, BTreeMap<String, String>) {
+    let mut words = text.split(' ');
+    let method: Method = words.next().unwrap().parse().unwrap();
+    let target = Target::parse(words.next().unwrap()).unwrap();
+    let (mut host, mut client, mut bytes) = ("web.tunnel.example.com", "192.0.2.1".parse().ok(), 0);
+    let mut headers = Headers::new();
+    for word in words {
+        if let Some(named) = word.strip_prefix('@') {
+            host = named;
+        } else if let Some(from) = word.strip_prefix("from=") {
+            client = from.parse().ok();
+        } else if let Some(count) = word.strip_prefix("bytes=") {
+            bytes = count.parse().unwrap();
+        } else {
+            let (name, value) = word.split_once(':').unwrap();
+            headers.push(
+                HeaderName::from_bytes(name.as_bytes()).unwrap(),
+                HeaderValue::from_str(value).unwrap(),
+            );
+        }
+    }
+    let request_id = RequestId::from_random([1; 16]);
+    let hop = Hop { client, scheme: "https", host, port: 443, prefix: None };
+    apply(&mut headers, &hop, Trust::Chain, &request_id);
+    let asked = Asked { method: &method, target: &target, headers: &headers, upgrade: false };
+    let Some(policy) = policy else { return (format!("own {}", target.as_str()), BTreeMap::new()) };
+    match policy.admit(&asked, &request_id, bytes).await {
+        Ok(mut admitted) => {
+            let passage = &mut admitted.passage;
+            let target = passage.target.as_ref().unwrap_or(&target).as_str().to_owned();
+            let to = match passage.upstream {
+                None => "own".to_owned(),
+                Some((upstream, _)) => upstream.address().to_string().rsplit(':').next().unwrap().to_owned(),
+            };
+            passage.came_to(!failing);
+            (format!("{to} {target}"), BTreeMap::new())
+        }
+        Err(answer) => {
+            let code = answer.code;
+            let (status, headers, mut body) = answer.into_parts(&request_id, false);
+            let mut text = Vec::new();
+            while let Some(next) = body.next().await {
+                text.extend_from_slice(&next.unwrap());
+            }
+            let fields: BTreeMap<String, String> = headers
+                .iter()
+                .map(|(name, value)| (name.as_str().to_owned(), value.to_str().unwrap().to_owned()))
+                .collect();
+            let says = match (code, fields.get("location")) {
+                (Some(code), _) => code.as_str().to_owned(),
+                (None, Some(location)) => location.clone(),
+                (None, None) => String::from_utf8(text).unwrap(),
+            };
+            (format!("{status} {says}"), fields)
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! Where a request goes and what is changed on the way.
+//!
+//! Enters: a request's head, before and after its visitor was let in. Leaves: a [`Passage`] to an upstream, or the
+//! [`Answer`] that is given in its place. Nothing of it waits but for files.
+
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use proto::{
+    error::ErrorCode,
+    header::Headers,
+    id::{RequestId, TunnelName},
+    prefix,
+    target::Target,
+};
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::{
+    config::{
+        address::Address,
+        template::{Template, Variable},
+        traffic::{
+            Choice, CorsRule, FieldEdits, ForwardedFields, LimitedBy, RouteRule, RouteTarget, TrafficRules,
+        },
+    },
+    serve::{
+        health::Health,
+        host::HostRule,
+        policy::{
+            answer::Answer,
+            asked::Asked,
+            breaker::{Attempt, Breaker},
+            cors, files,
+            limit::{RateLimit, TooMany},
+        },
+        upstream::Upstream,
+    },
+};
+
+/// One of the upstreams of a route.
+pub(crate) struct Member {
+    pub(crate) upstream: Arc<Upstream>,
+    pub(crate) host: HostRule,
+    pub(crate) health: Arc<Health>,
+    pub(crate) _check: Option<AbortOnDropHandle<()>>,
+}
+
+/// The upstreams of one route.
+struct Members {
+    all: Vec<Member>,
+    next: AtomicUsize,
+    breaker: Option<Arc<Breaker>>,
+}
+
+/// What is done with the requests of one tunnel.
+pub(crate) struct Traffic {
+    tunnel: TunnelName,
+    rules: TrafficRules,
+    /// As many as there are routes; empty where one leads to no upstream.
+    members: Vec<Members>,
+    rate: Option<Arc<RateLimit>>,
+    /// Of the tunnel's own upstream.
+    breaker: Option<Arc<Breaker>>,
+}
+
+impl Traffic {
+    /// What the rules of a tunnel say; `member` makes an upstream of a route. What was used of a limit that has not
+    /// changed is taken over from `before`, and so is what is known of upstreams.
+    pub(crate) fn new<E>(
+        tunnel: &TunnelName,
+        rules: &TrafficRules,
+        before: Option<&Self>,
+        member: impl Fn(&Address, &RouteRule) -> Result<Member, E>,
+    ) -> Result<Self, E> {
+        let breaker = || rules.breaker.map(|rule| Arc::new(Breaker::new(rule)));
+        let mut members = Vec::with_capacity(rules.routes.len());
+        for route in &rules.routes {
+            let all = match &route.target {
+                RouteTarget::Upstreams(addresses, _) => {
+                    addresses.iter().map(|address| member(address, route)).collect::<Result<_, E>>()?
+                }
+                _ => Vec::new(),
+            };
+            members.push(Members { all, next: AtomicUsize::new(0), breaker: breaker() });
+        }
+        let rate = rules.rate_limit.map(|rule| {
+            let same = before.and_then(|before| before.rate.as_ref()).filter(|rate| *rate.rule() == rule);
+            same.map_or_else(|| Arc::new(RateLimit::new(rule)), Arc::clone)
+        });
+        let own_breaker = before
+            .filter(|before| before.rules.breaker == rules.breaker)
+            .map_or_else(breaker, |before| before.breaker.clone());
+        Ok(Self { tunnel: tunnel.clone(), rules: rules.clone(), members, rate, breaker: own_breaker })
+    }
+
+    /// An upstream of a route that runs already.
+    pub(crate) fn upstream_at(&self, address: &Address) -> Option<&Arc<Upstream>> {
+        let mut all = self.members.iter().flat_map(|members| &members.all).map(|member| &member.upstream);
+        all.find(|upstream| upstream.address() == address)
+    }
+
+    /// The page that browsers get where the upstream did not answer.
+    pub(crate) fn error_page(&self, code: ErrorCode) -> Option<&str> {
+        let status = matches!(
+            code.status(),
+            StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT
+        );
+        self.rules.error_page.as_deref().filter(|_| status)
+    }
+
+    /// What is decided before anybody asks who the visitor is.
+    pub(crate) fn enter(&self, asked: &Asked<'_>, now: Instant) -> Result<Choice<'_>, Answer> {
+        if self.rules.maintenance {
+            return Err(self.unavailable(ErrorCode::Maintenance, Duration::from_secs(60)));
+        }
+        if let Some(rate) = self.rate.as_ref().filter(|rate| rate.rule().by != LimitedBy::User) {
+            rate.take(asked.client(), None, now).map_err(too_many)?;
+        }
+        let choice = self.rules.choose(asked.method, asked.host(), asked.target.path());
+        if choice == Choice::Ambiguous {
+            return Err(Answer::refusal(ErrorCode::BadRequest));
+        }
+        // A preflight shows no password: it is answered before anybody asks for one.
+        if let Some(answer) = self.rules.cors.as_ref().and_then(|rule| cors::preflight(rule, asked)) {
+            return Err(answer);
+        }
+        Ok(choice)
+    }
+
+    /// Leads a request that was let in to where `choice` says. `body_bytes` is what its body was announced to have.
+    pub(crate) async fn lead<'a>(
+        &'a self,
+        choice: Choice<'a>,
+        asked: &Asked<'_>,
+        user: Option<&str>,
+        request_id: &RequestId,
+        body_bytes: u64,
+    ) -> Result<Passage<'a>, Answer> {
+        let now = Instant::now();
+        if let Some(rate) = self.rate.as_ref().filter(|rate| rate.rule().by == LimitedBy::User) {
+            rate.take(asked.client(), user, now).map_err(too_many)?;
+        }
+        let route = match choice {
+            Choice::Route(_, route) => Some(route),
+            Choice::Tunnel | Choice::Ambiguous => None,
+        };
+        let most = route.and_then(|route| route.max_body).or(self.rules.max_body);
+        if most.is_some_and(|most| body_bytes > most) {
+            return Err(Answer::refusal(ErrorCode::BodyTooLarge));
+        }
+        let facts = Facts {
+            client_ip: asked.client().as_ref().map(IpAddr::to_string).unwrap_or_default(),
+            user: user.unwrap_or_default().to_owned(),
+            request_id: request_id.as_str().to_owned(),
+            tunnel: self.tunnel.to_string(),
+            target: asked.target.as_str().to_owned(),
+        };
+        let mut passage = Passage {
+            traffic: self,
+            upstream: None,
+            target: None,
+            public_prefix: String::new(),
+            strip: String::new(),
+            add: "",
+            attempt: None,
+            facts,
+            origin: asked.headers.get(header::ORIGIN).cloned(),
+        };
+        let Choice::Route(index, route) = choice else {
+            passage.attempt = self.attempt(self.breaker.as_ref(), now)?;
+            return Ok(passage);
+        };
+        if route.strip > 0 || !route.add.is_empty() {
+            let target = moved(asked.target, route.strip, &route.add);
+            passage.target = Some(target.ok_or_else(|| Answer::refusal(ErrorCode::BadRequest))?);
+            passage.strip = route.path.first(route.strip);
+            passage.public_prefix = format!("{}{}", asked.prefix(), passage.strip);
+            passage.add = &route.add;
+        }
+        match &route.target {
+            RouteTarget::Upstreams(..) => {
+                let members = &self.members[index];
+                let member = members
+                    .pick()
+                    .ok_or_else(|| self.unavailable(ErrorCode::UpstreamUnhealthy, Duration::from_secs(2)))?;
+                passage.attempt = self.attempt(members.breaker.as_ref(), now)?;
+                passage.upstream = Some((&member.upstream, &member.host));
+                Ok(passage)
+            }
+            RouteTarget::Files(folder) => {
+                let target = passage.target.as_ref().unwrap_or(asked.target);
+                let query = &target.as_str()[target.path().len()..];
+                let mut answer = files::serve(
+                    folder,
+                    asked.method,
+                    target.path(),
+                    query,
+                    asked.headers,
+                    SystemTime::now(),
+                )
+                .await;
+                if answer.code.is_none() {
+                    answer.edit(|headers| passage.edit_response(headers));
+                }
+                Err(answer)
+            }
+            RouteTarget::Respond { status, headers, body } => {
+                let mut all: Headers = headers.iter().cloned().collect();
+                if !matches!(*status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+                    all.push(header::CONTENT_LENGTH, body.len().into());
+                }
+                if !body.is_empty() && all.get(header::CONTENT_TYPE).is_none() {
+                    all.push(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+                }
+                passage.edit_response(&mut all);
+                Err(Answer::whole(*status, all, bytes::Bytes::from(body.clone()).into()))
+            }
+            RouteTarget::Redirect { status, to } => {
+                let location = HeaderValue::try_from(passage.facts.fill(to));
+                let location = location.map_err(|_| Answer::refusal(ErrorCode::BadRequest))?;
+                let mut answer = Answer::empty(*status).with(header::LOCATION, Some(location));
+                answer.edit(|headers| passage.edit_response(headers));
+                Err(answer)
+            }
+        }
+    }
+
+    fn attempt(&self, breaker: Option<&Arc<Breaker>>, now: Instant) -> Result<Option<Attempt>, Answer> {
+        let Some(breaker) = breaker else { return Ok(None) };
+        breaker.enter(now).map(Some).map_err(|wait| self.unavailable(ErrorCode::CircuitOpen, wait))
+    }
+
+    fn unavailable(&self, code: ErrorCode, wait: Duration) -> Answer {
+        let answer = match self.error_page(code) {
+            Some(page) => Answer::refusal(code).with_page(page),
+            None => Answer::refusal(code),
+        };
+        answer.with(header::RETRY_AFTER, Some(whole_seconds(wait).into()))
+    }
+}
+
+impl Members {
+    /// The next one that is well.
+    fn pick(&self) -> Option<&Member> {
+        let first = self.next.fetch_add(1, Ordering::Relaxed);
+        let count = self.all.len();
+        (0..count)
+            .map(|step| &self.all[first.wrapping_add(step) % count])
+            .find(|member| !member.health.is_down())
+    }
+}
+
+fn whole_seconds(wait: Duration) -> u64 {
+    wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
+}
+
+/// 429, with what draft-ietf-httpapi-ratelimit-headers-11 wants to be said.
+fn too_many(TooMany { retry_after, rule }: TooMany) -> Answer {
+    let wait = whole_seconds(retry_after);
+    let policy = format!("\"tunnel\";q={};w={}", rule.requests, whole_seconds(rule.per));
+    Answer::refusal(ErrorCode::RateLimited)
+        .with(header::RETRY_AFTER, Some(wait.into()))
+        .with(HeaderName::from_static("ratelimit-policy"), HeaderValue::try_from(policy).ok())
+        .with(
+            HeaderName::from_static("ratelimit"),
+            HeaderValue::try_from(format!("\"tunnel\";r=0;t={wait}")).ok(),
+        )
+}
+
+/// The target without its first `strip` segments and below `add`.
+fn moved(target: &Target, strip: usize, add: &str) -> Option<Target> {
+    let mut rest = target.as_str();
+    for _ in 0..strip {
+        let inner = rest.strip_prefix('/')?;
+        rest = &inner[inner.find(['/', '?']).unwrap_or(inner.len())..];
+    }
+    let slash = if rest.starts_with('/') { "" } else { "/" };
+    Target::parse(&format!("{add}{slash}{rest}")).ok()
+}
+
+/// What is known of a request.
+struct Facts {
+    client_ip: String,
+    user: String,
+    request_id: String,
+    tunnel: String,
+    target: String,
+}
+
+impl Facts {
+    fn fill(&self, template: &Template) -> String {
+        template.fill(|variable| match variable {
+            Variable::ClientIp => &self.client_ip,
+            Variable::RequestId => &self.request_id,
+            Variable::Tunnel => &self.tunnel,
+            Variable::User => &self.user,
+            Variable::Target => &self.target,
+        })
+    }
+
+    /// The changes in order; a value that no field can have is left out.
+    fn edit(&self, edits: &FieldEdits, mut change: impl FnMut(&HeaderName, Option<HeaderValue>, bool)) {
+        for name in &edits.remove {
+            change(name, None, true);
+        }
+        for (pairs, replaces) in [(&edits.set, true), (&edits.add, false)] {
+            for (name, template) in pairs {
+                change(name, HeaderValue::try_from(self.fill(template)).ok(), replaces);
+            }
+        }
+    }
+}
+
+/// The way of one request to its upstream and of the response back.
+pub(crate) struct Passage<'a> {
+    traffic: &'a Traffic,
+    /// Where a route leads; `None` for the tunnel's own upstream.
+    pub(crate) upstream: Option<(&'a Arc<Upstream>, &'a HostRule)>,
+    /// What the upstream is asked for, where that is not what the public client asked for.
+    pub(crate) target: Option<Target>,
+    /// What was taken off the path, also in path mode; empty where no route changes it.
+    public_prefix: String,
+    strip: String,
+    add: &'a str,
+    attempt: Option<Attempt>,
+    facts: Facts,
+    origin: Option<HeaderValue>,
+}
+
+impl Passage<'_> {
+    /// What the path is moved from and to, if it is: as the public client knows it, and as the upstream does.
+    pub(crate) fn prefixes(&self) -> Option<(&str, &str)> {
+        self.target.as_ref().map(|_| (&*self.public_prefix, self.add))
+    }
+
+    /// Changes what the upstream is sent.
+    pub(crate) fn edit_request(&self, headers: &mut HeaderMap) {
+        let rules = &self.traffic.rules;
+        let keeps = |x, rfc7239| match rules.forwarded {
+            ForwardedFields::Both => true,
+            ForwardedFields::X => x,
+            ForwardedFields::Rfc7239 => rfc7239,
+            ForwardedFields::None => false,
+        };
+        if keeps(true, false) {
+            if !self.strip.is_empty()
+                && let Ok(prefix) = HeaderValue::try_from(&self.public_prefix)
+            {
+                headers.insert(HeaderName::from_static("x-forwarded-prefix"), prefix);
+            }
+        } else {
+            let x: Vec<_> =
+                headers.keys().filter(|name| name.as_str().starts_with("x-forwarded-")).cloned().collect();
+            for name in x {
+                headers.remove(name);
+            }
+        }
+        if !keeps(false, true) {
+            headers.remove(header::FORWARDED);
+        }
+        self.facts.edit(&rules.request, |name, value, replaces| {
+            if replaces {
+                headers.remove(name);
+            }
+            if let Some(value) = value {
+                headers.append(name.clone(), value);
+            }
+        });
+    }
+
+    /// Says paths of the upstream as the public client knows them, where they are others.
+    pub(crate) fn move_response(&self, headers: &mut Headers, public_host: &str) {
+        if self.target.is_some() {
+            prefix::move_fields(headers, self.add, &self.strip, public_host);
+        }
+    }
+
+    /// Changes what the public client is sent.
+    pub(crate) fn edit_response(&self, headers: &mut Headers) {
+        if let Some(rule) = self.cors() {
+            cors::mark(rule, self.origin.as_ref(), headers);
+        }
+        self.facts.edit(&self.traffic.rules.response, |name, value, replaces| {
+            if replaces {
+                headers.remove(name);
+            }
+            if let Some(value) = value {
+                headers.push(name.clone(), value);
+            }
+        });
+    }
+
+    fn cors(&self) -> Option<&CorsRule> {
+        self.traffic.rules.cors.as_ref()
+    }
+
+    /// Notes whether the upstream answered properly.
+    pub(crate) fn came_to(&mut self, good: bool) {
+        if let Some(attempt) = self.attempt.take() {
+            attempt.came_to(good, Instant::now());
+        }
+    }
+}
