@@ -4,8 +4,9 @@
 use std::time::Duration;
 
 use aws_config::{
-    BehaviorVersion, Region, SdkConfig, environment::EnvironmentVariableCredentialsProvider,
-    retry::RetryConfig, timeout::TimeoutConfig,
+    BehaviorVersion, Region, SdkConfig, ecs::EcsCredentialsProvider,
+    environment::EnvironmentVariableCredentialsProvider, provider_config::ProviderConfig, retry::RetryConfig,
+    timeout::TimeoutConfig,
 };
 use aws_credential_types::provider::SharedCredentialsProvider;
 use aws_sdk_dynamodb::types::AttributeValue;
@@ -26,6 +27,10 @@ use crate::{
     metrics::{self, Counted},
 };
 
+/// The variables that tell a task of ECS where its credentials are.
+const CONTAINER_CREDENTIALS: [&str; 2] =
+    ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"];
+
 /// What every client of one function shares.
 #[derive(Debug, Clone)]
 pub struct Aws {
@@ -37,7 +42,7 @@ impl Aws {
     /// Reads region, credentials and, if there is one, `AWS_ENDPOINT_URL`.
     ///
     /// Files, profiles and the instance metadata service are never asked: a function has its
-    /// credentials in its environment, and start-up time counts.
+    /// credentials in its environment, and start-up time counts. A task of ECS is told where to ask for its own.
     ///
     /// # Errors
     ///
@@ -53,12 +58,17 @@ impl Aws {
         } else {
             http.tls_provider(tls::Provider::Rustls(tls::rustls_provider::CryptoMode::AwsLc)).build_https()
         };
+        let is_task = CONTAINER_CREDENTIALS.iter().any(|name| env.optional(name).is_some());
+        let credentials = if is_task {
+            let config = ProviderConfig::without_region().with_http_client(http.clone());
+            SharedCredentialsProvider::new(EcsCredentialsProvider::builder().configure(&config).build())
+        } else {
+            SharedCredentialsProvider::new(EnvironmentVariableCredentialsProvider::new())
+        };
         let mut shared = SdkConfig::builder()
             .behavior_version(BehaviorVersion::latest())
             .region(Region::new(region))
-            .credentials_provider(SharedCredentialsProvider::new(
-                EnvironmentVariableCredentialsProvider::new(),
-            ))
+            .credentials_provider(credentials)
             .http_client(http)
             .retry_config(
                 RetryConfig::standard().with_max_attempts(4).with_initial_backoff(Duration::from_millis(50)),
@@ -72,6 +82,12 @@ impl Aws {
 
     pub(crate) fn dynamodb(&self) -> aws_sdk_dynamodb::Client {
         aws_sdk_dynamodb::Client::new(&self.shared)
+    }
+
+    pub(crate) fn scaling(&self) -> aws_sdk_applicationautoscaling::Client {
+        let config = aws_sdk_applicationautoscaling::config::Builder::from(&self.shared)
+            .timeout_config(timeouts(Duration::from_secs(2)));
+        aws_sdk_applicationautoscaling::Client::from_conf(config.build())
     }
 
     /// For receiving: long polls last up to 20 s.

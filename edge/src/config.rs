@@ -64,10 +64,20 @@ pub mod env {
     pub const EDGE_REQUESTS: &str = "TUNNEL_EDGE_REQUESTS";
     /// `true` where public WebSockets are carried; `connect` says so to agents.
     pub const WEBSOCKETS: &str = "TUNNEL_WEBSOCKETS";
+    /// The service of ECS that runs `relay`, as `service/CLUSTER/NAME`; without it nothing wakes one or puts it to sleep.
+    pub const RELAY_SERVICE: &str = "TUNNEL_RELAY_SERVICE";
+    /// The most tasks of that service.
+    pub const RELAY_TASKS: &str = "TUNNEL_RELAY_TASKS";
+    /// `true` where `relay` takes every public request, so that every agent wants it.
+    pub const RELAY_FRONT: &str = "TUNNEL_RELAY_FRONT";
+    /// How long nobody has wanted `relay` before it goes to sleep, in seconds.
+    pub const RELAY_REST_SECS: &str = "TUNNEL_RELAY_REST_SECS";
     /// Where `relay` listens: an address and a port.
     pub const RELAY_LISTEN: &str = "TUNNEL_RELAY_LISTEN";
     /// The longest message of a public WebSocket, in bytes.
     pub const RELAY_MESSAGE_BYTES: &str = "TUNNEL_RELAY_MESSAGE_BYTES";
+    /// How many bytes of unfinished messages the public WebSockets of `relay` hold together.
+    pub const RELAY_BUFFER_BYTES: &str = "TUNNEL_RELAY_BUFFER_BYTES";
     /// How many public connections `relay` holds at the same time.
     pub const RELAY_CONNECTIONS: &str = "TUNNEL_RELAY_CONNECTIONS";
     /// How long `relay` waits for its exchanges when it is told to end, in seconds.

@@ -7,13 +7,15 @@
 //!
 //! [`config`] reads the environment of a function, [`event`] is what API Gateway hands to the functions
 //! behind the agents' WebSocket API, [`telemetry`] is how a function logs,
-//! and [`metrics`] is what it tells the dashboard. [`caretaker`] looks after the mailboxes for `sweep`.
+//! and [`metrics`] is what it tells the dashboard. [`caretaker`] looks after the mailboxes for `sweep`, [`fleet`] has
+//! `relay` run or sleep.
 
 pub mod agent_link;
 pub mod aws;
 pub mod caretaker;
 pub mod config;
 pub mod event;
+pub mod fleet;
 pub mod function;
 pub mod limit;
 pub mod mailbox;

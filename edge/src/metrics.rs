@@ -61,6 +61,10 @@ metrics! {
     OldestMessage, "OldestMessage", "Seconds", None;
     /// A public WebSocket that was opened. Written by `relay`.
     SocketsOpened, "SocketsOpened", "Count", None;
+    /// How many public WebSockets are open. Written by each `relay` once a minute.
+    SocketsOpen, "SocketsOpen", "Count", None;
+    /// A public WebSocket that was interrupted, because a message or its agent was lost. Written by `relay`.
+    SocketsLost, "SocketsLost", "Count", None;
     /// How long a public WebSocket was open. Written by `relay` at its end.
     SocketSeconds, "SocketSeconds", "Seconds", None;
     /// How many messages a public WebSocket carried, both ways. Written by `relay` at its end.

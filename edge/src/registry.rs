@@ -4,7 +4,7 @@
 //! | row | `tunnel` | `connection_id` | other attributes |
 //! |---|---|---|---|
 //! | name | `web` | `#name` | `owner`, `expires_at` (when the name is free again) |
-//! | connection | `web` | the connection | `owner`, `agent`, `connected_at`, `expires_at` |
+//! | connection | `web` | the connection | `owner`, `agent`, `connected_at`, `expires_at`, `websockets` |
 //! | reverse | `#` + the connection | `#tunnels` | `tunnels`, `expires_at`: finds the rows of a connection without a scan |
 //! | owner | `#owner#` + the owner | the connection | `agent`, `token_id`, `since_ms`, `tunnels`, `expires_at`: finds the connections of an owner |
 //!
@@ -44,6 +44,17 @@ pub struct Connection {
     pub connected_at: u64,
     /// When it is certainly over, in seconds since 1970.
     pub expires_at: u64,
+    /// Whether the agent takes public WebSockets.
+    pub websockets: bool,
+}
+
+/// How many agents serve a tunnel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Agents {
+    /// All of them.
+    pub all: usize,
+    /// Those of them that take public WebSockets.
+    pub websockets: usize,
 }
 
 /// One connection of an owner.
@@ -310,8 +321,9 @@ impl Registry {
     /// # Errors
     ///
     /// [`Error`].
-    pub async fn agents(&self, now: u64) -> Result<usize, Error> {
+    pub async fn agents(&self, now: u64) -> Result<Agents, Error> {
         let mut agents = BTreeSet::new();
+        let mut with_websockets = BTreeSet::new();
         let mut from = None;
         loop {
             let page = self
@@ -319,7 +331,7 @@ impl Registry {
                 .scan()
                 .table_name(&self.table)
                 .filter_expression("expires_at > :now AND attribute_exists(#agent)")
-                .projection_expression("#owner, #agent")
+                .projection_expression("#owner, #agent, websockets")
                 // Reserved words.
                 .expression_attribute_names("#owner", "owner")
                 .expression_attribute_names("#agent", "agent")
@@ -328,13 +340,17 @@ impl Registry {
                 .send()
                 .await
                 .map_err(|error| classify("Scan", error))?;
-            agents.extend(page.items().iter().filter_map(|item| {
+            for item in page.items() {
                 let part = |name| item.get(name).and_then(|value| value.as_s().ok()).cloned();
-                Some((part("owner")?, part("agent")?))
-            }));
+                let (Some(owner), Some(agent)) = (part("owner"), part("agent")) else { continue };
+                if item.get("websockets").and_then(|value| value.as_bool().ok()) == Some(&true) {
+                    with_websockets.insert((owner.clone(), agent.clone()));
+                }
+                agents.insert((owner, agent));
+            }
             from = page.last_evaluated_key;
             if from.is_none() {
-                return Ok(agents.len());
+                return Ok(Agents { all: agents.len(), websockets: with_websockets.len() });
             }
         }
     }
@@ -379,6 +395,7 @@ impl Registry {
             .item("agent", text(connection.agent.as_str()))
             .item("connected_at", number(connection.connected_at))
             .item("expires_at", number(connection.expires_at))
+            .item("websockets", AttributeValue::Bool(connection.websockets))
             .send()
             .await
             .map_err(|error| classify("PutItem", error))?;

@@ -30,6 +30,7 @@ use edge::{
     workflow::Workflow,
 };
 use proto::{forwarded::Trust, limits, token::TokenKeys};
+use tokio::sync::mpsc::UnboundedSender;
 
 /// What the environment says about exchanges.
 #[derive(Debug)]
@@ -93,6 +94,8 @@ pub struct Services {
     pub link: AgentLink,
     /// Counts requests, where they are limited.
     pub limiter: Limiter,
+    /// Who is told which WebSockets are held, if anybody is.
+    pub holdings: Option<UnboundedSender<socket::Holding>>,
 }
 
 impl Services {
@@ -109,6 +112,7 @@ impl Services {
             pool: Pool::from_env(&aws, env)?,
             link: AgentLink::from_env(&aws, env)?,
             limiter: Limiter::from_env(&aws, env)?,
+            holdings: None,
         })
     }
 }

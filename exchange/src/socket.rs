@@ -36,6 +36,15 @@ const POSTS: usize = 4;
 /// How long a violation is kept from the client that committed it: what was sent before it is answered first.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(1);
 
+/// What an exchange says about the WebSocket that it holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Holding {
+    /// It is open, and its agent is at this connection.
+    Held(RequestId, ConnectionId),
+    /// It is over, and its agent has been told.
+    Over(RequestId),
+}
+
 /// What the agent says first.
 pub(crate) enum FirstWord {
     /// The upstream opened a WebSocket; and what came beside that word.
@@ -192,6 +201,7 @@ impl Socket {
         line.member("tunnel_id", tunnel.as_str());
         line.write();
         record.opened();
+        say(services, || Holding::Held(request_id.clone(), self.connection.clone()));
 
         let settings = Settings {
             message_bytes: services.config.socket_message_bytes,
@@ -220,6 +230,7 @@ impl Socket {
                 tracing::warn!(%request_id, %error, "agent was not told");
             }
         }
+        say(services, || Holding::Over(request_id.clone()));
         let elapsed = begun.elapsed();
         tracing::info!(
             %request_id, tunnel_id = %tunnel, reason = ?end, code, elapsed_ms = elapsed.as_millis() as u64,
@@ -228,10 +239,20 @@ impl Socket {
         );
         let mut line = Line::begin();
         line.add(Metric::SocketSeconds, elapsed.as_secs_f64());
+        if matches!(end, End::Broken | End::AgentLost) {
+            line.add(Metric::SocketsLost, 1.0);
+        }
         line.add(Metric::SocketMessages, (up.messages + down.messages) as f64);
         line.member("request_id", request_id.as_str());
         line.member("tunnel_id", tunnel.as_str());
         line.write();
+    }
+}
+
+fn say(services: &Services, what: impl FnOnce() -> Holding) {
+    if let Some(holdings) = &services.holdings {
+        // Who listens may be gone; then this process drains.
+        let _ = holdings.send(what());
     }
 }
 
@@ -500,6 +521,7 @@ impl<'a> Pump<'a> {
                 self.flow.receive(frames.batch(), Instant::now().into_std())?;
                 if moved && let Some(connection) = letter.connection_id.and_then(|id| id.parse().ok()) {
                     self.connection = connection;
+                    say(self.services, || Holding::Held(self.request_id.clone(), self.connection.clone()));
                     self.lost_at = None;
                     self.repost();
                     // The agent lets the old connection go once it has everything that was posted there.

@@ -20,7 +20,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use proto::{id::ConnectionId, message::notice};
 use serde::Deserialize;
 use serde_json::Value;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::{
@@ -51,6 +54,19 @@ const BODY_BYTES: usize = 16 * 1024 * 1024;
 
 /// The name of the stage in the paths of `@connections`.
 pub const STAGE: &str = "local";
+
+/// The service on ECS that `relay` is here.
+pub const RELAY_SERVICE: &str = "service/tunnel-local-relay/relay";
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct RegisterScalableTarget<'a> {
+    service_namespace: &'a str,
+    scalable_dimension: &'a str,
+    resource_id: &'a str,
+    min_capacity: u32,
+    max_capacity: u32,
+}
 
 /// A function's process, as its access key names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -118,6 +134,7 @@ struct Shared {
     connections_table: String,
     mailboxes_table: String,
     lambda: OnceLock<WeakLambda>,
+    tasks: watch::Sender<u32>,
 }
 
 impl Aws {
@@ -143,6 +160,8 @@ impl Aws {
             connections_table: options.connections_table,
             mailboxes_table: options.mailboxes_table,
             lambda: OnceLock::new(),
+            // As ECS makes a service of which nobody says how many tasks it has.
+            tasks: watch::Sender::new(1),
         });
         let stop = CancellationToken::new();
         tokio::spawn(serve(listener, Arc::clone(&shared), stop.clone()));
@@ -177,6 +196,18 @@ impl Aws {
     #[must_use]
     pub fn callers(&self) -> &Callers {
         &self.shared.callers
+    }
+
+    /// How many tasks of `relay` are to run.
+    #[must_use]
+    pub fn relay_tasks(&self) -> watch::Receiver<u32> {
+        self.shared.tasks.subscribe()
+    }
+
+    /// Where a task of ECS with this access key finds its credentials.
+    #[must_use]
+    pub fn credentials_of(&self, access_key: &str) -> String {
+        format!("{}/_local/credentials/{access_key}", self.endpoint())
     }
 
     /// Takes the functions, so that an operator can invoke and configure them.
@@ -318,6 +349,17 @@ impl Shared {
         };
         match (method, path) {
             (&Method::GET, "counters") => json(serde_json::to_vec(&self.services.counters.snapshot())),
+            // Who knows the path knows what there is to know.
+            (&Method::GET, _) if path.starts_with("credentials/") => {
+                let access_key = &path["credentials/".len()..];
+                if self.callers.find(access_key).is_none() {
+                    return Answer::error(StatusCode::NOT_FOUND, "NotFoundException", "no such task");
+                }
+                json(serde_json::to_vec(&serde_json::json!({
+                    "AccessKeyId": access_key, "SecretAccessKey": "local", "Token": "local",
+                    "Expiration": "2099-01-01T00:00:00Z",
+                })))
+            }
             (&Method::GET, "hops") => json(serde_json::to_vec(&self.services.latency.passed())),
             (&Method::POST, "counters/reset") => {
                 self.services.counters.reset();
@@ -372,8 +414,44 @@ impl Shared {
                     unknown_operation()
                 }
             }
+            "AnyScaleFrontendService" => {
+                if let Err(denied) = allow(function, Action::Scaling(operation)) {
+                    return denied.json();
+                }
+                if operation == "RegisterScalableTarget" {
+                    self.register_scalable_target(function, &body)
+                } else {
+                    unknown_operation()
+                }
+            }
             _ => unknown_operation(),
         }
+    }
+
+    /// Application Auto Scaling, for the one service there is.
+    fn register_scalable_target(&self, function: &str, body: &[u8]) -> Answer {
+        self.services.counters.record(function, "application-autoscaling", "RegisterScalableTarget");
+        let bounds = serde_json::from_slice::<RegisterScalableTarget<'_>>(body).ok().filter(|bounds| {
+            bounds.service_namespace == "ecs"
+                && bounds.scalable_dimension == "ecs:service:DesiredCount"
+                && bounds.resource_id == RELAY_SERVICE
+                && bounds.min_capacity <= bounds.max_capacity
+        });
+        let Some(bounds) = bounds else {
+            return Answer::error(
+                StatusCode::BAD_REQUEST,
+                "ValidationException",
+                "no such service, or no such bounds",
+            );
+        };
+        self.tasks.send_if_modified(|tasks| {
+            let bounded = (*tasks).clamp(bounds.min_capacity, bounds.max_capacity);
+            std::mem::replace(tasks, bounded) != bounded
+        });
+        Answer::json(
+            br#"{"ScalableTargetARN":"arn:aws:application-autoscaling:local:0:scalable-target/relay"}"#
+                .to_vec(),
+        )
     }
 
     fn table(&self, body: &[u8]) -> Table {

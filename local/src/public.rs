@@ -377,8 +377,11 @@ async fn pass(
         Err(refusal) => return refuse_body(refusal, body),
     };
     if let Some(relay) = &front.relay
-        && relayed::is_websocket(&parts.headers)
+        && (front.imitation.kind() == fronts::Kind::Relay || relayed::is_websocket(&parts.headers))
     {
+        if let Some(refusal) = refused_by_front(&front.imitation, &parts, &target, !body.is_end_stream()) {
+            return refuse_body(refusal, body);
+        }
         for name in OWN_FIELDS {
             parts.headers.remove(name);
         }

@@ -1,6 +1,6 @@
 //! The process of `relay`: started, watched, started again, and told to end.
 //!
-//! It is given what `ingress` is given, and AWS allows it the same. Leaves: where it listens.
+//! It is given what its task is given on ECS, and runs while one is to run. Leaves: where it listens.
 
 use std::{
     collections::BTreeMap,
@@ -36,13 +36,18 @@ const END_TIME: Duration = Duration::from_secs(5);
 /// The variable that says where to listen.
 pub const ENV_LISTEN: &str = edge::config::env::RELAY_LISTEN;
 
-/// Keeps a relay running until `stop`, and says where it is.
+/// Keeps a relay running until `stop`, while there is a task to run, and says where it is.
 pub async fn keep(
     environment: BTreeMap<String, String>,
+    mut tasks: watch::Receiver<u32>,
     address: watch::Sender<Option<SocketAddr>>,
     stop: CancellationToken,
 ) {
     loop {
+        tokio::select! {
+            awake = tasks.wait_for(|&tasks| tasks > 0) => if awake.is_err() { return },
+            () = stop.cancelled() => return,
+        }
         match start(&environment).await {
             Ok((mut child, at)) => {
                 let up = listens(at);
@@ -54,6 +59,12 @@ pub async fn keep(
                 tokio::select! {
                     status = child.wait() => {
                         tracing::warn!(status = ?status.ok(), "relay ended and is started again");
+                    }
+                    _ = tasks.wait_for(|&tasks| tasks == 0) => {
+                        tracing::info!("relay is put to sleep");
+                        let _ = address.send(None);
+                        end(child).await;
+                        continue;
                     }
                     () = stop.cancelled() => {
                         let _ = address.send(None);

@@ -36,7 +36,10 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     agents::{self, AgentApi},
-    aws::{Aws, Options as AwsOptions, policy::OPERATOR},
+    aws::{
+        Aws, Options as AwsOptions, RELAY_SERVICE,
+        policy::{OPERATOR, RELAY},
+    },
     chaos::Fault,
     cli::{Function, LogLevel, Options, Websockets},
     demo::{self, Demo},
@@ -134,7 +137,9 @@ pub fn function(function: Function) -> ExitCode {
 /// Is the relay.
 #[must_use]
 pub fn relay() -> ExitCode {
-    if let Err(error) = process::end_with_parent() {
+    // The process that serves ends with the one that started it, in its own way.
+    let serves = std::env::var_os(::relay::guard::ENV_SERVES).is_some();
+    if !serves && let Err(error) = process::end_with_parent() {
         return fail(&anyhow::Error::new(error));
     }
     ::relay::run()
@@ -217,6 +222,9 @@ impl Folder {
 }
 
 async fn serve(options: Options) -> anyhow::Result<()> {
+    if options.front == public::fronts::Kind::Relay && options.websockets == Websockets::None {
+        bail!("the front relay needs a relay: leave --websockets none out");
+    }
     // Before anything else, so that no signal is lost from the first printed line on.
     let mut signals = EndSignals::listen()?;
     let public_listener = bind(options.public, "--public").await?;
@@ -265,8 +273,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         Websockets::None => (None, None),
         Websockets::Relay => {
             let (address, found) = watch::channel(None);
-            let environment = settings.of_relay()?;
-            let keeping = spawn_relay(environment, address, stop_relay.clone())?;
+            let environment = settings.of_relay();
+            let keeping = spawn_relay(environment, aws.relay_tasks(), address, stop_relay.clone())?;
             (Some(public::relayed::Relay(found)), Some(keeping))
         }
     };
@@ -499,7 +507,6 @@ impl Settings<'_> {
             Function::Authorizer => vec![(ENV_JWKS, self.identity.jwks.clone())],
             Function::Connect => vec![
                 (env::CONNECTION_LIFETIME_SECS, seconds(limits::CONNECTION_LIFETIME)),
-                (env::WEBSOCKETS, (self.websockets == Websockets::Relay).to_string()),
                 (env::HEARTBEAT_MS, clock.scale(limits::HEARTBEAT_INTERVAL).as_millis().max(1).to_string()),
             ],
             Function::Disconnect => vec![lease()],
@@ -509,6 +516,7 @@ impl Settings<'_> {
                 lease(),
                 (env::MAILBOXES_KEPT, self.mailboxes.to_string()),
                 (env::MAILBOX_IDLE_SECS, seconds(limits::MAILBOX_IDLE)),
+                (env::RELAY_REST_SECS, seconds(limits::RELAY_REST)),
             ],
         };
         let level = format!("edge={level},{name}", level = self.log_level.as_str());
@@ -533,25 +541,46 @@ impl Settings<'_> {
         })
     }
 
-    /// What `relay` is told: as `ingress`, in a process of its own under a key of its own.
-    fn of_relay(&self) -> anyhow::Result<BTreeMap<String, String>> {
-        let mut environment = self.of(Function::Ingress)?.environment;
-        // What it holds takes no execution.
-        environment.remove(env::EDGE_REQUESTS);
+    /// What `relay` is told: the variables of its task, and where it finds its credentials, as on ECS.
+    fn of_relay(&self) -> BTreeMap<String, String> {
         let access_key = format!("LOCAL{}", lambda::random_hex::<10>().to_ascii_uppercase());
-        self.aws.callers().register(&access_key, Function::Ingress.name(), "relay");
-        let more = [
+        self.aws.callers().register(&access_key, RELAY, RELAY);
+        let clock = self.aws.clock();
+        let lease = clock.scale(limits::MAILBOX_LEASE).as_secs().max(1).to_string();
+        let mut values = self.values();
+        values.extend([
             ("AWS_REGION", lambda::REGION.to_owned()),
             ("AWS_ENDPOINT_URL", self.aws.endpoint()),
-            ("AWS_ACCESS_KEY_ID", access_key),
-            ("AWS_SECRET_ACCESS_KEY", lambda::random_hex::<20>()),
+            ("AWS_CONTAINER_CREDENTIALS_FULL_URI", self.aws.credentials_of(&access_key)),
+            (
+                "AWS_LAMBDA_LOG_LEVEL",
+                filter(self.log_level, &format!("edge={level},relay", level = self.log_level.as_str())),
+            ),
+            (env::MAILBOX_LEASE_SECS, lease),
+        ]);
+        values.extend(self.choices.clone());
+        let own = [
+            "AWS_ENDPOINT_URL",
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+            "AWS_LAMBDA_LOG_LEVEL",
+            env::MAILBOX_LEASE_SECS,
         ];
-        environment.extend(more.map(|(name, value)| (name.to_owned(), value)));
-        Ok(environment)
+        let chosen = self.choices.iter().map(|(name, _)| *name);
+        let wanted = |name: &&str| {
+            stack().relay.variables.contains(*name)
+                || own.contains(name)
+                || chosen.clone().any(|one| one == *name)
+        };
+        values
+            .into_iter()
+            .filter(|(name, _)| wanted(name))
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
     }
 
     /// What the variables of a deployment are here.
     fn values(&self) -> BTreeMap<&'static str, String> {
+        let has_relay = self.websockets == Websockets::Relay;
         BTreeMap::from([
             (env::CONNECTIONS_TABLE, CONNECTIONS_TABLE.to_owned()),
             (env::MAILBOXES_TABLE, MAILBOXES_TABLE.to_owned()),
@@ -566,6 +595,10 @@ impl Settings<'_> {
             (env::METRICS_NAMESPACE, METRICS_NAMESPACE.to_owned()),
             (env::LIMITS, self.limits.to_owned()),
             (env::EDGE_REQUESTS, self.executions.requests.map(|most| most.to_string()).unwrap_or_default()),
+            (env::WEBSOCKETS, has_relay.to_string()),
+            (env::RELAY_SERVICE, if has_relay { RELAY_SERVICE.to_owned() } else { String::new() }),
+            (env::RELAY_TASKS, "1".to_owned()),
+            (env::RELAY_FRONT, "false".to_owned()),
             (env::REPLY_TIMEOUT_SECS, self.imitation.reply_timeout().as_secs().to_string()),
             (env::STREAM_IDLE_SECS, "0".to_owned()),
             (env::ACCEPT_ENCODING, self.imitation.accept_encoding().to_owned()),
@@ -579,13 +612,14 @@ impl Settings<'_> {
 /// Keeps the relay running from a thread of its own: the kernel ends the relay with the thread that started it.
 fn spawn_relay(
     environment: BTreeMap<String, String>,
+    tasks: watch::Receiver<u32>,
     address: watch::Sender<Option<SocketAddr>>,
     stop: CancellationToken,
 ) -> anyhow::Result<std::thread::JoinHandle<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting")?;
     std::thread::Builder::new()
         .name("relay".to_owned())
-        .spawn(move || runtime.block_on(relay::keep(environment, address, stop)))
+        .spawn(move || runtime.block_on(relay::keep(environment, tasks, address, stop)))
         .context("starting the relay's thread")
 }
 

@@ -14,11 +14,12 @@ use saphyr::{LoadableYamlNode as _, Scalar, Yaml};
 use serde_json::{Map, Value};
 
 /// The files, `serverless.yml` first.
-const FILES: [&str; 4] = [
+const FILES: [&str; 5] = [
     include_str!("../../serverless.yml"),
     include_str!("../../resources/tables.yml"),
     include_str!("../../resources/roles.yml"),
     include_str!("../../resources/workflow.yml"),
+    include_str!("../../resources/relay.yml"),
 ];
 
 static STACK: LazyLock<Stack> =
@@ -46,6 +47,8 @@ pub struct Stack {
     pub mailboxes: Keys,
     /// The state machine.
     pub workflow: Workflow,
+    /// The task of `relay`.
+    pub relay: Task,
 }
 
 /// One function.
@@ -56,6 +59,15 @@ pub struct Function {
     /// Its memory, in MB.
     pub memory_mb: u32,
     /// The names of its environment variables.
+    pub variables: BTreeSet<String>,
+    /// What its role allows.
+    pub permissions: Vec<Permission>,
+}
+
+/// The task of `relay`, which is no function.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Task {
+    /// The names of its environment variables, those of what starts the program among them.
     pub variables: BTreeSet<String>,
     /// What its role allows.
     pub permissions: Vec<Permission>,
@@ -143,6 +155,12 @@ pub enum Resource {
     Link(String),
     /// The log of this function.
     Log(String),
+    /// How many tasks run of services on ECS.
+    Tasks,
+    /// The service on ECS that runs `relay`.
+    RelayService,
+    /// The program of `relay`.
+    RelayProgram,
     /// Everything.
     Any,
 }
@@ -164,7 +182,16 @@ impl Stack {
             let found = resources.get(name).filter(|resource| resource["Type"] == kind);
             found.map(|found| &found["Properties"]).ok_or_else(|| StackError(format!("no {kind} {name}")))
         };
-        let permissions = |role: &str| permissions(resource(role, "AWS::IAM::Role")?, role);
+        let permissions = |role: &str| {
+            let mut all = permissions(resource(role, "AWS::IAM::Role")?, role)?;
+            // What another file adds to it.
+            for added in resources.values().filter(|one| one["Type"] == "AWS::IAM::RolePolicy") {
+                if added["Properties"]["RoleName"]["Ref"] == role {
+                    all.extend(statements(&added["Properties"]["PolicyDocument"], role)?);
+                }
+            }
+            Ok(all)
+        };
         let mut functions = BTreeMap::new();
         for (name, function) in object(&serverless, "functions")? {
             let number = |key: &str| {
@@ -185,6 +212,8 @@ impl Stack {
             functions.insert(name.clone(), parsed);
         }
         let table = |name: &str| keys(resource(name, "AWS::DynamoDB::Table")?, name);
+        let task = resource("RelayTask", "AWS::ECS::TaskDefinition")?;
+        let environment = list(&task["ContainerDefinitions"][0]["Environment"]).iter();
         let workflow = resource("PublicRequest", "AWS::StepFunctions::StateMachine")?;
         Ok(Self {
             functions,
@@ -194,6 +223,10 @@ impl Stack {
                 kind: text(workflow, "StateMachineType")?,
                 substitutions: object(workflow, "DefinitionSubstitutions")?.keys().cloned().collect(),
                 permissions: permissions("PublicRequestRole")?,
+            },
+            relay: Task {
+                variables: environment.map(|one| text(one, "Name")).collect::<Result<_, _>>()?,
+                permissions: permissions("RelayRole")?,
             },
         })
     }
@@ -213,27 +246,46 @@ fn keys(table: &Value, name: &str) -> Result<Keys, StackError> {
 fn permissions(role: &Value, name: &str) -> Result<Vec<Permission>, StackError> {
     let mut permissions = Vec::new();
     for policy in list(&role["Policies"]) {
-        for statement in list(&policy["PolicyDocument"]["Statement"]) {
-            if statement["Effect"] != "Allow" {
-                return Err(StackError(format!("{name} has a statement that is no Allow")));
-            }
-            let rows = rows(statement.get("Condition"))
-                .ok_or_else(|| StackError(format!("{name} has a condition that is not understood")))?;
-            for action in list(&statement["Action"]) {
-                let action = action.as_str().unwrap_or_default();
-                for resource in list(&statement["Resource"]) {
-                    let resource = named(resource)
-                        .ok_or_else(|| StackError(format!("{name} names the unknown resource {resource}")))?;
-                    let is_table = matches!(resource, Resource::Connections | Resource::Mailboxes);
-                    if rows != Rows::Any && !(is_table && ON_ONE_ROW.contains(&action)) {
-                        return Err(StackError(format!("{name} has rows for {action}, which names none")));
-                    }
-                    permissions.push(Permission { action: action.to_owned(), resource, rows: rows.clone() });
+        permissions.extend(statements(&policy["PolicyDocument"], name)?);
+    }
+    Ok(permissions)
+}
+
+fn statements(policy: &Value, name: &str) -> Result<Vec<Permission>, StackError> {
+    let mut permissions = Vec::new();
+    for statement in list(&policy["Statement"]) {
+        if statement["Effect"] != "Allow" {
+            return Err(StackError(format!("{name} has a statement that is no Allow")));
+        }
+        let condition = statement.get("Condition").filter(|condition| **condition != services_alone());
+        let rows = rows(condition)
+            .ok_or_else(|| StackError(format!("{name} has a condition that is not understood")))?;
+        for action in list(&statement["Action"]) {
+            let action = action.as_str().unwrap_or_default();
+            for resource in list(&statement["Resource"]) {
+                let resource = named(resource)
+                    .ok_or_else(|| StackError(format!("{name} names the unknown resource {resource}")))?;
+                let is_table = matches!(resource, Resource::Connections | Resource::Mailboxes);
+                if rows != Rows::Any && !(is_table && ON_ONE_ROW.contains(&action)) {
+                    return Err(StackError(format!("{name} has rows for {action}, which names none")));
                 }
+                // Their names are not known beforehand: what they are of has to be.
+                if (resource == Resource::Tasks) != (statement.get("Condition") == Some(&services_alone())) {
+                    return Err(StackError(format!("{name} has {action} on whatever can be scaled")));
+                }
+                permissions.push(Permission { action: action.to_owned(), resource, rows: rows.clone() });
             }
         }
     }
     Ok(permissions)
+}
+
+/// The condition under which bounds are registered for services of ECS and nothing else.
+fn services_alone() -> Value {
+    serde_json::json!({"StringEquals": {
+        "application-autoscaling:service-namespace": "ecs",
+        "application-autoscaling:scalable-dimension": "ecs:service:DesiredCount",
+    }})
 }
 
 /// The rows that a statement's condition leaves. Only what the roles use is understood.
@@ -270,6 +322,9 @@ fn named(expression: &Value) -> Option<Resource> {
     if expression["Ref"] == "PublicRequest" {
         return Some(Resource::PublicRequest);
     }
+    if expression["Ref"] == "RelayService" {
+        return Some(Resource::RelayService);
+    }
     if let Some(attribute) = expression["Fn::GetAtt"].as_str() {
         return match attribute.strip_suffix(".Arn")? {
             "ConnectionsTable" => Some(Resource::Connections),
@@ -281,6 +336,12 @@ fn named(expression: &Value) -> Option<Resource> {
     let arn = arn.strip_prefix("arn:${AWS::Partition}:")?;
     if let Some(queue) = arn.strip_prefix("sqs:${AWS::Region}:${AWS::AccountId}:") {
         return (queue == "${self:custom.names.mailboxes}*").then_some(Resource::Queues);
+    }
+    if arn == "application-autoscaling:${AWS::Region}:${AWS::AccountId}:scalable-target/*" {
+        return Some(Resource::Tasks);
+    }
+    if arn == "s3:::${ServerlessDeploymentBucket}/serverless/${self:service}/${sls:stage}/relay/*" {
+        return Some(Resource::RelayProgram);
     }
     let path = arn.strip_prefix("execute-api:${AWS::Region}:${AWS::AccountId}:${AgentsApi}/${sls:stage}/")?;
     path.strip_suffix("/@connections/*").map(|method| Resource::Link(method.to_owned()))
@@ -384,6 +445,12 @@ mod tests {
             ("dynamodb:LeadingKeys: '#use#*'", "{dynamodb:LeadingKeys: '#use#*', dynamodb:Select: X}"),
             // It names no row, so the condition would hold.
             ("Action: dynamodb:UpdateItem", "Action: [dynamodb:UpdateItem, dynamodb:Scan]"),
+            ("scalable-target/*", "scalable-target/1"),
+            (
+                "application-autoscaling:service-namespace: ecs",
+                "application-autoscaling:service-namespace: rds",
+            ),
+            ("/relay/*", "/*"),
             ("functions:", "others:"),
         ] {
             assert!(replaced(from, to).is_err(), "{from} as {to}");

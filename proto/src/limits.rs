@@ -122,6 +122,9 @@ pub const MAILBOXES_KEPT: usize = 64;
 /// make and delete the same number of queues several times an hour.
 pub const MAILBOX_IDLE: Duration = Duration::from_secs(60 * 60);
 
+/// How long no agent has wanted `relay` before it goes to sleep: longer than a dev server takes to start again.
+pub const RELAY_REST: Duration = Duration::from_secs(10 * 60);
+
 /// How often the mailboxes are swept and the agents counted.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(5 * 60);
 

@@ -11,31 +11,45 @@
 //! /_relay/health` answers 200 while it takes requests and 503 once it is told to end (SIGTERM): then WebSockets are closed
 //! with 1012, requests are finished, and it ends within `TUNNEL_RELAY_DRAIN_SECS`.
 //!
+//! It is two processes, see [`guard`].
+//!
 //! Permissions it needs: those of an exchange.
 
+pub mod guard;
 pub mod mailbox;
+pub mod meter;
 pub mod public;
 pub mod websocket;
 
 use std::{net::SocketAddr, process::ExitCode, rc::Rc, time::Duration};
 
 use anyhow::Context as _;
-use edge::config::{Env, env};
+use edge::{
+    config::{Env, env},
+    metrics::{Line, Metric},
+};
 use exchange::Services;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
+    sync::mpsc,
     task::LocalSet,
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{mailbox::Postbox, public::Relay};
+use crate::{mailbox::Postbox, meter::Meter, public::Relay};
 
 /// Where it listens unless told otherwise.
 const LISTEN: &str = "0.0.0.0:8080";
 
 /// How many public connections it holds at the same time unless told otherwise.
 const CONNECTIONS: usize = 10_000;
+
+/// How many bytes of unfinished messages its WebSockets hold together unless told otherwise.
+const BUFFER_BYTES: usize = 256 * 1024 * 1024;
+
+/// How often it says how many WebSockets are open: what more or fewer tasks go by.
+const COUNT_EVERY: Duration = Duration::from_secs(60);
 
 /// How long it waits for its exchanges at the end unless told otherwise: less than ECS gives a task (30 s).
 const DRAIN: Duration = Duration::from_secs(25);
@@ -54,8 +68,14 @@ pub fn run() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match LocalSet::new().block_on(&runtime, serve(&Env::process())) {
-        Ok(()) => ExitCode::SUCCESS,
+    let env = Env::process();
+    let ended = if env.optional(guard::ENV_SERVES).is_some() {
+        LocalSet::new().block_on(&runtime, serve(&env)).map(|()| ExitCode::SUCCESS)
+    } else {
+        runtime.block_on(guard::run(&env))
+    };
+    match ended {
+        Ok(code) => code,
         Err(error) => {
             tracing::error!("relay ended: {error:#}");
             ExitCode::FAILURE
@@ -66,24 +86,31 @@ pub fn run() -> ExitCode {
 async fn serve(env: &Env<'_>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listening for signals")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for signals")?;
-    let services = Rc::new(Services::from_env(env)?);
+    let draining = CancellationToken::new();
+    let (holdings, held) = mpsc::unbounded_channel();
+    guard::report(held, draining.clone())?;
+    let services = Rc::new(Services { holdings: Some(holdings), ..Services::from_env(env)? });
     let listen = env.optional(env::RELAY_LISTEN).unwrap_or_else(|| LISTEN.to_owned());
     let address: SocketAddr = listen.parse().context("TUNNEL_RELAY_LISTEN is not an address with a port")?;
     let connections = env.count(env::RELAY_CONNECTIONS, CONNECTIONS, 1_000_000)?;
     let drain = env.secs(env::RELAY_DRAIN_SECS, DRAIN, DRAIN_MAX)?;
+    let buffer = env.count(env::RELAY_BUFFER_BYTES, BUFFER_BYTES, usize::MAX)?;
     let listener = TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?;
     let lease = services.pool.lease(&holder(), random()?).await.context("leasing a mailbox")?;
     let postbox = Postbox::new(Rc::clone(&services), lease);
     let end = CancellationToken::new();
     let polling = tokio::task::spawn_local(Rc::clone(&postbox).run(end.clone()));
     tracing::info!(address = %listener.local_addr()?, "relay listens");
-    let draining = CancellationToken::new();
-    let relay = Rc::new(Relay { services, postbox, draining: draining.clone(), connections });
+    let meter = Meter::new(buffer);
+    let counting = tokio::task::spawn_local(count(Rc::clone(&meter)));
+    let relay = Rc::new(Relay { services, postbox, draining: draining.clone(), connections, meter });
     let serving = tokio::task::spawn_local(public::serve(listener, relay));
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
+        () = draining.cancelled() => {}
     }
+    counting.abort();
     tracing::info!("relay drains");
     draining.cancel();
     if tokio::time::timeout(drain, serving).await.is_err() {
@@ -93,6 +120,18 @@ async fn serve(env: &Env<'_>) -> anyhow::Result<()> {
     // A receive that was begun is awaited: abandoned, it would take a message along.
     let _ = tokio::time::timeout(Duration::from_secs(1), polling).await;
     Ok(())
+}
+
+/// Says again and again how many WebSockets are open.
+async fn count(meter: Rc<Meter>) {
+    let mut ticks = tokio::time::interval(COUNT_EVERY);
+    loop {
+        ticks.tick().await;
+        let mut line = Line::begin();
+        #[expect(clippy::cast_precision_loss, reason = "thousands")]
+        line.add(Metric::SocketsOpen, meter.open() as f64);
+        line.write();
+    }
 }
 
 /// How this process signs its lease, for whoever reads the table.

@@ -21,7 +21,11 @@ use exchange::{
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Body, Frame};
 use http_body_util::{BodyExt as _, Limited};
-use hyper::{body::Incoming, service::service_fn, upgrade::OnUpgrade};
+use hyper::{
+    body::Incoming,
+    service::service_fn,
+    upgrade::{OnUpgrade, Upgraded},
+};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     server::conn::auto,
@@ -37,14 +41,19 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     mailbox::Postbox,
+    meter::{Meter, Metered},
     websocket::{self, BadHandshake, PublicSocket},
 };
 
 /// Where it says whether it takes requests.
 pub const HEALTH_PATH: &str = "/_relay/health";
 
-/// How long a public client may take for a request head, and stay idle between two requests.
-const HEAD_TIME: Duration = Duration::from_secs(60);
+/// How long a public client may take for a request head, and stay idle between two requests: longer than a balancer
+/// before it keeps a connection (130 s), or that would send a request into one that is just being closed.
+pub const HEAD_TIME: Duration = Duration::from_secs(150);
+
+/// How often an HTTP/2 client is asked whether it is there.
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
 
 /// How long a 101 may take to be written before its client counts as gone.
 const SWITCH_TIME: Duration = Duration::from_secs(10);
@@ -59,6 +68,8 @@ pub struct Relay {
     pub draining: CancellationToken,
     /// How many connections it holds at the same time.
     pub connections: usize,
+    /// What its WebSockets hold.
+    pub meter: Rc<Meter>,
 }
 
 /// Serves public connections until the relay drains, and then those that are open.
@@ -133,7 +144,7 @@ async fn serve_connection(stream: TcpStream, peer: SocketAddr, relay: Rc<Relay>,
         .max_headers(limits::HEADER_FIELDS + 24)
         .http2()
         .timer(TokioTimer::new())
-        .keep_alive_interval(HEAD_TIME / 2)
+        .keep_alive_interval(KEEP_ALIVE)
         .max_header_list_size(2 * limits::HEAD_BYTES as u32);
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
@@ -174,6 +185,7 @@ async fn answer_one(
         head_only: request.method() == Method::HEAD,
         upgrade: None,
         message_bytes: relay.services.config.socket_message_bytes,
+        meter: Rc::clone(&relay.meter),
         answers,
     };
     let upgrade = hyper::upgrade::on(&mut request);
@@ -257,6 +269,7 @@ struct HttpAnswer {
     head_only: bool,
     upgrade: Option<(OnUpgrade, String)>,
     message_bytes: usize,
+    meter: Rc<Meter>,
     answers: oneshot::Sender<Response<AnswerBody>>,
 }
 
@@ -270,7 +283,7 @@ fn response(head: Head, body: AnswerBody) -> Response<AnswerBody> {
 }
 
 impl PublicSide for HttpAnswer {
-    type Socket = PublicSocket;
+    type Socket = PublicSocket<TokioIo<Upgraded>>;
 
     async fn fail(self, code: ErrorCode) {
         let (head, body) = answer::problem(code, &self.request_id, self.html);
@@ -279,7 +292,7 @@ impl PublicSide for HttpAnswer {
         let _ = self.answers.send(response(head, body));
     }
 
-    async fn accept(self, subprotocol: Option<String>, headers: Headers) -> Option<PublicSocket> {
+    async fn accept(self, subprotocol: Option<String>, headers: Headers) -> Option<Self::Socket> {
         let (upgrade, key) = self.upgrade?;
         let mut switch =
             response(Head { status: StatusCode::SWITCHING_PROTOCOLS.as_u16(), headers }, AnswerBody::empty());
@@ -293,7 +306,7 @@ impl PublicSide for HttpAnswer {
         }
         self.answers.send(switch).ok()?;
         let io = tokio::time::timeout(SWITCH_TIME, upgrade).await.ok()?.ok()?;
-        Some(PublicSocket::new(io, self.message_bytes).await)
+        Some(PublicSocket::new(Metered::new(TokioIo::new(io), self.meter), self.message_bytes).await)
     }
 
     fn begin(self, head: Head, first: Vec<u8>) -> Pieces {

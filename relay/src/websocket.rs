@@ -9,10 +9,11 @@ use std::{
 use exchange::public::SocketError;
 use futures_util::{Sink, Stream, ready};
 use http::{HeaderMap, Method, Version, header};
-use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
 use proto::socket::{Close, Message};
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::{Instant, Interval, MissedTickBehavior, interval_at},
+};
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
@@ -21,6 +22,8 @@ use tokio_tungstenite::{
         protocol::{CloseFrame, Role, WebSocketConfig},
     },
 };
+
+use crate::meter::Metered;
 
 /// How often a client is pinged, so that nothing in between takes the connection for idle.
 const PING_EVERY: Duration = Duration::from_secs(30);
@@ -71,24 +74,26 @@ pub fn check(method: &Method, version: Version, headers: &HeaderMap) -> Result<S
 }
 
 /// A public WebSocket.
-pub struct PublicSocket {
-    socket: WebSocketStream<TokioIo<Upgraded>>,
+pub struct PublicSocket<S> {
+    socket: WebSocketStream<Metered<S>>,
     pings: Interval,
     heard_at: Instant,
+    /// Whether what was read last has been given away.
+    has_message: bool,
 }
 
-impl PublicSocket {
+impl<S: AsyncRead + AsyncWrite + Unpin> PublicSocket<S> {
     /// Takes over a connection whose 101 has been sent.
-    pub async fn new(io: Upgraded, message_bytes: usize) -> Self {
+    pub async fn new(io: Metered<S>, message_bytes: usize) -> Self {
         let config = WebSocketConfig::default()
             .read_buffer_size(READ_BUFFER_BYTES)
             .write_buffer_size(0)
             .max_message_size(Some(message_bytes))
             .max_frame_size(Some(message_bytes));
-        let socket = WebSocketStream::from_raw_socket(TokioIo::new(io), Role::Server, Some(config)).await;
+        let socket = WebSocketStream::from_raw_socket(io, Role::Server, Some(config)).await;
         let mut pings = interval_at(Instant::now() + PING_EVERY, PING_EVERY);
         pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { socket, pings, heard_at: Instant::now() }
+        Self { socket, pings, heard_at: Instant::now(), has_message: false }
     }
 }
 
@@ -104,7 +109,10 @@ fn error_of(error: &tungstenite::Error) -> SocketError {
     }
 }
 
-impl Stream for PublicSocket {
+/// Try again later.
+const TRY_LATER: u16 = 1013;
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Stream for PublicSocket<S> {
     type Item = Result<Message, SocketError>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
@@ -112,17 +120,27 @@ impl Stream for PublicSocket {
             if self.heard_at.elapsed() >= SILENT {
                 return Poll::Ready(Some(Err(SocketError::Gone)));
             }
+            if self.socket.get_ref().is_stalled() {
+                return Poll::Ready(Some(Err(SocketError::Violation(TRY_LATER))));
+            }
             // A client that takes nothing gets no ping; it is not silent for want of one.
             if matches!(Pin::new(&mut self.socket).poll_ready(cx), Poll::Ready(Ok(()))) {
                 let _ = Pin::new(&mut self.socket).start_send(tungstenite::Message::Ping(Bytes::new()));
                 let _ = Pin::new(&mut self.socket).poll_flush(cx);
             }
         }
+        if std::mem::take(&mut self.has_message) {
+            self.socket.get_mut().release();
+        }
         loop {
             let next = ready!(Pin::new(&mut self.socket).poll_next(cx));
             self.heard_at = Instant::now();
+            self.has_message = true;
             break Poll::Ready(match next {
                 None => None,
+                Some(Err(_)) if self.socket.get_ref().is_refused() => {
+                    Some(Err(SocketError::Violation(TRY_LATER)))
+                }
                 Some(Err(error)) => Some(Err(error_of(&error))),
                 Some(Ok(tungstenite::Message::Text(text))) => {
                     Some(Ok(Message::Text(text.as_str().to_owned())))
@@ -144,7 +162,7 @@ impl Stream for PublicSocket {
     }
 }
 
-impl Sink<Message> for PublicSocket {
+impl<S: AsyncRead + AsyncWrite + Unpin> Sink<Message> for PublicSocket<S> {
     type Error = SocketError;
 
     fn poll_ready(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<(), SocketError>> {
@@ -175,9 +193,84 @@ impl Sink<Message> for PublicSocket {
 
 #[cfg(test)]
 mod tests {
+    use std::rc::Rc;
+
+    use futures_util::{FutureExt as _, SinkExt as _, StreamExt as _};
     use http::{HeaderName, HeaderValue};
+    use tokio::io::DuplexStream;
+    use tokio_tungstenite::tungstenite::protocol::frame::{
+        Frame,
+        coding::{Data, OpCode},
+    };
 
     use super::*;
+    use crate::meter::{FREE_BYTES, Meter, STALLED};
+
+    /// A client, the relay's end, and what all hold.
+    async fn pair(meter: &Rc<Meter>) -> (WebSocketStream<DuplexStream>, PublicSocket<DuplexStream>) {
+        let (client, server) = tokio::io::duplex(64 * 1024);
+        let server = PublicSocket::new(Metered::new(server, Rc::clone(meter)), 1 << 20).await;
+        (WebSocketStream::from_raw_socket(client, Role::Client, None).await, server)
+    }
+
+    fn piece(opcode: OpCode, bytes: usize, is_last: bool) -> tungstenite::Message {
+        tungstenite::Message::Frame(Frame::message(vec![7; bytes], opcode, is_last))
+    }
+
+    #[tokio::test]
+    async fn long_messages_share_a_budget_and_one_past_it_ends_its_own_websocket_only() {
+        // Two frames of a client have 28 bytes of their own.
+        const BUDGET: usize = 100_000;
+        let meter = Meter::new(BUDGET + 28);
+        let (mut first, mut server) = pair(&meter).await;
+        let (mut second, mut other) = pair(&meter).await;
+        assert_eq!(meter.open(), 2);
+        // Just what the budget has.
+        let half = (FREE_BYTES + BUDGET) / 2;
+        let halves = async {
+            first.send(piece(OpCode::Data(Data::Binary), half, false)).await.unwrap();
+            first.send(piece(OpCode::Data(Data::Continue), FREE_BYTES + BUDGET - half, true)).await.unwrap();
+        };
+        let ((), message) = tokio::join!(halves, server.next());
+        assert_eq!(message.unwrap().unwrap().len(), FREE_BYTES + BUDGET);
+        // It has been given away, but not sent on: nothing is left for another one, small messages aside.
+        second.send(tungstenite::Message::text("small")).await.unwrap();
+        assert_eq!(other.next().await.unwrap().unwrap(), Message::Text("small".into()));
+        let long =
+            async { drop(second.send(piece(OpCode::Data(Data::Binary), FREE_BYTES + 1, false)).await) };
+        let ((), refused) = tokio::join!(long, other.next());
+        assert_eq!(refused.unwrap().unwrap_err(), SocketError::Violation(TRY_LATER));
+        // It is told so.
+        other.send(Message::Close(Some(Close::new(TRY_LATER, "")))).await.unwrap();
+        let told = second.next().await.unwrap().unwrap();
+        assert!(
+            matches!(told, tungstenite::Message::Close(Some(frame)) if u16::from(frame.code) == TRY_LATER)
+        );
+        drop((second, other));
+        // Who asks for the next message has sent the last one on.
+        assert!(server.next().now_or_never().is_none());
+        let (mut third, mut server) = pair(&meter).await;
+        let whole = piece(OpCode::Data(Data::Binary), FREE_BYTES + BUDGET, true);
+        let (sent, message) = tokio::join!(third.send(whole), server.next());
+        sent.unwrap();
+        assert_eq!(message.unwrap().unwrap().len(), FREE_BYTES + BUDGET);
+        assert_eq!(meter.open(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_long_message_that_stalls_gives_its_share_back() {
+        let meter = Meter::new(1000);
+        let (mut client, mut server) = pair(&meter).await;
+        let begin = client.send(piece(OpCode::Data(Data::Binary), FREE_BYTES + 100, false));
+        let (begun, ended) = tokio::join!(begin, server.next());
+        begun.unwrap();
+        assert_eq!(ended.unwrap().unwrap_err(), SocketError::Violation(TRY_LATER));
+        // Less than the free bytes may stay as long as the client answers pings.
+        let (mut client, mut server) = pair(&meter).await;
+        client.send(piece(OpCode::Data(Data::Binary), FREE_BYTES / 2, false)).await.unwrap();
+        let waited = tokio::time::timeout(PING_EVERY + STALLED, server.next());
+        assert!(waited.await.is_err());
+    }
 
     fn headers(fields: &[(&'static str, &'static str)]) -> HeaderMap {
         let field = |&(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value));

@@ -213,8 +213,18 @@ impl Status {
 /// The tunnels as a table.
 pub(crate) fn list(tunnels: &[TunnelStatus]) -> String {
     let mut rows = vec![
-        ["NAME", "STATE", "PUBLIC URL", "UPSTREAM", "HEALTH", "IN FLIGHT", "REQUESTS", "ERRORS"]
-            .map(str::to_owned),
+        [
+            "NAME",
+            "STATE",
+            "PUBLIC URL",
+            "UPSTREAM",
+            "HEALTH",
+            "IN FLIGHT",
+            "WEBSOCKETS",
+            "REQUESTS",
+            "ERRORS",
+        ]
+        .map(str::to_owned),
     ];
     rows.extend(tunnels.iter().map(|tunnel| {
         [
@@ -224,11 +234,12 @@ pub(crate) fn list(tunnels: &[TunnelStatus]) -> String {
             tunnel.upstream.clone(),
             word_of(&tunnel.health).to_owned(),
             tunnel.figures.in_flight.to_string(),
+            tunnel.figures.websockets.to_string(),
             tunnel.figures.requests.to_string(),
             tunnel.figures.errors.to_string(),
         ]
     }));
-    let mut widths = [0; 8];
+    let mut widths = [0; 9];
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
@@ -291,6 +302,7 @@ impl TunnelStatus {
         );
         let figures = &self.figures;
         line("in flight", format!("{} of {}", figures.in_flight, self.max_concurrent));
+        line("websockets", figures.websockets.to_string());
         line("requests", figures.requests.to_string());
         line("errors", figures.errors.to_string());
         line("request bytes", figures.request_bytes.to_string());
@@ -362,9 +374,9 @@ mod tests {
 edge    wss://edge/  connected, connection abc= for 1 h 1 min
 config  /a.toml, 2 reloads
 
-NAME         STATE    PUBLIC URL               UPSTREAM               HEALTH  IN FLIGHT  REQUESTS  ERRORS
-web          open     https://web.example.com  http://localhost:3000  -       0          12        0
-longer-name  refused  -                        http://localhost:3000  -       0          12        0
+NAME         STATE    PUBLIC URL               UPSTREAM               HEALTH  IN FLIGHT  WEBSOCKETS  REQUESTS  ERRORS
+web          open     https://web.example.com  http://localhost:3000  -       0          0           12        0
+longer-name  refused  -                        http://localhost:3000  -       0          0           12        0
 ";
         assert_eq!(text, wanted);
     }

@@ -8,7 +8,10 @@
 //! Whoever revokes an identity puts it on the list and then closes its connections. Here a connection is
 //! entered among its owner's and then the list is read, so that at least one of the two sees the other.
 //!
-//! Permissions it needs: read, query, write and delete rows of the connections table, close connections.
+//! The first tunnel of an agent that wants `relay` wakes it.
+//!
+//! Permissions it needs: read, query, write and delete rows of the connections table, close connections; where there is a
+//! `relay`, register how many of it run.
 
 use std::{collections::BTreeSet, process::ExitCode, time::Duration};
 
@@ -18,6 +21,7 @@ use edge::{
     aws::Aws,
     config::{ConfigError, Env, env},
     event::{AgentEvent, Authorized},
+    fleet::Fleet,
     function::Answer,
     registry::{Connection, Registry},
     revocation::Revocations,
@@ -40,6 +44,7 @@ pub struct Connect {
     lifetime: Duration,
     heartbeat: Duration,
     websockets: bool,
+    fleet: Option<Fleet>,
 }
 
 /// Runs the function until Lambda ends its process.
@@ -64,6 +69,7 @@ impl Connect {
             lifetime: env.connection_lifetime()?,
             heartbeat: env.heartbeat()?,
             websockets: env.flag(env::WEBSOCKETS)?,
+            fleet: Fleet::from_env(&aws, env)?,
         })
     }
 
@@ -132,6 +138,7 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         connected_at,
         // An identity that ends takes its connections out of service.
         expires_at: authorized.ends_at().map_or(by_lifetime, |end| end.min(by_lifetime)),
+        websockets: hello.websockets,
     };
     let since_ms = connect.registry.enter(&connection, unix_now_ms()).await?;
     let is_revoked = connect.revocations.holds(&connection.owner, connection.token_id.as_deref()).await?;
@@ -150,6 +157,17 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
                 tunnels.push(OpenTunnel { url: connect.public_url.replace("{name}", name.as_str()), name })
             }
             Err(reason) => refused.push(RefusedTunnel { name: name.to_string(), reason }),
+        }
+    }
+    if let Some(fleet) = &connect.fleet
+        && !tunnels.is_empty()
+        && fleet.is_for(hello.websockets)
+    {
+        match fleet.wake(now).await {
+            Ok(true) => tracing::info!("relay was woken"),
+            Ok(false) => {}
+            // Its tunnels are open nevertheless; the next sweep wakes it.
+            Err(error) => tracing::warn!(%error, "relay was not woken"),
         }
     }
     tracing::info!(

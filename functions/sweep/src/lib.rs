@@ -1,4 +1,4 @@
-//! Lambda `sweep`: looks after the mailboxes and counts the agents.
+//! Lambda `sweep`: looks after the mailboxes, counts the agents, and puts `relay` to sleep.
 //!
 //! Enters, on a schedule, any event: the pool gets what it lacks, loses its surplus, and agrees with
 //! the queues there are; the numbers go to the dashboard. Enters, when the stack is made or deleted, an event
@@ -9,7 +9,8 @@
 //! that nobody renews ends by itself.
 //!
 //! Permissions it needs: read the connections table; read, write and delete rows of the mailboxes table;
-//! list queues, make and delete mailboxes and ask when one was made.
+//! list queues, make and delete mailboxes and ask when one was made; where there is a `relay`, write its row of the
+//! connections table and register how many of it run.
 
 mod stack;
 
@@ -20,8 +21,9 @@ use edge::{
     aws::Aws,
     caretaker::{Caretaker, Row},
     config::{ConfigError, Env, env},
+    fleet::Fleet,
     metrics::{Line, Metric},
-    registry::Registry,
+    registry::{Agents, Registry},
     unix_now,
 };
 use futures_util::{StreamExt as _, stream};
@@ -40,6 +42,7 @@ pub struct Sweep {
     caretaker: Caretaker,
     registry: Registry,
     rules: Rules,
+    fleet: Option<Fleet>,
 }
 
 /// What the pool should look like.
@@ -108,6 +111,7 @@ impl Sweep {
         Ok(Self {
             caretaker: Caretaker::from_env(&aws, env)?,
             registry: Registry::from_env(&aws, env)?,
+            fleet: Fleet::from_env(&aws, env)?,
             rules: Rules {
                 kept: env.count(env::MAILBOXES_KEPT, limits::MAILBOXES_KEPT, MOST)?,
                 idle: env.secs(
@@ -128,10 +132,18 @@ impl Sweep {
 /// mailbox that cannot be made or deleted is for the next sweep.
 pub async fn handle(event: Event, sweep: &Sweep) -> Result<Report, Error> {
     match event {
-        Event::Schedule(_) => tidy(sweep).await,
+        Event::Schedule(_) => {
+            let (report, agents) = tidy(sweep).await?;
+            if let Some(fleet) = &sweep.fleet {
+                look_after(fleet, agents).await;
+            }
+            Ok(report)
+        }
         Event::Stack(event) => {
             let done = match event.request {
-                stack::Request::Create | stack::Request::Update => tidy(sweep).await,
+                stack::Request::Create | stack::Request::Update => {
+                    tidy(sweep).await.map(|(report, _)| report)
+                }
                 stack::Request::Delete => clear(sweep).await,
             };
             // CloudFormation knows now. An error on top would have Lambda play the event again, after its answer.
@@ -144,7 +156,22 @@ pub async fn handle(event: Event, sweep: &Sweep) -> Result<Report, Error> {
     }
 }
 
-async fn tidy(sweep: &Sweep) -> Result<Report, Error> {
+/// Has `relay` run as long as an agent wants it, and sleep once none has for a while.
+async fn look_after(fleet: &Fleet, agents: Agents) {
+    let now = unix_now();
+    let is_wanted = (agents.websockets > 0 && fleet.is_for(true)) || (agents.all > 0 && fleet.is_for(false));
+    let done = if is_wanted {
+        fleet.keep_awake(now).await
+    } else {
+        fleet.rest(now).await.map(|sleeps| tracing::info!(sleeps, "no agent wants relay"))
+    };
+    if let Err(error) = done {
+        // Mailboxes are looked after nevertheless.
+        tracing::warn!(%error, is_wanted, "relay was not looked after");
+    }
+}
+
+async fn tidy(sweep: &Sweep) -> Result<(Report, Agents), Error> {
     let now = unix_now();
     let (rows, queues, agents) =
         (sweep.caretaker.rows().await?, sweep.caretaker.queues().await?, sweep.registry.agents(now).await?);
@@ -152,15 +179,15 @@ async fn tidy(sweep: &Sweep) -> Result<Report, Error> {
     let mut line = Line::begin();
     #[expect(clippy::cast_precision_loss, reason = "thousands at most")]
     for (metric, value) in
-        [(Metric::AgentsConnected, agents as f64), (Metric::MailboxesFree, plan.free as f64)]
+        [(Metric::AgentsConnected, agents.all as f64), (Metric::MailboxesFree, plan.free as f64)]
     {
         line.add(metric, value);
     }
     line.write();
     let free = plan.free;
     let (made, deleted) = act(&sweep.caretaker, plan, sweep.rules, now).await;
-    tracing::info!(agents, free, made, deleted, "mailboxes were swept");
-    Ok(Report { agents, free, made, deleted })
+    tracing::info!(agents = agents.all, free, made, deleted, "mailboxes were swept");
+    Ok((Report { agents: agents.all, free, made, deleted }, agents))
 }
 
 /// Decides what to do about the pool. Pure.

@@ -8,6 +8,9 @@ use crate::stack::{Permission, Resource, Rows, stack};
 /// A function that may call everything: `local` itself and tests.
 pub const OPERATOR: &str = "operator";
 
+/// The process of `relay`, which is no function.
+pub const RELAY: &str = "relay";
+
 /// A table of the edge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Table {
@@ -32,6 +35,8 @@ pub enum Action<'a> {
     ManageConnections(&'a str),
     /// An action of Lambda.
     Lambda(&'a str),
+    /// An action of Application Auto Scaling on services of ECS.
+    Scaling(&'a str),
 }
 
 impl fmt::Display for Action<'_> {
@@ -50,6 +55,7 @@ impl fmt::Display for Action<'_> {
                 write!(f, "execute-api:ManageConnections on resource: {method}/@connections")
             }
             Self::Lambda(action) => write!(f, "lambda:{action}"),
+            Self::Scaling(action) => write!(f, "application-autoscaling:{action}"),
         }
     }
 }
@@ -87,9 +93,13 @@ pub fn allows_on(function: &str, action: Action<'_>, row: impl FnOnce() -> Optio
         return true;
     }
     let Some((action, resource)) = needed(action) else { return false };
-    let Some(function) = stack().functions.get(function) else { return false };
+    let permissions = match stack().functions.get(function) {
+        Some(function) => &function.permissions,
+        None if function == RELAY => &stack().relay.permissions,
+        None => return false,
+    };
     let is_meant = |one: &&Permission| one.action == action && one.resource == resource;
-    let allowed: Vec<&Rows> = function.permissions.iter().filter(is_meant).map(|one| &one.rows).collect();
+    let allowed: Vec<&Rows> = permissions.iter().filter(is_meant).map(|one| &one.rows).collect();
     allowed.contains(&&Rows::Any)
         || (!allowed.is_empty() && {
             let row = row();
@@ -116,6 +126,7 @@ fn needed(action: Action<'_>) -> Option<(String, Resource)> {
         }
         // Only operators invoke and configure functions.
         Action::Lambda(_) => return None,
+        Action::Scaling(action) => (format!("application-autoscaling:{action}"), Resource::Tasks),
         Action::States(action) => (format!("states:{action}"), Resource::PublicRequest),
         Action::ManageConnections(method) => {
             ("execute-api:ManageConnections".to_owned(), Resource::Link(method.to_owned()))
@@ -144,6 +155,12 @@ mod tests {
         assert!(!allows("disconnect", Action::ManageConnections("DELETE")));
         assert!(!allows("connect", Action::DynamoDb("Scan", Table::Connections)));
         assert!(allows("disconnect", Action::Sqs("SendMessageBatch")));
+        for (name, may) in [("connect", true), ("sweep", true), ("ingress", false), (RELAY, false)] {
+            assert_eq!(allows(name, Action::Scaling("RegisterScalableTarget")), may, "{name}");
+        }
+        assert!(
+            allows(RELAY, Action::States("StartSyncExecution")) && !allows(RELAY, Action::Sqs("SendMessage"))
+        );
         for action in [
             Action::ManageConnections("DELETE"),
             Action::Sqs("SendMessage"),
@@ -160,6 +177,7 @@ mod tests {
             allows_on(function, Action::DynamoDb(operation, Table::Connections), || Some(row.to_owned()))
         };
         assert!(may("ingress", "UpdateItem", "#use#tunnel#web"));
+        assert!(may("sweep", "UpdateItem", "#relay") && !may("sweep", "UpdateItem", "web"));
         for row in ["web", "#revoked", "#owner#alice", "#used"] {
             assert!(!may("ingress", "UpdateItem", row), "{row}");
             // Whose a tunnel is may be asked of any.

@@ -26,6 +26,8 @@ pub enum Kind {
     /// API Gateway's HTTP API before the Function URL.
     #[value(name = "httpapi")]
     HttpApi,
+    /// CloudFront before `relay`, which takes every request.
+    Relay,
     /// Nothing of AWS: what goes in comes out, to the byte. For tests of the exchange itself.
     Direct,
 }
@@ -38,6 +40,7 @@ impl Kind {
             Self::None => "none",
             Self::CloudFront => "cloudfront",
             Self::HttpApi => "httpapi",
+            Self::Relay => "relay",
             Self::Direct => "direct",
         }
     }
@@ -76,6 +79,8 @@ pub struct Behaviour {
 /// Every front of AWS ends at the Function URL.
 const FUNCTION_URL: &[Kind] = &[Kind::None, Kind::CloudFront, Kind::HttpApi];
 const CLOUD_FRONT: &[Kind] = &[Kind::CloudFront];
+/// What CloudFront refuses whatever its origin is. A relay, which CloudFront asks once and lets say nothing to a cache, does the rest itself.
+const AT_THE_EDGE: &[Kind] = &[Kind::CloudFront, Kind::Relay];
 const HTTP_API: &[Kind] = &[Kind::HttpApi];
 
 macro_rules! behaviours {
@@ -146,11 +151,11 @@ behaviours! {
         "an origin that said nothing for OriginReadTimeout was given up",
         "CloudFront guide, response time-out: also between two packets";
     /// Heads and targets are bounded.
-    EdgeHeads, "edge-heads", CLOUD_FRONT, Documented, "large_heads", "none",
+    EdgeHeads, "edge-heads", AT_THE_EDGE, Documented, "large_heads", "none",
         "a head over 20,480 bytes, or a URL over 8,192, was refused",
         "CloudFront quotas";
     /// Seven methods, and no GET with a body.
-    EdgeMethods, "edge-methods", CLOUD_FRONT, Documented, "methods", "none or httpapi",
+    EdgeMethods, "edge-methods", AT_THE_EDGE, Documented, "methods", "none or httpapi",
         "CloudFront takes GET (without a body), HEAD, OPTIONS, PUT, PATCH, POST and DELETE alone",
         "CloudFront guide, request behaviour for custom origins";
     /// Paths are decoded.
@@ -219,7 +224,7 @@ impl Imitation {
     pub const fn reply_timeout(&self) -> Duration {
         match self.kind {
             Kind::None | Kind::Direct => limits::REPLY_TIMEOUT,
-            Kind::CloudFront => Duration::from_secs(EDGE_READ_SECS - 5),
+            Kind::CloudFront | Kind::Relay => Duration::from_secs(EDGE_READ_SECS - 5),
             Kind::HttpApi => Duration::from_secs(27),
         }
     }

@@ -1,0 +1,142 @@
+//! What the public WebSockets of this process hold together: how many there are, and how many bytes of messages
+//! that have not come to their end.
+//!
+//! A WebSocket may hold [`FREE_BYTES`] of its own. What is more comes out of one budget for all of them, so that clients
+//! who begin long messages and never end them cannot take the memory of the others. The bytes of a message count
+//! until the next one is asked for: by then it has been sent on.
+
+use std::{
+    cell::Cell,
+    io,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::Instant,
+};
+
+/// How many bytes of an unfinished message each WebSocket may hold beside the budget.
+pub const FREE_BYTES: usize = 64 * 1024;
+
+/// How long a message that takes of the budget may make no progress.
+pub const STALLED: Duration = Duration::from_secs(30);
+
+/// The WebSockets of one process.
+#[derive(Debug)]
+pub struct Meter {
+    budget: usize,
+    held: Cell<usize>,
+    open: Cell<usize>,
+}
+
+impl Meter {
+    /// With a budget of so many bytes.
+    #[must_use]
+    pub fn new(budget: usize) -> Rc<Self> {
+        Rc::new(Self { budget, held: Cell::new(0), open: Cell::new(0) })
+    }
+
+    /// How many WebSockets are open.
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.open.get()
+    }
+}
+
+/// A connection whose bytes are counted.
+#[derive(Debug)]
+pub struct Metered<S> {
+    io: S,
+    meter: Rc<Meter>,
+    /// Bytes since the last message that was taken.
+    read: usize,
+    /// How many of them are of the budget.
+    taken: usize,
+    read_at: Instant,
+    is_refused: bool,
+}
+
+impl<S> Metered<S> {
+    /// Counts a connection's bytes, and the connection.
+    pub fn new(io: S, meter: Rc<Meter>) -> Self {
+        meter.open.set(meter.open.get() + 1);
+        Self { io, meter, read: 0, taken: 0, read_at: Instant::now(), is_refused: false }
+    }
+
+    /// All that was read has been sent on.
+    pub fn release(&mut self) {
+        self.meter.held.set(self.meter.held.get() - self.taken);
+        (self.read, self.taken) = (0, 0);
+    }
+
+    /// Whether reading has failed because the budget is spent.
+    #[must_use]
+    pub const fn is_refused(&self) -> bool {
+        self.is_refused
+    }
+
+    /// Whether it holds some of the budget for a message that does not go on.
+    #[must_use]
+    pub fn is_stalled(&self) -> bool {
+        self.taken > 0 && self.read_at.elapsed() >= STALLED
+    }
+
+    /// Counts bytes that were read. Returns whether there was room for them.
+    fn count(&mut self, bytes: usize) -> bool {
+        self.read += bytes;
+        self.read_at = Instant::now();
+        let more = self.read.saturating_sub(FREE_BYTES).saturating_sub(self.taken);
+        let held = self.meter.held.get() + more;
+        if more > 0 && held > self.meter.budget {
+            self.is_refused = true;
+            return false;
+        }
+        self.meter.held.set(held);
+        self.taken += more;
+        true
+    }
+}
+
+impl<S> Drop for Metered<S> {
+    fn drop(&mut self) {
+        self.release();
+        self.meter.open.set(self.meter.open.get() - 1);
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Metered<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
+        let read = buf.filled().len() - before;
+        if self.count(read) {
+            return Poll::Ready(Ok(()));
+        }
+        Poll::Ready(Err(io::Error::new(
+            io::ErrorKind::OutOfMemory,
+            "too many long messages at the same time",
+        )))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Metered<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
