@@ -4,8 +4,13 @@
 // deployment, says where everything is.
 
 const { spawnSync } = require('node:child_process');
+const crypto = require('node:crypto');
 const fs = require('node:fs');
 const path = require('node:path');
+// Of osls, which is what deploys.
+const { ListObjectsV2Command, PutObjectCommand, S3Client } = require(
+  require.resolve('@aws-sdk/client-s3', { paths: [require.resolve('osls')] })
+);
 const { ZipFile } = require('yazl');
 const { publicKeys } = require('./settings.js');
 
@@ -24,6 +29,8 @@ class Tunnel {
     this.log = log;
     this.hooks = {
       'before:package:createDeploymentArtifacts': () => this.build(),
+      'after:aws:package:finalize:mergeCustomProviderResources': () => this.nameRelay(),
+      'before:aws:deploy:deploy:uploadArtifacts': () => this.uploadRelay(),
       'after:aws:info:displayStackOutputs': () => this.tell(),
     };
   }
@@ -33,7 +40,8 @@ class Tunnel {
     const { settings } = service.custom;
     const names = service.getAllFunctions();
     const folder = path.join(serviceDir, 'target', 'lambda');
-    if (settings.build === 'cargo-lambda') this.compile(names, settings, folder);
+    const programs = settings.relay === 'none' ? names : [...names, 'relay'];
+    if (settings.build === 'cargo-lambda') this.compile(programs, settings, folder);
     for (const name of names) {
       const files = [['bootstrap', path.join(folder, name, 'bootstrap'), 0o100755]];
       if (name === 'authorizer' && settings.jwks) {
@@ -76,6 +84,40 @@ class Tunnel {
     }
   }
 
+  /** The program of relay and its hash, where there is a relay. */
+  relay() {
+    const { service, serviceDir } = this.serverless;
+    if (service.custom.settings.relay === 'none') return null;
+    const program = content(path.join(serviceDir, 'target', 'lambda', 'relay', 'bootstrap'));
+    return { program, hash: crypto.createHash('sha256').update(program).digest('hex') };
+  }
+
+  /** Writes the hash of relay's program into its task: only another program makes another task. */
+  nameRelay() {
+    const relay = this.relay();
+    if (!relay) return;
+    const { Resources } = this.serverless.service.provider.compiledCloudFormationTemplate;
+    for (const variable of Resources.RelayTask.Properties.ContainerDefinitions[0].Environment) {
+      if (typeof variable.Value === 'string') variable.Value = variable.Value.replace('PROGRAM_SHA256', relay.hash);
+    }
+  }
+
+  /** Puts relay's program where its tasks fetch it. Nothing that is there is overwritten or taken away: a task of the
+   * version before may start at any time, and the bucket is emptied with the stack. */
+  async uploadRelay() {
+    const relay = this.relay();
+    if (!relay) return;
+    const { service } = this.serverless.service;
+    const provider = this.serverless.getProvider('aws');
+    const Bucket = await provider.getServerlessDeploymentBucketName();
+    const Key = `${provider.getDeploymentPrefix()}/${service}/${provider.getStage()}/relay/${relay.hash}`;
+    const s3 = new S3Client(await provider.getAwsSdkV3Config());
+    const { Contents } = await s3.send(new ListObjectsV2Command({ Bucket, Prefix: Key, MaxKeys: 1 }));
+    if (Contents?.length) return;
+    this.log.notice(`relay: ${relay.program.length} bytes`);
+    await s3.send(new PutObjectCommand({ Bucket, Key, Body: relay.program }));
+  }
+
   /** Agents' address, public address, next command: the outputs of the stack. */
   tell() {
     const info = this.serverless.pluginManager.plugins.find(({ constructor }) => constructor.name === 'AwsInfo');
@@ -88,17 +130,20 @@ class Tunnel {
   }
 }
 
+/** What was built. */
+function content(file) {
+  try {
+    return fs.readFileSync(file);
+  } catch (error) {
+    throw new Error(`${file} cannot be read (${error.code}); build it, or leave --param build=none out`);
+  }
+}
+
 /** Packs files into a zip that depends on nothing but their content. */
 async function pack(files, zip) {
   const archive = new ZipFile();
   for (const [name, file, mode] of files) {
-    let content;
-    try {
-      content = fs.readFileSync(file);
-    } catch (error) {
-      throw new Error(`${file} cannot be read (${error.code}); build it, or leave --param build=none out`);
-    }
-    archive.addBuffer(content, name, { mtime: new Date(2000, 0, 1), mode });
+    archive.addBuffer(content(file), name, { mtime: new Date(2000, 0, 1), mode });
   }
   archive.end();
   fs.mkdirSync(path.dirname(zip), { recursive: true });

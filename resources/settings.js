@@ -103,7 +103,7 @@ const UNRESERVED = 10;
 
 /** How long a public client waits by default and at most, by front: CloudFront waits up to 120 s for an origin
  * without being asked for more, an HTTP API 30 s in all. A front that is not here goes by `none`. */
-const REPLY_SECS = { none: [60, 270], cloudfront: [55, 115], httpapi: [27, 27] };
+const REPLY_SECS = { none: [60, 270], cloudfront: [55, 115], httpapi: [27, 27], relay: [55, 115] };
 
 /** How much longer than `ingress` CloudFront waits. */
 const READ_MARGIN_SECS = 5;
@@ -118,14 +118,28 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
   }
 
   const front = parameters.front || (domain ? 'cloudfront' : 'none');
-  oneOf('front', front, fronts);
+  oneOf('front', front, [...fronts, 'relay']);
+  // The front relay is cloudfront with another origin.
+  const frontFile = front === 'relay' ? 'cloudfront' : front;
+  const hasRelay = oneOf('websockets', parameters.websockets, ['none', 'relay']) === 'relay' || front === 'relay';
+  if (hasRelay && frontFile !== 'cloudfront') {
+    const help = 'give domain and certificateArn for the front cloudfront, or leave websockets out';
+    fail('websockets', `the front ${front} cannot hand WebSockets to relay: ${help}`);
+  }
+  const prefixList = parameters.relayPrefixList;
+  if (prefixList && !/^pl-[0-9a-f]{8,17}$/.test(prefixList)) {
+    fail('relayPrefixList', `'${prefixList}' is not the id of a prefix list`);
+  }
+  if (!/^[a-z0-9][a-zA-Z0-9./:@_-]*$/.test(parameters.relayImage)) {
+    fail('relayImage', `'${parameters.relayImage}' is not the name of an image`);
+  }
   if (front === 'none') {
     if (domain) fail('front', 'none serves no domain; leave domain out, or choose another front');
   } else {
     if (!domain) fail('domain', `is needed for the front ${front}`);
     host('domain', domain);
     const [where, reason] =
-      front === 'cloudfront'
+      frontFile === 'cloudfront'
         ? ['us-east-1', 'CloudFront takes certificates from there only']
         : [region, 'API Gateway takes certificates from its own region'];
     certificate('certificateArn', parameters.certificateArn, where, reason);
@@ -134,12 +148,12 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
   if (edge && !/^arn:[a-z-]+:lambda:us-east-1:[0-9]{12}:function:[^:]+:[0-9]+$/.test(edge)) {
     fail('wwwAuthenticateArn', 'is not the ARN of a version of a function in us-east-1');
   }
-  if (edge && front !== 'cloudfront') fail('wwwAuthenticateArn', `has no place in the front ${front}`);
+  if (edge && frontFile !== 'cloudfront') fail('wwwAuthenticateArn', `has no place in the front ${front}`);
   const acl = parameters.webAclArn;
   if (acl && !/^arn:[a-z-]+:wafv2:us-east-1:[0-9]{12}:global\/webacl\/[^/]+\/[0-9a-f-]{36}$/.test(acl)) {
     fail('webAclArn', `'${acl}' is not the ARN of a web ACL for CloudFront (scope CLOUDFRONT, made in us-east-1)`);
   }
-  if (acl && front !== 'cloudfront') fail('webAclArn', `AWS WAF cannot stand before the front ${front}; it can before cloudfront`);
+  if (acl && frontFile !== 'cloudfront') fail('webAclArn', `AWS WAF cannot stand before the front ${front}; it can before cloudfront`);
 
   if (agentsDomain) {
     host('agentsDomain', agentsDomain);
@@ -179,11 +193,20 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
     inFlight = String(edgeRequests(executions - (reserved ?? 0)));
   }
   const retention = number('logRetentionDays', parameters.logRetentionDays, 1, 3653);
+  const architecture = oneOf('architecture', parameters.architecture, ['arm64', 'x86_64']);
   return {
     front,
+    frontFile,
+    // A file of resources/relays.
+    relay: hasRelay ? 'ecs' : 'none',
+    relayFront: String(front === 'relay'),
+    relayTakes: front === 'relay' ? 'true' : hasRelay ? "'sec-websocket-key' in request.headers" : 'false',
+    relayTasks: String(number('relayTasks', parameters.relayTasks, 1, 100)),
+    relayArchitecture: architecture === 'arm64' ? 'ARM64' : 'X86_64',
+    relayIngress: relayIngress(prefixList),
     agentsCertificateArn: agentsDomain ? parameters.agentsCertificateArn : { Ref: 'AWS::NoValue' },
     alarmActions: topic ? [topic] : [],
-    architecture: oneOf('architecture', parameters.architecture, ['arm64', 'x86_64']),
+    architecture,
     build: parameters.build,
     // The file goes into the zip of `authorizer`; an empty variable counts as absent.
     jwks: jwksUrl ? '' : jwks,
@@ -212,6 +235,14 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
     // Of the longest response: what comes near it is cut, or abandoned.
     slowMilliseconds: duration * 950,
   };
+}
+
+/** Who reaches the balancer of relay. */
+function relayIngress(prefixList) {
+  const http = { IpProtocol: 'tcp', FromPort: 80, ToPort: 80 };
+  const own = { Description: "From CloudFront's interfaces in this VPC", CidrIp: '10.0.0.0/24', ...http };
+  const listed = { Description: 'From CloudFront', SourcePrefixListId: prefixList, ...http };
+  return prefixList ? [own, listed] : [own];
 }
 
 /** Reads a JWK set, and refuses one that holds a secret. */

@@ -21,6 +21,8 @@ pub const CALLS: &str = include_str!("../calls.toml");
 
 const SERVERLESS: &str = include_str!("../../serverless.yml");
 
+const RELAY: &str = include_str!("../../resources/relay.yml");
+
 /// The calls of AWS by name, as `local` counts them: for one of something.
 pub type Calls = BTreeMap<String, f64>;
 
@@ -109,12 +111,17 @@ impl Usage {
     }
 }
 
+/// Which part of a month has working hours: 22 days of 8.
+const WORKING: f64 = 22.0 * 8.0 / (MONTH_DAYS * 24.0);
+
 /// Prices, calls and the settings of the deployment.
 pub struct Model {
     prices: BTreeMap<String, Price>,
     measured: Measured,
     /// In GB, by function.
     memory: BTreeMap<String, f64>,
+    /// Processors and GB of a task of `relay`.
+    task: (f64, f64),
 }
 
 impl Model {
@@ -128,6 +135,7 @@ impl Model {
             prices: toml::from_str(PRICES).context("prices.toml")?,
             measured: toml::from_str(CALLS).context("calls.toml")?,
             memory: memory(SERVERLESS)?,
+            task: task(RELAY)?,
         })
     }
 
@@ -263,6 +271,35 @@ impl Model {
         usage
     }
 
+    /// What `relay` adds every month while it sleeps: its balancer.
+    fn asleep(&self) -> Usage {
+        let mut usage = Usage::default();
+        usage.add("balancer_hour", MONTH_SECONDS / 3600.0);
+        usage
+    }
+
+    /// What `relay` adds every month while one task of it runs, which nobody uses.
+    fn awake(&self) -> Usage {
+        let hours = MONTH_SECONDS / 3600.0;
+        let mut usage = self.asleep();
+        usage.add("fargate_vcpu_hour", hours * self.task.0);
+        usage.add("fargate_gb_hour", hours * self.task.1);
+        usage.add("address_hour", hours);
+        // Its mailbox is polled all the time, and it writes a line a minute.
+        usage.add("sqs_request", MONTH_SECONDS / limits::MAILBOX_WAIT.as_secs_f64());
+        usage.add("logs_gb", MONTH_SECONDS / 60.0 * ASSUMED.log_bytes / 1e9);
+        // Once in five minutes it is noted that it is wanted.
+        usage.add("dynamodb_write", MONTH_SECONDS / limits::SWEEP_INTERVAL.as_secs_f64());
+        usage
+    }
+
+    /// As [`Model::awake`], with one capacity unit of the balancer in use all the time.
+    fn busy(&self) -> Usage {
+        let mut usage = self.awake();
+        usage.add("balancer_unit_hour", MONTH_SECONDS / 3600.0);
+        usage
+    }
+
     fn scenario(&self, front: Front, agents: f64, requests: f64, bytes: f64) -> f64 {
         let mut usage = self.standing(front);
         usage.add_all(&self.idle_agent(), agents);
@@ -303,6 +340,16 @@ fn memory(text: &str) -> anyhow::Result<BTreeMap<String, f64>> {
     }
     ensure!(memory.len() == 7, "serverless.yml says the memory of {} functions", memory.len());
     Ok(memory)
+}
+
+/// Processors and GB of a task, out of `resources/relay.yml`.
+fn task(text: &str) -> anyhow::Result<(f64, f64)> {
+    let number = |key: &str| {
+        let found = text.lines().find_map(|line| line.trim().strip_prefix(key));
+        let quoted = found.with_context(|| format!("resources/relay.yml has no {key}"))?;
+        anyhow::Ok(quoted.trim().trim_matches('\'').parse::<f64>()? / 1024.0)
+    };
+    Ok((number("Cpu:")?, number("Memory:")?))
 }
 
 /// Makes `docs/cost.md`.
@@ -370,12 +417,24 @@ pub fn page() -> anyhow::Result<String> {
         alarms().1,
         model.unit_price("trace") * 1e6
     )?;
+    writeln!(
+        out,
+        "Public WebSockets (`websockets=relay`) add a balancer, which costs **${:.2}** a month while `relay` sleeps, and **${:.2}** in all while one task\n\
+         runs: a month of working days, eight hours each, with somebody there is ${:.2}. A task that is in use all the time takes up to a\n\
+         capacity unit of the balancer, ${:.2} in all.\n",
+        model.usd(&model.asleep()),
+        model.usd(&model.awake()),
+        model.usd(&model.asleep()) + (model.usd(&model.awake()) - model.usd(&model.asleep())) * WORKING,
+        model.usd(&model.busy())
+    )?;
     for front in Front::ALL {
         let title = format!("A million small requests, front `{}`", front.name());
         breakdown(out, &model, &title, &model.small_request(front), 1e6)?;
     }
     breakdown(out, &model, "A GB downloaded, front `none`", &model.download_gb(Front::None), 1.0)?;
     breakdown(out, &model, "An idle agent, for a month", &model.idle_agent(), 1.0)?;
+    breakdown(out, &model, "`relay` asleep, for a month", &model.asleep(), 1.0)?;
+    breakdown(out, &model, "`relay` awake and unused, for a month", &model.awake(), 1.0)?;
 
     writeln!(
         out,
@@ -454,6 +513,7 @@ mod tests {
             }
         }
         used.add_all(&model.idle_agent(), 1.0);
+        used.add_all(&model.busy(), 1.0);
         for named in ["dashboard_month", "metric_month", "alarm_month", "trace"] {
             used.add(named, 1.0);
         }
@@ -462,6 +522,15 @@ mod tests {
             assert!(price.usd > 0.0 && price.per >= 1.0 && price.source.len() > 10, "{name}");
         }
         assert!(model.usd(&used).is_finite());
+    }
+
+    #[test]
+    fn sleep_is_cheaper_than_being_awake_and_costs_the_balancer_alone() {
+        let model = Model::load().unwrap();
+        let (asleep, awake) = (model.usd(&model.asleep()), model.usd(&model.awake()));
+        assert!((16.0..17.0).contains(&asleep), "{asleep}");
+        assert!((asleep + 5.0..asleep + 15.0).contains(&awake), "{awake}");
+        assert!(task("Cpu: '256'").is_err());
     }
 
     #[test]
