@@ -123,6 +123,17 @@ async fn the_acceptance_run_behind_an_http_api() {
     accepted("httpapi", false, &met).await;
 }
 
+/// A relay takes ordinary requests too, and a length stays one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_relay_keeps_the_length_of_an_answer() {
+    let local = Local::start(&["--front", "relay", "--websockets", "relay"]);
+    let upstream = upstream().await;
+    let _agent = local.agent("web", &upstream.address());
+    let answer = local.stack().tunnel("web").get("/digest").await;
+    assert_eq!(answer.field("content-length").as_deref(), Some("5"));
+    assert_eq!(answer.text(), "plain");
+}
+
 /// One distribution serves all tunnels: an error of one must not answer for another.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn an_offline_tunnel_does_not_answer_for_another() {

@@ -52,7 +52,8 @@ fn value(name: &str) -> String {
     match name {
         env::TOKEN_KEYS => STANDARD.encode([1; 48]),
         env::AGENT_ENDPOINT => "https://example.com/dev".into(),
-        env::FRONT_ONLY => "true".into(),
+        env::FRONT_ONLY | env::WEBSOCKETS | env::RELAY_FRONT => "true".into(),
+        env::RELAY_TASKS => "4".into(),
         env::REPLY_TIMEOUT_SECS | env::STREAM_IDLE_SECS => "60".into(),
         env::ACCEPT_ENCODING => "identity".into(),
         authorizer::config::ENV_JWKS_FILE => {
@@ -67,7 +68,10 @@ fn value(name: &str) -> String {
 
 /// Reads a function's configuration from its deployed variables; returns what it asked for.
 fn asked(function: &str) -> BTreeSet<String> {
-    let deployed = &stack().functions[function].variables;
+    let deployed = match stack().functions.get(function) {
+        Some(function) => &function.variables,
+        None => &stack().relay.variables,
+    };
     let asked = RefCell::new(BTreeSet::new());
     let lookup = |name: &str| {
         asked.borrow_mut().insert(name.to_owned());
@@ -86,6 +90,7 @@ fn asked(function: &str) -> BTreeSet<String> {
         "ingress" => ingress::Ingress::from_env(&env).map(drop).map_err(|error| error.to_string()),
         "response" => response::Response::from_env(&env).map(drop).map_err(|error| error.to_string()),
         "revoke" => revoke::Revoke::from_env(&env).map(drop).map_err(|error| error.to_string()),
+        "relay" => exchange::Services::from_env(&env).map(drop).map_err(|error| error.to_string()),
         "sweep" => sweep::Sweep::from_env(&env).map(drop).map_err(|error| error.to_string()),
         other => Err(format!("{other} is not known to this test")),
     };
@@ -103,6 +108,29 @@ fn a_function_is_deployed_with_the_variables_that_it_reads() {
         assert!(surplus.is_empty(), "{name} does not read {surplus:?}");
         assert!(function.variables.contains(env::METRICS_NAMESPACE), "{name} writes no metrics");
     }
+}
+
+#[test]
+fn relay_is_deployed_with_the_variables_that_it_and_its_start_read() {
+    let mut read = asked("relay");
+    // Read by `relay` itself, once it runs.
+    read.extend([env::METRICS_NAMESPACE, env::RELAY_DRAIN_SECS, env::RELAY_BUFFER_BYTES].map(str::to_owned));
+    let text = self::read("resources/relay.yml");
+    let (_, script) = text.split_once("Command:").unwrap();
+    let (script, _) = script.split_once("PortMappings").unwrap();
+    for variable in &stack().relay.variables {
+        let is_known = read.contains(variable)
+            || script.contains(&format!("${variable}"))
+            // For the AWS command line, and for CloudFormation.
+            || ["HOME", "AWS_REGION", "GENERATIONS"].contains(&variable.as_str());
+        assert!(is_known, "nothing reads {variable}");
+    }
+    // What `ingress` is told, relay is told.
+    let missing = stack().functions["ingress"].variables.difference(&stack().relay.variables);
+    // What Lambda alone makes necessary: executions are few there, bodies are unpacked, and a stream holds its function.
+    let of_lambda = [env::EDGE_REQUESTS, env::ACCEPT_ENCODING, env::STREAM_IDLE_SECS];
+    let missing: Vec<_> = missing.filter(|name| !of_lambda.contains(&name.as_str())).collect();
+    assert!(missing.is_empty(), "relay is not told {missing:?}");
 }
 
 /// A function of `edge`: which other ones and which actions of AWS stand in it.
@@ -133,6 +161,7 @@ const OPERATIONS: &[(&str, &str)] = &[
     ("post_to_connection", "POST"),
     ("get_connection", "GET"),
     ("delete_connection", "DELETE"),
+    ("register_scalable_target", "application-autoscaling:RegisterScalableTarget"),
 ];
 
 /// The text without its tests and its comments.
@@ -161,7 +190,15 @@ fn calls(text: &str) -> BTreeSet<(bool, String)> {
 /// The functions of `edge`, by name.
 fn code_of_edge() -> BTreeMap<String, Vec<Code>> {
     let mut code: BTreeMap<String, Vec<Code>> = BTreeMap::new();
-    for file in names("edge/src") {
+    let own = |folder: &str, within: &str| -> Vec<String> {
+        names(folder).into_iter().map(|name| format!("{within}{name}")).collect()
+    };
+    let mut files = own("edge/src", "");
+    // A module's own files count as the module.
+    for folder in files.clone().iter().filter(|name| !name.ends_with(".rs")) {
+        files.extend(own(&format!("edge/src/{folder}"), &format!("{folder}/")));
+    }
+    for file in files.into_iter().filter(|name| name.ends_with(".rs")) {
         let text = shipped(&read(&format!("edge/src/{file}")));
         let mut starts: Vec<_> = text.match_indices("fn ").map(|(at, _)| at).collect();
         starts.push(text.len());
@@ -171,7 +208,9 @@ fn code_of_edge() -> BTreeMap<String, Vec<Code>> {
             let line = text[..pair[0]].rsplit('\n').next().unwrap_or_default();
             let is_public = line.trim_start().starts_with("pub ") || line.contains("pub(crate)");
             code.entry(name).or_default().push(Code {
-                module: file.clone(),
+                module: file
+                    .split_once('/')
+                    .map_or_else(|| file.clone(), |(folder, _)| format!("{folder}.rs")),
                 is_public,
                 body: body.to_owned(),
             });
@@ -180,9 +219,13 @@ fn code_of_edge() -> BTreeMap<String, Vec<Code>> {
     code
 }
 
+fn folder_of(function: &str) -> String {
+    if function == "relay" { function.to_owned() } else { format!("functions/{function}") }
+}
+
 /// What a function ships with, by its manifest.
 fn packages_of(function: &str) -> String {
-    read(&format!("functions/{function}/Cargo.toml"))
+    read(&format!("{}/Cargo.toml", folder_of(function)))
         .split("[dev-dependencies]")
         .next()
         .unwrap_or_default()
@@ -191,7 +234,7 @@ fn packages_of(function: &str) -> String {
 
 /// What a function's code can call of AWS through `edge`. Names decide, so it may be more than is called.
 fn reachable(function: &str, code: &BTreeMap<String, Vec<Code>>) -> BTreeSet<Permission> {
-    let mut folders = vec![format!("functions/{function}/src")];
+    let mut folders = vec![format!("{}/src", folder_of(function))];
     if packages_of(function).contains("exchange") {
         folders.push("exchange/src".to_owned());
     }
@@ -223,6 +266,7 @@ fn reachable(function: &str, code: &BTreeMap<String, Vec<Code>>) -> BTreeSet<Per
                     ("sqs", _) if *action == "sqs:ListQueues" => Resource::Any,
                     ("sqs", _) => Resource::Queues,
                     ("states", _) => Resource::PublicRequest,
+                    ("application-autoscaling", _) => Resource::Tasks,
                     (method, _) => Resource::Link(method.to_owned()),
                 };
                 let action = match resource {
@@ -246,11 +290,17 @@ fn reachable(function: &str, code: &BTreeMap<String, Vec<Code>>) -> BTreeSet<Per
 #[test]
 fn a_role_allows_nothing_that_its_function_cannot_call() {
     let code = code_of_edge();
-    for (name, function) in &stack().functions {
+    let functions = stack().functions.iter().map(|(name, function)| (name.as_str(), &function.permissions));
+    for (name, permissions) in functions.chain([("relay", &stack().relay.permissions)]) {
         let reachable = reachable(name, &code);
-        for permission in &function.permissions {
+        for permission in permissions {
+            let scales = reachable.iter().any(|one| one.resource == Resource::Tasks);
             let is_own = match (&permission.resource, permission.action.as_str()) {
                 (Resource::Log(log), "logs:CreateLogStream" | "logs:PutLogEvents") => log == name,
+                // AWS asks this of who registers bounds.
+                (Resource::RelayService, "ecs:DescribeServices" | "ecs:UpdateService") => scales,
+                // Fetched before it is started.
+                (Resource::RelayProgram, "s3:GetObject") => name == "relay",
                 (Resource::Any, "xray:PutTraceSegments" | "xray:PutTelemetryRecords") => true,
                 _ => reachable.contains(&Permission { rows: Rows::Any, ..permission.clone() }),
             };
@@ -382,10 +432,9 @@ fn every_state_is_below_the_limit_by_construction() {
 #[test]
 fn fronts_wait_longer_than_the_edge_and_an_alarm_exists_for_each_thing() {
     let settings = read("resources/settings.js");
-    assert!(
-        settings
-            .contains("const REPLY_SECS = { none: [60, 270], cloudfront: [55, 115], httpapi: [27, 27] };")
-    );
+    assert!(settings.contains(
+        "const REPLY_SECS = { none: [60, 270], cloudfront: [55, 115], httpapi: [27, 27], relay: [55, 115] };"
+    ));
     assert!(settings.contains("readTimeoutSecs: reply + READ_MARGIN_SECS"));
     for (front, limit) in [
         ("cloudfront", "OriginReadTimeout: ${self:custom.settings.readTimeoutSecs}"),
@@ -557,7 +606,9 @@ fn packaged_roles_name_what_they_allow() {
         let mut roles = 0;
         for (id, role) in of_type(&template, "AWS::IAM::Role") {
             assert!(role["ManagedPolicyArns"].is_null(), "{name}: {id}");
-            for policy in role["Policies"].as_array().unwrap() {
+            let added = of_type(&template, "AWS::IAM::RolePolicy").map(|(_, policy)| policy);
+            let added: Vec<_> = added.filter(|policy| policy["RoleName"]["Ref"] == *id).collect();
+            for policy in role["Policies"].as_array().unwrap().iter().chain(added) {
                 for statement in list(&policy["PolicyDocument"]["Statement"]) {
                     for action in list(&statement["Action"]) {
                         let action = action.as_str().unwrap();
@@ -572,8 +623,142 @@ fn packaged_roles_name_what_they_allow() {
             }
             roles += 1;
         }
-        assert_eq!(roles, stack().functions.len() + 1, "{name}: a role each, and the state machine's");
+        let relay = if has_relay(&template) { 2 } else { 0 };
+        assert_eq!(
+            roles,
+            stack().functions.len() + 1 + relay,
+            "{name}: a role each, and the state machine's"
+        );
     }
+}
+
+fn has_relay(template: &Value) -> bool {
+    of_type(template, "AWS::ECS::Service").next().is_some()
+}
+
+/// What linters let through and AWS refuses, or takes and does not do.
+#[test]
+fn a_packaged_relay_is_one_that_starts_and_is_reached() {
+    let templates = templates();
+    let mut found = 0;
+    for (name, template) in &templates {
+        let one = |kind: &'static str| of_type(template, kind).next().map(|(_, properties)| properties);
+        for (id, front) in of_type(template, "AWS::CloudFront::Distribution") {
+            let origins = front["DistributionConfig"]["Origins"].as_array().unwrap();
+            for origin in origins.iter().filter(|origin| origin["Ref"].is_null()) {
+                let (custom, vpc) = (&origin["CustomOriginConfig"], &origin["VpcOriginConfig"]);
+                // Exactly one, and times that CloudFront takes.
+                assert_ne!(custom.is_null(), vpc.is_null(), "{name}: {id}: {origin}");
+                let of = if custom.is_null() { vpc } else { custom };
+                assert!((1..=120).contains(&of["OriginReadTimeout"].as_u64().unwrap()), "{name}: {of}");
+                assert!((1..=300).contains(&of["OriginKeepaliveTimeout"].as_u64().unwrap()), "{name}: {of}");
+                assert_eq!(origin["OriginCustomHeaders"][0]["HeaderName"], "x-tunnel-front", "{name}");
+                assert_eq!(origin["ConnectionAttempts"], 1, "{name}");
+            }
+            let behaviour = &front["DistributionConfig"]["DefaultCacheBehavior"];
+            // CloudFront takes three sets of methods, and a behaviour without a policy caches as it likes.
+            assert_eq!(behaviour["AllowedMethods"].as_array().unwrap().len(), 7, "{name}");
+            assert!(
+                behaviour["CachePolicyId"].is_string() && behaviour["ForwardedValues"].is_null(),
+                "{name}"
+            );
+            let code = of_type(template, "AWS::CloudFront::Function").next().unwrap().1["FunctionCode"]
+                .as_str()
+                .unwrap();
+            let ids: Vec<_> = origins.iter().filter_map(|origin| origin["Id"].as_str()).collect();
+            let taken = code.split("if (").nth(1).unwrap().split(") cf.").next().unwrap();
+            let expected = match name.as_str() {
+                "relay" => "'sec-websocket-key' in request.headers",
+                "relayed" => "true",
+                _ => "false",
+            };
+            assert_eq!((ids.contains(&"relay"), taken), (has_relay(template), expected), "{name}");
+        }
+        let connect =
+            &template["Resources"]["ConnectLambdaFunction"]["Properties"]["Environment"]["Variables"];
+        assert_eq!(connect[env::WEBSOCKETS], has_relay(template).to_string(), "{name}");
+        let Some(service) = one("AWS::ECS::Service") else { continue };
+        found += 1;
+        let task = one("AWS::ECS::TaskDefinition").unwrap();
+        let container = &task["ContainerDefinitions"][0];
+        let balanced = &service["LoadBalancers"][0];
+        assert_eq!(balanced["ContainerName"], container["Name"], "{name}");
+        assert_eq!(balanced["ContainerPort"], container["PortMappings"][0]["ContainerPort"], "{name}");
+        assert!(!task["ExecutionRoleArn"].is_null() && !task["TaskRoleArn"].is_null(), "{name}");
+        // A number here would wake or end it with each deployment.
+        assert!(service["DesiredCount"].is_null(), "{name}");
+        assert!(
+            service["CapacityProviderStrategy"].is_null() && service["LaunchType"] == "FARGATE",
+            "{name}"
+        );
+        let rolling = &service["DeploymentConfiguration"];
+        assert!(rolling["MaximumPercent"].as_u64().unwrap() > 100 && rolling["MinimumHealthyPercent"] == 100);
+        let depends = template["Resources"]["RelayService"]["DependsOn"].to_string();
+        for other in ["RelayListener", "RelayRoute", "ResponseLambdaFunction", "Mailboxes"] {
+            assert!(
+                depends.contains(&format!("\"{other}\"")),
+                "{name}: the service does not wait for {other}"
+            );
+        }
+        let targets = one("AWS::ElasticLoadBalancingV2::TargetGroup").unwrap();
+        assert_eq!(
+            (&targets["TargetType"], &targets["Port"]),
+            (&"ip".into(), &balanced["ContainerPort"]),
+            "{name}"
+        );
+        assert!(
+            targets["HealthCheckTimeoutSeconds"].as_u64() < targets["HealthCheckIntervalSeconds"].as_u64()
+        );
+        let attribute = |of: &Value, list: &str, key: &str| {
+            let found = of[list].as_array().unwrap().iter().find(|one| one["Key"] == key);
+            found.unwrap()["Value"].as_str().unwrap().parse::<u64>().unwrap()
+        };
+        let balancer = one("AWS::ElasticLoadBalancingV2::LoadBalancer").unwrap();
+        let idle = attribute(balancer, "LoadBalancerAttributes", "idle_timeout.timeout_seconds");
+        let latest = settings_number("relay: [55, ");
+        // Longer than a late head, shorter than relay keeps an idle connection.
+        assert!(
+            idle > latest + 5 && Duration::from_secs(idle) < relay::public::HEAD_TIME,
+            "{name}: {idle} s"
+        );
+        assert_eq!(balancer["Scheme"], "internal", "{name}");
+        // Told to end, it closes WebSockets and finishes requests before ECS kills it.
+        let variables = container["Environment"].as_array().unwrap();
+        let variable = |key: &str| variables.iter().find(|one| one["Name"] == key).unwrap()["Value"].clone();
+        let drain = variable(env::RELAY_DRAIN_SECS).as_str().unwrap().parse::<u64>().unwrap();
+        let stop = container["StopTimeout"].as_u64().unwrap();
+        assert!(drain < stop && stop <= 120, "{name}: Fargate waits 120 s at most");
+        assert!(container["Privileged"].is_null() && container["ReadonlyRootFilesystem"] == true, "{name}");
+        // The program is the one that was packaged, by its hash.
+        let hash = variable("PROGRAM_SHA256");
+        let hash = hash.as_str().unwrap();
+        assert!(hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()), "{name}: {hash}");
+        let key = variable("PROGRAM_KEY");
+        assert!(key.as_str().unwrap().ends_with(&format!("/relay/{hash}")), "{name}: {key}");
+        let script = container["Command"][0].as_str().unwrap();
+        let at = |word: &str| script.find(word).unwrap();
+        assert!(at("sha256sum --check") < at("chmod") && at("chmod") < at("exec"), "{name}");
+        // The names that `connect` and `sweep` are told are those of the cluster and the service.
+        let cluster = one("AWS::ECS::Cluster").unwrap()["ClusterName"].as_str().unwrap();
+        let expected = format!("service/{cluster}/{}", service["ServiceName"].as_str().unwrap());
+        assert_eq!(connect[env::RELAY_SERVICE], *expected, "{name}");
+        let bounds = one("AWS::ApplicationAutoScaling::ScalableTarget").unwrap();
+        assert_eq!(bounds["MaxCapacity"].to_string().trim_matches('"'), connect[env::RELAY_TASKS], "{name}");
+        let origin = one("AWS::CloudFront::VpcOrigin").unwrap();
+        let ingress = &template["Resources"]["RelayBalancerGroup"]["Properties"]["SecurityGroupIngress"];
+        for rule in ingress.as_array().unwrap() {
+            assert_eq!(rule["FromPort"], origin["VpcOriginEndpointConfig"]["HTTPPort"], "{name}");
+            assert_ne!(rule["CidrIp"], "0.0.0.0/0", "{name}");
+        }
+    }
+    assert!(found == 2 || templates.is_empty(), "{found} relays were packaged");
+}
+
+/// The number behind some words of `resources/settings.js`.
+fn settings_number(words: &str) -> u64 {
+    let settings = read("resources/settings.js");
+    let (_, number) = settings.split_once(words).unwrap();
+    number.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
 }
 
 #[test]
@@ -628,7 +813,11 @@ fn packaged_alarms_and_dashboard_go_by_metrics_that_exist() {
         let (table, _) = table.split_once("\n\n").unwrap();
         let rows = table.lines().skip(2).map(|row| row.split('`').nth(1).unwrap().to_owned());
         let ids: BTreeSet<String> = alarms.keys().map(|&id| id.clone()).collect();
-        assert_eq!(rows.collect::<BTreeSet<_>>(), ids, "{name}: docs/operations.md has every alarm");
+        let mut rows: BTreeSet<String> = rows.collect();
+        if !has_relay(&template) {
+            rows.retain(|row| !row.starts_with("Relay") && row != "SocketsLost");
+        }
+        assert_eq!(rows, ids, "{name}: docs/operations.md has every alarm");
         let dashboards: Vec<_> = of_type(&template, "AWS::CloudWatch::Dashboard").collect();
         let body = dashboards[0].1["DashboardBody"]["Fn::Sub"].as_str().unwrap();
         let body: Value = serde_json::from_str(body).unwrap();

@@ -2,7 +2,14 @@
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use http::{HeaderValue, header};
@@ -37,14 +44,26 @@ fn config() -> WebSocketConfig {
 
 /// An upstream that echoes messages, and answers some of them in its own way.
 async fn echo() -> SocketAddr {
+    counted_echo().await.0
+}
+
+/// The same, and how many WebSockets it has.
+async fn counted_echo() -> (SocketAddr, Arc<AtomicUsize>) {
+    let open = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&open);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(serve(stream));
+            let open = Arc::clone(&counted);
+            tokio::spawn(async move {
+                open.fetch_add(1, Ordering::Relaxed);
+                serve(stream).await;
+                open.fetch_sub(1, Ordering::Relaxed);
+            });
         }
     });
-    address
+    (address, open)
 }
 
 #[allow(clippy::result_large_err, reason = "the signature of a callback")]
@@ -321,10 +340,14 @@ fn kill(agent: &Agent) {
 async fn websockets_survive_a_planned_replacement_and_end_in_order_otherwise() {
     let upstream = echo().await;
     let local = with_relay(&[]);
-    let table = |more: &str| format!("[[tunnel]]\nname = \"web\"\nupstream = \"{upstream}\"\n{more}");
-    let agent = local.agent_with(&table("max_websockets = 3\n"), &["web"]);
+    // Many more by hand: WEBSOCKETS=50 ROTATIONS=100.
+    let number = |name: &str, usual: u64| std::env::var(name).map_or(usual, |text| text.parse().unwrap());
+    let (websockets, rotations) = (number("WEBSOCKETS", 3), number("ROTATIONS", 4));
+    let table =
+        format!("[[tunnel]]\nname = \"web\"\nupstream = \"{upstream}\"\nmax_websockets = {websockets}\n");
+    let agent = local.agent_with(&table, &["web"]);
     let mut sockets = Vec::new();
-    for _ in 0..3 {
+    for _ in 0..websockets {
         sockets.push(connect(&local).await);
     }
     // One more than the tunnel may have.
@@ -332,11 +355,12 @@ async fn websockets_survive_a_planned_replacement_and_end_in_order_otherwise() {
         Err(tokio_tungstenite::tungstenite::Error::Http(response)) => assert_eq!(response.status(), 429),
         other => panic!("{:?}", other.map(|_| ())),
     }
-    for round in 0..4u64 {
+    let mut carried = 0;
+    for round in 0..rotations {
         // Another address of the edge is another connection: the next one is opened before the old one goes.
         let before = agent.process().printed().matches("a connection was retired").count();
         let host = if round % 2 == 0 { "//localhost:" } else { "//127.0.0.1:" };
-        let text = local.config(&table("max_websockets = 3\n")).replace("//127.0.0.1:", host);
+        let text = local.config(&table).replace("//127.0.0.1:", host);
         agent.write_config(&text);
         agent.process().signal(Signal::HUP);
         let begun = std::time::Instant::now();
@@ -345,12 +369,14 @@ async fn websockets_survive_a_planned_replacement_and_end_in_order_otherwise() {
             let some: Vec<_> = (0..20).map(|i| Message::Text(format!("{round}:{n}:{i}").into())).collect();
             futures_util::future::join_all(sockets.iter_mut().map(|socket| echoed(socket, &some))).await;
             n += 1;
+            carried += 20 * websockets;
             assert!(begun.elapsed() < PATIENCE, "it was not replaced: {}", agent.process().printed());
         }
     }
     for socket in &mut sockets {
         echoed(socket, &messages(5)).await;
     }
+    println!("{rotations} rotations, {websockets} websockets: {carried} messages there and back, none lost");
     // The agent dies: every socket is closed so that its client comes again.
     kill(&agent);
     for socket in &mut sockets {
@@ -557,9 +583,15 @@ async fn hostile_frames_harm_their_own_socket_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn idle_websockets_cost_little_and_a_killed_relay_resets_them() {
-    const SOCKETS: usize = 300;
-    let upstream = echo().await;
+async fn idle_websockets_cost_little_and_what_is_lost_or_killed_is_told() {
+    // Both wait more than they work.
+    tokio::join!(idle_websockets_cost_little_and_a_killed_relay_ends_them(), a_lost_message_is_told());
+}
+
+async fn idle_websockets_cost_little_and_a_killed_relay_ends_them() {
+    // More by hand: WEBSOCKETS=1000.
+    let count: usize = std::env::var("WEBSOCKETS").map_or(300, |text| text.parse().unwrap());
+    let (upstream, open) = counted_echo().await;
     let local = with_relay(&[]);
     let agent = local.agent("web", &upstream.to_string());
     let relay = relay_of(&local);
@@ -567,11 +599,11 @@ async fn idle_websockets_cost_little_and_a_killed_relay_resets_them() {
     echoed(&mut sockets[0], &[Message::Text("x".into())]).await;
     let resident = || [relay, agent.process().id()].map(|pid| tests::resident_bytes(pid).unwrap());
     let before = resident();
-    for _ in 1..SOCKETS {
+    for _ in 1..count {
         sockets.push(connect(&local).await);
     }
-    let each = [0, 1].map(|at| resident()[at].saturating_sub(before[at]) / (SOCKETS as u64 - 1));
-    println!("{SOCKETS} idle websockets: {} bytes each in relay, {} in agentd", each[0], each[1]);
+    let each = [0, 1].map(|at| resident()[at].saturating_sub(before[at]) / (count as u64 - 1));
+    println!("{count} idle websockets: {} bytes each in relay, {} in agentd", each[0], each[1]);
     assert!(each.iter().all(|&bytes| bytes < 48 * 1024), "{each:?}");
 
     // What was said is acknowledged; then nothing is called but the one long poll.
@@ -598,20 +630,85 @@ async fn idle_websockets_cost_little_and_a_killed_relay_resets_them() {
         // Without a close: its process is gone.
         assert_eq!(close_code(socket).await, None);
     }
+    // The process that outlives it has had the agent close the other ends, which are silent.
+    eventually("the upstream's ends are closed", async || open.load(Ordering::Relaxed) == 0).await;
+    println!("closed at the upstream {} ms after the relay was killed", begun.elapsed().as_millis());
     assert!(begun.elapsed() < Duration::from_secs(30));
     // The next relay takes over.
     eventually("another relay serves", async || try_connect(&local, "/", &[]).await.is_ok()).await;
 }
 
+/// A message that is lost on its way ends its WebSocket so that the client comes again; what came before it was complete.
+async fn a_lost_message_is_told() {
+    let upstream = echo().await;
+    let local = with_relay(&["--chaos", "seed=5,lose=0.05"]);
+    let _agent = local.agent("web", &upstream.to_string());
+    let mut socket = None;
+    // The word that opens one may be what is lost.
+    eventually("a websocket opens", async || {
+        socket = try_connect(&local, "/", &[]).await.ok().map(|(socket, _)| socket);
+        socket.is_some()
+    })
+    .await;
+    let mut socket = socket.unwrap();
+    for n in 0..10_000 {
+        let text = n.to_string();
+        socket.send(Message::Text(text.clone().into())).await.unwrap();
+        match next(&mut socket).await {
+            Message::Text(echoed) => assert_eq!(echoed.as_str(), text, "something before it is missing"),
+            Message::Close(frame) => {
+                assert_eq!(frame.map(|frame| u16::from(frame.code)), Some(1012));
+                let lost = local.counters().await;
+                println!("lost at message {n}, told; {} calls", lost.values().sum::<u64>());
+                return;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    panic!("nothing was lost");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_nobody_wants_sleeps_until_an_agent_wakes_it() {
+    let upstream = echo().await;
+    let local = with_relay(&["--chaos", "clock=120"]);
+    let asleep = "relay is put to sleep";
+    eventually("nobody wants it", async || local.process().printed().contains(asleep)).await;
+    for _ in 0..2 {
+        let before = local.process().printed().matches(asleep).count();
+        let agent = local.agent("web", &upstream.to_string());
+        let mut socket = None;
+        eventually("a websocket opens", async || {
+            socket = try_connect(&local, "/", &[]).await.ok().map(|(socket, _)| socket);
+            socket.is_some()
+        })
+        .await;
+        let mut socket = socket.unwrap();
+        echoed(&mut socket, &messages(1)).await;
+        // An agent that is there keeps it awake.
+        assert_eq!(local.process().printed().matches(asleep).count(), before);
+        drop(agent);
+        assert_eq!(close_code(&mut socket).await, Some(1012));
+        eventually("it sleeps again", async || local.process().printed().matches(asleep).count() > before)
+            .await;
+    }
+    assert!(local.counters().await["application-autoscaling:RegisterScalableTarget"] >= 4);
+}
+
+/// The process of the relay that serves.
 fn relay_of(local: &Local) -> u32 {
     let all = std::fs::read_dir("/proc")
         .unwrap()
         .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
-    let is_relay = |pid: &u32| {
-        let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-        let parent =
-            read("stat").rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
-        parent == Some(local.process().id()) && read("cmdline").split('\0').nth(1) == Some("relay")
+    let all: Vec<u32> = all.collect();
+    let child_of = |of: u32| {
+        all.iter().copied().find(|pid| {
+            let read =
+                |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+            let parent =
+                read("stat").rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
+            parent == Some(of) && read("cmdline").split('\0').nth(1) == Some("relay")
+        })
     };
-    all.into_iter().find(is_relay).unwrap()
+    child_of(child_of(local.process().id()).unwrap()).unwrap()
 }

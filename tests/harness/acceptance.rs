@@ -198,7 +198,7 @@ pub async fn carries_everything_of_a_head(stack: &Stack) -> Option<&'static str>
     }
     match front {
         Front::HttpApi => Some("decoded-paths"),
-        Front::CloudFront => Some("edge-methods"),
+        Front::CloudFront | Front::Relay => Some("edge-methods"),
         Front::Local | Front::None => None,
     }
 }

@@ -36,6 +36,8 @@ pub enum Front {
     CloudFront,
     /// API Gateway's HTTP API.
     HttpApi,
+    /// CloudFront with everything handed to `relay`.
+    Relay,
 }
 
 impl Front {
@@ -67,7 +69,7 @@ impl Front {
     /// Whether it lets this method through.
     #[must_use]
     pub fn takes(self, method: &str) -> bool {
-        self != Self::CloudFront
+        !matches!(self, Self::CloudFront | Self::Relay)
             || ["GET", "HEAD", "OPTIONS", "PUT", "PATCH", "POST", "DELETE"].contains(&method)
     }
 
@@ -76,7 +78,7 @@ impl Front {
     pub const fn response_mib(self) -> usize {
         match self {
             Self::HttpApi => 5,
-            Self::Local | Self::None | Self::CloudFront => 190,
+            Self::Local | Self::None | Self::CloudFront | Self::Relay => 190,
         }
     }
 
@@ -85,7 +87,7 @@ impl Front {
     pub const fn at_once(self) -> Duration {
         match self {
             Self::Local => Duration::from_secs(1),
-            Self::None | Self::CloudFront | Self::HttpApi => Duration::from_secs(10),
+            Self::None | Self::CloudFront | Self::HttpApi | Self::Relay => Duration::from_secs(10),
         }
     }
 }
@@ -99,7 +101,8 @@ impl FromStr for Front {
             "none" => Ok(Self::None),
             "cloudfront" => Ok(Self::CloudFront),
             "httpapi" => Ok(Self::HttpApi),
-            _ => Err("is none of none, cloudfront, httpapi, local".into()),
+            "relay" => Ok(Self::Relay),
+            _ => Err("is none of none, cloudfront, httpapi, relay, local".into()),
         }
     }
 }
