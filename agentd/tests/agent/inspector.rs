@@ -431,6 +431,109 @@ async fn who_is_no_page_or_program_of_this_machine_is_refused() {
     assert_eq!(stage.ids("").await, [0; 0]);
 }
 
+/// Runs a command against the agent: code, standard output, standard error.
+async fn run(stage: &Inspected, args: &[&str]) -> (i32, String, String) {
+    let mut command = agentd();
+    command.env("AGENTD_CONTROL_SOCKET", stage.socket()).args(args);
+    let output = patiently("the end of a command", command.output()).await.unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+#[tokio::test]
+async fn the_terminal_lists_shows_follows_replays_and_exports() {
+    use std::os::unix::fs::PermissionsExt as _;
+    use tokio::io::AsyncBufReadExt as _;
+    let mut stage = Inspected::start(&[]).await;
+    let sent = with_header(with_body(request("POST", "/hook"), b"in"), "authorization", b"hunter2");
+    stage
+        .pass(
+            with_header(sent, "x-esc", b"\xc2\x9b31m"),
+            b"HTTP/1.1 503 no\r\ncontent-length: 5\r\n\r\n\x1b[31m",
+        )
+        .await;
+    stage.pass(get("/fine"), OK).await;
+
+    let (code, list, _) = run(&stage, &["requests"]).await;
+    let lines: Vec<_> = list.lines().collect();
+    assert!(code == 0 && lines.len() == 2, "{list}");
+    assert!(
+        lines[0].starts_with("    1  ") && lines[0].contains("POST    503") && lines[0].ends_with("/hook")
+    );
+    let (_, list, _) = run(&stage, &["requests", "--status", "5xx", "--json"]).await;
+    let list: Value = serde_json::from_str(&list).unwrap();
+    assert_eq!((list.as_array().unwrap().len(), &list[0]["id"]), (1, &json!(1)));
+    let (code, _, error) = run(&stage, &["requests", "--status", "9xx"]).await;
+    assert!(code == 1 && error.contains("is no status"), "{error}");
+
+    let (code, shown, _) = run(&stage, &["request", "show", "1"]).await;
+    assert!(code == 0 && shown.contains("authorization: *** (7 bytes"), "{shown}");
+    assert!(shown.contains("x-esc: \\u{9b}31m") && !shown.contains("hunter2"), "{shown}");
+    assert!(shown.chars().all(|c| c == '\n' || !c.is_control()), "{shown:?}");
+    let (_, shown, _) = run(&stage, &["request", "show", "1", "--reveal"]).await;
+    assert!(shown.contains("authorization: hunter2"), "{shown}");
+    // Where it is no terminal, a body is what passed.
+    assert_eq!(
+        run(&stage, &["request", "show", "1", "--body"]).await,
+        (0, "\x1b[31m".to_owned(), String::new())
+    );
+    assert_eq!(run(&stage, &["request", "show", "9"]).await.0, 1);
+
+    let mut follow = agentd();
+    follow.env("AGENTD_CONTROL_SOCKET", stage.socket()).args(["requests", "--follow", "--errors", "--json"]);
+    let mut follow = follow.spawn().unwrap();
+    let mut lines = tokio::io::BufReader::new(follow.stdout.take().unwrap()).lines();
+    let mut line = async || {
+        let line = patiently("a line", lines.next_line()).await.unwrap().unwrap();
+        serde_json::from_str::<Value>(&line).unwrap()
+    };
+    assert_eq!(line().await["id"], 1, "what is there comes first");
+    let file = stage.folder.path().join("body");
+    std::fs::write(&file, b"another body").unwrap();
+    let data = format!("@{}", file.display());
+    let args = ["replay", "1", "--times", "2", "--set", "X-New: 1", "--remove", "x-esc", "--data", &data];
+    let upstream = async {
+        for _ in 0..2 {
+            let mut peer = stage.upstream.accept().await;
+            let head = peer.head().await;
+            assert!(
+                head.contains("\r\nauthorization: hunter2\r\n") && head.contains("\r\nx-new: 1\r\n"),
+                "{head}"
+            );
+            assert!(!head.contains("x-esc") && head.ends_with("\r\nx-tunnel-replay: 1"), "{head}");
+            assert_eq!(peer.bytes(12).await, b"another body");
+            peer.write(b"HTTP/1.1 500 no\r\nconnection: close\r\ncontent-length: 2\r\n\r\nno").await;
+        }
+    };
+    let ((code, printed, error), ()) = tokio::join!(run(&stage, &args), upstream);
+    assert_eq!(code, 0, "{printed} {error}");
+    assert!(printed.contains("(replay of 1)") && printed.contains("status 503 -> 500"), "{printed}");
+    assert_eq!((line().await["id"].clone(), line().await["id"].clone()), (json!(3), json!(4)));
+    follow.kill().await.unwrap();
+    assert_eq!(run(&stage, &["replay", "1", "--set", "nonsense"]).await.0, 2);
+
+    let file = stage.folder.path().join("out.har");
+    std::fs::write(&file, "x".repeat(100_000)).unwrap();
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let name = file.display().to_string();
+    assert_eq!(run(&stage, &["export", "--har", &name]).await, (0, String::new(), String::new()));
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    let har = std::fs::read_to_string(&file).unwrap();
+    assert!(!har.contains("hunter2"));
+    let entries = serde_json::from_str::<Value>(&har).unwrap()["log"]["entries"].as_array().unwrap().len();
+    assert_eq!(entries, 4);
+    let (code, curl, _) = run(&stage, &["export", "--curl", "1"]).await;
+    assert!(code == 0 && curl.contains("--header 'authorization: ***'"), "{curl}");
+    assert_eq!(run(&stage, &["export", "--har", "-", "2"]).await.1.matches("\"startedDateTime\"").count(), 1);
+    assert_eq!(run(&stage, &["export"]).await.0, 2);
+    assert_eq!(run(&stage, &["import", "--har", &name]).await.1, "5\n6\n7\n8\n");
+    // An agent that is not there is named.
+    let mut nobody = agentd();
+    nobody.env("AGENTD_CONTROL_SOCKET", "none.sock").args(["requests"]);
+    let nobody = nobody.output().await.unwrap();
+    assert_eq!(nobody.status.code(), Some(1));
+}
+
 /// Reads server-sent events as they come.
 struct Events {
     stream: TcpStream,
@@ -623,11 +726,83 @@ async fn requests_from_elsewhere_are_listed_and_sent() {
     assert_eq!(stage.ids("").await, [4, 3, 2, 1]);
 }
 
-/// Resident memory in bytes.
+/// Resident memory in bytes, without the pages of the program's own file: a debug build has three times as many.
 fn resident(agent: &Agent) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", agent.child.id().unwrap())).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+/// Answers every request on every connection with as many bytes as its target says.
+async fn answer_sizes(upstream: Upstream) {
+    loop {
+        let mut peer = upstream.accept_whenever().await;
+        tokio::spawn(async move {
+            loop {
+                let head = peer.head_or_end().await;
+                let Some(head) = head else { return };
+                let number = |name: &str| {
+                    let (_, rest) = head.split_once(name)?;
+                    rest.split([' ', '\r', '&']).next()?.parse::<usize>().ok()
+                };
+                let (length, size) = (number("content-length: ").unwrap_or(0), number("size=").unwrap_or(0));
+                peer.bytes(length).await;
+                let mut response = format!("HTTP/1.1 200 OK\r\ncontent-length: {size}\r\n\r\n").into_bytes();
+                response.resize(response.len() + size, b'x');
+                peer.write(response).await;
+            }
+        });
+    }
+}
+
+#[tokio::test]
+async fn ten_thousand_exchanges_stay_within_the_memory() {
+    let Inspected { mut line, upstream, agent, folder, _edge, .. } = Inspected::start(&[]).await;
+    let upstream = tokio::spawn(answer_sizes(upstream));
+    let body = noise(64 * 1024);
+    let mut under_way = std::collections::VecDeque::new();
+    let (before, mut peak) = (resident(&agent), 0);
+    for number in 0..10_000usize {
+        // All sizes: mostly small ones, some that fill blocks, some that are cut.
+        let (upload, size) = match number % 100 {
+            0 if number % 500 == 0 => (60_000, 400_000),
+            0..=1 => (number * 7 % 60_000, number * 13 % 200_000),
+            2..=30 => (number % 5000, number * 3 % 20_000),
+            _ => (number % 700, number % 2500),
+        };
+        let mut sent = with_body(request("POST", "/x"), &body[..upload]);
+        sent.target = proto::target::Target::parse(&format!("/x?size={size}")).unwrap();
+        line.request(&sent).await;
+        under_way.push_back(sent);
+        if under_way.len() == 8 || number == 9999 {
+            {
+                let mut open: Vec<_> = under_way.drain(..).collect();
+                while !open.is_empty() {
+                    let sent = line.answer().await;
+                    let at = open.iter().position(|one| one.token == sent.token()).unwrap();
+                    if let Sent::Chunk { seq, .. } = &sent {
+                        line.credit(&open[at].clone(), *seq).await;
+                    }
+                    if sent.is_end() {
+                        assert!(!matches!(sent, Sent::Failed { .. }), "{sent:?}");
+                        open.remove(at);
+                    }
+                }
+            }
+        }
+        if number % 500 == 499 {
+            peak = peak.max(resident(&agent));
+        }
+    }
+    let limit = (32 + 20) << 20;
+    eprintln!("resident: {} KiB before, at most {} KiB during 10,000 exchanges", before / 1024, peak / 1024);
+    assert!(peak < limit, "{peak} bytes are resident, {limit} are allowed");
+    let socket = folder.path().join("control.sock");
+    let stream = UnixStream::connect(socket).await.unwrap();
+    let state = exchange(stream, "GET", "/api/state", &[("host", "localhost")], b"").await.json();
+    assert!(state["memory_bytes"].as_u64().unwrap() <= 32 << 20);
+    assert_eq!(state["requests"].as_u64().unwrap() + state["evicted"].as_u64().unwrap(), 10_000);
+    upstream.abort();
 }
 
 #[tokio::test]
@@ -746,6 +921,10 @@ async fn hostile_captures_are_data_in_the_page_and_in_the_terminal() {
         assert!(curl.chars().all(|c| c == '\n' || !c.is_control()), "{curl:?}");
     }
     let har = stage.call("GET", "/api/har", &[], b"").await;
+    // For readers that are not ours, see tests/har.
+    if let Some(file) = std::env::var_os("AGENTD_TEST_HAR") {
+        std::fs::write(file, &har.body).unwrap();
+    }
     let har: Value = serde_json::from_slice(&har.body).unwrap();
     assert_eq!(har["log"]["entries"].as_array().unwrap().len(), cases.len());
 }

@@ -409,6 +409,13 @@ impl Upstream {
         Peer::new(stream)
     }
 
+    /// As [`Self::accept`], however long it takes.
+    pub(crate) async fn accept_whenever(&self) -> Peer<TcpStream> {
+        let (stream, _) = self.listener.accept().await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        Peer::new(stream)
+    }
+
     /// Whether nobody has connected yet.
     pub(crate) async fn is_untouched(&self) -> bool {
         timeout(Duration::from_millis(50), self.listener.accept()).await.is_err()
@@ -441,6 +448,15 @@ impl<S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin> Peer<S> {
         }
         // Field values may hold any byte: each becomes the character with its number.
         head[..head.len() - 4].iter().map(|&byte| byte as char).collect()
+    }
+
+    /// As [`Self::head`], as long as it takes; `None` where the connection ends before it.
+    pub(crate) async fn head_or_end(&mut self) -> Option<String> {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(self.stream.read_u8().await.ok()?);
+        }
+        Some(head[..head.len() - 4].iter().map(|&byte| byte as char).collect())
     }
 
     pub(crate) async fn bytes(&mut self, len: usize) -> Vec<u8> {
