@@ -1,9 +1,16 @@
 //! The command line.
 
-use std::{ffi::OsString, io::IsTerminal as _, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    ffi::{OsStr, OsString},
+    io::IsTerminal as _,
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
 use clap::{
     Args, CommandFactory as _, Parser, Subcommand,
+    builder::{PossibleValue, StringValueParser, TypedValueParser},
     error::{ContextKind, ContextValue, ErrorKind},
 };
 use tracing_subscriber::filter::Targets;
@@ -284,7 +291,7 @@ struct Http {
     #[arg(long)]
     name: Option<String>,
     /// What the Host field says to the service: "upstream", "preserve" or a host name.
-    #[arg(long, value_name = "RULE")]
+    #[arg(long, value_name = "RULE", value_parser = HostRule, hide_possible_values = true)]
     host_header: Option<String>,
     /// What the Origin field says to the service where it is the tunnel's own: "preserve" or "upstream".
     /// Default: "upstream" for WebSockets, "preserve" for the rest.
@@ -306,6 +313,27 @@ struct Http {
     /// How many requests are served at a time.
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     max_concurrent: Option<u32>,
+}
+
+/// Takes any text, and has completions offer the two rules that have a name.
+#[derive(Debug, Clone)]
+struct HostRule;
+
+impl TypedValueParser for HostRule {
+    type Value = String;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        arg: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<Self::Value, clap::Error> {
+        StringValueParser::new().parse_ref(command, arg, value)
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        Some(Box::new(["upstream", "preserve"].into_iter().map(PossibleValue::new)))
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -669,6 +697,22 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn completions_offer_the_rules_of_the_host_and_any_name_is_taken() {
+        for shell in [clap_complete::Shell::Bash, clap_complete::Shell::Zsh, clap_complete::Shell::Fish] {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "agentd", &mut script);
+            let script = String::from_utf8(script).unwrap();
+            let after = script.split("host-header").skip(1);
+            let offers = |part: &str| {
+                let near: String = part.chars().take(200).collect();
+                near.contains("upstream") && near.contains("preserve")
+            };
+            assert!(after.into_iter().any(offers), "{shell}");
+        }
+        assert!(Cli::try_parse_from(["agentd", "http", "3000", "--host-header", "a.example:81"]).is_ok());
     }
 
     #[test]

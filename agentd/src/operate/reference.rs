@@ -16,6 +16,12 @@ use clap_mangen::{
 /// The manual's name, at the foot of each page.
 const MANUAL: &str = "Tunnel agent";
 
+/// When the manual last said something else than before, for the foot of each page.
+const CHANGED: &str = "2026-11-29";
+
+/// The longest line of a page's source, in bytes: what `mandoc -T lint` asks for.
+const LINE_BYTES: usize = 80;
+
 /// What the manual says beyond options: a section's title, and what is explained in it.
 const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
     (
@@ -104,10 +110,17 @@ pub(crate) fn run(command: &Command, mut program: clap::Command) -> ExitCode {
 
 /// Writes `agentd.8`, and a page for each command, such as `agentd-run.8`.
 fn write_manual(program: clap::Command, dir: &Path) -> std::io::Result<()> {
+    fn page(command: clap::Command) -> Man {
+        let source = format!("agentd {}", env!("CARGO_PKG_VERSION"));
+        Man::new(command).section("8").date(CHANGED).source(source).manual(MANUAL)
+    }
     fn pages(command: &clap::Command, dir: &Path) -> std::io::Result<()> {
         for command in command.get_subcommands().filter(|command| !command.is_hide_set()) {
             pages(command, dir)?;
-            Man::new(command.clone()).section("8").manual(MANUAL).generate_to(dir)?;
+            let man = page(command.clone());
+            let mut text = Vec::new();
+            man.render(&mut text)?;
+            std::fs::write(dir.join(man.get_filename()), tidy(&String::from_utf8_lossy(&text)))?;
         }
         Ok(())
     }
@@ -115,9 +128,9 @@ fn write_manual(program: clap::Command, dir: &Path) -> std::io::Result<()> {
     let mut program = program.disable_help_subcommand(true).after_long_help(None::<&str>);
     program.build();
     pages(&program, dir)?;
-    let man = Man::new(program).section("8").manual(MANUAL);
-    let mut page = Vec::new();
-    man.render(&mut page)?;
+    let man = page(program);
+    let mut text = Vec::new();
+    man.render(&mut text)?;
     let mut roff = Roff::new();
     for (title, lines) in SECTIONS {
         roff.control("SH", [title.to_uppercase().as_str()]);
@@ -125,8 +138,38 @@ fn write_manual(program: clap::Command, dir: &Path) -> std::io::Result<()> {
             roff.control("TP", []).text([bold(*what)]).text([roman(*meaning)]);
         }
     }
-    roff.to_writer(&mut page)?;
-    std::fs::write(dir.join(man.get_filename()), page)
+    roff.to_writer(&mut text)?;
+    std::fs::write(dir.join(man.get_filename()), tidy(&String::from_utf8_lossy(&text)))
+}
+
+/// The same page as `mandoc -T lint` wants it written: text in lines of [`LINE_BYTES`], which are filled anyway, no spaces at
+/// their ends, no break beside an empty line.
+fn tidy(page: &str) -> String {
+    let lines: Vec<&str> = page.lines().map(str::trim_end).collect();
+    let mut tidy = String::with_capacity(page.len());
+    for (at, &line) in lines.iter().enumerate() {
+        let beside = |other: usize| lines.get(other).is_some_and(|line| *line == ".sp");
+        if line == ".br" && (beside(at + 1) || at.checked_sub(1).is_some_and(beside)) {
+            continue;
+        }
+        // A line that begins with one of these is a request.
+        let is_request = |text: &str| text.starts_with(['.', '\'']);
+        let mut length = 0;
+        for (number, word) in line.split(' ').enumerate() {
+            let breaks = length > 0 && length + 1 + word.len() > LINE_BYTES;
+            if breaks && !is_request(line) && !is_request(word) {
+                tidy.push('\n');
+                length = 0;
+            } else if number > 0 {
+                tidy.push(' ');
+                length += 1;
+            }
+            tidy.push_str(word);
+            length += word.len();
+        }
+        tidy.push('\n');
+    }
+    tidy
 }
 
 #[cfg(test)]
@@ -171,12 +214,28 @@ mod tests {
         pages.sort();
         assert_eq!(pages, ["agentd-completion.8", "agentd-config-check.8", "agentd-config.8", "agentd.8"]);
         let page = std::fs::read_to_string(dir.path().join("agentd.8")).unwrap();
-        for wanted in
-            [".TH agentd 8", ".SH \"EXIT STATUS\"", "the configuration is not valid", "agentd\\-config(8)"]
-        {
+        for wanted in [
+            concat!(".TH agentd 8 2026-11-29 \"agentd ", env!("CARGO_PKG_VERSION"), "\" \"Tunnel agent\""),
+            ".SH \"EXIT STATUS\"",
+            "the configuration is not valid",
+            "agentd\\-config(8)",
+        ] {
             assert!(page.contains(wanted), "{wanted} is not in {page}");
         }
         assert!(!page.contains("EXTRA"), "{page}");
+        assert!(page.lines().all(|line| line.len() <= LINE_BYTES && !line.ends_with(' ')), "{page}");
         assert!(exit_codes().contains("\n  78  the configuration"));
+    }
+
+    #[test]
+    fn a_page_is_broken_into_lines_without_another_meaning() {
+        let words = "word ".repeat(40);
+        let page = tidy(&format!(".SH \"A {words}\"\n{words}.x 'y\n.br\n.sp\n.br\nlast \n"));
+        let [title, text @ .., sp, last] = &page.lines().collect::<Vec<_>>()[..] else { panic!("{page}") };
+        assert!(title.starts_with(".SH \"A word word") && title.len() > LINE_BYTES, "{title}");
+        assert_eq!(text.join(" "), format!("{words}.x 'y"));
+        // No word that would be a request stands first.
+        assert!(text.iter().all(|line| line.len() <= LINE_BYTES && line.starts_with("word")), "{page}");
+        assert_eq!((*sp, *last), (".sp", "last"));
     }
 }
