@@ -120,14 +120,55 @@ async fn an_agent_without_an_edge_is_healthy_and_not_ready() {
     let metrics = get(address, "localhost", "/metrics").await.text();
     assert!(metrics.contains("agentd_dial_failures_total{reason=\"unreachable\"}"), "{metrics}");
 
-    // A second agent may have neither the socket nor the address.
-    let mut second = Process::start(
-        "agentd",
-        &["run", "--config", config.to_str().unwrap()],
-        &[("AGENTD_CONTROL_SOCKET", socket.to_str().unwrap())],
-    );
+    // A second agent may have neither the socket nor the address. Who starts it by hand is told so; under systemd,
+    // which would start it for ever, it is without both until the first is gone.
+    let run = ["run", "--config", config.to_str().unwrap()];
+    let mut second = Process::start("agentd", &run, &[("AGENTD_CONTROL_SOCKET", socket.to_str().unwrap())]);
     assert_eq!(second.wait(), Some(1));
     assert!(second.printed().contains("another agent answers at"), "{}", second.printed());
+    let systemd = std::os::unix::net::UnixDatagram::bind(dir.path().join("notify")).unwrap();
+    let second = Process::start(
+        "agentd",
+        &run,
+        &[
+            ("AGENTD_CONTROL_SOCKET", socket.to_str().unwrap()),
+            ("NOTIFY_SOCKET", dir.path().join("notify").to_str().unwrap()),
+        ],
+    );
+    second.wait_for_line(|line| line.contains("another agent answers at"));
+    second.wait_for_line(|line| line.contains(&format!("status_address {address}: ")));
+    drop(agent);
+    second.wait_for_line(|line| line.contains("control.sock is free and taken"));
+    second.wait_for_line(|line| line.contains(&format!("status_address {address} is free and taken")));
+    assert_eq!(get(address, "localhost", "/healthz").await.status, 200);
+    let mut asking = Process::start("agentd", &["status", "--control-socket", socket.to_str().unwrap()], &[]);
+    assert_eq!(asking.wait(), Some(0), "{}", asking.printed());
+    drop(systemd);
+}
+
+#[tokio::test]
+async fn a_token_comes_through_a_pipe_with_a_name_and_without() {
+    let upstream = Upstream::echo().await;
+    let local = Local::start(&[]);
+    let dir = tempfile::tempdir().unwrap();
+    for (number, name) in [Some("piped-one"), None].into_iter().enumerate() {
+        let pipe = dir.path().join(format!("pipe-{number}"));
+        let mode = rustix::fs::Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        let writer = std::thread::spawn({
+            let (pipe, token) = (pipe.clone(), local.issue("developer", &["piped-*"]));
+            move || std::fs::write(pipe, token + "\n").unwrap()
+        });
+        let address = upstream.address();
+        let mut arguments = vec!["http", &address, "--edge", &local.agents];
+        arguments.extend(["--token-file", pipe.to_str().unwrap()]);
+        arguments.extend(name.iter().flat_map(|name| ["--name", name]));
+        let agent = Process::start("agentd", &arguments, &[]);
+        let told = agent.wait_for_line(|line| line.contains("//piped-"));
+        writer.join().unwrap();
+        let tunnel = told.split("//").nth(1).unwrap().split('.').next().unwrap();
+        assert_eq!(Request::to(tunnel, "GET", "/").send(local.public).await.status, 200);
+    }
 }
 
 #[tokio::test]

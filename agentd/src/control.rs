@@ -13,7 +13,7 @@
 pub(crate) mod client;
 mod socket;
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
@@ -28,7 +28,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-pub(crate) use self::socket::{ControlSocket, in_folder, place_for_people, place_for_service};
+pub(crate) use self::socket::{ControlSocket, SocketError, in_folder, place_for_people, place_for_service};
 use crate::{
     config::change::Change,
     inspect::api::{self, Inspector},
@@ -89,6 +89,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// A reload waits for the edge's confirmation, see [`crate::supervisor`].
 const RELOAD_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How often a place that somebody else has is tried again: nothing tells when a port or a lock becomes free.
+const TAKEN_RETRY: Duration = Duration::from_secs(1);
+
 /// Who asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Door {
@@ -121,6 +124,32 @@ impl Control {
             };
             if let Some(stream) = porch.let_in(accepted).await {
                 self.clone().spawn(stream, Door::Unix, place);
+            }
+        }
+    }
+
+    /// Serves the unix socket once the agent that has its place is gone.
+    pub(crate) async fn serve_socket_once_free(self, path: PathBuf) {
+        loop {
+            tokio::time::sleep(TAKEN_RETRY).await;
+            match ControlSocket::bind(&path) {
+                Ok(socket) => {
+                    tracing::info!("the control socket {} is free and taken", path.display());
+                    return self.serve_socket(socket).await;
+                }
+                Err(SocketError::Taken(_)) => {}
+                Err(error @ SocketError::System { .. }) => return tracing::error!("{error}"),
+            }
+        }
+    }
+
+    /// Serves a loopback address once whoever has it is gone.
+    pub(crate) async fn serve_loopback_once_free(self, address: SocketAddr) {
+        loop {
+            tokio::time::sleep(TAKEN_RETRY).await;
+            if let Ok(listener) = listen(address).await {
+                tracing::info!("status_address {address} is free and taken");
+                return self.serve_loopback(listener).await;
             }
         }
     }

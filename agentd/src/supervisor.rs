@@ -11,6 +11,7 @@ mod status;
 
 use std::{
     collections::BTreeMap,
+    io::IsTerminal as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -33,7 +34,7 @@ use self::{
 use crate::{
     capture::ring::Captures,
     config::{Config, change::Change},
-    control::{self, Ask, Control, ControlSocket, Stopping},
+    control::{self, Ask, Control, ControlSocket, SocketError, Stopping},
     inspect::screen::Screen,
     link::{
         dial::{DialError, Dialer},
@@ -126,23 +127,37 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
     let mut servers = JoinSet::new();
     let inspection = Inspection::new(captures, Arc::clone(&tunnels), &config)?;
     let control = Control::new(asks, Arc::clone(&metrics), inspection.inspector().clone());
-    if let Some(socket) = open_socket(config.control_socket.as_deref(), control_socket.as_deref())? {
-        servers.spawn(control.clone().serve_socket(socket));
+    let notifier = Notifier::from_env();
+    // Whoever is to watch the agent must not end it: where its place is taken, the tunnels are served without.
+    let named = config.control_socket.clone();
+    if let Some(path) = named.clone().or(control_socket) {
+        match ControlSocket::bind(&path) {
+            Ok(socket) => drop(servers.spawn(control.clone().serve_socket(socket))),
+            // Whoever started it sees this, and systemd would start it again for ever.
+            Err(error) if named.is_some() && !notifier.is_managed() => {
+                return Err(StartError::Listen(error.to_string()));
+            }
+            Err(error) => {
+                tracing::warn!("this agent cannot be asked by `agentd status` and the like: {error}");
+                if matches!(error, SocketError::Taken(_)) {
+                    servers.spawn(control.clone().serve_socket_once_free(path));
+                }
+            }
+        }
     }
     if let Some(address) = config.status_address {
-        // Whoever watches the agent must not end it: the tunnels are served without.
         match control::listen(address).await {
-            Ok(listener) => {
-                servers.spawn(control.serve_loopback(listener));
+            Ok(listener) => drop(servers.spawn(control.serve_loopback(listener))),
+            Err(error) => {
+                tracing::error!(
+                    "status_address {address}: {error}; the agent goes on without /healthz, /ready and /metrics \
+                     until it is free: name another address, or end who has it"
+                );
+                servers.spawn(control.serve_loopback_once_free(address));
             }
-            Err(error) => tracing::error!(
-                "status_address {address}: {error}; the agent goes on without /healthz, /ready and /metrics: \
-                 name another address, or restart it when this one is free"
-            ),
         }
     }
     let agent = agent_id(getrandom::u64().map_err(std::io::Error::other)?);
-    let notifier = Notifier::from_env();
     let mut supervisor = Supervisor {
         birth: Birth::now(agent.clone(), notifier.is_managed()),
         links: Rotation::new(
@@ -183,21 +198,6 @@ fn raise_descriptor_limit() {
         && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
     {
         tracing::debug!(%error, "the limit of open files stays as it is");
-    }
-}
-
-/// The socket the configuration names, or the usual one if it can be had.
-fn open_socket(named: Option<&Path>, usual: Option<&Path>) -> Result<Option<ControlSocket>, StartError> {
-    match (named, usual) {
-        (Some(path), _) => {
-            ControlSocket::bind(path).map(Some).map_err(|error| StartError::Listen(error.to_string()))
-        }
-        (None, Some(path)) => Ok(ControlSocket::bind(path)
-            .inspect_err(|error| {
-                tracing::warn!("this agent cannot be asked by `agentd status` and the like: {error}");
-            })
-            .ok()),
-        (None, None) => Ok(None),
     }
 }
 

@@ -1,17 +1,17 @@
 //! The agent's token: where it comes from, and that nobody else can read it.
 
 use std::{
+    collections::BTreeMap,
     fmt, fs, io,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use proto::id::TunnelPatterns;
 use serde::Deserialize;
 
-use super::private_file::quoted;
+use super::private_file::exposure;
 
 /// The variable that may hold the token itself.
 pub const ENV_TOKEN: &str = "AGENTD_TOKEN";
@@ -81,7 +81,7 @@ impl fmt::Debug for Token {
 /// Where the token comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TokenSource {
-    /// A file that only its owner may read.
+    /// A file that only its owner may read, or root's that a group may read as well; or a pipe, which is read once.
     File(PathBuf),
     /// A systemd credential, which systemd guards.
     Credential(PathBuf),
@@ -101,14 +101,14 @@ pub enum TokenError {
         source: io::Error,
     },
     /// Others than the owner may read the file.
-    #[error("the token file {path} can be read by others (mode {mode:03o}): run chmod 600 {quoted}")]
+    #[error("the token file {path} can be read by others (mode {mode:03o}): {remedy}")]
     Exposed {
         /// The file.
         path: String,
-        /// The same, as a shell takes it.
-        quoted: String,
         /// Its permission bits.
         mode: u32,
+        /// What helps where the file is.
+        remedy: String,
     },
     /// Not a single line of visible characters.
     #[error("{0} does not hold a token: one line of visible characters is wanted")]
@@ -154,24 +154,34 @@ fn read_error(path: &Path, source: io::Error) -> TokenError {
     TokenError::Read { path: path.display().to_string(), source }
 }
 
+/// Refuses a file that others may read.
 fn check_mode(path: &Path) -> Result<(), TokenError> {
     let metadata = fs::metadata(path).map_err(|source| read_error(path, source))?;
-    let mode = metadata.permissions().mode() & 0o777;
-    if metadata.is_file() && mode & 0o077 != 0 {
-        let path = path.display().to_string();
-        let quoted = quoted(&path);
-        return Err(TokenError::Exposed { path, quoted, mode });
+    match exposure(path, &metadata) {
+        Some((mode, remedy)) => Err(TokenError::Exposed { path: path.display().to_string(), mode, remedy }),
+        None => Ok(()),
     }
-    Ok(())
 }
+
+/// What pipes have held: they can be read once, and the token is wanted for each connection.
+static PIPED: Mutex<BTreeMap<PathBuf, Token>> = Mutex::new(BTreeMap::new());
 
 fn read_file(path: &Path) -> Result<Token, TokenError> {
     use io::Read as _;
+    let is_file = fs::metadata(path).map_err(|source| read_error(path, source))?.is_file();
+    let mut piped = PIPED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(token) = piped.get(path).filter(|_| !is_file) {
+        return Ok(token.clone());
+    }
     let mut text = String::new();
     fs::File::open(path)
         .and_then(|file| file.take(MOST_BYTES).read_to_string(&mut text))
         .map_err(|source| read_error(path, source))?;
-    parse(&text).ok_or_else(|| TokenError::Malformed(path.display().to_string()))
+    let token = parse(&text).ok_or_else(|| TokenError::Malformed(path.display().to_string()))?;
+    if !is_file {
+        piped.insert(path.to_owned(), token.clone());
+    }
+    Ok(token)
 }
 
 fn parse(text: &str) -> Option<Token> {
@@ -181,6 +191,8 @@ fn parse(text: &str) -> Option<Token> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     fn file(text: &str, mode: u32) -> (tempfile::TempDir, TokenSource) {
@@ -200,7 +212,7 @@ mod tests {
 
     #[test]
     fn a_file_that_others_may_read_is_refused_with_the_command() {
-        for mode in [0o640, 0o604, 0o644] {
+        for mode in [0o620, 0o604, 0o644] {
             let (dir, source) = file("abc", mode);
             let message = source.read().unwrap_err().to_string();
             assert!(
@@ -208,6 +220,29 @@ mod tests {
                 "{message}"
             );
         }
+    }
+
+    #[test]
+    fn a_pipe_is_read_once_and_its_token_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o644),
+            0,
+        )
+        .unwrap();
+        let writer = std::thread::spawn({
+            let path = path.clone();
+            move || fs::write(path, "abc.DEF\n").unwrap()
+        });
+        let source = TokenSource::File(path);
+        for _ in 0..3 {
+            assert_eq!(source.read().unwrap(), Token("abc.DEF".into()));
+        }
+        writer.join().unwrap();
     }
 
     #[test]

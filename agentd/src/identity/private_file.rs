@@ -3,7 +3,7 @@
 use std::{
     fmt, fs,
     io::{self, Read as _},
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -67,14 +67,14 @@ pub enum PrivateFileError {
         source: io::Error,
     },
     /// Others than the owner may read it.
-    #[error("{path} can be read by others (mode {mode:03o}): run chmod 600 {quoted}")]
+    #[error("{path} can be read by others (mode {mode:03o}): {remedy}")]
     Exposed {
         /// The file.
         path: String,
-        /// The same, as a shell takes it.
-        quoted: String,
         /// Its permission bits.
         mode: u32,
+        /// What helps where the file is.
+        remedy: String,
     },
     /// It is over the limit of 1 MiB.
     #[error("{0} is over 1 MiB: is it the right file?")]
@@ -100,9 +100,8 @@ impl PrivateFiles {
         let file = fs::File::open(path).map_err(error)?;
         let metadata = file.metadata().map_err(error)?;
         let guarded = self.credentials.as_deref().is_some_and(|dir| path.starts_with(dir));
-        let mode = metadata.permissions().mode() & 0o777;
-        if metadata.is_file() && mode & 0o077 != 0 && !guarded {
-            return Err(PrivateFileError::Exposed { path: shown(), quoted: quoted(&shown()), mode });
+        if let Some((mode, remedy)) = exposure(path, &metadata).filter(|_| !guarded) {
+            return Err(PrivateFileError::Exposed { path: shown(), mode, remedy });
         }
         let mut text = String::new();
         file.take(MOST_BYTES + 1).read_to_string(&mut text).map_err(error)?;
@@ -128,22 +127,72 @@ impl PrivateFiles {
     }
 }
 
+/// The mode of a file that others may read, and what helps. What is no file, such as a pipe, is nobody else's to read.
+pub(super) fn exposure(path: &Path, metadata: &fs::Metadata) -> Option<(u32, String)> {
+    let mode = metadata.mode() & 0o777;
+    if !metadata.is_file() || !is_exposed(metadata.uid(), mode) {
+        return None;
+    }
+    let me = rustix::process::geteuid();
+    let is_read_only = rustix::fs::statvfs(path)
+        .is_ok_and(|system| system.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY));
+    let may_change = (me.is_root() || metadata.uid() == me.as_raw()) && !is_read_only;
+    let chmod = || format!("run chmod 600 {}", quoted(&path.display().to_string()));
+    Some((mode, if may_change { chmod() } else { MOUNTED.to_owned() }))
+}
+
+/// Whether somebody may read a file who should not: anybody but its owner, and but the group of a file of root's, which
+/// is how administrators and Kubernetes (`fsGroup`) hand a secret to one service.
+const fn is_exposed(owner: u32, mode: u32) -> bool {
+    let allowed = if owner == 0 { 0o740 } else { 0o700 };
+    mode & 0o777 & !allowed != 0
+}
+
+/// What helps where the agent cannot change the mode.
+const MOUNTED: &str = "mount it with mode 0400 or 0440 (Kubernetes: defaultMode 0440 and fsGroup; Docker: mode 0400 and the \
+                       agent's uid)";
+
 /// A path as a shell takes it.
-pub(super) fn quoted(path: &str) -> String {
+fn quoted(path: &str) -> String {
     let plain = path.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-+".contains(&b));
     if plain { path.to_owned() } else { format!("'{}'", path.replace('\'', r"'\''")) }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
+
+    #[test]
+    fn a_group_may_read_what_is_roots() {
+        for (owner, mode, exposed) in [
+            // Kubernetes with fsGroup, Docker with a mode, administrators.
+            (0, 0o440, false),
+            (0, 0o640, false),
+            (0, 0o400, false),
+            (1000, 0o400, false),
+            (1000, 0o700, false),
+            // Kubernetes and Docker by default.
+            (0, 0o644, true),
+            (0, 0o444, true),
+            (0, 0o660, true),
+            (0, 0o450, true),
+            // Somebody's own group is nobody's choice.
+            (1000, 0o440, true),
+            (1000, 0o640, true),
+            (1000, 0o604, true),
+        ] {
+            assert_eq!(is_exposed(owner, mode), exposed, "{owner} {mode:03o}");
+        }
+    }
 
     #[test]
     fn only_files_of_the_owner_alone_are_read_but_for_systemds() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a secret");
         fs::write(&path, "one\n\n two \n").unwrap();
-        for mode in [0o640, 0o604, 0o644] {
+        for mode in [0o620, 0o604, 0o644] {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
             let message = PrivateFiles::default().secrets(&path).unwrap_err();
             assert!(message.ends_with(&format!("run chmod 600 '{}'", path.display())), "{message}");
