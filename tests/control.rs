@@ -200,6 +200,17 @@ async fn monitoring_reads_over_loopback_and_nothing_else_does_or_tells() {
     ] {
         assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
     }
+    // What Prometheus itself makes of it, where that is installed; CI says so where it is not.
+    if let Ok(mut promtool) = std::process::Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+    {
+        std::io::Write::write_all(&mut promtool.stdin.take().unwrap(), text.as_bytes()).unwrap();
+        let said = promtool.wait_with_output().unwrap();
+        assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    }
     // Every name is documented, whole.
     let guide = include_str!("../docs/operations.md");
     for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
