@@ -112,7 +112,8 @@ pub(crate) fn run(command: &Command, mut program: clap::Command) -> ExitCode {
 fn write_manual(program: clap::Command, dir: &Path) -> std::io::Result<()> {
     fn page(command: clap::Command) -> Man {
         let source = format!("agentd {}", env!("CARGO_PKG_VERSION"));
-        Man::new(command).section("8").date(CHANGED).source(source).manual(MANUAL)
+        let title = command.get_display_name().unwrap_or_else(|| command.get_name()).to_uppercase();
+        Man::new(command).title(title).section("8").date(CHANGED).source(source).manual(MANUAL)
     }
     fn pages(command: &clap::Command, dir: &Path) -> std::io::Result<()> {
         for command in command.get_subcommands().filter(|command| !command.is_hide_set()) {
@@ -148,8 +149,12 @@ fn tidy(page: &str) -> String {
     let lines: Vec<&str> = page.lines().map(str::trim_end).collect();
     let mut tidy = String::with_capacity(page.len());
     for (at, &line) in lines.iter().enumerate() {
-        let beside = |other: usize| lines.get(other).is_some_and(|line| *line == ".sp");
+        let beside = |other: usize| lines.get(other).is_some_and(|line| line.is_empty());
         if line == ".br" && (beside(at + 1) || at.checked_sub(1).is_some_and(beside)) {
+            continue;
+        }
+        if line.is_empty() {
+            tidy.push_str(".sp\n");
             continue;
         }
         // A line that begins with one of these is a request.
@@ -215,7 +220,7 @@ mod tests {
         assert_eq!(pages, ["agentd-completion.8", "agentd-config-check.8", "agentd-config.8", "agentd.8"]);
         let page = std::fs::read_to_string(dir.path().join("agentd.8")).unwrap();
         for wanted in [
-            concat!(".TH agentd 8 2026-11-29 \"agentd ", env!("CARGO_PKG_VERSION"), "\" \"Tunnel agent\""),
+            concat!(".TH AGENTD 8 2026-11-29 \"agentd ", env!("CARGO_PKG_VERSION"), "\" \"Tunnel agent\""),
             ".SH \"EXIT STATUS\"",
             "the configuration is not valid",
             "agentd\\-config(8)",
@@ -230,7 +235,7 @@ mod tests {
     #[test]
     fn a_page_is_broken_into_lines_without_another_meaning() {
         let words = "word ".repeat(40);
-        let page = tidy(&format!(".SH \"A {words}\"\n{words}.x 'y\n.br\n.sp\n.br\nlast \n"));
+        let page = tidy(&format!(".SH \"A {words}\"\n{words}.x 'y\n.br\n \n.br\nlast \n"));
         let [title, text @ .., sp, last] = &page.lines().collect::<Vec<_>>()[..] else { panic!("{page}") };
         assert!(title.starts_with(".SH \"A word word") && title.len() > LINE_BYTES, "{title}");
         assert_eq!(text.join(" "), format!("{words}.x 'y"));
