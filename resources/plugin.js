@@ -17,11 +17,40 @@ const { publicKeys } = require('./settings.js');
 /** The most bytes of one zip: what a cold start has to load. */
 const ZIP_BYTES = 6 * 1024 * 1024;
 
-/** What builds the functions: how to ask for its version, the least one, and where it comes from. cargo-lambda 1.9.2 is
- * the first that knows Rust 1.98's linker arguments; it finds zig beside it or as `python3 -m ziglang`. */
+/** What builds the functions: the ways to ask for its version, the least one, and where it comes from. cargo-lambda 1.9.2
+ * is the first that knows Rust 1.98's linker arguments. It links with zig, which it finds as `zig` or as a module of
+ * Python; older ones than 0.13 do not know AL2023's linker options. */
 const TOOLS = [
-  [['cargo', 'lambda', '--version'], [1, 9, 2], 'pip install cargo-lambda==1.9.2'],
+  [[['cargo', 'lambda', '--version']], [1, 9, 2], 'pip install cargo-lambda==1.9.2'],
+  [[['zig', 'version'], ['python3', '-m', 'ziglang', 'version']], [0, 13, 0], 'pip install ziglang'],
 ];
+
+/** The least Node.js and osls: package.json and package-lock.json name them. */
+function runtimes(node, osls) {
+  const { engines, devDependencies } = require('../package.json');
+  const [major, minor] = node.split('.').map(Number);
+  const fits = engines.node.split('||').some((range) => {
+    const [, sign, least, at = 0] = /(\^|>=)([0-9]+)(?:\.([0-9]+))?/.exec(range);
+    return sign === '^' ? major === Number(least) && minor >= Number(at) : major >= Number(least);
+  });
+  if (!fits) throw new Error(`Node.js ${node} is not one of ${engines.node}: install one of those`);
+  if (osls !== devDependencies.osls) {
+    throw new Error(`osls ${osls} is not the ${devDependencies.osls} that this stack was tried with: run npm ci, then npx osls`);
+  }
+}
+
+/** Says what is missing or too old. `run` gives what a command prints, or nothing where it does not run. */
+function check(tools, run) {
+  for (const [ways, least, help] of tools) {
+    const names = ways.map((way) => way.join(' ')).join(' or ');
+    const printed = ways.map(run).find((text) => text !== undefined);
+    const found = /([0-9]+)\.([0-9]+)(?:\.([0-9]+))?/.exec(printed ?? '');
+    if (!found) throw new Error(`${names} does not run: ${help}`);
+    const parts = found.slice(1).map((part) => Number(part ?? 0));
+    const older = parts.map((part, at) => part - least[at]).find((difference) => difference !== 0) < 0;
+    if (older) throw new Error(`${names} is ${found[0]}, and ${least.join('.')} is needed: ${help}`);
+  }
+}
 
 class Tunnel {
   constructor(serverless, _options, { log }) {
@@ -38,6 +67,7 @@ class Tunnel {
   async build() {
     const { service, serviceDir } = this.serverless;
     const { settings } = service.custom;
+    runtimes(process.versions.node, this.serverless.version);
     const names = service.getAllFunctions();
     const folder = path.join(serviceDir, 'target', 'lambda');
     const programs = settings.relay === 'none' ? names : [...names, 'relay'];
@@ -58,14 +88,10 @@ class Tunnel {
 
   /** Says what is missing or too old before a build that takes minutes. */
   tools() {
-    for (const [command, least, help] of TOOLS) {
+    check(TOOLS, (command) => {
       const { stdout, error, status } = spawnSync(command[0], command.slice(1), { encoding: 'utf8' });
-      const found = /([0-9]+)\.([0-9]+)(?:\.([0-9]+))?/.exec(stdout ?? '');
-      if (error || status !== 0 || !found) throw new Error(`${command.join(' ')} does not run: ${help}`);
-      const parts = found.slice(1).map((part) => Number(part ?? 0));
-      const older = parts.map((part, at) => part - least[at]).find((difference) => difference !== 0) < 0;
-      if (older) throw new Error(`${command[0]} ${found[0]} is too old, ${least.join('.')} is needed: ${help}`);
-    }
+      return error || status !== 0 ? undefined : stdout;
+    });
   }
 
   compile(names, settings, folder) {
@@ -79,7 +105,8 @@ class Tunnel {
       stdio: ['ignore', 'inherit', 'inherit'],
     });
     if (error || status !== 0) {
-      const help = 'it needs cargo-lambda (pip install cargo-lambda) and the Rust target of the architecture';
+      const triple = settings.architecture === 'arm64' ? 'aarch64-unknown-linux-gnu' : 'x86_64-unknown-linux-gnu';
+      const help = `the lines above say why; the Rust target is added by: rustup target add ${triple}`;
       throw new Error(`the functions could not be built: ${help}`);
     }
   }
@@ -154,3 +181,6 @@ async function pack(files, zip) {
 }
 
 module.exports = Tunnel;
+module.exports.check = check;
+module.exports.runtimes = runtimes;
+module.exports.TOOLS = TOOLS;

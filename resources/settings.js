@@ -222,6 +222,7 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
     responseDurationSecs: duration,
     streamIdleSecs: String(number('streamIdleSecs', parameters.streamIdleSecs, 0, 900)),
     acceptEncoding: oneOf('acceptEncoding', parameters.acceptEncoding, ['identity', 'pass']),
+    unknownLength: oneOf('unknownLength', parameters.unknownLength, ['stream', 'hold']),
     webAclArn: acl || { Ref: 'AWS::NoValue' },
     tracing: flag('tracing', parameters.tracing),
     pointInTimeRecovery: flag('pointInTimeRecovery', parameters.pointInTimeRecovery),

@@ -13,7 +13,10 @@ use tests::{
     stack::Scale,
     upstream::{Conn, Upstream},
 };
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time::timeout,
+};
 
 /// Well under the time that a front would hold what does not end: 300 s.
 const AT_ONCE: Duration = Duration::from_secs(30);
@@ -204,6 +207,93 @@ async fn ten_executions_are_enough_for_six_requests_and_their_answers() {
         .collect();
     assert!(statuses.iter().all(|status| matches!(status, 200 | 429)), "{statuses:?}");
     assert!(statuses.contains(&200) && statuses.contains(&429), "{statuses:?}");
+}
+
+/// Behind a Function URL nobody hears that a client has left: its stream goes on to its end, or until it has paused for as
+/// long as a stream may.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_client_that_leaves_is_not_noticed_until_the_stream_pauses() {
+    let (ended, mut ends) = mpsc::unbounded_channel();
+    let left = Arc::new(Semaphore::new(0));
+    let gone = Arc::clone(&left);
+    let upstream = Upstream::start(move |_, mut conn: Conn| {
+        let (ended, gone) = (ended.clone(), Arc::clone(&gone));
+        async move {
+            assert!(conn.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await);
+            assert!(conn.write(acceptance::chunked(b"first")).await);
+            gone.acquire().await.unwrap().forget();
+            for _ in 0..20 {
+                assert!(conn.write(acceptance::chunked(b"nobody hears it")).await, "the client was missed");
+            }
+            // And now it says nothing more.
+            conn.closed().await;
+            let _ = ended.send(());
+            None
+        }
+    })
+    .await;
+    let local =
+        Local::start_in(&[("TUNNEL_STREAM_IDLE_SECS", "1")], &["--no-agent", "--front", "cloudfront"]);
+    let stack = local.stack();
+    let web = stack.tunnel("web");
+    let _agent = web.agent(&upstream.address());
+    let mut client = web.open().await;
+    client.begin(&web.request("GET", "/")).await;
+    let head = client.head().await;
+    assert_eq!(client.body(&head).take(5).await, b"first");
+    drop(client);
+    local.process().wait_for_line(|line| line.contains("a public client left, and its request goes on"));
+    left.add_permits(1);
+    timeout(AT_ONCE, ends.recv()).await.expect("streamIdleSecs ends it").unwrap();
+}
+
+/// An HTTP API passes on what is whole, not longer than 10 MB and there within 30 s; and a body without a length that is
+/// kept until it is whole has one, or is an error.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_is_kept_until_it_is_whole() {
+    let upstream = Upstream::start(|request, mut conn: Conn| async move {
+        let chunks = match request.target() {
+            "/at" => 160,
+            "/past" => 161,
+            "/slow" => {
+                conn.closed().await;
+                return None;
+            }
+            "/half" | "/short" => 1,
+            other => panic!("{other}"),
+        };
+        assert!(conn.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n").await);
+        for _ in 0..chunks {
+            if !conn.write(acceptance::chunked(&[b'x'; 65_536])).await {
+                return None;
+            }
+        }
+        if request.target() == "/half" {
+            return None;
+        }
+        conn.write("0\r\n\r\n").await.then_some(conn)
+    })
+    .await;
+    // The rate of 2 MB/s and the 30 s pass ten times faster.
+    let fast = ["--no-agent", "--front", "httpapi", "--chaos", "clock=10"];
+    let local = Local::start_in(&[], &fast);
+    let web = local.stack().tunnel("web");
+    let _agent = web.agent(&upstream.address());
+    let at = web.get("/at").await;
+    assert_eq!((at.status, at.body.len()), (200, 10 * 1024 * 1024));
+    assert_eq!(at.field("content-length").as_deref(), Some("10485760"));
+    assert_eq!(web.get("/past").await.status, 500);
+    assert_eq!(web.get("/slow").await.status, 503);
+    drop(local);
+
+    let hold = [("TUNNEL_UNKNOWN_LENGTH", "hold")];
+    let local = Local::start_in(&hold, &["--no-agent", "--front", "cloudfront"]);
+    let web = local.stack().tunnel("web");
+    let _agent = web.agent(&upstream.address());
+    let short = web.get("/short").await;
+    assert_eq!((short.status, short.body.len()), (200, 65_536));
+    assert_eq!(short.field("x-tunnel-length").as_deref(), Some("65536"));
+    acceptance::assert_problem(&web.get("/half").await, 502, "upstream_reset");
 }
 
 /// What a front refuses by itself never reaches the upstream.

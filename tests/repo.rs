@@ -90,6 +90,63 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
+/// `docs/claims.md`: the words stand where it says, and each test that proves them exists.
+#[test]
+fn every_claim_stands_where_it_is_said_to_and_has_its_tests() {
+    let page = read("docs/claims.md");
+    let rows: Vec<_> =
+        page.lines().filter(|line| line.starts_with("| ") && line.contains(".md | ")).collect();
+    assert!(rows.len() > 30, "{}", rows.len());
+    for row in rows {
+        assert_eq!(claim(row, &|path| std::fs::read_to_string(root().join(path)).ok()), Ok(()), "{row}");
+    }
+}
+
+/// What is wrong with a row of the claims, where a file's text is as `text` says.
+fn claim(row: &str, text: &dyn Fn(&str) -> Option<String>) -> Result<(), String> {
+    let cells: Vec<_> = row.trim_matches('|').split(" | ").map(str::trim).collect();
+    let [place, words, proofs] = cells[..] else { return Err("not three cells".into()) };
+    let stands = text(place).ok_or_else(|| format!("no {place}"))?;
+    if !stands.contains(words) {
+        return Err(format!("{place} does not say so"));
+    }
+    let proofs: Vec<_> = proofs.split('`').filter(|proof| proof.contains("::")).collect();
+    if proofs.is_empty() {
+        return Err("nothing proves it".into());
+    }
+    for proof in proofs {
+        let (file, test) = proof.split_once("::").unwrap();
+        let code = text(file).ok_or_else(|| format!("no {file}"))?;
+        let is_test = |at: usize| {
+            // The attribute stands before it, with at most a comment between.
+            let before: Vec<_> = code[..at].lines().rev().take(3).collect();
+            before.iter().any(|line| line.contains("#[test]") || line.contains("#[tokio::test"))
+        };
+        let found = code.find(&format!("fn {test}(")).filter(|&at| is_test(at));
+        found.ok_or_else(|| format!("no test {proof}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_claim_without_its_words_or_its_test_is_seen() {
+    let text = |path: &str| match path {
+        "A.md" => Some("It holds.".to_owned()),
+        "t.rs" => Some("#[tokio::test(x)]\nasync fn it_holds() {}\n".to_owned()),
+        _ => None,
+    };
+    for (row, is_right) in [
+        ("| A.md | It holds. | `t.rs::it_holds` |", true),
+        ("| A.md | It flies. | `t.rs::it_holds` |", false),
+        ("| B.md | It holds. | `t.rs::it_holds` |", false),
+        ("| A.md | It holds. | `t.rs::it_flies` |", false),
+        ("| A.md | It holds. | `t.rs::it_holds` `u.rs::it_holds` |", false),
+        ("| A.md | It holds. | by nothing |", false),
+    ] {
+        assert_eq!(claim(row, &text).is_ok(), is_right, "{row}");
+    }
+}
+
 #[test]
 fn no_module_is_a_drawer() {
     let mut files = Vec::new();

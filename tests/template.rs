@@ -62,6 +62,7 @@ fn value(name: &str) -> String {
         authorizer::config::ENV_JWKS_URL => String::new(),
         env::LIMITS => "tunnel_requests=50".into(),
         env::EDGE_REQUESTS => "6".into(),
+        env::UNKNOWN_LENGTH => "hold".into(),
         _ => "x".into(),
     }
 }

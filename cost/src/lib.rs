@@ -66,7 +66,7 @@ pub struct Assumed {
 
 /// The assumptions, in one place.
 pub const ASSUMED: Assumed =
-    Assumed { upstream_ms: 100.0, way_ms: 60.0, function_ms: 15.0, download_rate: 10e6, log_bytes: 450.0 };
+    Assumed { upstream_ms: 100.0, way_ms: 60.0, function_ms: 15.0, download_rate: 2e6, log_bytes: 450.0 };
 
 const MONTH_DAYS: f64 = 30.0;
 const MONTH_SECONDS: f64 = MONTH_DAYS * 24.0 * 60.0 * 60.0;
@@ -371,7 +371,8 @@ pub fn page() -> anyhow::Result<String> {
     writeln!(
         out,
         "Assumed where AWS alone could tell: the upstream takes {} ms and the way there and back {} ms; another function runs\n\
-         for {} ms; a download is taken at {} MB/s and does not compress; the line written about a request has {} bytes.\n",
+         for {} ms; a download is taken at {} MB/s, Lambda's own\n\
+         rate after the first 6 MB, and does not compress; the line written about a request has {} bytes.\n",
         ASSUMED.upstream_ms,
         ASSUMED.way_ms,
         ASSUMED.function_ms,
@@ -426,6 +427,15 @@ pub fn page() -> anyhow::Result<String> {
         model.usd(&model.awake()),
         model.usd(&model.asleep()) + (model.usd(&model.awake()) - model.usd(&model.asleep())) * WORKING,
         model.usd(&model.busy())
+    )?;
+    writeln!(
+        out,
+        "A stream whose client has left runs on for `responseDurationSecs`, because AWS does not say that it has: 1,000 of them for\n\
+         300 s cost **${:.2}**. `wwwAuthenticateArn` adds Lambda@Edge, ${:.2} for a million answers and what they run. A stack with\n\
+         `executions` counts requests: up to ${:.2} more for a million.\n",
+        model.memory["ingress"] * 300.0 * 1000.0 * model.unit_price("lambda_gb_second"),
+        model.unit_price("lambda_edge_request") * 1e6,
+        model.unit_price("dynamodb_write") * 2e6
     )?;
     for front in Front::ALL {
         let title = format!("A million small requests, front `{}`", front.name());
@@ -514,7 +524,7 @@ mod tests {
         }
         used.add_all(&model.idle_agent(), 1.0);
         used.add_all(&model.busy(), 1.0);
-        for named in ["dashboard_month", "metric_month", "alarm_month", "trace"] {
+        for named in ["lambda_edge_request", "dashboard_month", "metric_month", "alarm_month", "trace"] {
             used.add(named, 1.0);
         }
         for (name, price) in &model.prices {

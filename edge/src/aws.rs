@@ -1,7 +1,10 @@
 //! How the SDK clients are made: region and credentials from the environment Lambda gives a function,
 //! and one HTTP client for all of them.
 
-use std::time::Duration;
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
 
 use aws_config::{
     BehaviorVersion, Region, SdkConfig, ecs::EcsCredentialsProvider,
@@ -14,7 +17,12 @@ use aws_smithy_http_client::tls;
 use aws_smithy_runtime_api::{
     box_error::BoxError,
     client::{
-        interceptors::{Intercept, context::BeforeTransmitInterceptorContextMut},
+        connection::{CaptureSmithyConnection, ConnectionMetadata},
+        interceptors::{
+            Intercept,
+            context::{BeforeTransmitInterceptorContextMut, FinalizerInterceptorContextRef},
+        },
+        result::SdkError,
         runtime_components::RuntimeComponents,
         stalled_stream_protection::StalledStreamProtectionConfig,
     },
@@ -111,7 +119,8 @@ impl Aws {
             // A run dispatches a request to an upstream: whether a failed call started one is not known,
             // so it is never started again.
             .retry_config(RetryConfig::disabled())
-            .timeout_config(timeouts(proto::limits::RUN_DURATION + Duration::from_secs(5)));
+            .timeout_config(timeouts(proto::limits::RUN_DURATION + Duration::from_secs(5)))
+            .interceptor(FreshConnection::new(CONNECTION_IDLE));
         if self.custom_endpoint {
             config = config.interceptor(WithoutSyncPrefix);
         }
@@ -122,6 +131,81 @@ impl Aws {
         let config = aws_sdk_apigatewaymanagement::config::Builder::from(&self.shared).endpoint_url(endpoint);
         aws_sdk_apigatewaymanagement::Client::from_conf(config.build())
     }
+}
+
+/// After so much silence a connection may be gone without a word: Lambda freezes the process, and what watches the pool's
+/// connections with it. AWS closes idle ones after 20 s and more.
+const CONNECTION_IDLE: Duration = Duration::from_secs(20);
+
+/// Has a connection that was silent for long replaced. By the clock on the wall: the other one may stand still while the
+/// process is frozen.
+#[derive(Debug)]
+pub struct FreshConnection {
+    idle: Duration,
+    last: Mutex<Option<(SystemTime, ConnectionMetadata)>>,
+}
+
+impl FreshConnection {
+    /// One that lets a connection be silent for `idle`.
+    #[must_use]
+    pub fn new(idle: Duration) -> Self {
+        Self { idle, last: Mutex::default() }
+    }
+
+    fn last(&self) -> MutexGuard<'_, Option<(SystemTime, ConnectionMetadata)>> {
+        // Nothing that runs under the lock can panic half way.
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Intercept for FreshConnection {
+    fn name(&self) -> &'static str {
+        "FreshConnection"
+    }
+
+    fn modify_before_transmit(
+        &self,
+        context: &mut BeforeTransmitInterceptorContextMut<'_>,
+        _components: &RuntimeComponents,
+        config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        if let Some((at, connection)) = self.last().take()
+            // A clock that was set back says nothing.
+            && at.elapsed().map_or(true, |silent| silent >= self.idle)
+        {
+            connection.poison();
+        }
+        // The SDK's own interceptor does the same, before or after this one: the later one counts for both.
+        let capture = CaptureSmithyConnection::new();
+        context.request_mut().add_extension(capture.clone());
+        config.interceptor_state().store_put(capture);
+        Ok(())
+    }
+
+    fn read_after_attempt(
+        &self,
+        _context: &FinalizerInterceptorContextRef<'_>,
+        _components: &RuntimeComponents,
+        config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let connection = config.load::<CaptureSmithyConnection>().and_then(CaptureSmithyConnection::get);
+        *self.last() = connection.map(|connection| (SystemTime::now(), connection));
+        Ok(())
+    }
+}
+
+/// Whether a failed call has sent nothing: no connection came about.
+pub(crate) fn is_unsent<E, R>(error: &SdkError<E, R>) -> bool {
+    let SdkError::DispatchFailure(failure) = error else { return false };
+    let mut source = failure.as_connector_error().and_then(std::error::Error::source);
+    while let Some(error) = source {
+        if let Some(error) = error.downcast_ref::<std::io::Error>() {
+            use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable};
+            return matches!(error.kind(), ConnectionRefused | HostUnreachable | NetworkUnreachable);
+        }
+        source = error.source();
+    }
+    false
 }
 
 fn timeouts(attempt: Duration) -> TimeoutConfig {
@@ -155,10 +239,7 @@ impl Intercept for WithoutSyncPrefix {
 }
 
 /// Sorts an SDK error by what a caller can do about it.
-pub(crate) fn classify<E, R>(
-    call: &'static str,
-    error: aws_smithy_runtime_api::client::result::SdkError<E, R>,
-) -> Error
+pub(crate) fn classify<E, R>(call: &'static str, error: SdkError<E, R>) -> Error
 where
     E: aws_smithy_types::error::metadata::ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     R: std::fmt::Debug + Send + Sync + 'static,
@@ -191,4 +272,87 @@ pub(crate) fn text(value: &str) -> AttributeValue {
 /// A number in a table.
 pub(crate) fn number(value: u64) -> AttributeValue {
     AttributeValue::N(value.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    use aws_sdk_sfn::operation::start_sync_execution::StartSyncExecutionError;
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    /// Answers every call with an error that is not tried again; how many connections it took.
+    async fn server() -> (String, Arc<AtomicUsize>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let count = Arc::new(AtomicUsize::new(0));
+        let counted = count.clone();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                counted.fetch_add(1, Ordering::SeqCst);
+                tokio::spawn(async move {
+                    let mut came = Vec::new();
+                    let mut buffer = [0; 4096];
+                    while let Ok(read @ 1..) = stream.read(&mut buffer).await {
+                        came.extend_from_slice(&buffer[..read]);
+                        // The input is one JSON object, the last thing of the request.
+                        if came.ends_with(b"}") {
+                            came.clear();
+                            let answer = "HTTP/1.1 400 Bad Request\r\ncontent-length: 2\r\n\r\n{}";
+                            drop(stream.write_all(answer.as_bytes()).await);
+                        }
+                    }
+                });
+            }
+        });
+        (url, count)
+    }
+
+    async fn calls(
+        url: &str,
+        idle: Duration,
+    ) -> Result<(), aws_sdk_sfn::error::SdkError<StartSyncExecutionError>> {
+        let lookup = |name: &str| match name {
+            "AWS_REGION" => Some("local-1".to_owned()),
+            "AWS_ENDPOINT_URL" => Some(url.to_owned()),
+            _ => None,
+        };
+        let aws = Aws::from_env(&Env::new(&lookup)).unwrap();
+        let keys = aws_credential_types::Credentials::new("key", "secret", None, None, "this test");
+        let config = aws_sdk_sfn::config::Builder::from(&aws.shared)
+            .credentials_provider(keys)
+            .retry_config(RetryConfig::disabled())
+            .interceptor(WithoutSyncPrefix)
+            .interceptor(FreshConnection::new(idle));
+        let client = aws_sdk_sfn::Client::from_conf(config.build());
+        let call = || client.start_sync_execution().state_machine_arn("arn").input("x").send();
+        drop(call().await);
+        drop(call().await);
+        call().await.map(drop)
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_was_silent_for_long_is_not_used_again() {
+        let (url, count) = server().await;
+        let error = calls(&url, CONNECTION_IDLE).await.unwrap_err();
+        assert!(!is_unsent(&error), "{error:?}");
+        assert_eq!(count.load(Ordering::SeqCst), 1, "one connection for three calls");
+        calls(&url, Duration::ZERO).await.unwrap_err();
+        assert_eq!(count.load(Ordering::SeqCst), 4, "one for each");
+    }
+
+    #[tokio::test]
+    async fn what_met_nobody_was_not_sent() {
+        let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        let error = calls(&format!("http://{nobody}"), CONNECTION_IDLE).await.unwrap_err();
+        assert!(is_unsent(&error), "{error:?}");
+    }
 }

@@ -48,6 +48,9 @@ pub mod env {
     /// `identity` where upstreams are asked for bodies that are not packed, `pass` where they are asked for what the
     /// public client takes.
     pub const ACCEPT_ENCODING: &str = "TUNNEL_ACCEPT_ENCODING";
+    /// `hold` where a short body of unknown length is kept until it is whole, so that it has a length, and an error in place
+    /// of half of it; `stream` where every byte goes on at once.
+    pub const UNKNOWN_LENGTH: &str = "TUNNEL_UNKNOWN_LENGTH";
     /// How long a response may pause before it is broken off, in seconds; 0 for as long as it may take.
     pub const STREAM_IDLE_SECS: &str = "TUNNEL_STREAM_IDLE_SECS";
     /// `chain` where forwarding fields of the request are believed.
@@ -236,6 +239,20 @@ impl<'a> Env<'a> {
             None | Some("identity") => Ok(true),
             Some("pass") => Ok(false),
             Some(_) => Err(ConfigError { name, problem: "is neither 'identity' nor 'pass'" }),
+        }
+    }
+
+    /// Whether short bodies of unknown length are kept until they are whole.
+    ///
+    /// # Errors
+    ///
+    /// When it is neither `stream` nor `hold`.
+    pub fn holds_unknown_length(&self) -> Result<bool, ConfigError> {
+        let name = env::UNKNOWN_LENGTH;
+        match self.optional(name).as_deref() {
+            None | Some("stream") => Ok(false),
+            Some("hold") => Ok(true),
+            Some(_) => Err(ConfigError { name, problem: "is neither 'stream' nor 'hold'" }),
         }
     }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error,
-    aws::{Aws, classify},
+    aws::{Aws, classify, is_unsent},
     config::{ConfigError, Env, env},
 };
 
@@ -102,15 +102,16 @@ impl Workflow {
         const CALL: &str = "StartSyncExecution";
         let text = serde_json::to_string(input)
             .map_err(|error| Error::Refused { call: CALL, source: error.into() })?;
-        let result = self
-            .client
-            .start_sync_execution()
-            .state_machine_arn(&self.state_machine_arn)
-            .name(input.request_id.as_str())
-            .input(text)
-            .send()
-            .await
-            .map_err(|error| classify(CALL, error))?;
+        let start = || {
+            let start = self.client.start_sync_execution().state_machine_arn(&self.state_machine_arn);
+            start.name(input.request_id.as_str()).input(text.as_str()).send()
+        };
+        let result = match start().await {
+            // Nobody has seen it, so this is not a second run.
+            Err(error) if is_unsent(&error) => start().await,
+            result => result,
+        };
+        let result = result.map_err(|error| classify(CALL, error))?;
         // The call succeeds whether or not the run did.
         if *result.status() == SyncExecutionStatus::Succeeded {
             decode(result.output().unwrap_or_default())

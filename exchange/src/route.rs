@@ -327,6 +327,31 @@ mod tests {
     }
 
     #[test]
+    fn two_secrets_are_believed_while_one_replaces_the_other_and_no_part_of_them() {
+        let mut config = config();
+        config.front_secret = Some("s3cret-new,s3cret-old".into());
+        config.front_only = true;
+        let by = |config: &Config, secret: &str| {
+            let sent = arrival("/web/", &[("host", "h"), ("x-tunnel-front", secret)]);
+            route(sent, Vec::new(), config, Websockets::Refused, &RequestId::from_random([1; 16])).is_ok()
+        };
+        for (secret, is_right) in [
+            ("s3cret-new", true),
+            ("s3cret-old", true),
+            ("s3cret-new,s3cret-old", false),
+            ("s3cret-", false),
+            ("s3cret-newer", false),
+            ("", false),
+            (",", false),
+        ] {
+            assert_eq!(by(&config, secret), is_right, "{secret}");
+        }
+        // After a rotation that had nothing before it, and after one that is over.
+        config.front_secret = Some("s3cret-new,".into());
+        assert!(by(&config, "s3cret-new") && !by(&config, "") && !by(&config, "s3cret-old"));
+    }
+
+    #[test]
     fn nobody_but_the_front_is_believed() {
         let forged = arrival(
             "/web/",

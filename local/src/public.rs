@@ -38,7 +38,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::{
-    cloudfront::{Errors, Kept, distribution},
+    cloudfront::{Distribution, Errors, Kept},
     fronts::{Does, Imitation},
     heads::{Head, SharedNotes, Watched},
     origin::{Decoder, Origin},
@@ -95,6 +95,8 @@ pub struct Front {
     pub relay: Option<relayed::Relay>,
     /// What AWS's front would do beside.
     pub imitation: Arc<Imitation>,
+    /// What the distribution says of errors and of its origin.
+    pub distribution: &'static Distribution,
     /// Errors that CloudFront keeps.
     pub errors: KeptErrors,
 }
@@ -332,7 +334,7 @@ async fn answer(
         let (head, body) = response.into_parts();
         collect(body, fronts::BUFFERED_BYTES).await.map(|body| (head, body))
     };
-    match time::timeout(fronts::BUFFERED_TIME, whole).await {
+    match time::timeout(front.imitation.clock.scale(fronts::BUFFERED_TIME), whole).await {
         Ok(Some((mut head, body))) => {
             if !is_head && head.status != StatusCode::NO_CONTENT && head.status != StatusCode::NOT_MODIFIED {
                 head.headers.insert(header::CONTENT_LENGTH, body.len().into());
@@ -439,7 +441,7 @@ async fn pass(
     });
     drop(body);
     front.latency.hop(Hop::Front).await;
-    let origin = distribution();
+    let origin = front.distribution;
     let attempts = if is_safe && imitation.does(Does::Retry) { origin.attempts } else { 1 };
     let silence = imitation.does(Does::Silence).then_some(origin.read_timeout);
     let mut response = None;

@@ -304,6 +304,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         arrivals: arrivals.clone(),
         relay,
         imitation,
+        distribution: public::cloudfront::distribution(),
         errors: public::KeptErrors::default(),
     };
     let serving_public = tokio::spawn(public::serve(public_listener, Arc::new(front), stop_public.clone()));
@@ -481,7 +482,9 @@ impl Executions {
 fn choices(own: &Env<'_>) -> anyhow::Result<Vec<(&'static str, String)>> {
     own.trust()?;
     own.secs(env::REPLY_TIMEOUT_SECS, limits::REPLY_TIMEOUT, limits::REPLY_TIMEOUT_MAX)?;
-    let names = [env::TRUST_FORWARDED, env::REPLY_TIMEOUT_SECS];
+    own.holds_unknown_length()?;
+    own.secs(env::STREAM_IDLE_SECS, limits::RESPONSE_DURATION, limits::RESPONSE_DURATION)?;
+    let names = [env::TRUST_FORWARDED, env::REPLY_TIMEOUT_SECS, env::UNKNOWN_LENGTH, env::STREAM_IDLE_SECS];
     Ok(names.into_iter().filter_map(|name| Some((name, own.optional(name)?))).collect())
 }
 
@@ -601,6 +604,7 @@ impl Settings<'_> {
             (env::RELAY_FRONT, "false".to_owned()),
             (env::REPLY_TIMEOUT_SECS, self.imitation.reply_timeout().as_secs().to_string()),
             (env::STREAM_IDLE_SECS, "0".to_owned()),
+            (env::UNKNOWN_LENGTH, "stream".to_owned()),
             (env::ACCEPT_ENCODING, self.imitation.accept_encoding().to_owned()),
             // The key set is in a variable instead.
             (ENV_JWKS_FILE, String::new()),

@@ -64,6 +64,8 @@ pub(crate) struct Config {
     pub(crate) credentials: Credentials,
     /// Parts of the names of what is to be run; none for all of it.
     pub(crate) only: Vec<String>,
+    /// Whether points that take minutes are asked.
+    pub(crate) long: bool,
     /// After what time an idle connection is said to be closed, where that is to be tried.
     pub(crate) idle: Option<Duration>,
     /// How many calls a measurement makes.
@@ -131,6 +133,7 @@ impl Config {
                 None,
                 "environment",
             ),
+            long: env.flag("DEPLOYED_LONG").map_err(|error| error.to_string())?,
             only: only.split(',').map(str::trim).filter(|part| !part.is_empty()).map(str::to_owned).collect(),
             idle: (idle != usize::MAX).then(|| Duration::from_secs(idle as u64)),
             calls,

@@ -8,6 +8,7 @@
 
 mod account;
 mod config;
+mod fronts;
 mod points;
 mod report;
 mod run;
@@ -203,6 +204,47 @@ async fn the_same_run_against_local() {
     assert!(Profile::find(profile).unwrap().is_some());
     for line in written.lines().filter(|line| line.contains('=')) {
         assert!(line.contains("source = \"measured") || line.starts_with("describe"), "{line}");
+    }
+}
+
+/// The points of the fronts, asked of what `local` imitates: each finds what the table says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_points_of_the_fronts_find_what_is_imitated() {
+    let asked =
+        "empty_, compressed_, content_, killed, small_, cached_, ranges, targets, methods, heads, buffered";
+    let variables = [("DEPLOYED_ONLY", asked), ("TUNNEL_FRONT", "cloudfront")];
+    let target = Target::start(&["--front", "cloudfront"], &variables).await;
+    let (said, failures) = target.run(never()).await;
+    assert_eq!(failures, Vec::<String>::new(), "{said}");
+    for expected in [
+        "empty_answers: each ends at once",
+        "compressed_bodies: /gzip is unpacked and its field is gone; /br is unpacked and its field is gone",
+        "content_length: content-length is absent, x-amzn-remapped-content-length is 5, x-tunnel-length is 5",
+        "agent_killed: it looks whole",
+        "small_pieces: each comes by itself",
+        "cached_errors: it does not",
+        "ranges: 206 with 4 bytes, bytes 0-3/10",
+        "targets: //a%2Fb%3Fc arrives as //a%2Fb%3Fc",
+        "PROPFIND 403, QUERY 403, GET with a body 403",
+        "large_heads: 4 KiB 200, 8 KiB 200, 12 KiB 200, 24 KiB 413, a URL of 8 KiB 413",
+        "buffered: it goes on as it comes",
+    ] {
+        assert!(said.contains(expected), "{expected}: {said}");
+    }
+}
+
+/// Everything that is imitated has a point that settles it, and the page for people names it.
+#[test]
+fn every_assumption_has_its_point() {
+    let names: BTreeSet<_> = fronts::POINTS.iter().map(|point| point.name).collect();
+    assert_eq!(names.len(), fronts::POINTS.len());
+    let page =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/aws-fronts.md")).unwrap();
+    for name in &names {
+        assert!(page.contains(&format!("`{name}`")), "docs/aws-fronts.md does not name {name}");
+    }
+    for line in local::public::fronts::TABLE {
+        assert!(names.contains(line.point), "{} has no point {}", line.name, line.point);
     }
 }
 

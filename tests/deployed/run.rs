@@ -8,12 +8,17 @@ use std::{
 };
 
 use futures_util::{FutureExt as _, future::LocalBoxFuture};
-use tests::{acceptance, eventually, stack::Stack, upstream::Upstream};
+use tests::{
+    acceptance, eventually,
+    stack::{Front, Stack},
+    upstream::Upstream,
+};
 use tokio::time::timeout;
 
 use crate::{
     account::Account,
     config::Config,
+    fronts,
     points::{self, Found},
     report::Report,
     times::Measured,
@@ -146,6 +151,16 @@ async fn points_of(config: &Config, account: &Account, report: &Report<'_>) {
     }
     if wants(&[LEAVES]) {
         point(report, LEAVES, points::client_leaves(stack).boxed_local()).await;
+    }
+    // `local` without a front's ways has nothing to settle.
+    if stack.front() != Front::Local {
+        for one in fronts::POINTS.iter().filter(|one| config.wants(one.name)) {
+            if one.is_long && !config.long {
+                report.point(one.name, &Err(fronts::LONG.into()));
+            } else {
+                point(report, one.name, (one.ask)(stack)).await;
+            }
+        }
     }
     if wants(&[HOPS]) {
         let done = AssertUnwindSafe(points::hops(stack, account, calls, &mut measured).boxed_local())

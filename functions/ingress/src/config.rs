@@ -26,6 +26,8 @@ pub struct Config {
     pub is_unpacked: bool,
     /// How long a response may pause, if it may not for ever.
     pub stream_idle: Option<Duration>,
+    /// Whether short bodies of unknown length are kept until they are whole.
+    pub is_held: bool,
 }
 
 impl Config {
@@ -42,7 +44,7 @@ impl Config {
                 Some(env.secs(env::STREAM_IDLE_SECS, limits::RESPONSE_DURATION, limits::RESPONSE_DURATION)?)
             }
         };
-        Ok(Self { is_unpacked, stream_idle })
+        Ok(Self { is_unpacked, stream_idle, is_held: env.holds_unknown_length()? })
     }
 
     /// What the upstream is asked for.
@@ -50,6 +52,23 @@ impl Config {
         if self.is_unpacked && headers.get(header::ACCEPT_ENCODING).is_some() {
             headers.set(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         }
+    }
+
+    /// Whether this answer is kept until it is whole: nobody would see that it is not. Events are made to be read one by
+    /// one, and their reader comes back by itself.
+    #[must_use]
+    pub fn holds(&self, head: &Head, is_head_only: bool) -> bool {
+        const STREAMS: [&[u8]; 3] = [b"text/event-stream", b"application/x-ndjson", b"multipart/"];
+        let kind = head.headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+        let is_like =
+            |name: &[u8]| kind.get(..name.len()).is_some_and(|kind| kind.eq_ignore_ascii_case(name));
+        self.is_held
+            && !is_head_only
+            && !matches!(head.status, 204 | 304)
+            && head.headers.get(header::CONTENT_LENGTH).is_none()
+            && !STREAMS.into_iter().any(is_like)
+            // Unpacked by the front, it would have another length.
+            && !(self.is_unpacked && is_packed(&head.headers))
     }
 
     /// What the public client is told of the answer.
@@ -100,7 +119,7 @@ mod tests {
 
     #[test]
     fn what_the_front_takes_away_is_there_under_another_name() {
-        let config = Config { is_unpacked: true, stream_idle: None };
+        let config = Config { is_unpacked: true, stream_idle: None, is_held: true };
         let mut plain = head(&[
             ("content-length", "5"),
             ("content-digest", "sha-256=:x:"),
@@ -123,7 +142,7 @@ mod tests {
 
     #[test]
     fn upstreams_are_asked_for_what_arrives() {
-        let config = Config { is_unpacked: true, stream_idle: None };
+        let config = Config { is_unpacked: true, stream_idle: None, is_held: true };
         let mut asked = head(&[("accept-encoding", "gzip, br")]).headers;
         config.request(&mut asked);
         assert_eq!(asked.get("accept-encoding").unwrap(), "identity");
@@ -133,6 +152,23 @@ mod tests {
         let mut passed = head(&[("accept-encoding", "gzip, br")]).headers;
         Config { is_unpacked: false, ..config }.request(&mut passed);
         assert_eq!(passed.get("accept-encoding").unwrap(), "gzip, br");
+    }
+
+    #[test]
+    fn what_has_no_length_and_is_no_stream_is_kept_where_that_is_asked_for() {
+        let config = Config { is_unpacked: true, stream_idle: None, is_held: true };
+        for (fields, is_held) in [
+            (&[("content-type", "text/html")][..], true),
+            (&[], true),
+            (&[("content-type", "Text/Event-Stream; charset=utf-8")], false),
+            (&[("content-type", "multipart/x-mixed-replace;boundary=x")], false),
+            (&[("content-encoding", "gzip")], false),
+            (&[("content-length", "5")], false),
+        ] {
+            assert_eq!(config.holds(&head(fields), false), is_held, "{fields:?}");
+            assert!(!config.holds(&head(fields), true));
+            assert!(!Config { is_held: false, ..config }.holds(&head(fields), false));
+        }
     }
 
     #[test]

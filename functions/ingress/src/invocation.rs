@@ -131,6 +131,13 @@ impl PublicSide for LambdaAnswer<'_> {
             tracing::info!(request_id = %self.request_id, "response is longer than one streamed answer");
             return self.refuse(ErrorCode::ResponseTooLarge);
         }
+        if self.config.holds(&head, self.head_only) {
+            let instead = answer::problem(ErrorCode::UpstreamReset, self.request_id, self.html);
+            self.config.response(&mut head);
+            let (answer, pieces) = Answer::held(head, first, instead);
+            drop(self.answers.send(answer));
+            return pieces;
+        }
         self.config.response(&mut head);
         let mut bytes = prelude(head.status, &head.headers);
         bytes.extend_from_slice(&first);

@@ -13,8 +13,8 @@ use std::{
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use exchange::public::{Piece, Pieces};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
+use exchange::public::{Head, Piece, Pieces};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
 use http_body::{Body as HttpBody, Frame};
 use http_body_util::BodyExt;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -25,7 +25,10 @@ use tokio::{
     time::{Instant, Sleep, sleep},
 };
 
-use crate::answer::DELIMITER;
+use crate::{
+    answer::{DELIMITER, prelude},
+    config::LENGTH,
+};
 
 const ERROR_TYPE: HeaderName = HeaderName::from_static("lambda-runtime-function-error-type");
 const ERROR_BODY: HeaderName = HeaderName::from_static("lambda-runtime-function-error-body");
@@ -49,14 +52,58 @@ pub struct Invocation {
 pub struct Answer {
     first: Bytes,
     rest: mpsc::Receiver<Piece>,
+    /// What is kept until it is whole: the head, and what to say in its place where the body breaks off.
+    held: Option<(Head, (Head, String))>,
 }
+
+/// How much of an answer is kept until it is whole; what is longer goes on as it comes.
+const HELD_BYTES: usize = 4 * 1024 * 1024;
 
 impl Answer {
     /// An answer that begins with `first` (head, delimiter and as much body as is there).
     #[must_use]
     pub fn new(first: Vec<u8>) -> (Self, Pieces) {
         let (pieces, rest) = mpsc::channel(PIECES);
-        (Self { first: first.into(), rest }, pieces)
+        (Self { first: first.into(), rest, held: None }, pieces)
+    }
+
+    /// An answer of unknown length that is kept until it is whole, and replaced by `instead` if it breaks off. Its head goes
+    /// out with a length then; without one where it is longer than what is kept.
+    #[must_use]
+    pub fn held(head: Head, first: Vec<u8>, instead: (Head, String)) -> (Self, Pieces) {
+        let (pieces, rest) = mpsc::channel(PIECES);
+        (Self { first: first.into(), rest, held: Some((head, instead)) }, pieces)
+    }
+
+    /// Keeps what is to be kept. Leaves an answer that goes out as it comes, or is over.
+    async fn whole(mut self) -> Self {
+        let Some((mut head, instead)) = self.held.take() else { return self };
+        let mut body = Vec::from(self.first);
+        let done = |head: &Head, body: &[u8]| {
+            let mut bytes = prelude(head.status, &head.headers);
+            bytes.extend_from_slice(body);
+            let (answer, pieces) = Self::new(bytes);
+            // There is room for one.
+            drop(pieces.try_send(Piece::End));
+            answer
+        };
+        while body.len() <= HELD_BYTES {
+            match self.rest.recv().await {
+                Some(Piece::Data(bytes)) => body.extend_from_slice(&bytes),
+                Some(Piece::End) => {
+                    head.headers.push(header::CONTENT_LENGTH, body.len().into());
+                    head.headers.push(LENGTH, body.len().into());
+                    return done(&head, &body);
+                }
+                Some(Piece::Broken) | None => {
+                    let (head, page) = instead;
+                    return done(&head, page.as_bytes());
+                }
+            }
+        }
+        let mut bytes = prelude(head.status, &head.headers);
+        bytes.append(&mut body);
+        Self { first: bytes.into(), rest: self.rest, held: None }
     }
 }
 
@@ -105,7 +152,7 @@ impl Runtime {
     ///
     /// An answer that says nothing for `idle` is broken off.
     pub async fn respond(&self, aws_request_id: &str, answer: Answer, idle: Option<Duration>) {
-        let body = AnswerBody::new(answer, idle);
+        let body = AnswerBody::new(answer.whole().await, idle);
         let request = post(&format!("/2018-06-01/runtime/invocation/{aws_request_id}/response"))
             .header("lambda-runtime-function-response-mode", "streaming")
             .header("content-type", "application/vnd.awslambda.http-integration-response")
@@ -282,6 +329,78 @@ mod tests {
         let body = body?;
         let broken = body.trailers().is_some_and(|trailers| trailers.contains_key(ERROR_TYPE));
         Ok((body.to_bytes(), broken))
+    }
+
+    /// What goes out of an answer that is kept, made of these pieces: its text and whether it was broken off.
+    async fn held(pieces: Vec<Piece>) -> (String, bool) {
+        let head = Head { status: 200, headers: proto::header::Headers::new() };
+        let instead = Head { status: 502, headers: proto::header::Headers::new() };
+        let (answer, sender) = Answer::held(head, b"first".to_vec(), (instead, "a page".to_owned()));
+        let send = async move {
+            for piece in pieces {
+                sender.send(piece).await.unwrap();
+            }
+        };
+        let body = async { AnswerBody::new(answer.whole().await, None).collect().await.unwrap() };
+        let (body, ()) = tokio::join!(body, send);
+        let broken = body.trailers().is_some_and(|trailers| trailers.contains_key(ERROR_TYPE));
+        (String::from_utf8_lossy(&body.to_bytes()).into_owned(), broken)
+    }
+
+    #[tokio::test]
+    async fn what_is_kept_has_a_length_or_is_an_error_and_never_half() {
+        let data = || Piece::Data(Bytes::from_static(b"+rest"));
+        let (whole, broken) = held(vec![data(), Piece::End]).await;
+        assert!(
+            whole.ends_with("first+rest") && !broken && whole.contains(r#""x-tunnel-length":"10""#),
+            "{whole}"
+        );
+        for pieces in [vec![data(), Piece::Broken], vec![data()]] {
+            let (error, broken) = held(pieces).await;
+            assert!(error.contains("502") && error.ends_with("a page") && !broken, "{error}");
+        }
+        // At what is kept, and one byte past it.
+        for (more, is_kept) in [(0, true), (1, false)] {
+            let piece = Piece::Data(vec![b'x'; HELD_BYTES - 5 + more].into());
+            let (long, broken) = held(vec![piece, Piece::End]).await;
+            assert_eq!((long.contains("x-tunnel-length"), broken), (is_kept, false), "{more}");
+        }
+        let piece = Piece::Data(vec![b'x'; HELD_BYTES].into());
+        assert!(held(vec![piece, Piece::Broken]).await.1, "it goes on as it comes, and breaks off as ever");
+    }
+
+    #[tokio::test]
+    async fn what_the_front_would_cut_is_broken_off() {
+        for (left, is_broken) in [(5, false), (4, true)] {
+            let (answer, sender) = Answer::new(b"head".to_vec());
+            let mut body = AnswerBody::new(answer, None);
+            body.left = left;
+            sender.try_send(Piece::Data(Bytes::from_static(b"+body"))).unwrap();
+            let send = async move { drop(sender.send(Piece::End).await) };
+            let (body, ()) = tokio::join!(body.collect(), send);
+            assert_eq!(
+                body.unwrap().trailers().is_some_and(|t| t.contains_key(ERROR_TYPE)),
+                is_broken,
+                "{left}"
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_pauses_for_too_long_is_broken_off() {
+        let (answer, sender) = Answer::new(b"head".to_vec());
+        let body = AnswerBody::new(answer, Some(Duration::from_secs(5)));
+        let begun = Instant::now();
+        let send = async move {
+            for _ in 0..3 {
+                sleep(Duration::from_secs(4)).await;
+                sender.send(Piece::Data(Bytes::from_static(b"."))).await.unwrap();
+            }
+            sender.closed().await;
+        };
+        let (body, ()) = tokio::join!(body.collect(), send);
+        assert!(body.unwrap().trailers().is_some_and(|trailers| trailers.contains_key(ERROR_TYPE)));
+        assert_eq!(begun.elapsed().as_secs(), 17);
     }
 
     #[tokio::test]

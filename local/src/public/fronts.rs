@@ -134,6 +134,10 @@ behaviours! {
     EmptyHangs, "empty-answers", FUNCTION_URL, Reported, "empty_answers", "direct",
         "a function ended an answer without a body in the same write as its head, and it does not end",
         "aws-lambda-web-adapter#499; aws-lambda-nodejs-runtime-interface-client#95; nitro#4417; serverless-adapter#206";
+    /// A small piece waits for the next one.
+    HoldSmall, "held-pieces", FUNCTION_URL, Reported, "small_pieces", "direct",
+        "a small piece of a body waited for the next one, or for 200 ms",
+        "aws-lambda-nodejs-runtime-interface-client#102; serverless-adapter#166; hono#1678";
     /// A break looks like an end.
     SilentBreak, "silent-breaks", FUNCTION_URL, Assumed, "agent_killed", "direct",
         "a response broke off and ends here as if it were whole; x-tunnel-length tells, where it is there",
@@ -180,6 +184,13 @@ pub const BURST_BYTES: u64 = 6 * 1024 * 1024;
 
 /// How much passes in a second then.
 pub const RATE_BYTES: u64 = 2 * 1024 * 1024;
+
+/// Which piece is small: reports are of single events. AWS has no number.
+pub const SMALL_BYTES: usize = 1024;
+
+/// For how long a small piece waits for the next one. The reports know no end of it; with none, nothing interactive could
+/// be tried.
+pub const SMALL_WAIT: Duration = Duration::from_millis(200);
 
 /// The most bytes of a buffered answer (HTTP API quotas).
 pub const BUFFERED_BYTES: usize = 10 * 1024 * 1024;
@@ -246,6 +257,12 @@ impl Imitation {
     pub fn does(&self, does: Does) -> bool {
         let line = &TABLE[does as usize];
         line.fronts.contains(&self.kind) && !self.relaxed.contains(&line.name)
+    }
+
+    /// Whether that was said.
+    #[cfg(test)]
+    pub(super) fn has_said(&self, does: Does) -> bool {
+        self.said[does as usize].load(Ordering::Relaxed)
     }
 
     /// Says once that it was done, so that nobody takes it for a fault of theirs.

@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
-use super::fronts::{BURST_BYTES, Does, Imitation, RATE_BYTES, RESPONSE_BYTES};
+use super::fronts::{BURST_BYTES, Does, Imitation, RATE_BYTES, RESPONSE_BYTES, SMALL_BYTES, SMALL_WAIT};
 use crate::lambda::{Broken, StreamBody};
 
 /// What a function streams, on its way through a front.
@@ -29,6 +29,8 @@ pub(super) struct Origin {
     free_at: Option<Instant>,
     /// How long the function may be silent, and until when.
     silence: Option<(Duration, Pin<Box<Sleep>>)>,
+    /// A small piece that waits for the next one, until its time is over.
+    small: Option<(Bytes, Pin<Box<Sleep>>)>,
     has_ended: bool,
 }
 
@@ -40,8 +42,17 @@ impl Origin {
         silence: Option<Duration>,
     ) -> Self {
         let silence = silence.map(|time| (time, Box::pin(sleep(time))));
-        let (came, held, free_at) = (0, None, None);
-        Self { stream: Some(stream), imitation, decoder, came, held, free_at, silence, has_ended: false }
+        Self {
+            stream: Some(stream),
+            imitation,
+            decoder,
+            came: 0,
+            held: None,
+            free_at: None,
+            silence,
+            small: None,
+            has_ended: false,
+        }
     }
 
     /// Gives a piece back that was taken before: it comes first.
@@ -59,6 +70,39 @@ impl Origin {
 
     /// The next piece; none at the end.
     pub(super) fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+        if !self.imitation.does(Does::HoldSmall) {
+            return self.poll_piece(context);
+        }
+        loop {
+            let next = self.poll_piece(context)?;
+            let before = self.small.take();
+            match (next, before) {
+                (Poll::Ready(Some(piece)), before) if piece.len() < SMALL_BYTES => {
+                    self.small = Some((piece, Box::pin(sleep(SMALL_WAIT))));
+                    if let Some((before, _)) = before {
+                        return Poll::Ready(Ok(Some(before)));
+                    }
+                }
+                (Poll::Ready(Some(piece)), Some((before, _))) => {
+                    return Poll::Ready(Ok(Some([before, piece].concat().into())));
+                }
+                (Poll::Ready(None), Some((before, _))) => return Poll::Ready(Ok(Some(before))),
+                (Poll::Ready(piece), None) => return Poll::Ready(Ok(piece)),
+                (Poll::Pending, Some((small, mut due))) => {
+                    if due.as_mut().poll(context).is_ready() {
+                        self.imitation.say(Does::HoldSmall);
+                        return Poll::Ready(Ok(Some(small)));
+                    }
+                    self.small = Some((small, due));
+                    return Poll::Pending;
+                }
+                (Poll::Pending, None) => return Poll::Pending,
+            }
+        }
+    }
+
+    /// The next piece as the function sent it, when its time has come.
+    fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         loop {
             if let Some((_, due)) = &mut self.held {
                 ready!(due.as_mut().poll(context));
@@ -196,7 +240,93 @@ impl Decoder {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+
     use super::*;
+    use crate::{clock::Clock, public::fronts::Kind};
+
+    const MIB: usize = 1024 * 1024;
+
+    fn origin(
+        pieces: &[&'static str],
+        relaxed: &[&str],
+        clock: u32,
+        silence: Option<Duration>,
+    ) -> (Origin, impl Fn() -> bool + use<>) {
+        let relaxed: Vec<_> = relaxed.iter().map(|&name| name.to_owned()).collect();
+        let imitation =
+            Imitation::new(Kind::CloudFront, &relaxed, Clock::new(clock), Duration::from_secs(300));
+        let (stream, listens) = StreamBody::unended(pieces);
+        (Origin::new(stream, imitation.into(), None, silence), listens)
+    }
+
+    async fn next(origin: &mut Origin) -> Result<Option<Bytes>, Broken> {
+        poll_fn(|context| origin.poll_next(context)).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_comes_after_the_burst_takes_its_time_on_a_fast_clock_too() {
+        let piece: &'static str = Box::leak("x".repeat(MIB).into_boxed_str());
+        for (clock, ms) in [(1, 1000), (10, 100)] {
+            let (mut origin, _listens) = origin(&[piece; 8], &[], clock, None);
+            let begun = Instant::now();
+            for number in 0..8 {
+                if number == 6 {
+                    assert_eq!(begun.elapsed(), Duration::ZERO, "6 MB are not slowed");
+                }
+                assert_eq!(next(&mut origin).await.unwrap().unwrap().len(), MIB);
+            }
+            assert_eq!(begun.elapsed().as_millis(), ms);
+        }
+        let (mut origin, _listens) = origin(&[piece; 8], &["response-rate"], 1, None);
+        let begun = Instant::now();
+        for _ in 0..8 {
+            next(&mut origin).await.unwrap().unwrap();
+        }
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_break_and_the_cap_look_like_an_end_unless_that_is_left_out() {
+        for (relaxed, came, looks_whole) in
+            [(&[][..], 4, true), (&["silent-breaks"], 4, false), (&[], RESPONSE_BYTES, true)]
+        {
+            let (mut origin, listens) = origin(&["half"], relaxed, 1, None);
+            assert_eq!(next(&mut origin).await.unwrap().unwrap(), "half");
+            origin.came = came;
+            // The function ends without a word.
+            drop(listens);
+            assert_eq!(next(&mut origin).await.is_ok_and(|end| end.is_none()), looks_whole, "{relaxed:?}");
+            let said = |does| origin.imitation.has_said(does);
+            assert_eq!(said(Does::SilentBreak), looks_whole && came < RESPONSE_BYTES);
+            assert_eq!(said(Does::Cap), came == RESPONSE_BYTES);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_function_is_given_up_and_one_that_speaks_in_time_is_not() {
+        let (mut origin, _listens) = origin(&[".", "."], &["held-pieces"], 1, Some(Duration::from_secs(60)));
+        for _ in 0..2 {
+            sleep(Duration::from_secs(59)).await;
+            assert!(next(&mut origin).await.unwrap().is_some());
+        }
+        let begun = Instant::now();
+        assert_eq!(next(&mut origin).await, Err(Broken));
+        assert_eq!(begun.elapsed().as_secs(), 60);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_small_piece_waits_for_the_next_one_or_its_time() {
+        let (mut origin, _listens) = origin(&["a", "b"], &[], 1, None);
+        let begun = Instant::now();
+        assert_eq!(next(&mut origin).await.unwrap().unwrap(), "a");
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+        assert_eq!(next(&mut origin).await.unwrap().unwrap(), "b");
+        assert_eq!(begun.elapsed(), SMALL_WAIT);
+        let long: &'static str = Box::leak("x".repeat(SMALL_BYTES).into_boxed_str());
+        let (mut origin, _listens) = self::origin(&["a", long], &[], 1, None);
+        assert_eq!(next(&mut origin).await.unwrap().unwrap().len(), SMALL_BYTES + 1);
+    }
 
     #[test]
     fn what_is_packed_comes_out_whole_however_it_is_cut() {

@@ -61,6 +61,10 @@ async fn ingress(event: LambdaEvent<Value>) -> Result<FunctionResponse<Value, Ch
             std::future::pending::<()>().await;
             stream::empty().boxed()
         }
+        "/503" => {
+            prelude.status_code = StatusCode::SERVICE_UNAVAILABLE;
+            once(event.payload["headers"]["x-tunnel-host"].to_string())
+        }
         "/informational" => {
             prelude.status_code = StatusCode::SWITCHING_PROTOCOLS;
             stream::empty().boxed()
@@ -107,6 +111,11 @@ struct Fixture {
 
 impl Fixture {
     async fn start() -> Self {
+        Self::behind(direct().imitation, cloudfront::distribution()).await
+    }
+
+    /// Behind a front that is imitated.
+    async fn behind(imitation: Arc<Imitation>, distribution: &'static Distribution) -> Self {
         let launcher = Launcher {
             program: std::env::current_exe().unwrap(),
             arguments: ["--exact", "public::tests::function_process", "--nocapture", "--quiet"]
@@ -143,7 +152,8 @@ impl Fixture {
             port: address.port(),
             arrivals: Arrivals::default(),
             relay: None,
-            imitation: direct().imitation,
+            imitation,
+            distribution,
             errors: KeptErrors::default(),
         };
         let stop = CancellationToken::new();
@@ -172,6 +182,61 @@ impl Fixture {
         timeout(Duration::from_secs(10), self.served).await.unwrap().unwrap();
         self.lambda.close().await;
     }
+}
+
+/// CloudFront as it is where the distribution says nothing, but for its patience.
+fn plain_distribution() -> &'static Distribution {
+    let read_timeout = Duration::from_millis(300);
+    Box::leak(Box::new(Distribution { attempts: 3, read_timeout, kept: BTreeMap::new() }))
+}
+
+fn imitated(kind: fronts::Kind) -> Arc<Imitation> {
+    Imitation::new(kind, &[], crate::clock::Clock::default(), Duration::from_millis(500)).into()
+}
+
+fn get(host: &str, path: &str) -> Vec<u8> {
+    format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").into_bytes()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_distribution_that_says_nothing_leaks_errors_and_asks_three_times() {
+    let fixture = Fixture::behind(imitated(fronts::Kind::CloudFront), plain_distribution()).await;
+    for _ in 0..2 {
+        let (answer, _) = fixture.exchange(&get("one.localhost", "/503")).await;
+        assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("one.localhost"), "{answer}");
+    }
+    let (answer, _) = fixture.exchange(&get("two.localhost", "/503")).await;
+    assert!(answer.contains("one.localhost"), "the error of one tunnel answers for the other: {answer}");
+    let asked = || fixture.lambda.environments().iter().map(|one| one.invocations).sum::<u64>();
+    let before = asked();
+    let (answer, _) = fixture.exchange(&get("one.localhost", "/never")).await;
+    assert!(answer.starts_with("HTTP/1.1 504"), "{answer}");
+    assert_eq!(asked() - before, 3, "a GET is asked three times");
+    let post =
+        b"POST /never HTTP/1.1\r\nHost: one.localhost\r\nConnection: close\r\nContent-Length: 0\r\n\r\n";
+    let (answer, _) = fixture.exchange(post).await;
+    assert!(answer.starts_with("HTTP/1.1 504"), "{answer}");
+    assert_eq!(asked() - before, 4, "a POST once");
+    fixture.end().await;
+    // The distribution of this version.
+    let fixture = Fixture::behind(imitated(fronts::Kind::CloudFront), cloudfront::distribution()).await;
+    for host in ["one.localhost", "two.localhost"] {
+        let (answer, _) = fixture.exchange(&get(host, "/503")).await;
+        assert!(answer.starts_with("HTTP/1.1 503") && answer.contains(host), "{answer}");
+    }
+    fixture.end().await;
+}
+
+/// `lambda_runtime` writes the end of an empty answer with its head.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_without_a_byte_hangs_where_its_end_comes_with_its_head() {
+    let fixture = Fixture::behind(imitated(fronts::Kind::None), cloudfront::distribution()).await;
+    let (answer, _) = fixture.exchange(&get("one.localhost", "/204")).await;
+    assert!(answer.starts_with("HTTP/1.1 502"), "{answer}");
+    let (answer, _) = fixture.exchange(&get("one.localhost", "/length")).await;
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("12345"), "{answer}");
+    assert!(answer.contains("x-amzn-remapped-content-length: 5"), "{answer}");
+    fixture.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
