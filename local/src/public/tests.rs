@@ -227,12 +227,12 @@ async fn a_distribution_that_says_nothing_leaks_errors_and_asks_three_times() {
     fixture.end().await;
 }
 
-/// `lambda_runtime` writes the end of an empty answer with its head.
+/// `lambda_runtime` writes delimiter and end apart from the head, so its answers without a byte end here too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_answer_without_a_byte_hangs_where_its_end_comes_with_its_head() {
+async fn an_answer_without_a_byte_ends_where_its_delimiter_is_a_write_of_its_own() {
     let fixture = Fixture::behind(imitated(fronts::Kind::None), cloudfront::distribution()).await;
     let (answer, _) = fixture.exchange(&get("one.localhost", "/204")).await;
-    assert!(answer.starts_with("HTTP/1.1 502"), "{answer}");
+    assert!(answer.starts_with("HTTP/1.1 204"), "{answer}");
     let (answer, _) = fixture.exchange(&get("one.localhost", "/length")).await;
     assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("12345"), "{answer}");
     assert!(answer.contains("x-amzn-remapped-content-length: 5"), "{answer}");
