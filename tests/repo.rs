@@ -115,7 +115,8 @@ fn claim(row: &str, text: &dyn Fn(&str) -> Option<String>) -> Result<(), String>
         return Err("nothing proves it".into());
     }
     for proof in proofs {
-        let (file, test) = proof.split_once("::").ok_or_else(|| format!("{proof} names no test of a file"))?;
+        let (file, test) =
+            proof.split_once("::").ok_or_else(|| format!("{proof} names no test of a file"))?;
         let code = text(file).ok_or_else(|| format!("no {file}"))?;
         let is_test = |at: usize| {
             // The attribute stands before it, with at most a comment between.

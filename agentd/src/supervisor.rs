@@ -9,13 +9,7 @@ mod reloads;
 mod signals;
 mod status;
 
-use std::{
-    collections::BTreeMap,
-    io::IsTerminal as _,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use proto::{
     id::{AgentId, TunnelName},

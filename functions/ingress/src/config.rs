@@ -62,13 +62,13 @@ impl Config {
         let kind = head.headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
         let is_like =
             |name: &[u8]| kind.get(..name.len()).is_some_and(|kind| kind.eq_ignore_ascii_case(name));
-        self.is_held
-            && !is_head_only
-            && !matches!(head.status, 204 | 304)
-            && head.headers.get(header::CONTENT_LENGTH).is_none()
-            && !STREAMS.into_iter().any(is_like)
-            // Unpacked by the front, it would have another length.
-            && !(self.is_unpacked && is_packed(&head.headers))
+        if is_head_only || matches!(head.status, 204 | 304) || STREAMS.into_iter().any(is_like) {
+            return false;
+        }
+        let is_length_known = head.headers.get(header::CONTENT_LENGTH).is_some();
+        // Unpacked by the front, it would have another length.
+        let is_changed = self.is_unpacked && is_packed(&head.headers);
+        self.is_held && !is_length_known && !is_changed
     }
 
     /// What the public client is told of the answer.
