@@ -266,6 +266,15 @@ impl TunnelConfig {
         }
     }
 
+    /// Every upstream it leads to: its own, and those of its routes.
+    pub(crate) fn upstreams(&self) -> impl Iterator<Item = &address::Address> {
+        let routed = self.traffic.routes.iter().filter_map(|route| match &route.target {
+            traffic::RouteTarget::Upstreams(upstreams, _) => Some(upstreams),
+            _ => None,
+        });
+        std::iter::once(&self.upstream).chain(routed.flatten())
+    }
+
     /// Whether both speak to their upstreams in the same way.
     #[must_use]
     pub(crate) fn speaks_as(&self, other: &Self) -> bool {

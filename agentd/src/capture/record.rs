@@ -163,6 +163,24 @@ pub(crate) struct Record {
 }
 
 impl Record {
+    /// Why it cannot be sent again as it is.
+    pub(crate) fn obstacle(&self) -> Option<String> {
+        if self.kind == Kind::Websocket {
+            return Some(
+                "a WebSocket cannot be replayed: what was said in it answered what the other side said"
+                    .into(),
+            );
+        }
+        self.body.is_cut().then(|| {
+        format!(
+            "the captured body is cut: {} of {} bytes are kept, and sending half of it would be another request; \
+             give a body, or raise inspect_body",
+            self.body.len(),
+            self.body.size()
+        )
+    })
+    }
+
     pub(crate) const fn new(source: Source, kind: Kind, method: Box<str>, target: Box<str>) -> Self {
         Self {
             source,

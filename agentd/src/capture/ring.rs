@@ -146,7 +146,7 @@ impl Captures {
     }
 
     /// Takes in a record of a request that was received `at`.
-    fn add(&self, lens: &Lens, record: Record) -> Arc<Captured> {
+    fn add(&self, lens: &Lens, record: Record, upstream: Option<Arc<str>>) -> Arc<Captured> {
         let received = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let weight = record.weight();
         let mut ring = lock(&self.ring);
@@ -154,7 +154,7 @@ impl Captures {
         let captured = Arc::new(Captured {
             id: ring.last_id,
             tunnel: lens.tunnel.clone(),
-            upstream: Arc::clone(&lens.upstream),
+            upstream: upstream.unwrap_or_else(|| Arc::clone(&lens.upstream)),
             received_at: received.as_micros() as u64,
             began: Instant::now(),
             record: Mutex::new(record),
@@ -232,20 +232,34 @@ impl Lens {
         Self { captures, tunnel, upstream: upstream.into(), body_bytes }
     }
 
-    /// A request has come from the edge.
-    pub(crate) fn request(&self, id: &RequestId, kind: Kind, method: &str, target: &str) -> Capture {
+    /// A request has come from the edge, for `upstream` where that is not the tunnel's own.
+    pub(crate) fn request(
+        &self,
+        id: &RequestId,
+        kind: Kind,
+        method: &str,
+        target: &str,
+        upstream: Option<String>,
+    ) -> Capture {
         let mut record = Record::new(Source::Edge, kind, method.into(), target.into());
         record.request_id = Some(id.clone());
-        self.begin(record)
+        self.begin(record, upstream.map(Arc::from))
     }
 
-    /// A request is about to be sent again.
-    pub(crate) fn replay(&self, of: u64, method: &str, target: &str, fields: Fields, body: &[u8]) -> Capture {
+    /// A request is about to be sent again, to where it went.
+    pub(crate) fn replay(
+        &self,
+        of: &Captured,
+        method: &str,
+        target: &str,
+        fields: Fields,
+        body: &[u8],
+    ) -> Capture {
         let mut record = Record::new(Source::Replay, Kind::Http, method.into(), target.into());
-        record.replay_of = Some(of);
+        record.replay_of = Some(of.id);
         record.fields = fields;
         record.body = Kept::whole(body, self.body_bytes);
-        self.begin(record)
+        self.begin(record, Some(Arc::clone(&of.upstream)))
     }
 
     /// Puts a request from elsewhere into the list; its number.
@@ -263,13 +277,13 @@ impl Lens {
         record.answer = answer
             .map(|(status, fields, body)| Answer::new(status, fields, Kept::whole(body, self.body_bytes)));
         record.outcome = Some(Outcome::Complete);
-        let mut capture = self.begin(record);
+        let mut capture = self.begin(record, None);
         capture.ended = true;
         capture.tap.captured.id
     }
 
-    fn begin(&self, record: Record) -> Capture {
-        let captured = self.captures.add(self, record);
+    fn begin(&self, record: Record, upstream: Option<Arc<str>>) -> Capture {
+        let captured = self.captures.add(self, record, upstream);
         let tap = Tap { captures: Arc::clone(&self.captures), captured, body_bytes: self.body_bytes };
         Capture { tap, ended: false }
     }
@@ -425,7 +439,7 @@ mod tests {
 
     fn request(lens: &Lens, body: &[u8]) -> Capture {
         let id = RequestId::from_random([1; 16]);
-        let capture = lens.request(&id, Kind::Http, "POST", "/x");
+        let capture = lens.request(&id, Kind::Http, "POST", "/x", None);
         capture.tap().request(std::iter::empty(), body);
         capture
     }

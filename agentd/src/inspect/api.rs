@@ -15,7 +15,7 @@ use tokio::{sync::broadcast::error::RecvError, time::timeout};
 use super::{
     curl,
     events::{self, Watch},
-    filter::{Filter, parse_flag},
+    filter::{Filter, parse_flag, parse_ids},
     har, page,
     redact::Redact,
     replay::{self, Edits, Refusal},
@@ -149,12 +149,6 @@ impl Query {
     }
 }
 
-/// Reads ids with commas.
-pub(crate) fn parse_ids(text: &str) -> Result<BTreeSet<u64>, String> {
-    let ids = text.split(',').map(|id| id.trim().parse::<u64>());
-    ids.collect::<Result<_, _>>().map_err(|_| format!("{text:?} is not a list of ids: write it as 3 or 3,5"))
-}
-
 impl Inspector {
     /// Shows what is in `captures`, and sends it again to `tunnels`. `token` is random.
     pub(crate) fn new(captures: Arc<Captures>, tunnels: Arc<Tunnels>, redact: Redact, token: String) -> Self {
@@ -274,7 +268,12 @@ impl Inspector {
             }
             (&Method::GET, ["api", "events"]) => {
                 let query = Query::read(query, true, &["watch"])?;
-                let events = events::stream(self.clone(), query.filter, query.watch);
+                let events = events::stream(
+                    Arc::clone(&self.0.captures),
+                    self.0.redact.clone(),
+                    query.filter,
+                    query.watch,
+                );
                 let mut answer = Response::new(StreamBody::new(events).boxed_unsync());
                 let kind = HeaderValue::from_static("text/event-stream");
                 answer.headers_mut().insert(header::CONTENT_TYPE, kind);
@@ -412,7 +411,7 @@ impl Inspector {
 
     fn curl(&self, captured: &Captured, query: &Query) -> Answer {
         let record = captured.record();
-        if let Some(obstacle) = replay::obstacle(&record) {
+        if let Some(obstacle) = record.obstacle() {
             return refuse(StatusCode::UNPROCESSABLE_ENTITY, obstacle);
         }
         let mut request = replay::Request::of(&record);
@@ -525,6 +524,15 @@ impl Inspector {
         }
         let request = replay::Request::edited(&captured.record(), edits)?;
         let tunnel = self.inspected(captured.tunnel.as_str())?;
+        let Some(upstream) = replay::upstream_of(&tunnel, captured) else {
+            return refuse(
+                StatusCode::CONFLICT,
+                format!(
+                    "it went to {}, and the tunnel {} leads there no more",
+                    captured.upstream, captured.tunnel
+                ),
+            );
+        };
         let mut listed = Vec::with_capacity(times as usize);
         for _ in 0..times {
             listed.extend(replay::list(&tunnel, captured, &request));
@@ -532,7 +540,7 @@ impl Inspector {
         let ids = listed.iter().map(|(capture, _)| capture.id()).collect();
         tokio::spawn(async move {
             for (capture, request) in listed {
-                replay::send(Arc::clone(&tunnel), capture, request).await;
+                replay::send(&tunnel, &upstream, capture, request).await;
             }
         });
         Ok(ids)

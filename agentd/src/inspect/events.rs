@@ -11,13 +11,13 @@ use tokio::{
 };
 
 use super::{
-    api::Inspector,
-    filter::Filter,
+    filter::{Filter, parse_ids},
+    redact::Redact,
     shape::{self, BodyEvent, FrameEvent, LaggedEvent, RequestEvent, Summary},
 };
 use crate::capture::{
     record::Direction,
-    ring::{Captured, Event},
+    ring::{Captured, Captures, Event},
 };
 
 /// How long nothing is said, so that a connection whose other end has vanished is noticed.
@@ -38,7 +38,7 @@ impl Watch {
         match text {
             "" => Ok(Self::None),
             "all" => Ok(Self::All),
-            ids => super::api::parse_ids(ids).map(Self::Of),
+            ids => parse_ids(ids).map(Self::Of),
         }
     }
 
@@ -53,12 +53,13 @@ impl Watch {
 
 /// The events from now on, for whoever wants those.
 pub(crate) fn stream(
-    inspector: Inspector,
+    captures: Arc<Captures>,
+    redact: Redact,
     filter: Filter,
     watch: Watch,
 ) -> impl Stream<Item = Result<Frame<Bytes>, Infallible>> {
-    let receiver = inspector.captures().events();
-    let listener = Listener { inspector, filter, watch, receiver };
+    let receiver = captures.events();
+    let listener = Listener { captures, redact, filter, watch, receiver };
     // The first words make the head go out.
     stream::unfold((listener, Some(": here\nretry: 1000\n\n".to_owned())), async |(mut listener, first)| {
         let text = match first {
@@ -70,7 +71,8 @@ pub(crate) fn stream(
 }
 
 struct Listener {
-    inspector: Inspector,
+    captures: Arc<Captures>,
+    redact: Redact,
     filter: Filter,
     watch: Watch,
     receiver: Receiver<Event>,
@@ -129,13 +131,13 @@ impl Listener {
     }
 
     fn watched(&self, id: u64) -> Option<Arc<Captured>> {
-        self.inspector.captures().get(id).filter(|_| self.watch.wants(id))
+        self.captures.get(id).filter(|_| self.watch.wants(id))
     }
 
     fn changed(&self, id: u64, change: &str) -> Option<String> {
-        let captured = self.inspector.captures().get(id)?;
+        let captured = self.captures.get(id)?;
         let record = captured.record();
-        let wanted = self.filter.wants(captured.tunnel.as_str(), &record, self.inspector.redact());
+        let wanted = self.filter.wants(captured.tunnel.as_str(), &record, &self.redact);
         wanted.then(|| {
             let request = Some(Summary::of(&captured, &record));
             event("request", &RequestEvent { change: change.to_owned(), id, request })

@@ -2,7 +2,7 @@
 //!
 //! Enters: the parameters of a query. Leaves: yes or no for a record.
 
-use std::ops::RangeInclusive;
+use std::{collections::BTreeSet, ops::RangeInclusive};
 
 use memchr::memmem::Finder;
 
@@ -12,6 +12,12 @@ use crate::capture::{
     kept::Kept,
     record::{Outcome, Record},
 };
+
+/// Reads ids with commas.
+pub(crate) fn parse_ids(text: &str) -> Result<BTreeSet<u64>, String> {
+    let ids = text.split(',').map(|id| id.trim().parse::<u64>());
+    ids.collect::<Result<_, _>>().map_err(|_| format!("{text:?} is not a list of ids: write it as 3 or 3,5"))
+}
 
 /// Which are wanted. Everything that is said must hold.
 #[derive(Debug, Clone, Default)]

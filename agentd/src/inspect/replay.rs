@@ -20,7 +20,7 @@ use crate::{
     serve::{
         exchange::{check_head, origin_form},
         tunnel::Tunnel,
-        upstream::{Dialled, RequestBody, UpstreamError},
+        upstream::{Dialled, RequestBody, Upstream, UpstreamError},
     },
 };
 
@@ -73,23 +73,6 @@ pub(crate) enum Refusal {
     Invalid(String),
 }
 
-/// Why a record cannot be sent again as it is.
-pub(crate) fn obstacle(record: &Record) -> Option<String> {
-    if record.kind == Kind::Websocket {
-        return Some(
-            "a WebSocket cannot be replayed: what was said in it answered what the other side said".into(),
-        );
-    }
-    record.body.is_cut().then(|| {
-        format!(
-            "the captured body is cut: {} of {} bytes are kept, and sending half of it would be another request; \
-             give a body, or raise inspect_body",
-            record.body.len(),
-            record.body.size()
-        )
-    })
-}
-
 impl Request {
     /// What was captured.
     pub(crate) fn of(record: &Record) -> Self {
@@ -117,7 +100,7 @@ impl Request {
     ///
     /// [`Refusal`].
     pub(crate) fn edited(record: &Record, edits: &Edits) -> Result<Self, Refusal> {
-        match obstacle(record) {
+        match record.obstacle() {
             Some(obstacle) if edits.body.is_none() || record.kind == Kind::Websocket => {
                 return Err(Refusal::Impossible(obstacle));
             }
@@ -274,24 +257,38 @@ pub(crate) fn list(tunnel: &Tunnel, original: &Captured, request: &Request) -> O
     marked.fields.retain(|(name, _)| !name.eq_ignore_ascii_case(MARK.as_str()));
     marked.fields.push((MARK.as_str().to_owned(), original.id.to_string().into_bytes()));
     let capture =
-        tunnel.lens()?.replay(original.id, &marked.method, &marked.target, marked.packed(), &marked.body);
+        tunnel.lens()?.replay(original, &marked.method, &marked.target, marked.packed(), &marked.body);
     Some((capture, marked))
 }
 
+/// Where a captured request went, while the tunnel still leads there.
+pub(crate) fn upstream_of(tunnel: &Tunnel, captured: &Captured) -> Option<Arc<Upstream>> {
+    if *captured.upstream == *tunnel.config().upstream.to_string() {
+        return Some(Arc::clone(&tunnel.upstream));
+    }
+    let address = captured.upstream.parse().ok()?;
+    tunnel.policy()?.traffic().upstream_at(&address).cloned()
+}
+
 /// Sends a listed replay and takes its answer in. Redirects are not followed.
-pub(crate) async fn send(tunnel: Arc<Tunnel>, capture: Capture, request: Request) {
-    match exchange(&tunnel, &capture, request).await {
+pub(crate) async fn send(tunnel: &Tunnel, upstream: &Upstream, capture: Capture, request: Request) {
+    match exchange(tunnel, upstream, &capture, request).await {
         Ok(()) => capture.complete(),
         Err(code) => capture.failed(code),
     }
 }
 
-async fn exchange(tunnel: &Tunnel, capture: &Capture, request: Request) -> Result<(), ErrorCode> {
+async fn exchange(
+    tunnel: &Tunnel,
+    upstream: &Upstream,
+    capture: &Capture,
+    request: Request,
+) -> Result<(), ErrorCode> {
     let tap = capture.tap();
     let began = Instant::now();
     let request = request.into_http().ok_or(ErrorCode::BadRequest)?;
     let failed = |error: UpstreamError| error.code();
-    let response = timeout_at(began + tunnel.request_timeout, tunnel.upstream.send(request))
+    let response = timeout_at(began + tunnel.request_timeout, upstream.send(request))
         .await
         .map_err(|_| ErrorCode::UpstreamTimedOut)?
         .map_err(failed)?;

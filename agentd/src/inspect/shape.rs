@@ -11,7 +11,7 @@ use super::{
     decode,
     diff::{BodyDiff, Change, Diff},
     redact::Redact,
-    replay, signature,
+    signature,
 };
 use crate::capture::{
     fields::Fields,
@@ -431,7 +431,7 @@ impl Detail {
             diff: original.filter(|_| record.outcome.is_some()).map(|original| {
                 DiffShape::of(&Diff::between(original.answer.as_ref(), record.answer.as_ref()), redact)
             }),
-            replayable: replay::obstacle(record),
+            replayable: record.obstacle(),
             replays,
         }
     }

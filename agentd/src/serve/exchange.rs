@@ -224,11 +224,11 @@ async fn answer(
     let tunnel = tunnels.get(&job.tunnel).ok_or(fail(ErrorCode::NoSuchTunnel))?;
     line.counted_by(tunnel.metrics());
     let head_due = began + min(tunnel.request_timeout, job.timeout);
-    let begin = |job: &Job| {
+    let begin = |job: &Job, elsewhere: Option<String>| {
         let kind = if job.upgrade.is_some() { Kind::Websocket } else { Kind::Http };
-        tunnel
-            .lens()
-            .map(|lens| lens.request(&job.request_id, kind, job.method.as_str(), job.target.as_str()))
+        tunnel.lens().map(|lens| {
+            lens.request(&job.request_id, kind, job.method.as_str(), job.target.as_str(), elsewhere)
+        })
     };
     let head = |job: &Job, capture: &Option<Capture>| {
         if let Some(capture) = capture {
@@ -256,7 +256,7 @@ async fn answer(
             let stop = Box::pin(answer_here(answer, &job, &tunnel, sender, codecs, credit, line)).await;
             // What was answered in the course of signing in is nothing to look at.
             if matches!(stop, Stop::Answered(Some(_)) | Stop::Fail { .. }) {
-                *capture = begin(&job);
+                *capture = begin(&job, None);
                 head(&job, capture);
             }
             return Err(stop);
@@ -267,7 +267,7 @@ async fn answer(
         None => (&*tunnel.upstream, &tunnel.host),
     };
     let is_own = std::ptr::eq(upstream, &*tunnel.upstream);
-    *capture = begin(&job);
+    *capture = begin(&job, (!is_own && tunnel.lens().is_some()).then(|| upstream.address().to_string()));
     let mut place = match job.upgrade {
         None => Places::Request {
             _place: tunnels.enter(&tunnel, is_own).map_err(|code| refuse(&job, capture, code))?,

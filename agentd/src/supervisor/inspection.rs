@@ -6,7 +6,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     capture::ring::Captures,
-    config::Config,
+    config::{Config, TunnelConfig},
     inspect::{api::Inspector, redact::Redact, server},
     serve::tunnel::Tunnels,
 };
@@ -53,7 +53,9 @@ impl Inspection {
     /// A sentence for the user.
     pub(super) fn check(&self, config: &Config) -> Result<(), String> {
         let Some((address, _)) = &self.listener else { return Ok(()) };
-        let exposed = config.tunnels.iter().find(|tunnel| server::is_at(&tunnel.upstream, *address));
+        let leads =
+            |tunnel: &TunnelConfig| tunnel.upstreams().any(|upstream| server::is_at(upstream, *address));
+        let exposed = config.tunnels.iter().find(|tunnel| leads(tunnel));
         exposed.map_or(Ok(()), |tunnel| {
             Err(format!(
                 "the upstream of {} is this agent's own inspector, which is not for visitors",
@@ -71,7 +73,7 @@ impl Inspection {
         if self.listener.is_some() {
             return None;
         }
-        match server::listen(self.wanted, config.tunnels.iter().map(|tunnel| &tunnel.upstream)) {
+        match server::listen(self.wanted, config.tunnels.iter().flat_map(TunnelConfig::upstreams)) {
             Ok((listener, address)) => {
                 let served = tokio::spawn(server::serve(self.inspector.clone(), listener));
                 self.listener = Some((address, AbortOnDropHandle::new(served)));
