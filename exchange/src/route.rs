@@ -423,10 +423,10 @@ mod tests {
             routed(arrival("/web/x", &[("x-tunnel-passed", &passed)])).err(),
             Some(ErrorCode::LoopDetected)
         );
-        let other = routed(arrival("/api/x", &[("x-tunnel-passed", &passed)])).unwrap();
+        let other = routed(arrival("/blog/x", &[("x-tunnel-passed", &passed)])).unwrap();
         assert_eq!(
             other.headers.get("x-tunnel-passed").unwrap(),
-            &*format!("{passed}, {}", passed.replace("web", "api"))
+            &*format!("{passed}, {}", passed.replace("web", "blog"))
         );
     }
 
