@@ -287,6 +287,12 @@ pub fn resident_bytes(pid: u32) -> Option<u64> {
     proc_status(pid, "VmRSS:")
 }
 
+/// The resident memory of a process that is its own: without the pages of its program, in bytes.
+#[must_use]
+pub fn anonymous_bytes(pid: u32) -> Option<u64> {
+    proc_status(pid, "RssAnon:")
+}
+
 /// The most memory that a process has had resident, in bytes.
 #[must_use]
 pub fn peak_resident_bytes(pid: u32) -> Option<u64> {
