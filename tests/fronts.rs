@@ -274,8 +274,8 @@ async fn what_is_kept_until_it_is_whole() {
         conn.write("0\r\n\r\n").await.then_some(conn)
     })
     .await;
-    // The rate of 2 MB/s and the 30 s pass ten times faster.
-    let fast = ["--no-agent", "--front", "httpapi", "--chaos", "clock=10"];
+    // The rate of 2 MB/s and the 30 s pass four times faster.
+    let fast = ["--no-agent", "--front", "httpapi", "--chaos", "clock=4"];
     let local = Local::start_in(&[], &fast);
     let web = local.stack().tunnel("web");
     let _agent = web.agent(&upstream.address());
