@@ -267,7 +267,7 @@ impl TunnelConfig {
     }
 
     /// Every upstream it leads to: its own, and those of its routes.
-    pub(crate) fn upstreams(&self) -> impl Iterator<Item = &address::Address> {
+    pub(crate) fn upstreams(&self) -> impl Iterator<Item = &Address> + Clone {
         let routed = self.traffic.routes.iter().filter_map(|route| match &route.target {
             traffic::RouteTarget::Upstreams(upstreams, _) => Some(upstreams),
             _ => None,
