@@ -150,10 +150,13 @@ impl Exchange {
         let Self { job, tunnels, outbox, codecs, credit, sent, access, sockets, serial } = self;
         let websockets = Websockets { access, sockets, serial };
         let token = job.token.clone();
-        let page = ErrorPage::of(&job, &tunnels);
+        let tunnel = tunnels.get(&job.tunnel);
+        let page = tunnel.as_ref().and_then(|tunnel| ErrorPage::of(&job, tunnel));
         let sender = Sender { token: &token, outbox: &outbox, sent: &sent };
         let mut capture = None;
-        match answer(job, &tunnels, &sender, &codecs, credit, websockets, &mut line, &mut capture).await {
+        match answer(job, tunnel, &tunnels, &sender, &codecs, credit, websockets, &mut line, &mut capture)
+            .await
+        {
             Ok(()) => {
                 line.end(Ending::Complete);
                 if let Some(capture) = capture {
@@ -212,6 +215,7 @@ fn encode(message: &AgentMessage<'_>, body_bytes: usize) -> Vec<u8> {
 #[expect(clippy::too_many_arguments, reason = "each is one side of the exchange, and there is one caller")]
 async fn answer(
     mut job: Job,
+    tunnel: Option<Arc<Tunnel>>,
     tunnels: &Tunnels,
     sender: &Sender<'_>,
     codecs: &Codecs,
@@ -221,7 +225,7 @@ async fn answer(
     capture: &mut Option<Capture>,
 ) -> Result<(), Stop> {
     let began = Instant::now();
-    let tunnel = tunnels.get(&job.tunnel).ok_or(fail(ErrorCode::NoSuchTunnel))?;
+    let tunnel = tunnel.ok_or(fail(ErrorCode::NoSuchTunnel))?;
     line.counted_by(tunnel.metrics());
     let head_due = began + min(tunnel.request_timeout, job.timeout);
     let begin = |job: &Job, elsewhere: Option<String>| {
@@ -572,10 +576,14 @@ struct ErrorPage {
 }
 
 impl ErrorPage {
-    fn of(job: &Job, tunnels: &Tunnels) -> Option<Self> {
-        let tunnel = tunnels.get(&job.tunnel).filter(|tunnel| tunnel.policy().is_some())?;
+    fn of(job: &Job, tunnel: &Arc<Tunnel>) -> Option<Self> {
+        tunnel.policy()?;
         let is_head = job.method == Method::HEAD;
-        asked(job).wants_html().then(|| Self { tunnel, request_id: job.request_id.clone(), is_head })
+        asked(job).wants_html().then(|| Self {
+            tunnel: Arc::clone(tunnel),
+            request_id: job.request_id.clone(),
+            is_head,
+        })
     }
 
     fn reply<'a>(&'a self, token: &'a str, code: ErrorCode) -> Option<AgentMessage<'a>> {
