@@ -85,7 +85,7 @@ const AGENT_TIME: Duration = Duration::from_secs(3);
 const CONCURRENCY: usize = 1000;
 
 /// How many of an account's executions cannot be reserved, in an account that has few: "decreases account's
-/// UnreservedConcurrentExecution below its minimum value of [10]" is what Lambda says.
+/// UnreservedConcurrentExecution below its minimum value of \[10\]" is what Lambda says.
 const EXECUTIONS_UNRESERVED: u32 = 10;
 
 /// The shortest time that a fast clock leaves a response: `ingress` keeps some seconds of it for its end.
