@@ -349,7 +349,7 @@ enum ConfigCommand {
     },
     /// Says which route and rules a request would meet, without sending it.
     Explain {
-        /// The public address, such as https://web.tunnel.example.com/api.
+        /// The public address, with its scheme.
         url: http::Uri,
         /// The method.
         #[arg(long, default_value = "GET")]
