@@ -151,7 +151,10 @@ impl UploadBody {
         if state.outcome == Some(Ok(())) && state.passed_on < state.announced {
             state.outcome = None;
         }
-        self.again.extend(pieces);
+        // Before what an earlier attempt put back and this one has not taken.
+        for piece in pieces.into_iter().rev() {
+            self.again.push_front(piece);
+        }
     }
 
     /// Shows the inspector what passes.
@@ -277,6 +280,25 @@ mod tests {
             assert!(!progress.is_complete());
             assert_eq!(body.collect().await.unwrap().to_bytes(), "abcdef");
             assert!(progress.is_complete());
+        }
+    }
+
+    /// The second attempt may be refused before it has taken what the first one did.
+    #[tokio::test]
+    async fn what_was_taken_twice_is_still_in_order() {
+        for again in 0..=3 {
+            let (upload, mut body, _) = open(6).await;
+            for (seq, piece) in [(1, b"ab"), (2, b"cd"), (3, b"ef")] {
+                upload.push(seq, piece.to_vec(), seq == 3);
+            }
+            for taken in [3, again] {
+                let mut pieces = Vec::new();
+                for _ in 0..taken {
+                    pieces.push(body.frame().await.unwrap().unwrap().into_data().unwrap());
+                }
+                body.put_back(pieces);
+            }
+            assert_eq!(body.collect().await.unwrap().to_bytes(), "abcdef", "{again}");
         }
     }
 
