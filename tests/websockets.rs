@@ -103,6 +103,17 @@ async fn serve(stream: TcpStream) {
     }
 }
 
+/// A WebSocket as soon as one opens.
+async fn connected(local: &Local) -> Socket {
+    let mut socket = None;
+    eventually("a websocket opens", async || {
+        socket = try_connect(local, "/", &[]).await.ok().map(|(socket, _)| socket);
+        socket.is_some()
+    })
+    .await;
+    socket.unwrap()
+}
+
 async fn try_connect(
     local: &Local,
     target: &str,
@@ -227,6 +238,10 @@ async fn a_websocket_passes_as_if_there_were_no_tunnel() {
     let mut socket = connect(&local).await;
     let _ = socket.send(Message::Binary(noise(1, (16 << 20) + 1).into())).await;
     assert_eq!(close_code(&mut socket).await, Some(1009));
+
+    // What relay counts goes where the functions' metrics go, and not into what a person reads.
+    eventually("it is counted", async || local.metrics().await.contains_key("SocketsOpened")).await;
+    assert!(!local.process().printed().contains("CloudWatchMetrics"));
 }
 
 /// An upstream that answers a connection with these bytes, whatever it is sent.
@@ -395,13 +410,7 @@ async fn who_ends_in_order_says_so_and_who_carries_none_refuses() {
     assert_eq!(close_code(&mut socket).await, Some(1012));
     drop(agent);
     let _agent = local.agent("web", &upstream.to_string());
-    let mut socket = None;
-    eventually("a websocket opens", async || {
-        socket = try_connect(&local, "/", &[]).await.ok().map(|(socket, _)| socket);
-        socket.is_some()
-    })
-    .await;
-    let mut socket = socket.unwrap();
+    let mut socket = connected(&local).await;
     let closed = tokio::spawn(async move { close_code(&mut socket).await });
     local.stop();
     assert_eq!(closed.await.unwrap(), Some(1012));
@@ -643,14 +652,8 @@ async fn a_lost_message_is_told() {
     let upstream = echo().await;
     let local = with_relay(&["--chaos", "seed=5,lose=0.05"]);
     let _agent = local.agent("web", &upstream.to_string());
-    let mut socket = None;
     // The word that opens one may be what is lost.
-    eventually("a websocket opens", async || {
-        socket = try_connect(&local, "/", &[]).await.ok().map(|(socket, _)| socket);
-        socket.is_some()
-    })
-    .await;
-    let mut socket = socket.unwrap();
+    let mut socket = connected(&local).await;
     for n in 0..10_000 {
         let text = n.to_string();
         socket.send(Message::Text(text.clone().into())).await.unwrap();
@@ -677,13 +680,7 @@ async fn a_relay_that_nobody_wants_sleeps_until_an_agent_wakes_it() {
     for _ in 0..2 {
         let before = local.process().printed().matches(asleep).count();
         let agent = local.agent("web", &upstream.to_string());
-        let mut socket = None;
-        eventually("a websocket opens", async || {
-            socket = try_connect(&local, "/", &[]).await.ok().map(|(socket, _)| socket);
-            socket.is_some()
-        })
-        .await;
-        let mut socket = socket.unwrap();
+        let mut socket = connected(&local).await;
         echoed(&mut socket, &messages(1)).await;
         // An agent that is there keeps it awake.
         assert_eq!(local.process().printed().matches(asleep).count(), before);

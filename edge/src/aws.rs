@@ -12,7 +12,7 @@ use aws_config::{
     timeout::TimeoutConfig,
 };
 use aws_credential_types::provider::SharedCredentialsProvider;
-use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_dynamodb::{operation::update_item::builders::UpdateItemFluentBuilder, types::AttributeValue};
 use aws_smithy_http_client::tls;
 use aws_smithy_runtime_api::{
     box_error::BoxError,
@@ -235,6 +235,21 @@ impl Intercept for WithoutSyncPrefix {
         let uri = request.uri().replacen("://sync-", "://", 1);
         request.set_uri(uri)?;
         Ok(())
+    }
+}
+
+/// Writes, and says whether the condition held.
+pub(crate) async fn holds(update: UpdateItemFluentBuilder) -> Result<bool, Error> {
+    match update.send().await {
+        Ok(_) => Ok(true),
+        Err(error)
+            if error
+                .as_service_error()
+                .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(classify("UpdateItem", error)),
     }
 }
 

@@ -12,7 +12,7 @@ use proto::{id::MailboxId, limits};
 
 use crate::{
     Error,
-    aws::{Aws, classify, number, text},
+    aws::{Aws, classify, holds, number, text},
     config::{ConfigError, Env},
     mailbox::{POOL, Pool},
     unix_now,
@@ -160,19 +160,9 @@ impl Caretaker {
             .condition_expression("leased_until = :seen")
             .expression_attribute_values(":retired", text(RETIRED))
             .expression_attribute_values(":for_ever", number(FOR_EVER))
-            .expression_attribute_values(":seen", number(row.leased_until))
-            .send()
-            .await;
-        match marked {
-            Ok(_) => {}
-            Err(error)
-                if error
-                    .as_service_error()
-                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
-            {
-                return Ok(false);
-            }
-            Err(error) => return Err(classify("UpdateItem", error)),
+            .expression_attribute_values(":seen", number(row.leased_until));
+        if !holds(marked).await? {
+            return Ok(false);
         }
         self.finish(&row.mailbox).await?;
         Ok(true)

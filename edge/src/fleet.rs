@@ -22,7 +22,7 @@ use proto::limits;
 
 use crate::{
     Error,
-    aws::{Aws, classify, number, text},
+    aws::{Aws, classify, holds, number, text},
     config::{ConfigError, Env, env},
 };
 
@@ -160,20 +160,5 @@ impl Fleet {
             .await
             .map_err(|error| classify("RegisterScalableTarget", error))?;
         Ok(())
-    }
-}
-
-/// Writes, and says whether the condition held.
-async fn holds(update: UpdateItemFluentBuilder) -> Result<bool, Error> {
-    match update.send().await {
-        Ok(_) => Ok(true),
-        Err(error)
-            if error
-                .as_service_error()
-                .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
-        {
-            Ok(false)
-        }
-        Err(error) => Err(classify("UpdateItem", error)),
     }
 }

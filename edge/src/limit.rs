@@ -34,7 +34,7 @@ pub use self::allowed::{
 };
 use crate::{
     Error,
-    aws::{Aws, classify, number, text},
+    aws::{Aws, classify, holds, number, text},
     config::{ConfigError, Env, env},
 };
 
@@ -261,18 +261,7 @@ impl Limiter {
             update.push_str(" ADD ");
             update.push_str(&add.join(", "));
         }
-        let sent = request.update_expression(update).condition_expression(conditions.join(" AND ")).send();
-        match sent.await {
-            Ok(_) => Ok(true),
-            Err(error)
-                if error
-                    .as_service_error()
-                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
-            {
-                Ok(false)
-            }
-            Err(error) => Err(classify("UpdateItem", error)),
-        }
+        holds(request.update_expression(update).condition_expression(conditions.join(" AND "))).await
     }
 
     async fn read(&self, table: &str, row: &str) -> Result<Use, Error> {

@@ -20,7 +20,7 @@ use proto::{
 
 use crate::{
     Error,
-    aws::{Aws, classify, number, text},
+    aws::{Aws, classify, holds, number, text},
     config::{ConfigError, Env, env},
     unix_now,
 };
@@ -394,22 +394,12 @@ impl Pool {
             .expression_attribute_values(":holder", text(holder))
             .expression_attribute_values(":until", number(until));
         request = request.expression_attribute_values(":now", number(now));
-        match request.send().await {
-            Ok(_) => Ok(Some(Lease {
-                mailbox: mailbox.clone(),
-                queue_url: self.mailboxes.url(mailbox),
-                until,
-                holder: holder.to_owned(),
-            })),
-            Err(error)
-                if error
-                    .as_service_error()
-                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
-            {
-                Ok(None)
-            }
-            Err(error) => Err(classify("UpdateItem", error)),
-        }
+        Ok(holds(request).await?.then(|| Lease {
+            mailbox: mailbox.clone(),
+            queue_url: self.mailboxes.url(mailbox),
+            until,
+            holder: holder.to_owned(),
+        }))
     }
 
     /// Makes `count` new mailboxes for whoever comes next.

@@ -21,7 +21,7 @@ use proto::{
 
 use crate::{
     Error,
-    aws::{Aws, classify, number, text},
+    aws::{Aws, classify, holds, number, text},
     config::{ConfigError, Env, env},
     limit::Limits,
 };
@@ -372,19 +372,9 @@ impl Registry {
             .expression_attribute_names("#owner", "owner")
             .expression_attribute_values(":owner", text(connection.owner.as_str()))
             .expression_attribute_values(":held_until", number(held_until))
-            .expression_attribute_values(":now", number(now))
-            .send()
-            .await;
-        match claim {
-            Ok(_) => {}
-            Err(error)
-                if error
-                    .as_service_error()
-                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
-            {
-                return Ok(Err(Refusal::NameTaken));
-            }
-            Err(error) => return Err(classify("UpdateItem", error)),
+            .expression_attribute_values(":now", number(now));
+        if !holds(claim).await? {
+            return Ok(Err(Refusal::NameTaken));
         }
         self.client
             .put_item()

@@ -19,7 +19,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::lambda::process;
+use crate::lambda::{Printed, process};
 
 /// How long after its end it is started again.
 const RESTART: Duration = Duration::from_millis(200);
@@ -36,9 +36,11 @@ const END_TIME: Duration = Duration::from_secs(5);
 /// The variable that says where to listen.
 pub const ENV_LISTEN: &str = edge::config::env::RELAY_LISTEN;
 
-/// Keeps a relay running until `stop`, while there is a task to run, and says where it is.
+/// Keeps a relay running until `stop`, while there is a task to run, and says where it is. `printed` is told of each line
+/// on its standard output.
 pub async fn keep(
     environment: BTreeMap<String, String>,
+    printed: Printed,
     mut tasks: watch::Receiver<u32>,
     address: watch::Sender<Option<SocketAddr>>,
     stop: CancellationToken,
@@ -48,7 +50,7 @@ pub async fn keep(
             awake = tasks.wait_for(|&tasks| tasks > 0) => if awake.is_err() { return },
             () = stop.cancelled() => return,
         }
-        match start(&environment).await {
+        match start(&environment, &printed).await {
             Ok((mut child, at)) => {
                 let up = listens(at);
                 tokio::select! {
@@ -83,7 +85,10 @@ pub async fn keep(
     }
 }
 
-async fn start(environment: &BTreeMap<String, String>) -> anyhow::Result<(Child, SocketAddr)> {
+async fn start(
+    environment: &BTreeMap<String, String>,
+    printed: &Printed,
+) -> anyhow::Result<(Child, SocketAddr)> {
     // Free now; if somebody else is faster, the relay ends and the next try takes another one.
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("finding a port")?;
     let at = listener.local_addr()?;
@@ -101,7 +106,7 @@ async fn start(environment: &BTreeMap<String, String>) -> anyhow::Result<(Child,
         .kill_on_drop(true)
         .spawn()
         .context("starting it")?;
-    process::forward_output("relay", &mut child, None);
+    process::forward_output("relay", &mut child, Some(printed.clone()));
     Ok((child, at))
 }
 

@@ -45,10 +45,11 @@ use crate::{
     demo::{self, Demo},
     dynamodb::Table,
     identity::{self, Identity},
-    lambda::{self, FunctionConfig, Lambda, LambdaConfig, Launcher, Register, process},
+    lambda::{self, FunctionConfig, Lambda, LambdaConfig, Launcher, Printed, Register, process},
     latency::Profile,
     public::{self, Arrivals, Front, fronts::Imitation},
     relay,
+    services::Services,
     sqs::QueueAttributes,
     stack::{Keys, stack},
     states::definition::Definition,
@@ -274,7 +275,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         Websockets::Relay => {
             let (address, found) = watch::channel(None);
             let environment = settings.of_relay();
-            let keeping = spawn_relay(environment, aws.relay_tasks(), address, stop_relay.clone())?;
+            let printed = metrics_of(aws.services());
+            let keeping = spawn_relay(environment, printed, aws.relay_tasks(), address, stop_relay.clone())?;
             (Some(public::relayed::Relay(found)), Some(keeping))
         }
     };
@@ -616,6 +618,7 @@ impl Settings<'_> {
 /// Keeps the relay running from a thread of its own: the kernel ends the relay with the thread that started it.
 fn spawn_relay(
     environment: BTreeMap<String, String>,
+    printed: Printed,
     tasks: watch::Receiver<u32>,
     address: watch::Sender<Option<SocketAddr>>,
     stop: CancellationToken,
@@ -623,14 +626,20 @@ fn spawn_relay(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting")?;
     std::thread::Builder::new()
         .name("relay".to_owned())
-        .spawn(move || runtime.block_on(relay::keep(environment, tasks, address, stop)))
+        .spawn(move || runtime.block_on(relay::keep(environment, printed, tasks, address, stop)))
         .context("starting the relay's thread")
+}
+
+/// Takes the lines of metrics out of what a process prints, as CloudWatch does.
+fn metrics_of(services: &Arc<Services>) -> Printed {
+    let services = Arc::clone(services);
+    Arc::new(move |name, line| services.metrics.take(name, line))
 }
 
 fn start_lambda(settings: &Settings<'_>) -> anyhow::Result<Lambda> {
     let aws = settings.aws;
     let services = aws.services().clone();
-    let (begun, ended, printed) = (aws.clone(), aws.clone(), services.clone());
+    let (begun, ended) = (aws.clone(), aws.clone());
     let config = LambdaConfig {
         launcher: Launcher::current_program().context("finding this program")?,
         aws_endpoint: aws.endpoint(),
@@ -639,7 +648,7 @@ fn start_lambda(settings: &Settings<'_>) -> anyhow::Result<Lambda> {
                 begun.callers().register(key, function, environment);
             }),
             ended: Arc::new(move |key| ended.callers().forget(key)),
-            printed: Arc::new(move |function, line| printed.metrics.take(function, line)),
+            printed: metrics_of(&services),
         },
         kill_chance: Arc::new(move || {
             services.chaos.strikes(Fault::KillFunction).then(|| {

@@ -29,6 +29,9 @@ use crate::{
 /// How long something is stopped: longer than a turn of a queue, shorter than what counts as dead.
 const STOPPED: Duration = Duration::from_secs(2);
 
+/// How long a function may outlive its edge.
+const ENDED: Duration = Duration::from_secs(2);
+
 /// How long everything may take to be well again: a dead link is noticed in 40 s at the latest.
 const RECOVERY: Duration = Duration::from_secs(60);
 
@@ -211,8 +214,9 @@ impl Stage {
                 for agent in &self.agents {
                     agent.write_config(&self.config.replace("max_concurrent = 64", "max_concurrent = 65"))?;
                 }
-                sleep(Duration::from_millis(300)).await;
                 for agent in &self.agents {
+                    let is_read = || agent.status().is_ok_and(|status| status["config"]["reloads"] != 0);
+                    ensure!(comes_true(RECOVERY, is_read).await, "the configuration is not read again");
                     agent.write_config(&self.config)?;
                 }
             }
@@ -235,10 +239,9 @@ impl Stage {
                 let children: Vec<_> = self.local.function_processes();
                 self.local.kill_and_start_again(&["--no-agent", "--chaos", &self.chaos]);
                 for (function, pid) in children {
-                    ensure!(
-                        !Path::new(&format!("/proc/{pid}/exe")).exists() || is_gone(pid).await,
-                        "{function} outlives the edge that was killed"
-                    );
+                    let program = format!("/proc/{pid}/exe");
+                    let is_gone = || !Path::new(&program).exists();
+                    ensure!(comes_true(ENDED, is_gone).await, "{function} outlives the edge that was killed");
                 }
             }
             Fault::EdgeStop => {
@@ -279,7 +282,7 @@ impl Stage {
             Fault::LinkClose => {
                 for connection in self.connections().await? {
                     // It may have gone in the meantime.
-                    let _ = tokio::spawn(close(self.local.endpoint, self.operator()?, connection)).await;
+                    self.local.try_close(&connection).await;
                 }
             }
             Fault::UpstreamDown => {
@@ -301,10 +304,6 @@ impl Stage {
         let pids = all.filter_map(|(_, pid)| Pid::from_raw(i32::try_from(pid).ok()?));
         // It may end by itself at any time.
         pids.filter(|pid| rustix::process::kill_process(*pid, signal).is_ok()).collect()
-    }
-
-    fn operator(&self) -> anyhow::Result<String> {
-        Ok(std::fs::read_to_string(self.local.state_dir().join("operator"))?)
     }
 
     /// The connections that serve the tunnel, as the table has them.
@@ -399,25 +398,14 @@ fn is_unknown(seen: &Seen) -> bool {
     matches!(seen, Seen::Answer { status: 404, code: Some(_), .. })
 }
 
-async fn is_gone(pid: u32) -> bool {
-    for _ in 0..200 {
-        if !Path::new(&format!("/proc/{pid}/exe")).exists() {
-            return true;
+/// Whether something is so within a time.
+async fn comes_true(within: Duration, mut is_so: impl FnMut() -> bool) -> bool {
+    let begun = std::time::Instant::now();
+    while !is_so() {
+        if begun.elapsed() > within {
+            return false;
         }
         sleep(Duration::from_millis(10)).await;
     }
-    false
-}
-
-/// Closes a connection as whoever runs the edge can.
-async fn close(endpoint: SocketAddr, key: String, connection: String) -> u16 {
-    let path = format!("/local/@connections/{}", connection.replace('=', "%3D"));
-    let signature = format!(
-        "AWS4-HMAC-SHA256 Credential={key}/20260101/local-1/service/aws4_request, SignedHeaders=host, Signature=0"
-    );
-    let request = tests::client::Request::new("DELETE", &path)
-        .field("Host", &endpoint.to_string())
-        .field("Authorization", &signature)
-        .body(Vec::new());
-    request.send(endpoint).await.status
+    true
 }

@@ -132,9 +132,11 @@ struct Written {
 
 impl Kept {
     fn push(&mut self, text: Bytes, again: u32) {
+        let now = Instant::now();
         self.bytes += text.len();
-        self.messages.push_back(Written { at: Instant::now(), again, text });
-        while self.bytes > KEPT_BYTES {
+        self.messages.push_back(Written { at: now, again, text });
+        let is_old = |one: &Written| now.duration_since(one.at) > limits::REFUSED_WITHIN;
+        while self.bytes > KEPT_BYTES || self.messages.front().is_some_and(is_old) {
             let Some(oldest) = self.messages.pop_front() else { break };
             self.bytes -= oldest.text.len();
         }

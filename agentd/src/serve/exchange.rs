@@ -154,39 +154,26 @@ impl Exchange {
         let page = tunnel.as_ref().and_then(|tunnel| ErrorPage::of(&job, tunnel));
         let sender = Sender { token: &token, outbox: &outbox, sent: &sent };
         let mut capture = None;
-        match answer(job, tunnel, &tunnels, &sender, &codecs, credit, websockets, &mut line, &mut capture)
-            .await
-        {
-            Ok(()) => {
-                line.end(Ending::Complete);
-                if let Some(capture) = capture {
-                    capture.complete();
-                }
-            }
-            Err(Stop::Gone) => {}
-            Err(Stop::Answered(None)) => {
-                line.end(Ending::Complete);
-                if let Some(capture) = capture {
-                    capture.complete();
-                }
-            }
-            Err(Stop::Answered(Some(code))) => {
-                line.end(Ending::Failed(code));
-                if let Some(capture) = capture {
-                    capture.failed(code);
-                }
-            }
-            Err(Stop::Fail { seq, code }) => {
-                line.end(Ending::Failed(code));
-                if let Some(capture) = capture {
-                    capture.failed(code);
-                }
-                let page = page.as_ref().filter(|_| seq == 0).and_then(|page| page.reply(&token, code));
-                let failed = page
-                    .unwrap_or_else(|| AgentMessage::Failed(Failed { token: (&*token).into(), seq, code }));
-                // If the link has gone, the edge knows.
-                let _ = sender.send(&failed, 0).await;
-            }
+        let outcome =
+            answer(job, tunnel, &tunnels, &sender, &codecs, credit, websockets, &mut line, &mut capture)
+                .await;
+        let code = match &outcome {
+            Ok(()) | Err(Stop::Answered(None)) => None,
+            Err(Stop::Answered(Some(code)) | Stop::Fail { code, .. }) => Some(*code),
+            Err(Stop::Gone) => return,
+        };
+        line.end(code.map_or(Ending::Complete, Ending::Failed));
+        match (capture, code) {
+            (Some(capture), None) => capture.complete(),
+            (Some(capture), Some(code)) => capture.failed(code),
+            (None, _) => {}
+        }
+        if let Err(Stop::Fail { seq, code }) = outcome {
+            let page = page.as_ref().filter(|_| seq == 0).and_then(|page| page.reply(&token, code));
+            let failed =
+                page.unwrap_or_else(|| AgentMessage::Failed(Failed { token: (&*token).into(), seq, code }));
+            // If the link has gone, the edge knows.
+            let _ = sender.send(&failed, 0).await;
         }
     }
 }
@@ -318,7 +305,8 @@ async fn answer(
         *request.uri_mut() = origin_form(way.target(&job)).ok_or(fail(ErrorCode::BadRequest))?;
         *request.headers_mut() = headers;
         if job.upgrade.is_some() {
-            return handshake(&job, &tunnel, upstream, request).await.map(|answer| (answer, None));
+            // Boxed, as opening a connection is: who asks for no other protocol carries no room for it.
+            return Box::pin(handshake(&job, &tunnel, upstream, request)).await.map(|answer| (answer, None));
         }
         match upstream.send(request).await {
             Ok(response) => Ok((Answered::Response(response), progress)),
@@ -409,20 +397,10 @@ async fn answer(
     if let Some(passage) = way.passage {
         passage.edit_response(&mut headers);
     }
-    let codec = (codecs.has(Codec::Zstd) && wants_codec(&headers)).then_some(Codec::Zstd);
     let mut response = Outflow {
-        sender,
-        body: Source::Upstream(body),
-        pending: BytesMut::new(),
-        ended: false,
-        broken: None,
-        codec,
-        seq: 0,
-        window: SendWindow::new(limits::CHUNK_WINDOW),
-        credit,
         refused: (status >= 400).then(|| Refused { status, own_page: is_own_page(&job, &tunnel, &way) }),
-        tunnel: &tunnel,
         tap,
+        ..Outflow::new(sender, &tunnel, Source::Upstream(body), &headers, codecs, credit)
     };
     match response.deliver(began, status, headers, line).await {
         Ok(()) => {
@@ -541,22 +519,9 @@ async fn answer_here(
     let code = answer.code;
     let (status, headers, body) = answer.into_parts(&job.request_id, asked(job).wants_html());
     line.head(status);
-    let codec = (codecs.has(Codec::Zstd) && wants_codec(&headers)).then_some(Codec::Zstd);
-    let mut response = Outflow {
-        sender,
-        // The length stays in the head, also for whoever wants no body.
-        body: Source::Local(if job.method == Method::HEAD { LocalBody::default() } else { body }),
-        pending: BytesMut::new(),
-        ended: false,
-        broken: None,
-        codec,
-        seq: 0,
-        window: SendWindow::new(limits::CHUNK_WINDOW),
-        credit,
-        refused: None,
-        tunnel,
-        tap: None,
-    };
+    // The length stays in the head, also for whoever wants no body.
+    let body = Source::Local(if job.method == Method::HEAD { LocalBody::default() } else { body });
+    let mut response = Outflow::new(sender, tunnel, body, &headers, codecs, credit);
     match response.deliver(Instant::now(), status, headers, line).await {
         Ok(()) => Stop::Answered(code),
         Err(Broken::Gone) => Stop::Gone,
@@ -774,9 +739,9 @@ fn normalise_length(status: u16, headers: &mut Headers) -> Result<(), UpstreamEr
         headers.remove(header::CONTENT_LENGTH);
     }
     let is_plain = |text: &[u8]| !text.is_empty() && text.iter().all(u8::is_ascii_digit);
-    let (mut length, mut fields) = (None, 0);
+    let (mut length, mut is_one) = (None, None);
     for value in headers.get_all(header::CONTENT_LENGTH) {
-        fields += 1;
+        is_one = Some(is_one.is_none() && is_plain(value.as_bytes()));
         for text in value.as_bytes().split(|&b| b == b',').map(<[u8]>::trim_ascii) {
             let said = std::str::from_utf8(text).ok().filter(|_| is_plain(text));
             match (said.and_then(|text| text.parse::<u64>().ok()), length) {
@@ -786,9 +751,7 @@ fn normalise_length(status: u16, headers: &mut Headers) -> Result<(), UpstreamEr
             }
         }
     }
-    let is_one =
-        fields == 1 && headers.get(header::CONTENT_LENGTH).is_some_and(|value| is_plain(value.as_bytes()));
-    if let Some(length) = length.filter(|_| !is_one) {
+    if let (Some(length), Some(false)) = (length, is_one) {
         headers.set(header::CONTENT_LENGTH, HeaderValue::from(length));
     }
     Ok(())
@@ -878,7 +841,33 @@ struct Outflow<'a> {
     tap: Option<&'a Tap>,
 }
 
-impl Outflow<'_> {
+impl<'a> Outflow<'a> {
+    /// A response from its beginning.
+    fn new(
+        sender: &'a Sender<'a>,
+        tunnel: &'a Tunnel,
+        body: Source,
+        headers: &Headers,
+        codecs: &Codecs,
+        credit: watch::Receiver<u32>,
+    ) -> Self {
+        let codec = (codecs.has(Codec::Zstd) && wants_codec(headers)).then_some(Codec::Zstd);
+        Self {
+            sender,
+            body,
+            pending: BytesMut::new(),
+            ended: false,
+            broken: None,
+            codec,
+            seq: 0,
+            window: SendWindow::new(limits::CHUNK_WINDOW),
+            credit,
+            refused: None,
+            tunnel,
+            tap: None,
+        }
+    }
+
     /// Sends all of it.
     async fn deliver(
         &mut self,

@@ -266,7 +266,9 @@ impl Upstream {
                     let answer = if is_used { answer.await } else { self.first_answer(number, answer).await };
                     match answer {
                         Ok(mut response) => {
-                            response.extensions_mut().extend(noted(dialled));
+                            if let Some(dialled) = dialled {
+                                response.extensions_mut().insert(dialled);
+                            }
                             connection.read(response.headers());
                             return Ok(response.map(|body| ResponseBody::http1(body, connection)));
                         }
@@ -286,9 +288,11 @@ impl Upstream {
                 }
                 Connected::Http2(lease) => {
                     let (head, body) = request.into_parts();
-                    match lease.send(self.for_http2(head.clone()), body).await {
+                    match Box::pin(lease.send(self.for_http2(head.clone()), body)).await {
                         Ok(mut response) => {
-                            response.extensions_mut().extend(noted(dialled));
+                            if let Some(dialled) = dialled {
+                                response.extensions_mut().insert(dialled);
+                            }
                             return Ok(response.map(ResponseBody::http2));
                         }
                         Err(http2::Failure { untouched: Some(body), error, .. }) => {
@@ -506,14 +510,6 @@ pub(crate) enum Upgrade {
 /// In a response: when the connection was opened, if that was for it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Dialled(pub(crate) std::time::Instant);
-
-fn noted(dialled: Option<Dialled>) -> http::Extensions {
-    let mut noted = http::Extensions::new();
-    if let Some(dialled) = dialled {
-        noted.insert(dialled);
-    }
-    noted
-}
 
 /// A copy of a request that has no body.
 fn clone_without_body(request: &Request<RequestBody>) -> Request<RequestBody> {

@@ -21,7 +21,8 @@ use crate::{
 };
 
 /// What the upstream is told of who asks. Nobody else's word for it reaches the upstream.
-pub(crate) const USER: HeaderName = HeaderName::from_static("x-tunnel-user");
+pub(crate) const USER: HeaderName = HeaderName::from_static(USER_TEXT);
+const USER_TEXT: &str = "x-tunnel-user";
 
 /// Who may use one tunnel.
 pub(crate) struct Visitors {
@@ -64,8 +65,7 @@ impl Visitor {
 
 /// Whether a field could be taken for [`USER`]: many servers know no difference between `-` and `_`.
 pub(crate) fn is_user(name: &HeaderName) -> bool {
-    let user = USER;
-    let (name, user) = (name.as_str().as_bytes(), user.as_str().as_bytes());
+    let (name, user) = (name.as_str().as_bytes(), USER_TEXT.as_bytes());
     name.len() == user.len() && name.iter().zip(user).all(|(&b, &own)| b == own || (b == b'_' && own == b'-'))
 }
 

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
 use hyper::client::conn::http1;
 use tokio::{
     task::AbortHandle,
@@ -21,6 +21,8 @@ use crate::config::address::Address;
 
 /// No more idle connections than this are kept for one upstream.
 const MAX_IDLE: usize = 64;
+
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 
 /// The first request of a connection that has no answer after this may be waiting for an idle connection to go: there
 /// are servers that serve one connection at a time, in the order in which they came.
@@ -261,7 +263,7 @@ impl Checkout {
 
     /// Notes what a response says about its connection.
     pub(super) fn read(&mut self, headers: &HeaderMap) {
-        if let Some(value) = headers.get("keep-alive") {
+        if let Some(value) = headers.get(KEEP_ALIVE) {
             self.promised = promised(value.as_bytes());
         }
     }
