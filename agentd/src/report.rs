@@ -6,6 +6,7 @@ pub(crate) mod metrics;
 pub(crate) mod status;
 pub(crate) mod systemd;
 pub(crate) mod telemetry;
+pub(crate) mod terminal;
 
 /// How this program names itself to the edge.
 pub(crate) const SOFTWARE: &str = concat!("agentd/", env!("CARGO_PKG_VERSION"));

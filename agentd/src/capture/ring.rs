@@ -71,6 +71,16 @@ pub(crate) struct Captured {
 }
 
 impl Captured {
+    /// Lets go of what is kept. Whatever still passes is not kept either.
+    fn empty(&self) {
+        let mut record = lock(&self.record);
+        let (source, kind) = (record.source, record.kind);
+        let emptied = std::mem::replace(&mut *record, Record::new(source, kind, "".into(), "".into()));
+        record.evicted = true;
+        drop(record);
+        drop(emptied);
+    }
+
     /// What is known of it now.
     pub(crate) fn record(&self) -> Record {
         lock(&self.record).clone()
@@ -123,7 +133,7 @@ impl Captures {
             ring.weight = 0;
             std::mem::take(&mut ring.kept)
         };
-        drop(forgotten);
+        forgotten.iter().for_each(|captured| captured.empty());
         self.say(Event::Cleared);
     }
 
@@ -199,13 +209,7 @@ impl Captures {
 
     fn forget(&self, left: Vec<Arc<Captured>>) {
         for captured in left {
-            // Whatever still passes is not kept either.
-            let mut record = lock(&captured.record);
-            let (source, kind) = (record.source, record.kind);
-            let emptied = std::mem::replace(&mut *record, Record::new(source, kind, "".into(), "".into()));
-            record.evicted = true;
-            drop(record);
-            drop(emptied);
+            captured.empty();
             self.say(Event::Removed(captured.id));
         }
     }
@@ -483,6 +487,13 @@ mod tests {
         assert_eq!(captures.figures().0, weight);
         assert!(long.tap.captured.record().answer.is_none());
         long.complete();
+
+        let cleared = request(&lens, b"x");
+        cleared.tap().answer(200, std::iter::empty(), None);
+        captures.clear();
+        cleared.tap().answer_piece(&[1; 10_000]);
+        assert!(captures.get(cleared.id()).is_none() && cleared.tap.captured.record().answer.is_none());
+        cleared.complete();
     }
 
     #[test]

@@ -25,7 +25,7 @@ use crate::{
     capture::{
         fields::Fields,
         record::Record,
-        ring::{Captured, Captures},
+        ring::{Capture, Captured, Captures},
     },
     loopback::is_for_this_machine,
     serve::{
@@ -533,14 +533,13 @@ impl Inspector {
                 ),
             );
         };
-        let mut listed = Vec::with_capacity(times as usize);
-        for _ in 0..times {
-            listed.extend(replay::list(&tunnel, captured, &request));
-        }
-        let ids = listed.iter().map(|(capture, _)| capture.id()).collect();
+        let request = request.marked(captured.id);
+        let listed: Vec<_> = (0..times).filter_map(|_| replay::list(&tunnel, captured, &request)).collect();
+        let ids = listed.iter().map(Capture::id).collect();
         tokio::spawn(async move {
-            for (capture, request) in listed {
-                replay::send(&tunnel, &upstream, capture, request).await;
+            // One body is held for those that wait, and one for the one that is sent.
+            for capture in listed {
+                replay::send(&tunnel, &upstream, capture, request.clone()).await;
             }
         });
         Ok(ids)
@@ -581,6 +580,8 @@ fn check_origin(method: &Method, path: &str, headers: &HeaderMap) -> Result<(), 
 
 /// Whether a field says that a request came through a proxy.
 fn is_of_the_edge(name: &str) -> bool {
+    // What was imported is written as it was.
+    let name = &*name.to_ascii_lowercase();
     name.starts_with("x-forwarded-")
         || name.starts_with("x-tunnel-")
         || matches!(name, "forwarded" | "via" | "x-real-ip" | "traceparent" | "tracestate")

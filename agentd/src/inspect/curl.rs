@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 
 use super::replay::Request;
+use crate::report::terminal::is_obeyed;
 
 /// A longer argument is not taken by Linux (128 KiB, with room for the rest).
 const ARGUMENT_BYTES: usize = 96 * 1024;
@@ -69,10 +70,10 @@ pub(crate) fn command(request: &Request, base: &str) -> String {
     line
 }
 
-/// Whether bytes can be pasted: UTF-8 without anything that a terminal takes for a command.
+/// Whether bytes can be pasted, and are what they look like: UTF-8 without anything that a terminal obeys.
 fn is_harmless(bytes: &[u8]) -> bool {
     std::str::from_utf8(bytes)
-        .is_ok_and(|text| text.chars().all(|c| matches!(c, '\n' | '\t') || !c.is_control()))
+        .is_ok_and(|text| text.chars().all(|c| matches!(c, '\n' | '\t') || !is_obeyed(c)))
 }
 
 /// One word of a shell.

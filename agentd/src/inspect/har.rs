@@ -354,7 +354,7 @@ fn response(answer: Option<&Answer>, redact: Option<&Redact>) -> ResponseShape {
             encoding,
             cut: body.is_cut(),
         },
-        redirect_url: fields.text("location").unwrap_or_default().to_owned(),
+        redirect_url: fields.get("location").map(|it| value("location", it, redact)).unwrap_or_default(),
         headers_size: -1,
         body_size: if answer.is_some() { body.size() as i64 } else { -1 },
     }

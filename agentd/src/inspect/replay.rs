@@ -140,11 +140,19 @@ impl Request {
                     .ok_or_else(|| Refusal::Invalid("the body is not base64".to_owned()))?,
             };
         }
-        if request.body != captured.body || edits.fields.is_some() {
+        // What was cut may equal the new body, and has the length of all of it.
+        if request.body != captured.body || record.body.is_cut() || edits.fields.is_some() {
             request.set_length();
         }
         request.check()?;
         Ok(request)
+    }
+
+    /// The same as a replay of that request says that it is one.
+    pub(crate) fn marked(mut self, of: u64) -> Self {
+        self.fields.retain(|(name, _)| !name.eq_ignore_ascii_case(MARK.as_str()));
+        self.fields.push((MARK.as_str().to_owned(), of.to_string().into_bytes()));
+        self
     }
 
     /// Makes `content-length` say how long the body is: at its place, or at the end where one is needed.
@@ -251,14 +259,9 @@ fn values(
     Ok(values)
 }
 
-/// Lists a replay, which is then to be [sent](send).
-pub(crate) fn list(tunnel: &Tunnel, original: &Captured, request: &Request) -> Option<(Capture, Request)> {
-    let mut marked = request.clone();
-    marked.fields.retain(|(name, _)| !name.eq_ignore_ascii_case(MARK.as_str()));
-    marked.fields.push((MARK.as_str().to_owned(), original.id.to_string().into_bytes()));
-    let capture =
-        tunnel.lens()?.replay(original, &marked.method, &marked.target, marked.packed(), &marked.body);
-    Some((capture, marked))
+/// Lists a replay of a [marked](Request::marked) request, which is then to be [sent](send).
+pub(crate) fn list(tunnel: &Tunnel, original: &Captured, request: &Request) -> Option<Capture> {
+    Some(tunnel.lens()?.replay(original, &request.method, &request.target, request.packed(), &request.body))
 }
 
 /// Where a captured request went, while the tunnel still leads there.
@@ -428,6 +431,10 @@ mod tests {
         assert!(why.contains("3 of 6 bytes"), "{why}");
         let edits = Edits { body: Some(NewBody::Text("whole".to_owned())), ..Edits::default() };
         assert_eq!(Request::edited(&cut, &edits).unwrap().body, b"whole");
+        cut.fields = Fields::from_pairs([("content-length", &b"6"[..])].into_iter());
+        let edits = Edits { body: Some(NewBody::Text("abc".to_owned())), ..Edits::default() };
+        let part = Request::edited(&cut, &edits).unwrap();
+        assert!(part.fields.contains(&("content-length".to_owned(), b"3".to_vec())), "{:?}", part.fields);
         let mut socket = record();
         socket.kind = Kind::Websocket;
         assert!(matches!(Request::edited(&socket, &edits), Err(Refusal::Impossible(_))));

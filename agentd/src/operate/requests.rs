@@ -9,6 +9,7 @@ use std::{
     os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::Args;
@@ -20,6 +21,10 @@ use super::ask::{Format, ask, complain, no_answer};
 use crate::{
     control::client::{Agent, AskError},
     inspect::shape::{self, Detail, DiffShape, Ids, List, Message, RequestEvent, Summary, Value},
+    report::{
+        access::{readable_duration, time_of_day_at},
+        terminal::{harmless_json, is_obeyed},
+    },
 };
 
 /// How long a replay is waited for at a time, in seconds.
@@ -239,7 +244,7 @@ pub(crate) fn show(places: &[PathBuf], id: u64, body: bool, reveal: bool, format
     finish(answer, format, |(detail, bytes)| {
         let to_terminal = std::io::stdout().is_terminal();
         if format == Format::Json {
-            say(String::from_utf8_lossy(&bytes).trim_end());
+            say(harmless_json(&String::from_utf8_lossy(&bytes)).trim_end());
         } else if body && !to_terminal {
             let bytes = detail.response.as_ref().and_then(|answer| shape::from_base64(&answer.body.base64));
             if std::io::stdout().write_all(&bytes.unwrap_or_default()).is_err() {
@@ -366,6 +371,9 @@ pub(crate) fn export(places: &[PathBuf], export: &Export) -> ExitCode {
     finish(answer, Format::Text, |bytes| {
         let done = match &export.form.har {
             Some(file) if file != Path::new("-") => private(file, &bytes),
+            Some(_) if std::io::stdout().is_terminal() => {
+                std::io::stdout().write_all(harmless_json(&String::from_utf8_lossy(&bytes)).as_bytes())
+            }
             _ => std::io::stdout().write_all(&bytes),
         };
         match (done, &export.form.har) {
@@ -416,7 +424,7 @@ pub(crate) fn import(places: &[PathBuf], import: &Import) -> ExitCode {
 }
 
 fn json<T: Serialize + ?Sized>(value: &T) -> String {
-    serde_json::to_string(value).expect("texts, numbers and lists are JSON")
+    harmless_json(&serde_json::to_string(value).expect("texts, numbers and lists are JSON"))
 }
 
 /// Prints a line, or nothing where nobody reads any more.
@@ -426,14 +434,10 @@ fn say(line: &str) {
 }
 
 /// A text without anything that a terminal takes for a command, or that turns letters around.
-pub(crate) fn harmless(text: &str) -> String {
-    let is_harmful = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
-    };
+fn harmless(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
-        if is_harmful(c) {
+        if is_obeyed(c) {
             shown.extend(c.escape_unicode());
         } else {
             shown.push(c);
@@ -453,18 +457,7 @@ fn harmless_lines(bytes: &[u8]) -> String {
 }
 
 fn duration(us: Option<u64>) -> String {
-    match us {
-        None => "-".to_owned(),
-        Some(us @ 0..10_000) => format!("{:.1} ms", us as f64 / 1e3),
-        Some(us @ 10_000..10_000_000) => format!("{} ms", us / 1000),
-        Some(us) => format!("{} s", us / 1_000_000),
-    }
-}
-
-/// The time of day, UTC.
-fn clock(unix_us: u64) -> String {
-    let secs = unix_us / 1_000_000 % 86_400;
-    format!("{:02}:{:02}:{:02}Z", secs / 3600, secs / 60 % 60, secs % 60)
+    us.map_or_else(|| "-".to_owned(), |us| readable_duration(Duration::from_micros(us)))
 }
 
 /// One row.
@@ -473,7 +466,7 @@ fn line(row: &Summary) -> String {
     let mut line = format!(
         "{:>5}  {}  {}  {:<7} {status:>3}  {:>8}  {}",
         row.id,
-        clock(row.received_at),
+        time_of_day_at(Duration::from_micros(row.received_at)),
         harmless(&row.tunnel),
         harmless(&row.method),
         duration(row.ended_us),

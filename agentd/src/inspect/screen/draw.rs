@@ -14,7 +14,10 @@ use ratatui::{
 use super::view::View;
 use crate::{
     inspect::shape::{self, Detail, Summary, Value},
-    report::access::{readable_bytes, readable_duration, time_of_day_at},
+    report::{
+        access::{readable_bytes, readable_duration, time_of_day_at},
+        terminal::is_obeyed,
+    },
 };
 
 /// How many of the lines that were said are seen at a time.
@@ -32,14 +35,7 @@ pub(super) fn visible(text: &str) -> String {
         .map(|c| match c {
             '\0'..='\u{1f}' => char::from_u32(0x2400 + u32::from(c)).unwrap_or('·'),
             '\u{7f}' => '␡',
-            '\u{80}'..='\u{9f}'
-            | '\u{ad}'
-            | '\u{61c}'
-            | '\u{200b}'..='\u{200f}'
-            | '\u{2028}'..='\u{202e}'
-            | '\u{2060}'..='\u{206f}'
-            | '\u{feff}'
-            | '\u{fff9}'..='\u{fffb}' => '·',
+            c if is_obeyed(c) => '·',
             other => other,
         })
         .collect()
