@@ -33,6 +33,8 @@ use proto::{
 };
 use rustls::pki_types::ServerName;
 
+#[cfg(test)]
+pub(crate) use self::file::ALL_KEYS;
 pub use self::{
     file::{control_socket_named_in, load},
     log::{DEFAULT_LOG_DAYS, LogConfig, LogFormat, parse_log_level},

@@ -77,7 +77,7 @@ const TUNNEL_KEYS: &[&str] = &[
 
 /// Every key there is, for whoever describes them.
 #[cfg(test)]
-pub(super) const ALL_KEYS: &[&[&str]] = &[
+pub(crate) const ALL_KEYS: &[&[&str]] = &[
     ROOT_KEYS,
     INCLUDED_KEYS,
     EDGE_KEYS,

@@ -341,7 +341,7 @@ fn the_packaged_example_shows_every_key_and_nothing_else() {
     }
     let mut shown = BTreeSet::new();
     keys(&in_force.parse().unwrap(), &mut shown);
-    let known: BTreeSet<String> = file::ALL_KEYS.iter().copied().flatten().map(ToString::to_string).collect();
+    let known: BTreeSet<String> = ALL_KEYS.iter().copied().flatten().map(ToString::to_string).collect();
     assert_eq!(shown, known);
 }
 

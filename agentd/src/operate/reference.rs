@@ -1,4 +1,6 @@
-//! Manual pages and completions, made from the command line's own description.
+//! Manual pages and completions, made from the command line's own description and the packaged configuration.
+
+mod settings;
 
 use std::{
     io::Write as _,
@@ -62,7 +64,10 @@ const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
                 "/run/agentd/control.sock, /run/agentd-NAME/control.sock",
                 "where the running agent is asked and told",
             ),
-            ("/usr/share/doc/agentd/examples/agentd.toml", "every key of the configuration, explained"),
+            (
+                "/usr/share/doc/agentd/examples/agentd.toml",
+                "every key of the configuration; see agentd.toml(5)",
+            ),
         ],
     ),
 ];
@@ -108,7 +113,7 @@ pub(crate) fn run(command: &Command, mut program: clap::Command) -> ExitCode {
     }
 }
 
-/// Writes `agentd.8`, and a page for each command, such as `agentd-run.8`.
+/// Writes `agentd.8`, a page for each command, such as `agentd-run.8`, and `agentd.toml.5`.
 fn write_manual(program: clap::Command, dir: &Path) -> std::io::Result<()> {
     fn page(command: clap::Command) -> Man {
         let source = format!("agentd {}", env!("CARGO_PKG_VERSION"));
@@ -140,7 +145,9 @@ fn write_manual(program: clap::Command, dir: &Path) -> std::io::Result<()> {
         }
     }
     roff.to_writer(&mut text)?;
-    std::fs::write(dir.join(man.get_filename()), tidy(&String::from_utf8_lossy(&text)))
+    std::fs::write(dir.join(man.get_filename()), tidy(&String::from_utf8_lossy(&text)))?;
+    let heading = format!("{CHANGED} \"agentd {}\" \"{MANUAL}\"", env!("CARGO_PKG_VERSION"));
+    std::fs::write(dir.join("agentd.toml.5"), tidy(&settings::page(&heading)))
 }
 
 /// The same page as `mandoc -T lint` wants it written: text in lines of [`LINE_BYTES`], which are filled anyway, no spaces at
@@ -217,7 +224,10 @@ mod tests {
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
         pages.sort();
-        assert_eq!(pages, ["agentd-completion.8", "agentd-config-check.8", "agentd-config.8", "agentd.8"]);
+        assert_eq!(
+            pages,
+            ["agentd-completion.8", "agentd-config-check.8", "agentd-config.8", "agentd.8", "agentd.toml.5"]
+        );
         let page = std::fs::read_to_string(dir.path().join("agentd.8")).unwrap();
         for wanted in [
             concat!(".TH AGENTD 8 2026-11-29 \"agentd ", env!("CARGO_PKG_VERSION"), "\" \"Tunnel agent\""),
@@ -230,6 +240,25 @@ mod tests {
         assert!(!page.contains("EXTRA"), "{page}");
         assert!(page.lines().all(|line| line.len() <= LINE_BYTES && !line.ends_with(' ')), "{page}");
         assert!(exit_codes().contains("\n  78  the configuration"));
+        let settings = std::fs::read_to_string(dir.path().join("agentd.toml.5")).unwrap();
+        let is_tidy = |line: &str| line.len() <= LINE_BYTES && !line.ends_with(' ');
+        assert!(settings.lines().all(is_tidy), "{settings}");
+        is_clean(dir.path());
+    }
+
+    /// Asks `mandoc`, where there is one.
+    fn is_clean(dir: &Path) {
+        let pages = std::fs::read_dir(dir).unwrap().map(|page| page.unwrap().path());
+        match std::process::Command::new("mandoc").args(["-T", "lint"]).args(pages).output() {
+            Ok(said) => {
+                // Its own pages name others that are not installed here.
+                let said = String::from_utf8_lossy(&said.stdout).into_owned();
+                let faults: Vec<_> =
+                    said.lines().filter(|line| !line.contains("referenced manual not found")).collect();
+                assert!(faults.is_empty(), "{faults:#?}");
+            }
+            Err(error) => eprintln!("not linted: mandoc: {error}"),
+        }
     }
 
     #[test]
