@@ -35,6 +35,7 @@ use crate::{
     operate::requests,
     operate::service,
     report::telemetry,
+    resolver::BLOCKING_THREADS,
     supervisor::{self, Audience, Outcome, Setup, Source},
 };
 
@@ -605,7 +606,11 @@ fn start(mut config: Config, source: Source, place: Place) -> ExitCode {
 fn run(setup: Setup) -> ExitCode {
     // One thread: the work is waiting. It is started here so that whatever must happen before any
     // thread exists has happened.
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS)
+        .build();
+    let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => return failed(&format!("cannot start: {error}")),
     };

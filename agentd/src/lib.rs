@@ -27,6 +27,7 @@ mod loopback;
 mod operate;
 mod random;
 mod report;
+mod resolver;
 mod serve;
 mod supervisor;
 mod timer;

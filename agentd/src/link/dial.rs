@@ -1,6 +1,6 @@
 //! How a connection to the edge is opened, and what it means when it cannot be.
 
-use std::{io, path::Path, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use http::{HeaderValue, StatusCode, header};
 use proto::limits;
@@ -16,6 +16,7 @@ use crate::{
     config::edge_url::EdgeUrl,
     identity::credential::Token,
     report::SOFTWARE,
+    resolver,
     tls::{TlsError, Trust, client_config},
 };
 
@@ -114,7 +115,10 @@ impl Dialer {
     async fn dial_without_deadline(&self, token: &Token) -> Result<Link, DialError> {
         let unreachable = |error| DialError::Connect(self.url.authority().to_owned(), error);
         // The name is looked up at each try: an edge may move.
-        let stream = TcpStream::connect((self.url.host(), self.url.port())).await.map_err(unreachable)?;
+        let found = resolver::look_up_edge(self.url.host()).await.map_err(unreachable)?;
+        let addresses: Vec<SocketAddr> =
+            found.into_iter().map(|ip| SocketAddr::new(ip, self.url.port())).collect();
+        let stream = TcpStream::connect(&*addresses).await.map_err(unreachable)?;
         tune(&stream).map_err(unreachable)?;
         let stream = match &self.tls {
             None => MaybeTlsStream::Plain(stream),

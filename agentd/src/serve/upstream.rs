@@ -6,7 +6,6 @@
 
 mod http2;
 mod pool;
-mod resolver;
 mod socket;
 
 use std::{

@@ -446,3 +446,96 @@ async fn a_timeout_that_the_edge_does_not_wait_for_is_said_once() {
         assert_eq!(agent.log().matches("the edge waits").count(), 1, "{turn}");
     }
 }
+
+/// Runs what follows where the name server is one that never answers, names are those of a file, and no more threads
+/// and processes may be made than the unit's `TasksMax=` allows. The program comes on standard input: its folder may be
+/// closed to the user that the limit is for.
+const SILENT_NAME_SERVER: &str = r#"
+set -e
+mount --bind resolv.conf "$(realpath /etc/resolv.conf)"
+mount --bind hosts "$(realpath /etc/hosts)"
+mount --bind nsswitch.conf "$(realpath /etc/nsswitch.conf)"
+exec prlimit --nproc=64 setpriv --reuid=62917 --regid=62917 --clear-groups /proc/self/fd/0 "$@"
+"#;
+
+/// The tasks of a process.
+fn tasks(agent: &Agent) -> usize {
+    std::fs::read_dir(format!("/proc/{}/task", agent.child.id().unwrap())).unwrap().count()
+}
+
+/// Whatever hangs is slow for minutes: what comes at all did not wait for it.
+#[tokio::test]
+async fn a_name_server_that_never_answers_holds_up_neither_the_edge_nor_other_tunnels() {
+    const HANGING: usize = 24;
+    const MORE: usize = 60;
+    let address = format!("127.91.{}.53", std::process::id() % 250);
+    let Ok(_silent) = tokio::net::UdpSocket::bind((&*address, 53)).await else {
+        eprintln!("skipped: only root may be a name server");
+        return;
+    };
+    let may =
+        std::process::Command::new("unshare").args(["--mount", "setpriv", "--reuid=62917", "true"]).output();
+    if !may.is_ok_and(|may| may.status.success()) {
+        eprintln!("skipped: no mount namespace can be made here");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let file = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    file("resolv.conf", &format!("nameserver {address}\noptions timeout:30 attempts:5\n"));
+    file("hosts", "127.0.0.1 edge.example.test fine.example.test\n");
+    file("nsswitch.conf", "hosts: files dns\n");
+    let token = private_file(folder.path(), "token", TOKEN).unwrap();
+    std::os::unix::fs::chown(&token, Some(62917), Some(62917)).unwrap();
+    let (edge, upstream) = (Edge::bind().await, Upstream::bind().await);
+    let mut config = format!(
+        "[edge]\nurl = \"{}\"\ntoken_file = \"token\"\n[[tunnel]]\nname = \"web\"\nupstream = \"http://fine.example.test:{}\"\n",
+        edge.url.replace("127.0.0.1", "edge.example.test"),
+        upstream.port
+    );
+    for number in 0..MORE {
+        config += &format!(
+            "[[tunnel]]\nname = \"hangs-{number}\"\nupstream = \"http://hangs-{number}.example.test:80\"\n"
+        );
+    }
+    file("agentd.toml", &config);
+
+    let mut command = tokio::process::Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "sh", "-c", SILENT_NAME_SERVER, "agentd"]);
+    command.args(["run", "--config"]).arg(folder.path().join("agentd.toml")).current_dir(folder.path());
+    command.stdin(std::fs::File::open(env!("CARGO_BIN_EXE_agentd")).unwrap());
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).kill_on_drop(true);
+    let agent = Agent::spawn(command);
+
+    let hang = |number: usize| {
+        let mut request = get("/hangs");
+        request.tunnel = format!("hangs-{number}").parse().unwrap();
+        request
+    };
+    let mut line = edge.welcome().await;
+    for number in 0..HANGING {
+        line.request(&hang(number)).await;
+    }
+    // Another tunnel's name is looked up while they hang: its answer is the first.
+    let sent = get("/fine");
+    line.request(&sent).await;
+    let (mut peer, _) = upstream.answer(OK).await;
+    is_ok(&mut line, &sent).await;
+
+    for number in HANGING..MORE {
+        line.request(&hang(number)).await;
+    }
+    // A message that comes behind them has been read after them.
+    line.probe(&hang(0)).await;
+    let Sent::Progress { .. } = line.answer().await else { panic!("they hang, and nothing else") };
+    assert!(tasks(&agent) < 64, "{} tasks", tasks(&agent));
+    drop(line);
+    // The edge's name is looked up anew.
+    let mut line = edge.welcome().await;
+    let sent = get("/fine");
+    line.request(&sent).await;
+    // Its connection was kept: this needs no name.
+    peer.head().await;
+    peer.write(OK).await;
+    while !matches!(line.answer().await, Sent::Reply { status: 200, .. }) {}
+}

@@ -45,15 +45,27 @@ const QUIET_IDLE: Duration = Duration::from_secs(5);
 /// A connection that gives no sign of life within this gets no more requests.
 const SIGN_WITHIN: Duration = Duration::from_secs(1);
 
-/// While a request waits, the first PING is sent after this long without a byte…
-const FIRST_PING: Duration = Duration::from_secs(2);
+/// When a connection with a waiting request is asked for a sign of life, and when it has ended.
+#[derive(Debug, Clone, Copy)]
+struct Patience {
+    /// After so long without a byte, for the first, the second and each further PING since the last byte of an answer.
+    ///
+    /// Servers of gRPC close a connection at the third PING that comes within five minutes of the one before
+    /// without anything of an answer between (gRPC's proposal A8, `GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS`).
+    pings: [Duration; 3],
+    /// A connection that does not answer a PING for so long has ended, and so have its requests. An application that
+    /// keeps its whole server busy may be late with it.
+    lost_after: Duration,
+}
 
-/// …and the next ones each time this has passed: servers close connections that ping more often than they find useful.
-const NEXT_PING: Duration = Duration::from_secs(15);
+const PATIENCE: Patience = Patience {
+    pings: [Duration::from_secs(2), Duration::from_secs(30), Duration::from_secs(301)],
+    lost_after: Duration::from_secs(30),
+};
 
-/// A connection that does not answer a PING for so long has ended, and so have its requests. An application that
-/// keeps its whole server busy may be late with it.
-const LOST_AFTER: Duration = Duration::from_secs(30);
+/// No more PINGs than this before a new request while nothing of an answer comes: a new connection is cheaper than one
+/// that is closed with all its streams.
+const PINGS_BEFORE_REQUESTS: usize = 2;
 
 /// What is known of a connection's life.
 #[derive(Debug)]
@@ -63,6 +75,8 @@ struct Pulse {
     heard: AtomicU64,
     left: AtomicU64,
     streams: AtomicUsize,
+    /// How many PINGs were sent since the last byte of an answer.
+    asked: AtomicUsize,
     /// No more streams than this, whatever the settings say: it refused one more.
     refuses_above: AtomicUsize,
     /// What came first has been read and understood: its settings.
@@ -86,6 +100,7 @@ impl Pulse {
             heard: AtomicU64::new(0),
             left: AtomicU64::new(0),
             streams: AtomicUsize::new(0),
+            asked: AtomicUsize::new(0),
             refuses_above: AtomicUsize::new(usize::MAX),
             settled: AtomicBool::new(false),
             retired: AtomicBool::new(false),
@@ -104,25 +119,28 @@ impl Pulse {
         self.began + Duration::from_millis(self.heard.load(Ordering::Relaxed))
     }
 
+    /// Something of an answer has come.
+    fn answered(&self) {
+        self.asked.store(0, Ordering::Relaxed);
+    }
+
     /// Asks for pings where they are due, and returns when there was no answer for too long.
-    async fn watch(&self, mut pings: h2::PingPong) {
-        let mut patience = FIRST_PING;
+    async fn watch(&self, mut pings: h2::PingPong, patience: Patience) {
         loop {
             if self.streams.load(Ordering::Relaxed) == 0 && !self.wanted.load(Ordering::Relaxed) {
                 self.ask.notified().await;
-                patience = FIRST_PING;
                 continue;
             }
             let heard = self.heard_at();
             if !self.wanted.swap(false, Ordering::Relaxed) {
                 // A request that has just begun is given its time, whenever the last byte came.
-                let due = Instant::now().max(heard) + patience;
+                let asked = self.asked.load(Ordering::Relaxed).min(patience.pings.len() - 1);
+                let due = Instant::now().max(heard) + patience.pings[asked];
                 tokio::select! {
                     () = sleep_until(due) => {}
                     () = self.ask.notified() => continue,
                 }
                 if self.heard_at() > heard {
-                    patience = FIRST_PING;
                     continue;
                 }
             }
@@ -133,11 +151,12 @@ impl Pulse {
                 Poll::Ready(())
             })
             .await;
-            let _ = pings.send_ping(h2::Ping::opaque());
-            if timeout(LOST_AFTER, news).await.is_err() {
+            if pings.send_ping(h2::Ping::opaque()).is_ok() {
+                self.asked.fetch_add(1, Ordering::Relaxed);
+            }
+            if timeout(patience.lost_after, news).await.is_err() {
                 return;
             }
-            patience = NEXT_PING;
         }
     }
 }
@@ -224,6 +243,13 @@ impl Connection {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
+        Self::begin_with(stream, PATIENCE).await
+    }
+
+    async fn begin_with<S>(stream: S, patience: Patience) -> Result<Arc<Self>, UpstreamError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
         let pulse = Arc::new(Pulse::new());
         let overheard = Overheard { stream, pulse: Arc::clone(&pulse), has_heard: false };
         let (sender, mut connection) = h2::client::Builder::new()
@@ -239,7 +265,7 @@ impl Connection {
         tokio::spawn(async move {
             let watch = async {
                 match pings {
-                    Some(pings) => watched.watch(pings).await,
+                    Some(pings) => watched.watch(pings, patience).await,
                     None => std::future::pending().await,
                 }
             };
@@ -402,6 +428,10 @@ impl Lease {
         if pulse.heard_at().elapsed() < patience {
             return true;
         }
+        if pulse.asked.load(Ordering::Relaxed) >= PINGS_BEFORE_REQUESTS {
+            pulse.retired.store(true, Ordering::Relaxed);
+            return false;
+        }
         let news = pulse.news.notified();
         pulse.wanted.store(true, Ordering::Relaxed);
         pulse.ask.notify_one();
@@ -446,10 +476,11 @@ impl Lease {
         }
         match response.await {
             Ok(response) => {
+                self.0.pulse.answered();
                 if let Some(pump) = &pump {
                     pump.forget();
                 }
-                Ok(response.map(|stream| Body { stream, _pump: pump, _lease: self }))
+                Ok(response.map(|stream| Body { stream, _pump: pump, lease: self }))
             }
             Err(error) => {
                 let pulse = &self.0.pulse;
@@ -476,7 +507,7 @@ impl Lease {
 pub(super) struct Body {
     stream: RecvStream,
     _pump: Option<Pump>,
-    _lease: Lease,
+    lease: Lease,
 }
 
 impl Body {
@@ -489,6 +520,7 @@ impl Body {
         loop {
             match self.stream.data().await? {
                 Ok(bytes) => {
+                    self.lease.0.pulse.answered();
                     // It is taken as soon as it is passed on: the caller's own buffers are bounded.
                     let _ = self.stream.flow_control().release_capacity(bytes.len());
                     if !bytes.is_empty() {
@@ -498,7 +530,7 @@ impl Body {
                 // An upstream that has answered may ask for the rest of the request to be kept (RFC 9113 §8.1).
                 Err(_) if self.stream.is_end_stream() => return None,
                 Err(error) => {
-                    let silent = self._lease.0.pulse.silent.load(Ordering::Relaxed);
+                    let silent = self.lease.0.pulse.silent.load(Ordering::Relaxed);
                     return Some(Err(failure_of(error, silent).error));
                 }
             }
@@ -507,3 +539,156 @@ impl Body {
 }
 
 const _: () = assert!(READ_BUFFER_BYTES >= limits::HEAD_BYTES);
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+
+    use super::*;
+
+    const QUICK: Patience = Patience {
+        pings: [Duration::from_millis(20), Duration::from_millis(120), Duration::from_secs(60)],
+        lost_after: Duration::from_millis(500),
+    };
+
+    const HEADERS: u8 = 1;
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+
+    async fn frame(stream: &mut DuplexStream, kind: u8, flags: u8, id: u32, payload: &[u8]) {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        let head = [&length[1..], &[kind, flags], &id.to_be_bytes()].concat();
+        let _ = stream.write_all(&[&head, payload].concat()).await;
+    }
+
+    /// What an upstream of bytes sees and does.
+    struct Peer {
+        stream: DuplexStream,
+        pings: Vec<Instant>,
+        requests: VecDeque<u32>,
+    }
+
+    impl Peer {
+        async fn accept(mut stream: DuplexStream) -> Self {
+            stream.read_exact(&mut [0; 24]).await.unwrap();
+            frame(&mut stream, SETTINGS, 0, 0, &[]).await;
+            Self { stream, pings: Vec::new(), requests: VecDeque::new() }
+        }
+
+        /// Takes note of one frame and answers PINGs; false at the end of the connection.
+        async fn step(&mut self) -> bool {
+            let mut head = [0; 9];
+            if self.stream.read_exact(&mut head).await.is_err() {
+                return false;
+            }
+            let [a, b, c, kind, flags, id @ ..] = head;
+            let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+            self.stream.read_exact(&mut payload).await.unwrap();
+            match kind {
+                SETTINGS if flags == 0 => frame(&mut self.stream, SETTINGS, 1, 0, &[]).await,
+                PING if flags == 0 => {
+                    self.pings.push(Instant::now());
+                    frame(&mut self.stream, PING, 1, 0, &payload).await;
+                }
+                HEADERS => self.requests.push_back(u32::from_be_bytes(id)),
+                _ => {}
+            }
+            true
+        }
+
+        /// Steps until something has come.
+        async fn until(&mut self, done: impl Fn(&Self) -> bool) {
+            while !done(self) {
+                assert!(self.step().await, "the connection has ended");
+            }
+        }
+
+        /// `:status: 200` without a body.
+        async fn answer(&mut self) {
+            let id = self.requests.pop_front().unwrap();
+            frame(&mut self.stream, HEADERS, 5, id, &[0x88]).await;
+        }
+    }
+
+    async fn pair() -> (Arc<Connection>, Peer) {
+        let (ours, theirs) = duplex(64 * 1024);
+        let (connection, mut peer) = tokio::join!(Connection::begin_with(ours, QUICK), async {
+            let mut peer = Peer::accept(theirs).await;
+            assert!(peer.step().await);
+            peer
+        });
+        // Its settings were answered.
+        assert!(peer.step().await);
+        (connection.unwrap_or_else(|error| panic!("{error}")), peer)
+    }
+
+    fn send(connection: &Arc<Connection>) -> JoinHandle<Result<Response<Body>, Failure>> {
+        let lease = connection.enter().expect("a place");
+        let head = Request::get("http://localhost/").body(()).unwrap().into_parts().0;
+        tokio::spawn(lease.send(head, RequestBody::Empty))
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_does_not_answer_a_ping_has_ended_and_so_have_its_requests() {
+        let (connection, mut peer) = pair().await;
+        let waits = [send(&connection), send(&connection)];
+        peer.until(|peer| peer.requests.len() == 2).await;
+        // From here on it is silent.
+        for wait in waits {
+            let Err(failure) = wait.await.unwrap() else { panic!("an answer") };
+            assert!(matches!(failure.error, UpstreamError::Late(_)), "{}", failure.error);
+            assert!(failure.died && failure.untouched.is_none());
+        }
+        assert!(connection.enter().is_none(), "it takes no more requests");
+        drop(connection);
+        // It was asked, and then closed.
+        while peer.step().await {}
+        assert!(!peer.pings.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_body_that_stops_on_a_silent_connection_ends_with_it() {
+        let (connection, mut peer) = pair().await;
+        let wait = send(&connection);
+        peer.until(|peer| !peer.requests.is_empty()).await;
+        frame(&mut peer.stream, HEADERS, 4, 1, &[0x88]).await;
+        let Ok(response) = wait.await.unwrap() else { panic!("a head") };
+        let end = response.into_body().next().await.expect("the end is no proper one");
+        assert!(matches!(end, Err(UpstreamError::Late(_))));
+    }
+
+    #[tokio::test]
+    async fn one_that_answers_pings_is_waited_for_and_not_asked_more_often_than_grpc_allows() {
+        let (connection, mut peer) = pair().await;
+        let wait = send(&connection);
+        peer.until(|peer| peer.pings.len() == 2).await;
+        assert!(peer.pings[1] - peer.pings[0] >= QUICK.pings[1]);
+        // Two are no offence. The third would come after a minute here; nothing before, whatever else is asked.
+        assert!(timeout(2 * QUICK.lost_after, peer.step()).await.is_err());
+        assert!(!wait.is_finished());
+        // What is asked before another request counts as well: that one goes elsewhere, and nothing breaks.
+        connection.pulse.heard.store(0, Ordering::Relaxed);
+        let other = connection.enter().expect("a place");
+        if connection.pulse.began.elapsed() < QUIET_BUSY {
+            tokio::time::sleep(QUIET_BUSY).await;
+        }
+        assert!(!other.is_alive().await && connection.enter().is_none());
+        drop(other);
+        peer.answer().await;
+        let Ok(response) = wait.await.unwrap() else { panic!("an answer") };
+        assert_eq!((response.status(), peer.pings.len()), (http::StatusCode::OK, 2));
+    }
+
+    #[tokio::test]
+    async fn an_answer_earns_pings_anew() {
+        let (connection, mut peer) = pair().await;
+        for round in 1..=4 {
+            let wait = send(&connection);
+            peer.until(|peer| peer.pings.len() >= round).await;
+            peer.answer().await;
+            assert!(wait.await.unwrap().is_ok());
+        }
+    }
+}

@@ -18,8 +18,10 @@ use tokio::{
     time::sleep,
 };
 
-use super::resolver::Resolver;
-use crate::config::address::{Address, Host};
+use crate::{
+    config::address::{Address, Host},
+    resolver::Resolver,
+};
 
 /// A connected stream. The HTTP connection owns it; the pool keeps a [`Watch`] on it.
 ///
