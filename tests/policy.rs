@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
@@ -160,7 +160,7 @@ async fn each_rule_lets_in_whom_it_names_and_nobody_else() {
     ];
     let local = Local::start(&[]);
     let names = ["open", "office", "home", "banned", "basic", "bearer", "either", "hooks"];
-    let _agent = local.agent_with(&tunnels.concat(), &names);
+    let agent = local.agent_with(&tunnels.concat(), &names);
     let get = |tunnel: &str, target: &str| Request::to(tunnel, "GET", target);
 
     // Nobody's word for who asks reaches the upstream but ours.
@@ -305,6 +305,54 @@ async fn each_rule_lets_in_whom_it_names_and_nobody_else() {
     is_refused(&local, &large, 413, "webhook_too_large").await;
     passes(&local, &upstream, &Request::to("hooks", "POST", "/elsewhere").body(vec![1; 1024 * 1024 + 1]))
         .await;
+    denials(
+        &agent,
+        &[
+            ("office", "allow_ips"),
+            ("banned", "deny_ips"),
+            ("basic", "basic_auth"),
+            ("bearer", "bearer"),
+            ("either", "basic_auth"),
+            ("hooks", "verify"),
+        ],
+    )
+    .await;
+    let said = agent.process().printed();
+    for secret in ["correct horse", "Correct horse", &hash, "whsec_abc", "of-the-app", "for-the-app"] {
+        assert!(!said.contains(secret), "{secret} is in the log");
+    }
+}
+
+/// The rules that the access lines of an agent name in `denied_by`, and those that its metrics count, by tunnel. Both have them all
+/// once the agent has said so of each request.
+async fn denials(agent: &Agent, wanted: &[(&str, &str)]) {
+    use std::io::{Read as _, Write as _};
+    let wanted: BTreeSet<(String, String)> =
+        wanted.iter().map(|&(tunnel, rule)| (tunnel.to_owned(), rule.to_owned())).collect();
+    let printed = || {
+        let lines = agent.process().printed();
+        let lines: Vec<Value> = lines.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let named = lines.iter().filter_map(|line| {
+            Some((line["tunnel_id"].as_str()?.to_owned(), line["denied_by"].as_str()?.to_owned()))
+        });
+        named.collect::<BTreeSet<_>>()
+    };
+    tests::eventually("each refusal has its line", async || printed().is_superset(&wanted)).await;
+    assert_eq!(printed(), wanted);
+    let mut socket = std::os::unix::net::UnixStream::connect(agent.dir().join("control.sock")).unwrap();
+    socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+    let mut metrics = String::new();
+    socket.read_to_string(&mut metrics).unwrap();
+    let counted: BTreeSet<_> = metrics
+        .lines()
+        .filter_map(|line| line.strip_prefix("agentd_requests_denied_total{tunnel=\"")?.split_once("\"} "))
+        .map(|(labels, count)| {
+            assert!(count.parse::<u64>().unwrap() > 0, "{count}");
+            let (tunnel, rule) = labels.split_once("\",denied_by=\"").unwrap();
+            (tunnel.to_owned(), rule.to_owned())
+        })
+        .collect();
+    assert_eq!(counted, wanted, "{metrics}");
 }
 
 /// A provider in a few lines: whoever comes is signed in at once, as `user` says.
@@ -604,7 +652,7 @@ async fn signing_in_leads_to_the_provider_and_back_with_a_session_of_this_tunnel
         (answer.status, answer.field("x-tunnel-error").as_deref()),
         (503, Some("sign_in_unavailable"))
     );
-    drop(agent);
+    denials(&agent, &[("web", "oidc"), ("other", "oidc"), ("short", "oidc"), ("auth", "oidc")]).await;
 }
 
 /// One that says who it is and what it was asked for, with a status that the target may name (`/status/503`).
@@ -664,9 +712,12 @@ async fn requests_go_where_their_rules_say_and_are_changed_on_the_way() {
         tunnel("fuse", &own, "circuit_breaker = { open_after = 2, retry_after = \"1h\" }"),
         tunnel("works", &own, "maintenance = true"),
         format!("[[tunnel]]\nname = \"down\"\nupstream = \"{closed}\"\nerror_page = \"{page}\"\n"),
+        format!(
+            "[[tunnel]]\nname = \"pages\"\n[[tunnel.route]]\npath = \"/site\"\nfiles = \"{site}\"\nstrip_prefix = true\n"
+        ),
     ];
     let local = Local::start(&[]);
-    let names = ["routes", "plain", "rfc", "few", "fuse", "works", "down"];
+    let names = ["routes", "plain", "rfc", "few", "fuse", "works", "down", "pages"];
     let agent = local.agent_with(&tunnels.concat(), &names);
     let get = |tunnel: &str, target: &str| Request::to(tunnel, "GET", target);
     let sent = async |request: &Request| request.send(local.public).await;
@@ -746,6 +797,30 @@ async fn requests_go_where_their_rules_say_and_are_changed_on_the_way() {
     assert_eq!(sent(&post("/upload", 1024 * 1024)).await.text(), "two");
     is_refused(&local, &post("/upload", 1024 * 1024 + 1), 413, "body_too_large").await;
 
+    // Nothing but files: the rest is nowhere.
+    assert_eq!(sent(&get("pages", "/site/")).await.text(), "<p>home");
+    is_refused(&local, &get("pages", "/"), 404, "no_route").await;
+
+    // How the upstreams of routes are.
+    let (code, status) = agent.ask(&["status", "--json"]);
+    let status: Value = serde_json::from_str(&status).unwrap();
+    let of = |name: &str| {
+        let all = status["tunnels"].as_array().unwrap();
+        all.iter().find(|tunnel| tunnel["name"] == name).unwrap().clone()
+    };
+    assert_eq!(
+        (code, &of("pages")["upstream"], &of("plain")["routes"]),
+        (Some(0), &Value::Null, &Value::Null)
+    );
+    let routes = of("routes")["routes"].clone();
+    let well: Vec<_> = routes.as_array().unwrap().iter().filter(|route| route["route"] == "/well").collect();
+    let states: Vec<_> = well.iter().map(|route| route["health"]["state"].as_str().unwrap()).collect();
+    assert_eq!(states, ["down", "up"], "{routes}");
+    assert_eq!(well[0]["upstream"], format!("http://{closed}"));
+    let (_, info) = agent.ask(&["tunnel", "info", "routes"]);
+    assert!(info.contains(&format!("/well  http://{closed}  down: ")), "{info}");
+    assert!(info.contains(&format!("POST /upload  http://{b}  not checked")), "{info}");
+
     // Other origins.
     let before = own.recorded().len();
     let preflight = |origin: &str| {
@@ -793,6 +868,20 @@ async fn requests_go_where_their_rules_say_and_are_changed_on_the_way() {
     assert_eq!(sorry.field("x-tunnel-error").as_deref(), Some("upstream_unreachable"));
     let works = sent(&html("works")).await;
     assert!(works.status == 503 && works.text().contains("maintenance"), "{}", works.text());
+
+    denials(
+        &agent,
+        &[
+            ("routes", "route"),
+            ("routes", "max_body"),
+            ("routes", "cors"),
+            ("pages", "route"),
+            ("few", "rate_limit"),
+            ("fuse", "circuit_breaker"),
+            ("works", "maintenance"),
+        ],
+    )
+    .await;
 
     // Another policy by reload; what was used of a limit stays used.
     let reloaded = tunnels.concat().replace("maintenance = true", "").replace("/hello", "/hi");

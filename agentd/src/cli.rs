@@ -677,7 +677,7 @@ impl Http {
                 name::from_patterns(random, &overrides.may_open()).map_err(ConfigError::new)?
             }
         };
-        let mut tunnel = TunnelConfig::new(name, self.upstream);
+        let mut tunnel = TunnelConfig::new(name, Some(self.upstream));
         tunnel.inspect = !self.no_inspect;
         if let Some(rule) = &self.host_header {
             tunnel.host_header = parse_host_header(rule).map_err(ConfigError::new)?;

@@ -130,8 +130,8 @@ pub struct EdgeConfig {
 pub struct TunnelConfig {
     /// Its public name.
     pub name: TunnelName,
-    /// What it leads to.
-    pub upstream: Address,
+    /// What it leads to; `None` where routes lead everywhere.
+    pub upstream: Option<Address>,
     /// What `host` says to the upstream.
     pub host_header: HostHeader,
     /// What `origin` says to the upstream.
@@ -242,7 +242,7 @@ impl FromStr for Statuses {
 impl TunnelConfig {
     /// A tunnel with every setting at its default.
     #[must_use]
-    pub const fn new(name: TunnelName, upstream: Address) -> Self {
+    pub const fn new(name: TunnelName, upstream: Option<Address>) -> Self {
         Self {
             name,
             upstream,
@@ -268,13 +268,19 @@ impl TunnelConfig {
         }
     }
 
+    /// Where requests go that no route takes, for people.
+    #[must_use]
+    pub(crate) fn leads_to(&self) -> String {
+        self.upstream.as_ref().map_or_else(|| "its routes".to_owned(), ToString::to_string)
+    }
+
     /// Every upstream it leads to: its own, and those of its routes.
     pub(crate) fn upstreams(&self) -> impl Iterator<Item = &Address> + Clone {
         let routed = self.traffic.routes.iter().filter_map(|route| match &route.target {
             traffic::RouteTarget::Upstreams(upstreams, _) => Some(upstreams),
             _ => None,
         });
-        std::iter::once(&self.upstream).chain(routed.flatten())
+        self.upstream.iter().chain(routed.flatten())
     }
 
     /// Whether both speak to their upstreams in the same way.

@@ -2,6 +2,7 @@
 
 pub(crate) mod access;
 pub(crate) mod cause;
+pub(crate) mod denial;
 pub(crate) mod metrics;
 pub(crate) mod status;
 pub(crate) mod systemd;

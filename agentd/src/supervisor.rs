@@ -304,7 +304,7 @@ impl Supervisor {
                 tracing::info!(tunnel_id = %tunnel.name, url = tunnel.url, "tunnel is open: {}", tunnel.url);
                 let upstream = self.config.tunnels.iter().find(|config| config.name == tunnel.name);
                 self.tell(|| match upstream {
-                    Some(config) => format!("{}  ->  {}", tunnel.url, config.upstream),
+                    Some(config) => format!("{}  ->  {}", tunnel.url, config.leads_to()),
                     None => tunnel.url.clone(),
                 });
                 self.shown.insert(tunnel.name, tunnel.url);

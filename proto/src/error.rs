@@ -157,6 +157,9 @@ error_codes! {
     /// A page of an origin that `cors` does not name asks whether it may.
     OriginRefused, "origin_refused", FORBIDDEN, "OriginRefused",
         "Pages of this origin may not use this tunnel.";
+    /// No route takes the request, and the tunnel has no upstream for the rest.
+    NoRoute, "no_route", NOT_FOUND, "NoRoute",
+        "This tunnel leads nowhere at this address.";
     /// A folder of files has none of this name.
     NoSuchFile, "no_such_file", NOT_FOUND, "NoSuchFile",
         "There is no file at this address.";

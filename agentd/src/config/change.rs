@@ -114,7 +114,7 @@ mod tests {
             ..Overrides::default()
         };
         let tunnel = |(name, port): &(&str, u16)| {
-            TunnelConfig::new(name.parse().unwrap(), port.to_string().parse().unwrap())
+            TunnelConfig::new(name.parse().unwrap(), Some(port.to_string().parse().unwrap()))
         };
         let mut config = overrides.with_tunnel(tunnel(&tunnels[0])).unwrap();
         config.tunnels = tunnels.iter().map(tunnel).collect();

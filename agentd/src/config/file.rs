@@ -206,9 +206,7 @@ fn read_tunnel(
 ) -> Result<TunnelConfig, ConfigError> {
     let path = document.path;
     let name = table.text("name", str::parse)?.ok_or_else(|| table.error("this tunnel has no name"))?;
-    let upstream: Address = table.text_or_integer("upstream", str::parse)?.ok_or_else(|| {
-        table.error(format!("tunnel {name} has no upstream: add upstream = \"127.0.0.1:3000\""))
-    })?;
+    let upstream: Option<Address> = table.text_or_integer("upstream", str::parse)?;
     let mut tunnel = TunnelConfig::new(name, upstream);
     if let Some(host_header) = table.text("host_header", parse_host_header)? {
         tunnel.host_header = host_header;
@@ -252,12 +250,24 @@ fn read_tunnel(
     tunnel.traffic = traffic::read(table, |table| {
         table.table("health_check", HEALTH_CHECK_KEYS)?.map(|check| read_health_check(&check)).transpose()
     })?;
-    if tunnel.upstream.scheme() == Scheme::Http {
+    if tunnel.upstream.is_none() {
+        if tunnel.traffic.routes.is_empty() {
+            return Err(table.error(format!(
+                "tunnel {} leads nowhere: add upstream = \"127.0.0.1:3000\", or a [[tunnel.route]]",
+                tunnel.name
+            )));
+        }
+        if table.has("health_check") {
+            let message = "\"health_check\" asks the tunnel's upstream, and it has none: put it into a route";
+            return Err(document.error(table.span_of("health_check"), message));
+        }
+    }
+    if tunnel.upstreams().all(|upstream| upstream.scheme() == Scheme::Http) {
         for key in ["ca_file", "server_name", "insecure_skip_verify"] {
             if table.has(key) {
                 return Err(document.error(
                     table.span_of(key),
-                    format!("{key:?} is about TLS, but the upstream of {} is not https://", tunnel.name),
+                    format!("{key:?} is about TLS, but no upstream of {} is https://", tunnel.name),
                 ));
             }
         }

@@ -110,7 +110,7 @@ fn reads_every_key() {
     assert_eq!(web.http2, Http2::Never);
     assert_eq!(web.keep_alive, Some(Duration::from_secs(5)));
     assert_eq!(web.ca_file.as_deref(), Some(Path::new("/etc/ca.pem")));
-    assert_eq!(api.upstream.to_string(), "http://localhost:3000");
+    assert_eq!(api.upstream.as_ref().unwrap().to_string(), "http://localhost:3000");
     assert!(matches!(&api.host_header, HostHeader::Value(value) if value == "app.example.com:8080"));
     assert_eq!((config.max_concurrent, config.status_address.unwrap().port()), (10_000, 4041));
     assert_eq!((config.inspect.address.port(), config.inspect.memory), (4444, 1 << 20));
@@ -486,6 +486,30 @@ fn rules_about_visitors_that_mean_nothing_or_too_much_are_refused() {
 fn faults_in_routes_and_rules_say_what_would_be_right() {
     let folder = Folder::new();
     let route = |more: &str| format!("[[tunnel.route]]\npath = \"/a\"\n{more}");
+    for (tunnel, said) in [
+        (
+            "[[tunnel]]\nname = \"web\"\n",
+            "1: tunnel web leads nowhere: add upstream = \"127.0.0.1:3000\", or a [[tunnel.route]]",
+        ),
+        (
+            "[[tunnel]]\nname = \"web\"\nhealth_check = { path = \"/\" }\n[[tunnel.route]]\npath = \"/\"\nupstream = 1\n",
+            "it has none: put it into a route",
+        ),
+        (
+            "[[tunnel]]\nname = \"web\"\nserver_name = \"a\"\n[[tunnel.route]]\npath = \"/\"\nrespond = {}\n",
+            "no upstream of web is https://",
+        ),
+    ] {
+        let error = folder.error(&format!("{EDGE}{tunnel}"));
+        assert!(error.contains(said), "{tunnel}\n{error}");
+    }
+    for good in [
+        "[[tunnel]]\nname = \"web\"\n[[tunnel.route]]\npath = \"/\"\nrespond = {}\n",
+        "[[tunnel]]\nname = \"web\"\nserver_name = \"a\"\n[[tunnel.route]]\npath = \"/\"\nupstream = \"https://127.0.0.1:1\"\n",
+    ] {
+        let config = folder.load(&format!("{EDGE}{good}")).unwrap();
+        assert_eq!(config.tunnels[0].upstream, None);
+    }
     for (rules, said) in [
         ("rout = []".to_owned(), "unknown key \"rout\" in [[tunnel]]: did you mean \"route\"?"),
         (route("upstreem = 1"), "did you mean \"upstream\"?"),

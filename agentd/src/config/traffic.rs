@@ -79,6 +79,16 @@ pub struct RouteRule {
     pub target: RouteTarget,
 }
 
+impl RouteRule {
+    /// What tells it from the other routes of its tunnel: `/api`, `PUT,POST admin.example.com/api`.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let methods: Vec<_> = self.methods.iter().map(Method::as_str).collect();
+        let space = if methods.is_empty() { "" } else { " " };
+        format!("{}{space}{}{}", methods.join(","), self.host.as_deref().unwrap_or_default(), self.path)
+    }
+}
+
 /// Where a route leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RouteTarget {

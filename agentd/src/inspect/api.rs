@@ -362,7 +362,7 @@ impl Inspector {
             tunnels: tunnels
                 .map(|tunnel| TunnelState {
                     name: tunnel.config().name.to_string(),
-                    upstream: tunnel.config().upstream.to_string(),
+                    upstream: tunnel.config().leads_to(),
                     inspect: tunnel.config().inspect,
                     url: tunnel.public_url(),
                 })
@@ -420,6 +420,9 @@ impl Inspector {
         }
         let public = public_url(&record.fields, "");
         let base = match (query.to_public, &public) {
+            (false, _) if captured.upstream.is_empty() => {
+                return refuse(StatusCode::UNPROCESSABLE_ENTITY, "it went to no upstream");
+            }
             (false, _) => &*captured.upstream,
             (true, Some(public)) => {
                 request.fields.retain(|(name, _)| !is_of_the_edge(name));
@@ -465,7 +468,9 @@ impl Inspector {
         let mut ready = Vec::with_capacity(imported.len());
         for har::Imported { request, answer } in imported {
             let named = request.fields.iter().find(|(name, _)| name.eq_ignore_ascii_case("host"));
-            let host = match &tunnel.host {
+            let (_, rule) =
+                tunnel.own.as_ref().ok_or_else(|| "the tunnel has no upstream of its own".to_owned())?;
+            let host = match rule {
                 HostRule::Fixed(value) => value.clone(),
                 HostRule::Public => named
                     .and_then(|(_, host)| HeaderValue::from_bytes(host).ok())

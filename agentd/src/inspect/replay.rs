@@ -266,8 +266,10 @@ pub(crate) fn list(tunnel: &Tunnel, original: &Captured, request: &Request) -> O
 
 /// Where a captured request went, while the tunnel still leads there.
 pub(crate) fn upstream_of(tunnel: &Tunnel, captured: &Captured) -> Option<Arc<Upstream>> {
-    if *captured.upstream == *tunnel.config().upstream.to_string() {
-        return Some(Arc::clone(&tunnel.upstream));
+    if let Some((own, _)) = &tunnel.own
+        && *captured.upstream == *own.address().to_string()
+    {
+        return Some(Arc::clone(own));
     }
     let address = captured.upstream.parse().ok()?;
     tunnel.policy()?.traffic().upstream_at(&address).cloned()

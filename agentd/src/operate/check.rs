@@ -16,7 +16,7 @@ enum Checked<'a> {
 #[derive(serde::Serialize)]
 struct CheckedTunnel {
     name: String,
-    upstream: String,
+    upstream: Option<String>,
 }
 
 /// Prints whether the configuration is valid, and what is wrong if not.
@@ -31,7 +31,7 @@ pub(crate) fn run(config: &Result<Config, ConfigError>, json: bool) -> ExitCode 
                     .iter()
                     .map(|tunnel| CheckedTunnel {
                         name: tunnel.name.to_string(),
-                        upstream: tunnel.upstream.to_string(),
+                        upstream: tunnel.upstream.as_ref().map(ToString::to_string),
                     })
                     .collect(),
             },

@@ -19,11 +19,7 @@ use std::{
 };
 
 use http::{HeaderValue, Method, Request, Uri, header};
-use proto::{
-    id::{AgentId, TunnelName},
-    message::Welcome,
-    session,
-};
+use proto::{id::AgentId, message::Welcome, session};
 use tokio::{
     net::{TcpStream, lookup_host},
     sync::mpsc,
@@ -161,7 +157,13 @@ async fn diagnose(config: Result<Config, ConfigError>, places: &[PathBuf], repor
     };
     for config in &config.tunnels {
         report.group(&format!("Tunnel {}", config.name));
-        ask_upstream(config, report).await;
+        let mut asked = Vec::new();
+        for address in config.upstreams() {
+            if !asked.contains(&address) {
+                ask_upstream(config, address, report).await;
+                asked.push(address);
+            }
+        }
         match urls.get(config.name.as_str()) {
             Some(url) => ask_public(url, report).await,
             None => report.line(Verdict::Fail, "the edge has not opened it".to_owned()),
@@ -323,19 +325,20 @@ fn opened(welcome: &Welcome, report: &mut Report) -> BTreeMap<String, String> {
     welcome.tunnels.iter().map(|tunnel| (tunnel.name.to_string(), tunnel.url.clone())).collect()
 }
 
-/// Asks the service itself, as its tunnel's requests do.
-async fn ask_upstream(config: &TunnelConfig, report: &mut Report) {
-    let named = |name: &TunnelName| format!("upstream of {name}");
-    let upstream = match Tunnel::upstream_for(config) {
+/// Asks a service itself, as its tunnel's requests do.
+async fn ask_upstream(config: &TunnelConfig, address: &Address, report: &mut Report) {
+    let upstream = match Tunnel::upstream_at(config, address) {
         Ok(upstream) => upstream,
-        Err(error) => return report.line(Verdict::Fail, format!("{}: {error}", named(&config.name))),
+        Err(error) => {
+            return report.line(Verdict::Fail, format!("upstream {address} of {}: {error}", config.name));
+        }
     };
     let host = upstream.authority().clone();
     let begun = Instant::now();
     match head(&upstream, host, "/").await {
         Ok(answer) => report.line(
             Verdict::Ok,
-            format!("upstream {} answers {}, {}", config.upstream, answer.status().as_u16(), took(begun)),
+            format!("upstream {address} answers {}, {}", answer.status().as_u16(), took(begun)),
         ),
         Err(error) => report.line(Verdict::Fail, format!("upstream {error}")),
     }

@@ -103,7 +103,14 @@ fn explain(tunnels: &[TunnelConfig], thought: &Thought) -> Result<Vec<(&'static 
         Choice::Tunnel => None,
         Choice::Route(_, route) => Some(route),
     };
-    lines.push(("route", route.map_or_else(|| "none: the tunnel's upstream".to_owned(), described)));
+    let none = || match &tunnel.upstream {
+        Some(_) => "none: the tunnel's upstream".to_owned(),
+        None => "none, and the tunnel has no upstream: 404 no_route".to_owned(),
+    };
+    lines.push(("route", route.map_or_else(none, described)));
+    if route.is_none() && tunnel.upstream.is_none() {
+        return Ok(lines);
+    }
     if let Some(rule) = &rules.cors {
         lines.push(("cors", format!("pages of {}", rule.origins.join(", "))));
     }
@@ -130,7 +137,7 @@ fn explain(tunnels: &[TunnelConfig], thought: &Thought) -> Result<Vec<(&'static 
     lines.push((
         "leads to",
         match route.map(|route| &route.target) {
-            None => tunnel.upstream.to_string(),
+            None => tunnel.leads_to(),
             Some(RouteTarget::Upstreams(upstreams, _)) => {
                 upstreams.iter().map(ToString::to_string).collect::<Vec<_>>().join(", or in turn ")
             }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use crate::{
+    report::denial::DeniedBy,
     report::metrics::{Ended, TunnelMetrics},
     report::telemetry::Terminal,
     serve::hint::Hint,
@@ -47,6 +48,7 @@ pub(crate) struct AccessLine {
     request_bytes: u64,
     bytes: u64,
     ending: Option<Ending>,
+    denied_by: Option<DeniedBy>,
     metrics: Option<Arc<TunnelMetrics>>,
 }
 
@@ -70,6 +72,7 @@ impl AccessLine {
             request_bytes: 0,
             bytes: 0,
             ending: None,
+            denied_by: None,
             metrics: None,
         }
     }
@@ -93,6 +96,11 @@ impl AccessLine {
                 terminal.line(format!("hint      {refusal}; what helps: {advice}"));
             }
         }
+    }
+
+    /// Notes which rule refused it, if one did.
+    pub(crate) const fn denied_by(&mut self, rule: Option<DeniedBy>) {
+        self.denied_by = rule;
     }
 
     pub(crate) const fn request_body(&mut self, bytes: u64) {
@@ -137,6 +145,7 @@ impl Drop for AccessLine {
             metrics.ended(&Ended {
                 status: self.status(),
                 error: self.error_code(),
+                denied_by: self.denied_by,
                 duration: elapsed,
                 head: self.head,
                 request_bytes: self.request_bytes,
@@ -156,6 +165,7 @@ impl Drop for AccessLine {
                 head_ms = self.head.map(readable_ms),
                 elapsed_ms = readable_ms(elapsed),
                 error_code = self.error_code(),
+                denied_by = self.denied_by.map(DeniedBy::as_str),
                 // The journal shows people this text alone.
                 "{} {} {}",
                 self.method,

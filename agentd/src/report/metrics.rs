@@ -22,7 +22,7 @@ use prometheus_client::{
 };
 use proto::{error::ErrorCode, id::TunnelName};
 
-use crate::report::telemetry;
+use crate::report::{denial::DeniedBy, telemetry};
 
 /// Upper bounds of the latency buckets, in seconds: from a local answer to the longest wait for a head.
 const LATENCY_BUCKETS: [f64; 12] =
@@ -108,6 +108,20 @@ struct OfCode {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfRule {
+    tunnel: String,
+    denied_by: &'static str,
+}
+
+/// One of the upstreams of a route, where health checks say how it is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct OfRoute {
+    pub(crate) tunnel: String,
+    pub(crate) route: String,
+    pub(crate) upstream: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Because {
     reason: &'static str,
 }
@@ -128,6 +142,7 @@ pub(crate) struct Metrics {
     registry: Registry,
     requests: Family<OfStatus, Counter>,
     errors: Family<OfCode, Counter>,
+    denied: Family<OfRule, Counter>,
     in_flight: Family<OfTunnel, Gauge>,
     websockets: Family<OfTunnel, Gauge>,
     duration: LatencyFamily,
@@ -136,6 +151,7 @@ pub(crate) struct Metrics {
     response_bytes: Family<OfTunnel, Counter>,
     last_delivery: Family<OfTunnel, Gauge<f64, AtomicU64>>,
     healthy: Family<OfTunnel, Gauge>,
+    route_healthy: Family<OfRoute, Gauge>,
     connections: Gauge,
     tunnels_open: Gauge,
     reconnects: Family<Because, Counter>,
@@ -149,6 +165,7 @@ impl Metrics {
         let metrics = Self {
             requests: Family::default(),
             errors: Family::default(),
+            denied: Family::default(),
             in_flight: Family::default(),
             websockets: Family::default(),
             duration: Family::new_with_constructor(latency),
@@ -157,6 +174,7 @@ impl Metrics {
             response_bytes: Family::default(),
             last_delivery: Family::default(),
             healthy: Family::default(),
+            route_healthy: Family::default(),
             connections: Gauge::default(),
             tunnels_open: Gauge::default(),
             reconnects: Family::default(),
@@ -173,6 +191,11 @@ impl Metrics {
             "request_errors",
             "Public requests that the upstream did not answer whole, by error code",
             metrics.errors.clone(),
+        );
+        registry.register(
+            "requests_denied",
+            "Public requests that a rule of their tunnel refused, by the rule",
+            metrics.denied.clone(),
         );
         registry.register("requests_in_flight", "Public requests being served", metrics.in_flight.clone());
         registry.register("websockets_open", "Public WebSockets that are open", metrics.websockets.clone());
@@ -210,6 +233,11 @@ impl Metrics {
             "upstream_healthy",
             "Whether the upstream passes its health check; only for tunnels that have one",
             metrics.healthy.clone(),
+        );
+        registry.register(
+            "route_upstream_healthy",
+            "Whether an upstream of a route passes the route's health check; only for routes that have one",
+            metrics.route_healthy.clone(),
         );
         registry.register("connections", "Connections in service", metrics.connections.clone());
         registry.register("tunnels_open", "Tunnels that the edge has opened", metrics.tunnels_open.clone());
@@ -270,6 +298,7 @@ impl Metrics {
             response_bytes: self.response_bytes.get_or_create_owned(&of),
             last_delivery: self.last_delivery.get_or_create_owned(&of),
             errors: self.errors.clone(),
+            denied: self.denied.clone(),
             tunnel,
         })
     }
@@ -284,6 +313,16 @@ impl Metrics {
         self.healthy.remove(&OfTunnel { tunnel: name.to_string() });
     }
 
+    /// Says whether an upstream of a route passes its health check.
+    pub(crate) fn set_route_healthy(&self, of: &OfRoute, healthy: bool) {
+        self.route_healthy.get_or_create(of).set(i64::from(healthy));
+    }
+
+    /// Forgets an upstream that no route leads to any more.
+    pub(crate) fn forget_route(&self, of: &OfRoute) {
+        self.route_healthy.remove(of);
+    }
+
     /// Forgets the series of a tunnel that is no more.
     pub(crate) fn forget(&self, name: &TunnelName) {
         let tunnel = name.to_string();
@@ -292,6 +331,9 @@ impl Metrics {
         }
         for code in ErrorCode::ALL.iter().map(|code| code.as_str()) {
             self.errors.remove(&OfCode { tunnel: tunnel.clone(), code });
+        }
+        for rule in DeniedBy::ALL {
+            self.denied.remove(&OfRule { tunnel: tunnel.clone(), denied_by: rule.as_str() });
         }
         let of = OfTunnel { tunnel };
         self.in_flight.remove(&of);
@@ -347,6 +389,7 @@ pub(crate) struct TunnelMetrics {
     tunnel: String,
     requests: [Counter; 4],
     errors: Family<OfCode, Counter>,
+    denied: Family<OfRule, Counter>,
     /// Also what `max_concurrent` is compared with.
     pub(crate) in_flight: Gauge,
     /// Also what `max_websockets` is compared with.
@@ -363,6 +406,7 @@ pub(crate) struct TunnelMetrics {
 pub(crate) struct Ended {
     pub(crate) status: u16,
     pub(crate) error: Option<&'static str>,
+    pub(crate) denied_by: Option<DeniedBy>,
     pub(crate) duration: Duration,
     pub(crate) head: Option<Duration>,
     pub(crate) request_bytes: u64,
@@ -380,6 +424,10 @@ impl TunnelMetrics {
         }
         self.request_bytes.inc_by(ended.request_bytes);
         self.response_bytes.inc_by(ended.response_bytes);
+        if let Some(rule) = ended.denied_by {
+            let of = OfRule { tunnel: self.tunnel.clone(), denied_by: rule.as_str() };
+            self.denied.get_or_create(&of).inc();
+        }
         match ended.error {
             None => {
                 self.last_delivery.set(unix_now().as_secs_f64());
@@ -441,6 +489,7 @@ mod tests {
         Ended {
             status,
             error,
+            denied_by: None,
             duration: Duration::from_millis(3),
             head: Some(Duration::from_millis(2)),
             request_bytes: 5,
@@ -496,21 +545,23 @@ mod tests {
         web.ended(&ended(302, None));
         web.ended(&ended(499, Some("cancelled")));
         web.ended(&ended(502, Some("upstream_reset")));
+        web.ended(&Ended { denied_by: Some(DeniedBy::MaxBody), ..ended(413, Some("body_too_large")) });
         let text = metrics.text();
         for line in [
             "agentd_requests_total{tunnel=\"web\",status=\"2xx\"} 1",
-            "agentd_requests_total{tunnel=\"web\",status=\"4xx\"} 1",
+            "agentd_requests_total{tunnel=\"web\",status=\"4xx\"} 2",
+            "agentd_requests_denied_total{tunnel=\"web\",denied_by=\"max_body\"} 1",
             "agentd_request_errors_total{tunnel=\"web\",code=\"upstream_reset\"} 1",
             "agentd_request_duration_seconds_bucket{le=\"0.0025\",tunnel=\"web\"} 0",
-            "agentd_request_duration_seconds_bucket{le=\"0.005\",tunnel=\"web\"} 4",
-            "agentd_request_body_bytes_total{tunnel=\"web\"} 20",
-            "agentd_response_body_bytes_total{tunnel=\"web\"} 28",
+            "agentd_request_duration_seconds_bucket{le=\"0.005\",tunnel=\"web\"} 5",
+            "agentd_request_body_bytes_total{tunnel=\"web\"} 25",
+            "agentd_response_body_bytes_total{tunnel=\"web\"} 35",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }
         assert!(text.ends_with("# EOF\n"));
         let figures = metrics.tunnel(&name).figures();
-        assert_eq!((figures.requests, figures.errors), (4, 2), "the counts outlive a change");
+        assert_eq!((figures.requests, figures.errors), (5, 3), "the counts outlive a change");
         metrics.forget(&name);
         assert!(!metrics.text().contains("web"), "{}", metrics.text());
     }

@@ -105,11 +105,24 @@ pub(crate) struct TunnelStatus {
     pub(crate) state: TunnelState,
     /// The public address, once the edge has said so.
     pub(crate) url: Option<String>,
-    pub(crate) upstream: String,
+    /// None where routes lead everywhere.
+    pub(crate) upstream: Option<String>,
     pub(crate) health: HealthState,
+    /// The upstreams of its routes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) routes: Vec<RouteStatus>,
     pub(crate) max_concurrent: u32,
     #[serde(flatten)]
     pub(crate) figures: Figures,
+}
+
+/// One upstream of a route.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct RouteStatus {
+    /// Which route.
+    pub(crate) route: String,
+    pub(crate) upstream: String,
+    pub(crate) health: HealthState,
 }
 
 /// Whether public requests reach a tunnel.
@@ -231,8 +244,8 @@ pub(crate) fn list(tunnels: &[TunnelStatus]) -> String {
             tunnel.name.clone(),
             tunnel.state.word().to_owned(),
             tunnel.url.clone().unwrap_or_else(|| "-".to_owned()),
-            tunnel.upstream.clone(),
-            word_of(&tunnel.health).to_owned(),
+            tunnel.upstream.clone().unwrap_or_else(|| "-".to_owned()),
+            tunnel.health_word(),
             tunnel.figures.in_flight.to_string(),
             tunnel.figures.websockets.to_string(),
             tunnel.figures.requests.to_string(),
@@ -267,6 +280,16 @@ impl TunnelState {
     }
 }
 
+impl HealthState {
+    fn described(&self) -> String {
+        match self {
+            Self::Unchecked => "not checked".to_owned(),
+            Self::Up => "up".to_owned(),
+            Self::Down { reason } => format!("down: {reason}"),
+        }
+    }
+}
+
 const fn word_of(health: &HealthState) -> &'static str {
     match health {
         HealthState::Unchecked => "-",
@@ -276,6 +299,18 @@ const fn word_of(health: &HealthState) -> &'static str {
 }
 
 impl TunnelStatus {
+    /// How its upstream is, or how many of those that are checked are well.
+    fn health_word(&self) -> String {
+        let routed = self.routes.iter().map(|route| &route.health);
+        let checked: Vec<_> =
+            routed.chain([&self.health]).filter(|health| **health != HealthState::Unchecked).collect();
+        if self.routes.is_empty() || checked.is_empty() {
+            return word_of(&self.health).to_owned();
+        }
+        let up = checked.iter().filter(|health| ***health == HealthState::Up).count();
+        format!("{up} of {} up", checked.len())
+    }
+
     /// Everything about one tunnel, for people.
     pub(crate) fn to_text(&self) -> String {
         let mut text = String::new();
@@ -291,15 +326,19 @@ impl TunnelStatus {
             },
         );
         line("public url", self.url.clone().unwrap_or_else(|| "-".to_owned()));
-        line("upstream", self.upstream.clone());
-        line(
-            "health",
-            match &self.health {
-                HealthState::Unchecked => "not checked: add a health_check to the tunnel".to_owned(),
-                HealthState::Down { reason } => format!("down: {reason}"),
-                up @ HealthState::Up => word_of(up).to_owned(),
-            },
-        );
+        if let Some(upstream) = &self.upstream {
+            line("upstream", upstream.clone());
+            line(
+                "health",
+                match &self.health {
+                    HealthState::Unchecked => "not checked: add a health_check to the tunnel".to_owned(),
+                    checked => checked.described(),
+                },
+            );
+        }
+        for RouteStatus { route, upstream, health } in &self.routes {
+            line("route", format!("{route}  {upstream}  {}", health.described()));
+        }
         let figures = &self.figures;
         line("in flight", format!("{} of {}", figures.in_flight, self.max_concurrent));
         line("websockets", figures.websockets.to_string());
@@ -333,8 +372,9 @@ mod tests {
             name: name.into(),
             state,
             url: (name == "web").then(|| "https://web.example.com".into()),
-            upstream: "http://localhost:3000".into(),
+            upstream: Some("http://localhost:3000".into()),
             health: HealthState::Unchecked,
+            routes: Vec::new(),
             max_concurrent: 64,
             figures: Figures { requests: 12, ..Figures::default() },
         };
@@ -392,6 +432,37 @@ longer-name  refused  -                        http://localhost:3000  -       0 
         assert_eq!(status.readiness(), Err("not connected to the edge: refused".into()));
         status.edge.state = LinkState::Stopping;
         assert_eq!(status.readiness(), Err("the agent is stopping".into()));
+    }
+
+    #[test]
+    fn upstreams_of_routes_are_counted_and_told_apart() {
+        let down = HealthState::Down { reason: "refused".into() };
+        let route = |upstream: &str, health: &HealthState| RouteStatus {
+            route: "/api".into(),
+            upstream: upstream.into(),
+            health: health.clone(),
+        };
+        let mut tunnel = status().tunnels.remove(0);
+        tunnel.routes = vec![route("http://localhost:1", &HealthState::Unchecked)];
+        assert_eq!(tunnel.health_word(), "-");
+        tunnel
+            .routes
+            .extend([route("http://localhost:2", &down), route("http://localhost:3", &HealthState::Up)]);
+        assert_eq!(tunnel.health_word(), "1 of 2 up");
+        tunnel.health = HealthState::Up;
+        assert_eq!(tunnel.health_word(), "2 of 3 up");
+        let text = tunnel.to_text();
+        for line in [
+            "health          up\n",
+            "route           /api  http://localhost:1  not checked\n",
+            "route           /api  http://localhost:2  down: refused\n",
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+        tunnel.upstream = None;
+        assert!(
+            !tunnel.to_text().contains("upstream") && list(&[tunnel]).contains("  -         2 of 3 up  ")
+        );
     }
 
     #[test]

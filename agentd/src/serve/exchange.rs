@@ -253,11 +253,10 @@ async fn answer(
             return Err(stop);
         }
     };
-    let (upstream, host_rule) = match passage.as_ref().and_then(|passage| passage.upstream) {
-        Some((upstream, rule)) => (&**upstream, rule),
-        None => (&*tunnel.upstream, &tunnel.host),
-    };
-    let is_own = std::ptr::eq(upstream, &*tunnel.upstream);
+    let routed = passage.as_ref().and_then(|passage| passage.upstream);
+    let is_own = routed.is_none();
+    let own = || tunnel.own.as_ref().map(|(upstream, rule)| (upstream, rule));
+    let (upstream, host_rule) = routed.or_else(own).ok_or(fail(ErrorCode::NoRoute))?;
     *capture = begin(&job, (!is_own && tunnel.lens().is_some()).then(|| upstream.address().to_string()));
     let mut place = match job.upgrade {
         None => Places::Request {
@@ -517,6 +516,7 @@ async fn answer_here(
     line: &mut AccessLine,
 ) -> Stop {
     let code = answer.code;
+    line.denied_by(answer.denied_by);
     let (status, headers, body) = answer.into_parts(&job.request_id, asked(job).wants_html());
     line.head(status);
     // The length stays in the head, also for whoever wants no body.

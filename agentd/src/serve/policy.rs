@@ -72,13 +72,13 @@ impl Policy {
         before: Option<&Self>,
         member: impl Fn(&Address, &RouteRule) -> Result<Member, E>,
     ) -> Result<Option<Self>, E> {
-        let TunnelConfig { name, visitors, webhooks, traffic, .. } = config;
+        let TunnelConfig { visitors, webhooks, traffic, .. } = config;
         if *visitors == VisitorRules::ANYBODY && webhooks.is_empty() && *traffic == TrafficRules::NOTHING {
             return Ok(None);
         }
         let before_visitors = before.map(|before| &before.visitors);
         Ok(Some(Self {
-            traffic: Traffic::new(name, traffic, before.map(|before| &before.traffic), member)?,
+            traffic: Traffic::new(config, before.map(|before| &before.traffic), member)?,
             visitors: Visitors::new(&config.name, &config.visitors, before_visitors),
             webhooks: config
                 .webhooks

@@ -33,8 +33,8 @@ use crate::{
         traffic::{RouteRule, RouteTarget},
     },
     report::cause::Causes,
-    report::metrics::{Metrics, TunnelMetrics},
-    report::status::HealthState,
+    report::metrics::{Metrics, OfRoute, TunnelMetrics},
+    report::status::{HealthState, RouteStatus},
     serve::health::{self, Health},
     serve::hint::{self, Given, Hint, Refusal},
     serve::host::HostRule,
@@ -57,8 +57,8 @@ const BUDGET_UNIT_BYTES: usize = 1024;
 /// One tunnel as it runs.
 pub(crate) struct Tunnel {
     config: TunnelConfig,
-    pub(crate) upstream: Arc<Upstream>,
-    pub(crate) host: HostRule,
+    /// Where requests go that no route takes, and what `host` says there.
+    pub(crate) own: Option<(Arc<Upstream>, HostRule)>,
     pub(crate) request_timeout: Duration,
     health: Arc<Health>,
     metrics: Arc<TunnelMetrics>,
@@ -168,11 +168,17 @@ impl Tunnels {
         let mut leaving = lock(&self.leaving);
         leaving.retain(|name, _| !by_name.contains_key(name));
         let before = std::mem::replace(&mut *lock(&self.by_name), by_name);
+        let before_routes: Vec<_> = before.values().flat_map(|tunnel| tunnel.checked_routes()).collect();
         let now = lock(&self.by_name);
         leaving.extend(before.into_iter().filter(|(name, _)| !now.contains_key(name)));
         for (name, tunnel) in &*now {
             if tunnel.config.health_check.is_none() {
                 self.metrics.forget_health(name);
+            }
+        }
+        for gone in before_routes {
+            if !now.values().any(|tunnel| tunnel.checked_routes().any(|of| of == gone)) {
+                self.metrics.forget_route(&gone);
             }
         }
     }
@@ -262,21 +268,24 @@ impl Tunnel {
         metrics: &Arc<Metrics>,
         captures: &Arc<Captures>,
     ) -> Result<Self, TlsError> {
-        let upstream = match before {
+        let own = match (&config.upstream, before.and_then(|before| before.own.as_ref().zip(Some(before)))) {
+            (None, _) => None,
             // Its idle connections are as good as before.
-            Some(before) if before.config.has_upstream_of(config) && config.ca_file.is_none() => {
-                Arc::clone(&before.upstream)
+            (Some(_), Some(((upstream, _), before)))
+                if before.config.has_upstream_of(config) && config.ca_file.is_none() =>
+            {
+                Some(Arc::clone(upstream))
             }
-            _ => Arc::new(Self::upstream_for(config)?),
+            (Some(address), _) => Some(Arc::new(Self::upstream_at(config, address)?)),
         };
-        let host = host_rule(config, &upstream);
+        let own = own.map(|upstream| {
+            let host = host_rule(config, &upstream);
+            (upstream, host)
+        });
         let health = Arc::new(Health::new(config.health_check.as_ref().map(|check| check.max_failed)));
         let public = watch::Sender::new(before.and_then(|before| before.public.borrow().clone()));
-        let check = config.health_check.clone().map(|settings| {
-            let host = match (&settings.host, &host) {
-                (Some(host), _) => HostRule::Fixed(host.clone()),
-                (None, rule) => rule.clone(),
-            };
+        let check = config.health_check.clone().zip(own.as_ref()).map(|(settings, (upstream, rule))| {
+            let host = settings.host.clone().map_or_else(|| rule.clone(), HostRule::Fixed);
             metrics.set_healthy(&config.name, true);
             let (name, metrics) = (config.name.clone(), Arc::clone(metrics));
             let changed = move |state: &HealthState| {
@@ -292,7 +301,7 @@ impl Tunnel {
             };
             let check = health::check(
                 settings,
-                health::Asked { host, public: public.subscribe(), upstream: Arc::clone(&upstream) },
+                health::Asked { host, public: public.subscribe(), upstream: Arc::clone(upstream) },
                 Arc::clone(&health),
                 changed,
             );
@@ -306,12 +315,11 @@ impl Tunnel {
                 Some(upstream) => Arc::clone(upstream),
                 None => Arc::new(Self::upstream_at(config, address)?),
             };
-            Ok::<_, TlsError>(Self::member(config, route, upstream, public.subscribe()))
+            Ok::<_, TlsError>(Self::member(config, route, upstream, public.subscribe(), metrics))
         })?;
         Ok(Self {
             config: config.clone(),
-            upstream,
-            host,
+            own,
             request_timeout: config.request_timeout,
             health,
             metrics: metrics.tunnel(&config.name),
@@ -320,7 +328,7 @@ impl Tunnel {
             policy,
             told_less: AtomicBool::new(false),
             lens: config.inspect.then(|| {
-                let upstream = config.upstream.to_string();
+                let upstream = config.upstream.as_ref().map(ToString::to_string).unwrap_or_default();
                 Lens::new(Arc::clone(captures), config.name.clone(), &upstream, config.inspect_body)
             }),
             public,
@@ -333,17 +341,13 @@ impl Tunnel {
     pub(crate) fn policy_of(config: &TunnelConfig) -> Result<Option<Policy>, TlsError> {
         Policy::new(config, None, |address, route| {
             let upstream = Arc::new(Self::upstream_at(config, address)?);
-            Ok::<_, TlsError>(Self::member(config, route, upstream, watch::Sender::new(None).subscribe()))
+            let public = watch::Sender::new(None).subscribe();
+            Ok::<_, TlsError>(Self::member(config, route, upstream, public, &Arc::new(Metrics::new())))
         })
     }
 
-    /// The upstream of a tunnel, apart from the tunnel.
-    pub(crate) fn upstream_for(config: &TunnelConfig) -> Result<Upstream, TlsError> {
-        Self::upstream_at(config, &config.upstream)
-    }
-
-    /// An upstream of a route, which is spoken to as to the tunnel's own.
-    fn upstream_at(config: &TunnelConfig, address: &Address) -> Result<Upstream, TlsError> {
+    /// An upstream of a tunnel, its own or that of a route; all are spoken to in the same way.
+    pub(crate) fn upstream_at(config: &TunnelConfig, address: &Address) -> Result<Upstream, TlsError> {
         Ok(Upstream::new(address.clone(), tls_for(config, address)?, config.http2, config.keep_alive))
     }
 
@@ -353,6 +357,7 @@ impl Tunnel {
         route: &RouteRule,
         upstream: Arc<Upstream>,
         public: watch::Receiver<Option<String>>,
+        metrics: &Arc<Metrics>,
     ) -> Member {
         let host = host_rule(config, &upstream);
         let check = match &route.target {
@@ -362,13 +367,23 @@ impl Tunnel {
         let health = Arc::new(Health::new(check.as_ref().map(|check| check.max_failed)));
         let check = check.map(|settings| {
             let host = settings.host.clone().map_or_else(|| host.clone(), HostRule::Fixed);
-            let (name, address) = (config.name.clone(), upstream.address().to_string());
-            let changed = move |state: &HealthState| match state {
-                HealthState::Down { reason } => {
-                    tracing::warn!(tunnel_id = %name, "{address}, an upstream of {name}, is down: {reason}");
-                }
-                HealthState::Up | HealthState::Unchecked => {
-                    tracing::info!(tunnel_id = %name, "{address}, an upstream of {name}, is up again");
+            let of = OfRoute {
+                tunnel: config.name.to_string(),
+                route: route.name(),
+                upstream: upstream.address().to_string(),
+            };
+            let metrics = Arc::clone(metrics);
+            metrics.set_route_healthy(&of, true);
+            let changed = move |state: &HealthState| {
+                metrics.set_route_healthy(&of, *state == HealthState::Up);
+                let OfRoute { tunnel, upstream, .. } = &of;
+                match state {
+                    HealthState::Down { reason } => {
+                        tracing::warn!(tunnel_id = %tunnel, "{upstream}, an upstream of {tunnel}, is down: {reason}");
+                    }
+                    HealthState::Up | HealthState::Unchecked => {
+                        tracing::info!(tunnel_id = %tunnel, "{upstream}, an upstream of {tunnel}, is up again");
+                    }
                 }
             };
             let asked = health::Asked { host, public, upstream: Arc::clone(&upstream) };
@@ -475,6 +490,29 @@ impl Tunnel {
     /// What it asks of requests, if anything.
     pub(crate) const fn policy(&self) -> Option<&Policy> {
         self.policy.as_ref()
+    }
+
+    /// The upstreams of its routes.
+    pub(crate) fn route_health(&self) -> Vec<RouteStatus> {
+        let members = self.policy.iter().flat_map(|policy| policy.traffic().upstreams());
+        let status = |(route, member): (&RouteRule, &Member)| RouteStatus {
+            route: route.name(),
+            upstream: member.upstream.address().to_string(),
+            health: member.health.state(),
+        };
+        members.map(status).collect()
+    }
+
+    /// The upstreams of its routes that are checked, as the metrics know them.
+    fn checked_routes(&self) -> impl Iterator<Item = OfRoute> {
+        let members = self.policy.iter().flat_map(|policy| policy.traffic().upstreams());
+        members.filter(|(_, member)| member.health.state() != HealthState::Unchecked).map(
+            |(route, member)| OfRoute {
+                tunnel: self.config.name.to_string(),
+                route: route.name(),
+                upstream: member.upstream.address().to_string(),
+            },
+        )
     }
 
     /// Whether the upstream is well.

@@ -66,8 +66,9 @@ pub(super) fn tunnels(
             name: config.name.to_string(),
             state: links.tunnel_state(&config.name),
             url: urls.get(&config.name).cloned(),
-            upstream: config.upstream.to_string(),
+            upstream: config.upstream.as_ref().map(ToString::to_string),
             health: tunnel.as_ref().map_or(HealthState::Unchecked, |tunnel| tunnel.health()),
+            routes: tunnel.as_ref().map(|tunnel| tunnel.route_health()).unwrap_or_default(),
             max_concurrent: config.max_concurrent,
             figures: tunnel.map(|tunnel| tunnel.metrics().figures()).unwrap_or_default(),
         }

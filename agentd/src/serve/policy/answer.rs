@@ -4,13 +4,15 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use proto::{error::ErrorCode, header::Headers, id::RequestId, problem};
 
-use crate::serve::policy::body::LocalBody;
+use crate::{report::denial::DeniedBy, serve::policy::body::LocalBody};
 
 /// A whole answer that is no upstream's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Answer {
     /// Why the request was refused, where it was.
     pub(crate) code: Option<ErrorCode>,
+    /// The rule that refused it.
+    pub(crate) denied_by: Option<DeniedBy>,
     pub(crate) status: StatusCode,
     /// Besides those that every answer has.
     pub(crate) fields: Vec<(HeaderName, HeaderValue)>,
@@ -33,17 +35,35 @@ enum Content {
 impl Answer {
     /// A refusal.
     pub(crate) const fn refusal(code: ErrorCode) -> Self {
-        Self { code: Some(code), status: code.status(), fields: Vec::new(), content: Content::Problem }
+        Self {
+            code: Some(code),
+            denied_by: DeniedBy::of(code),
+            status: code.status(),
+            fields: Vec::new(),
+            content: Content::Problem,
+        }
+    }
+
+    /// By a rule that is not told by the code.
+    pub(crate) const fn by(mut self, rule: DeniedBy) -> Self {
+        self.denied_by = Some(rule);
+        self
     }
 
     /// A status and nothing else.
     pub(crate) const fn empty(status: StatusCode) -> Self {
-        Self { code: None, status, fields: Vec::new(), content: Content::Problem }
+        Self { code: None, denied_by: None, status, fields: Vec::new(), content: Content::Problem }
     }
 
     /// Exactly this.
     pub(crate) const fn whole(status: StatusCode, headers: Headers, body: LocalBody) -> Self {
-        Self { code: None, status, fields: Vec::new(), content: Content::Whole(headers, body) }
+        Self {
+            code: None,
+            denied_by: None,
+            status,
+            fields: Vec::new(),
+            content: Content::Whole(headers, body),
+        }
     }
 
     /// With a page for browsers, in place of the problem's.
@@ -68,6 +88,7 @@ impl Answer {
         match HeaderValue::try_from(location) {
             Ok(location) => Self {
                 code: None,
+                denied_by: None,
                 status: StatusCode::SEE_OTHER,
                 fields: vec![(header::LOCATION, location)],
                 content: Content::Problem,
@@ -78,7 +99,13 @@ impl Answer {
 
     /// A page of one fixed sentence.
     pub(crate) const fn page(sentence: &'static str) -> Self {
-        Self { code: None, status: StatusCode::OK, fields: Vec::new(), content: Content::Sentence(sentence) }
+        Self {
+            code: None,
+            denied_by: None,
+            status: StatusCode::OK,
+            fields: Vec::new(),
+            content: Content::Sentence(sentence),
+        }
     }
 
     /// With one more field, if it can be said.

@@ -2,13 +2,27 @@
 
 use std::net::IpAddr;
 
-use crate::config::visitors::IpRule;
+use crate::{
+    config::{range::IpRange, visitors::IpRule},
+    report::denial::DeniedBy,
+};
 
 /// Whether a client may use the tunnel. One whose address nobody knows may not.
 pub(crate) fn lets_in(rule: &IpRule, client: Option<IpAddr>) -> bool {
-    let Some(client) = client else { return false };
-    let is_in = |ranges: &[crate::config::range::IpRange]| ranges.iter().any(|range| range.contains(client));
-    !is_in(&rule.deny) && (rule.allow.is_empty() || is_in(&rule.allow))
+    denied_by(rule, client).is_none()
+}
+
+/// The list that keeps a client out, if one does.
+pub(crate) fn denied_by(rule: &IpRule, client: Option<IpAddr>) -> Option<DeniedBy> {
+    let is_in =
+        |ranges: &[IpRange]| client.is_some_and(|client| ranges.iter().any(|range| range.contains(client)));
+    if is_in(&rule.deny) {
+        Some(DeniedBy::DenyIps)
+    } else if rule.allow.is_empty() {
+        client.is_none().then_some(DeniedBy::DenyIps)
+    } else {
+        (!is_in(&rule.allow)).then_some(DeniedBy::AllowIps)
+    }
 }
 
 #[cfg(test)]

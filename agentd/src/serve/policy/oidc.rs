@@ -31,6 +31,7 @@ use crate::{
         visitors::{ALGORITHMS, Allowed, OidcRule},
     },
     identity::public_keys::{Expected, PublicKeys, texts_of},
+    report::denial::DeniedBy,
     serve::policy::{
         answer::Answer,
         asked::Asked,
@@ -243,7 +244,7 @@ impl SignIn {
 
     fn refuse(&self, failure: &Failure) -> Answer {
         tracing::warn!(tunnel_id = %self.tunnel, "nobody was signed in at {}: {failure}", self.tunnel);
-        Answer::refusal(failure.code())
+        Answer::refusal(failure.code()).by(DeniedBy::Oidc)
     }
 
     async fn provider(&self) -> Result<Arc<Provider>, Failure> {

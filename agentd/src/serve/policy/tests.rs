@@ -10,7 +10,7 @@ use proto::{
 };
 
 use super::*;
-use crate::{config, serve::tunnel::Tunnel};
+use crate::{config, report::denial::DeniedBy, serve::tunnel::Tunnel};
 
 /// One tunnel's rules, and requests as `METHOD TARGET [@host] [from=IP] [bytes=N] [name:value …] => OUTCOME`.
 struct Case {
@@ -364,13 +364,56 @@ const CASES: &[Case] = &[
         ],
     },
     Case {
+        rules: r#"
+            [[tunnel.route]]
+            path = "/a"
+            upstream = 2
+            [[tunnel.route]]
+            path = "/b"
+            methods = ["GET"]
+            respond = { status = 418 }
+            # no upstream
+        "#,
+        requests: &[
+            "GET /a/x => 2 /a/x",
+            "GET /b => 418 ",
+            "POST /b => 404 no_route denied_by:route",
+            "GET / => 404 no_route",
+            "GET /apix => 404 no_route",
+            "GET /a/../b => 400 bad_request denied_by:route",
+        ],
+    },
+    Case {
+        rules: r#"
+            allow_ips = ["192.0.2.0/24"]
+            deny_ips = ["192.0.2.6"]
+            max_body = 10
+            rate_limit = { requests = 3, per = "1h", by = "tunnel" }
+            cors = { origins = ["https://app.example"] }
+        "#,
+        requests: &[
+            "GET / from=192.0.2.6 => 403 address_refused denied_by:deny_ips",
+            "GET / from=198.51.100.1 => 403 address_refused denied_by:allow_ips",
+            "GET / from=unknown => 403 address_refused denied_by:allow_ips",
+            "POST / bytes=11 => 413 body_too_large denied_by:max_body",
+            "OPTIONS / origin:https://evil.example access-control-request-method:PUT => 403 origin_refused denied_by:cors",
+            "GET / => own /",
+            "GET / => 429 rate_limited denied_by:rate_limit",
+        ],
+    },
+    Case { rules: "maintenance = true", requests: &["GET / => 503 maintenance denied_by:maintenance"] },
+    Case {
+        rules: "deny_ips = [\"192.0.2.6\"]",
+        requests: &["GET / from=unknown => 403 address_refused denied_by:deny_ips"],
+    },
+    Case {
         rules: "circuit_breaker = { open_after = 2, retry_after = \"1h\" }",
         requests: &[
             "GET / => own / failing",
             "GET / => own /",
             "GET / => own / failing",
             "GET / => own / failing",
-            "GET / => 503 circuit_open retry-after:3600",
+            "GET / => 503 circuit_open retry-after:3600 denied_by:circuit_breaker",
             "GET /x => 503 circuit_open",
         ],
     },
@@ -410,7 +453,8 @@ fn policy(rules: &str) -> Option<Policy> {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("agentd.toml");
     let text = format!(
-        "[edge]\nurl = \"ws://127.0.0.1:1\"\n[[tunnel]]\nname = \"web\"\nupstream = \"127.0.0.1:1\"\n{rules}\n"
+        "[edge]\nurl = \"ws://127.0.0.1:1\"\n[[tunnel]]\nname = \"web\"\n{}\n{rules}\n",
+        if rules.contains("# no upstream") { "" } else { "upstream = \"127.0.0.1:1\"" }
     );
     std::fs::write(&file, text).unwrap();
     let overrides = config::Overrides { token: Some("secret".into()), ..config::Overrides::default() };
@@ -457,19 +501,29 @@ async fn ask(policy: &Option<Policy>, text: &str, failing: bool) -> (String, BTr
         }
         Err(answer) => {
             let code = answer.code;
+            let denied_by = answer.denied_by.map(DeniedBy::as_str);
+            // What files cannot give and what is down are nobody's refusal.
+            let is_denial = code.is_some_and(|code| {
+                !matches!(
+                    code,
+                    ErrorCode::NoSuchFile | ErrorCode::MethodRefused | ErrorCode::UpstreamUnhealthy
+                )
+            });
+            assert_eq!(denied_by.is_some(), is_denial, "{text}");
             let (status, headers, mut body) = answer.into_parts(&request_id, false);
-            let mut text = Vec::new();
+            let mut content = Vec::new();
             while let Some(next) = body.next().await {
-                text.extend_from_slice(&next.unwrap());
+                content.extend_from_slice(&next.unwrap());
             }
             let fields: BTreeMap<String, String> = headers
                 .iter()
                 .map(|(name, value)| (name.as_str().to_owned(), value.to_str().unwrap().to_owned()))
+                .chain(denied_by.map(|rule| ("denied_by".to_owned(), rule.replace('_', " "))))
                 .collect();
             let says = match (code, fields.get("location")) {
                 (Some(code), _) => code.as_str().to_owned(),
                 (None, Some(location)) => location.clone(),
-                (None, None) => String::from_utf8(text).unwrap(),
+                (None, None) => String::from_utf8(content).unwrap(),
             };
             (format!("{status} {says}"), fields)
         }

@@ -25,6 +25,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     config::{
+        TunnelConfig,
         address::Address,
         template::{Template, Variable},
         traffic::{
@@ -69,14 +70,15 @@ pub(crate) struct Traffic {
     rate: Option<Arc<RateLimit>>,
     /// Of the tunnel's own upstream.
     breaker: Option<Arc<Breaker>>,
+    /// Whether there is one.
+    has_own: bool,
 }
 
 impl Traffic {
     /// What the rules of a tunnel say; `member` makes an upstream of a route. What was used of a limit that has not
     /// changed is taken over from `before`, and so is what is known of upstreams.
     pub(crate) fn new<E>(
-        tunnel: &TunnelName,
-        rules: &TrafficRules,
+        TunnelConfig { name: tunnel, upstream, traffic: rules, .. }: &TunnelConfig,
         before: Option<&Self>,
         member: impl Fn(&Address, &RouteRule) -> Result<Member, E>,
     ) -> Result<Self, E> {
@@ -98,7 +100,20 @@ impl Traffic {
         let own_breaker = before
             .filter(|before| before.rules.breaker == rules.breaker)
             .map_or_else(breaker, |before| before.breaker.clone());
-        Ok(Self { tunnel: tunnel.clone(), rules: rules.clone(), members, rate, breaker: own_breaker })
+        Ok(Self {
+            tunnel: tunnel.clone(),
+            rules: rules.clone(),
+            members,
+            rate,
+            breaker: own_breaker,
+            has_own: upstream.is_some(),
+        })
+    }
+
+    /// Every upstream of every route.
+    pub(crate) fn upstreams(&self) -> impl Iterator<Item = (&RouteRule, &Member)> {
+        let members = self.rules.routes.iter().zip(&self.members);
+        members.flat_map(|(route, members)| members.all.iter().map(move |member| (route, member)))
     }
 
     /// An upstream of a route that runs already.
@@ -150,6 +165,7 @@ impl Traffic {
         }
         let route = match choice {
             Choice::Route(_, route) => Some(route),
+            Choice::Tunnel if !self.has_own => return Err(Answer::refusal(ErrorCode::NoRoute)),
             Choice::Tunnel | Choice::Ambiguous => None,
         };
         let most = route.and_then(|route| route.max_body).or(self.rules.max_body);

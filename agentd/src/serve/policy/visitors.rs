@@ -10,6 +10,7 @@ use proto::{error::ErrorCode, header::Headers, id::TunnelName};
 
 use crate::{
     config::{paths::PathPattern, visitors::VisitorRules},
+    report::denial::DeniedBy,
     serve::policy::{
         answer::Answer,
         asked::Asked,
@@ -89,9 +90,9 @@ impl Visitors {
         let path = asked.target.path();
         if let Some(rule) = &self.rules.ips
             && !rule.except.iter().any(|pattern| pattern.surely_is(path))
-            && !ip::lets_in(rule, asked.client())
+            && let Some(list) = ip::denied_by(rule, asked.client())
         {
-            return Err(Answer::refusal(ErrorCode::AddressRefused));
+            return Err(Answer::refusal(ErrorCode::AddressRefused).by(list));
         }
         Ok(())
     }
@@ -142,7 +143,7 @@ impl Visitors {
             return Err(later(ErrorCode::TooManyGuesses, wait));
         }
         if shown == Shown::NoKeys {
-            return Err(later(ErrorCode::SignInUnavailable, Duration::from_secs(5)));
+            return Err(later(ErrorCode::SignInUnavailable, Duration::from_secs(5)).by(DeniedBy::Bearer));
         }
         // A browser is led to the provider rather than asked for a password.
         if let Some(sign_in) = sign_in
