@@ -4,19 +4,15 @@
 //! agent never waits for it.
 
 mod draw;
+mod pen;
 mod view;
 
-use std::{
-    collections::BTreeSet,
-    io::{Write as _, stdout},
-    process::Stdio,
-    time::Duration,
-};
+use std::{collections::BTreeSet, process::Stdio, time::Duration};
 
 use crossterm::{
     cursor,
     event::{Event as TerminalEvent, EventStream, KeyCode, KeyEvent, KeyEventKind, KeyModifiers},
-    execute, terminal,
+    queue, terminal,
 };
 use futures_util::StreamExt as _;
 use ratatui::{Terminal, backend::CrosstermBackend};
@@ -26,7 +22,10 @@ use tokio::{
     time::Instant,
 };
 
-use self::view::{Action, Key, ROWS, View};
+use self::{
+    pen::{Pen, Sheet},
+    view::{Action, Key, ROWS, View},
+};
 use crate::{capture::ring::Event, inspect::api::Inspector, report::telemetry::ToScreen, timer::at};
 
 /// How long requests that come one after the other wait to be drawn together.
@@ -37,6 +36,7 @@ const TOGETHER: Duration = Duration::from_millis(50);
 pub(crate) struct Screen {
     lines: mpsc::Receiver<String>,
     view: View,
+    pen: Pen,
 }
 
 impl Screen {
@@ -46,9 +46,11 @@ impl Screen {
     ///
     /// When it can't be drawn on.
     pub(crate) fn open() -> std::io::Result<(Self, ToScreen)> {
-        enter()?;
+        let mut pen = Pen::open()?;
+        terminal::enable_raw_mode()?;
+        pen.write(entering()?);
         let (said, lines) = ToScreen::new();
-        Ok((Self { lines, view: View::default() }, said))
+        Ok((Self { lines, view: View::default(), pen }, said))
     }
 
     /// Shows what `inspector` has, and does what keys say, until it is dropped. `page` is the address of the page.
@@ -64,20 +66,22 @@ impl Screen {
     async fn try_run(&mut self, inspector: &Inspector, page: Option<&str>) -> std::io::Result<()> {
         let mut news = inspector.captures().events();
         self.view.show(inspector.newest(ROWS));
-        let mut canvas = Terminal::new(CrosstermBackend::new(stdout()))?;
+        let mut canvas = Canvas::new()?;
         let mut keys = Some(EventStream::new());
         let mut changed = BTreeSet::new();
-        let mut height = draw(&mut canvas, &mut self.view)?;
+        let mut height = 0;
         let mut drawn = Instant::now();
-        let mut redraw_at = None;
+        let mut redraw_at = Some(drawn);
         loop {
             tokio::select! {
+                written = self.pen.written(), if self.pen.is_writing() => written?,
                 key = next_key(&mut keys) => {
                     if let Some(key) = key {
                         let action = self.view.press(key, height);
                         self.act(action, inspector, page)?;
                         if action == Some(Action::Suspend) {
-                            canvas.clear()?;
+                            self.suspend().await?;
+                            canvas = Canvas::new()?;
                         }
                     }
                     redraw_at = Some(Instant::now());
@@ -105,7 +109,7 @@ impl Screen {
                     self.view.say(&line);
                     redraw_at = Some(Instant::now());
                 }
-                () = at(redraw_at) => {
+                () = at(redraw_at), if !self.pen.is_writing() => {
                     let shown = self.view.detail.as_ref().map(|detail| detail.summary.id);
                     for id in std::mem::take(&mut changed) {
                         if let Some(row) = inspector.summary(id) {
@@ -115,7 +119,9 @@ impl Screen {
                             self.view.open(detail);
                         }
                     }
-                    height = draw(&mut canvas, &mut self.view)?;
+                    let frame;
+                    (frame, height) = canvas.draw(&mut self.view)?;
+                    self.pen.write(frame);
                     drawn = Instant::now();
                     redraw_at = None;
                 }
@@ -154,14 +160,22 @@ impl Screen {
                 // As the terminal would have done, had it been left to it.
                 rustix::process::kill_process(rustix::process::getpid(), Signal::INT)?;
             }
-            Some(Action::Suspend) => {
-                leave();
-                rustix::process::kill_process(rustix::process::getpid(), Signal::TSTP)?;
-                enter()?;
-            }
-            None => {}
+            // That takes a while, so it is not done here.
+            Some(Action::Suspend) | None => {}
         }
         Ok(())
+    }
+
+    /// Gives the terminal back while the process is stopped.
+    async fn suspend(&mut self) -> std::io::Result<()> {
+        self.pen.written().await?;
+        self.pen.write(leaving()?);
+        self.pen.written().await?;
+        terminal::disable_raw_mode()?;
+        rustix::process::kill_process(rustix::process::getpid(), Signal::TSTP)?;
+        terminal::enable_raw_mode()?;
+        self.pen.write(entering()?);
+        self.pen.written().await
     }
 }
 
@@ -170,30 +184,49 @@ impl Drop for Screen {
         while let Ok(line) = self.lines.try_recv() {
             self.view.say(&line);
         }
-        leave();
-        let mut out = stdout().lock();
+        // A terminal that has gone needs no care. Its modes do not wait for it to take anything.
+        let _ = terminal::disable_raw_mode();
+        let mut last = leaving().unwrap_or_default();
         for line in &self.view.said {
-            // Nobody may be there to read it any more.
-            let _ = writeln!(out, "{}", draw::visible(line));
+            last.extend_from_slice(draw::visible(line).as_bytes());
+            last.push(b'\n');
         }
+        self.pen.finish(last);
     }
 }
 
-fn enter() -> std::io::Result<()> {
-    terminal::enable_raw_mode()?;
-    execute!(stdout(), terminal::EnterAlternateScreen, cursor::Hide).inspect_err(|_| leave())
+/// What has a terminal show a screen of its own.
+fn entering() -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    queue!(bytes, terminal::EnterAlternateScreen, cursor::Hide)?;
+    Ok(bytes)
 }
 
-fn leave() {
-    // A terminal that has gone needs no care.
-    let _ = execute!(stdout(), terminal::LeaveAlternateScreen, cursor::Show);
-    let _ = terminal::disable_raw_mode();
+/// What has it show again what was there before.
+fn leaving() -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    queue!(bytes, terminal::LeaveAlternateScreen, cursor::Show)?;
+    Ok(bytes)
 }
 
-fn draw(canvas: &mut Terminal<CrosstermBackend<std::io::Stdout>>, view: &mut View) -> std::io::Result<u16> {
-    let mut height = 0;
-    canvas.draw(|frame| height = draw::draw(frame, view))?;
-    Ok(height)
+/// Puts frames together.
+struct Canvas {
+    terminal: Terminal<CrosstermBackend<Sheet>>,
+    sheet: Sheet,
+}
+
+impl Canvas {
+    fn new() -> std::io::Result<Self> {
+        let sheet = Sheet::default();
+        Ok(Self { terminal: Terminal::new(CrosstermBackend::new(sheet.clone()))?, sheet })
+    }
+
+    /// What to write for the terminal to show `view`, and how many lines it has for the list.
+    fn draw(&mut self, view: &mut View) -> std::io::Result<(Vec<u8>, u16)> {
+        let mut height = 0;
+        self.terminal.draw(|frame| height = draw::draw(frame, view))?;
+        Ok((self.sheet.take(), height))
+    }
 }
 
 /// The next key; `None` for what is none but changes what is seen. Never, once there is no keyboard any more.

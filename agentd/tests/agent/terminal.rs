@@ -14,7 +14,10 @@ use rustix::{
     pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
     termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize},
 };
-use tokio::{process::Child, sync::watch};
+use tokio::{
+    process::Child,
+    sync::{Mutex, watch},
+};
 
 use crate::{
     inspector::hostile,
@@ -29,6 +32,8 @@ struct Sitting {
     seen: watch::Receiver<Seen>,
     child: Child,
     folder: tempfile::TempDir,
+    /// Who holds it keeps the terminal from being read.
+    reading: Arc<Mutex<()>>,
 }
 
 #[derive(Clone, Default)]
@@ -70,6 +75,8 @@ impl Sitting {
         let keyboard = File::from(master);
         let mut output = keyboard.try_clone().unwrap();
         let (say, seen) = watch::channel(Seen::default());
+        let reading = Arc::new(Mutex::new(()));
+        let may_read = Arc::clone(&reading);
         std::thread::spawn(move || {
             let mut emulator = vt100::Parser::new(24, 100, 0);
             let mut bytes = [0; 4096];
@@ -80,9 +87,10 @@ impl Sitting {
                     seen.raw.extend_from_slice(&bytes[..count]);
                     seen.screen = emulator.screen().contents().into();
                 });
+                drop(may_read.blocking_lock());
             }
         });
-        Self { keyboard, seen, child, folder }
+        Self { keyboard, seen, child, folder, reading }
     }
 
     /// Waits for what is to be seen, and returns all of it.
@@ -202,6 +210,45 @@ async fn keys_move_read_replay_open_and_quit() {
         left.contains("->  http://127.0.0.1:") || left.contains("->  http://localhost:"),
         "what was said stays: {left:?}"
     );
+}
+
+#[tokio::test]
+async fn a_terminal_that_nobody_reads_holds_up_nothing() {
+    let (edge, upstream) = (Edge::bind().await, Upstream::bind().await);
+    let mut sitting = Sitting::start(&edge, &upstream, &[]);
+    let mut line = edge.welcome_with(Manners::default()).await;
+    sitting.sees("Waiting for the first request").await;
+    let reading = Arc::clone(&sitting.reading);
+    for round in 0..2 {
+        let stopped = reading.lock().await;
+        // Several times what a terminal holds: help covers most of the screen, and comes and goes.
+        for number in 0..150 {
+            sitting.press(b"?");
+            let sent = request("GET", &format!("/r{round}-{number}"));
+            line.request(&sent).await;
+            let mut peer = upstream.accept().await;
+            peer.head().await;
+            peer.write(OK).await;
+            drop(peer);
+            line.whole(&sent).await;
+        }
+        if round == 0 {
+            drop(stopped);
+            let screen = sitting.sees("/r0-149").await;
+            assert!(screen.contains("/r0-140"), "the latest is shown: {screen}");
+            continue;
+        }
+        // The end does not wait for it either.
+        sitting.press(b"q");
+        let ended = patiently("the end of the agent", async {
+            line.closed().await;
+            sitting.child.wait().await
+        });
+        assert!(ended.await.unwrap().success());
+        let modes = tcgetattr(&sitting.keyboard).unwrap().local_modes;
+        assert!(modes.contains(LocalModes::ECHO | LocalModes::ICANON), "the terminal is as it was");
+        drop(stopped);
+    }
 }
 
 #[tokio::test]
