@@ -29,6 +29,7 @@ use http_body_util::BodyExt;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use proto::{error::ErrorCode, header as fields, limits};
+use relay::refused::Refusals;
 use serde::{Deserialize, Deserializer, de};
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -192,9 +193,13 @@ async fn serve_connection(
         return;
     }
     let (stream, notes) = Watched::new(stream);
+    let (stream, calls) = Refusals::new(stream);
     let service = service_fn(move |request| {
-        let (front, notes) = (front.clone(), notes.clone());
-        async move { Ok::<_, Infallible>(answer(&front, request, peer, notes).await) }
+        let (front, notes, call) = (front.clone(), notes.clone(), calls.begin());
+        async move {
+            let answer = answer(&front, request, peer, notes).await;
+            Ok::<_, Infallible>(answer.map(|body| call.until_end_of(body)))
+        }
     });
     let mut connection = pin!(
         http1::Builder::new()

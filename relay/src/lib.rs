@@ -19,6 +19,7 @@ pub mod guard;
 pub mod mailbox;
 pub mod meter;
 pub mod public;
+pub mod refused;
 pub mod websocket;
 
 use std::{net::SocketAddr, process::ExitCode, rc::Rc, time::Duration};

@@ -42,6 +42,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     mailbox::Postbox,
     meter::{Meter, Metered},
+    refused::Refusals,
     websocket::{self, BadHandshake, PublicSocket},
 };
 
@@ -132,9 +133,13 @@ async fn serve_connection(stream: TcpStream, peer: SocketAddr, relay: Rc<Relay>,
         return;
     }
     let draining = relay.draining.clone();
+    let (stream, calls) = Refusals::new(stream);
     let service = service_fn(move |request| {
-        let (relay, tasks) = (Rc::clone(&relay), tasks.clone());
-        async move { Ok::<_, Infallible>(answer_one(&relay, request, peer, &tasks).await) }
+        let (relay, tasks, call) = (Rc::clone(&relay), tasks.clone(), calls.begin());
+        async move {
+            let answer = answer_one(&relay, request, peer, &tasks).await;
+            Ok::<_, Infallible>(answer.map(|body| call.until_end_of(body)))
+        }
     });
     let mut builder = auto::Builder::new(Local);
     builder

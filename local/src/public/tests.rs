@@ -283,6 +283,10 @@ async fn ambiguous_requests_are_refused_by_the_front() {
     ] {
         let (answer, _) = fixture.exchange(request).await;
         assert!(answer.starts_with("HTTP/1.1 400"), "{:?}: {answer}", String::from_utf8_lossy(request));
+        // Whoever finds out, hyper or the front.
+        for word in ["x-tunnel-error: bad_request\r\n", "x-tunnel-request-id: ", "\"code\""] {
+            assert!(answer.contains(word), "{:?}: {answer}", String::from_utf8_lossy(request));
+        }
     }
     // The first of two requests in one packet decides nothing about the second.
     let (answer, _) = fixture
