@@ -296,9 +296,13 @@ impl Supervisor {
         self.told_unreachable = false;
         self.ever_open |= !welcome.tunnels.is_empty();
         let none_open = welcome.tunnels.is_empty();
+        let reply_timeout = welcome.reply_timeout_ms.map(Duration::from_millis);
         for tunnel in welcome.tunnels {
             if let Some(known) = self.tunnels.get(&tunnel.name) {
                 known.opened_at(&tunnel.url);
+                if let Some(reply_timeout) = reply_timeout {
+                    known.edge_waits(reply_timeout);
+                }
             }
             if self.shown.get(&tunnel.name) != Some(&tunnel.url) {
                 tracing::info!(tunnel_id = %tunnel.name, url = tunnel.url, "tunnel is open: {}", tunnel.url);

@@ -184,6 +184,7 @@ impl Line {
                     // Nobody reads an agent's connection while something else is measured.
                     heartbeat_ms: 240_000,
                     lifetime_ms: 7_200_000,
+                    reply_timeout_ms: None,
                     codecs: Codecs::all(),
                     websockets: false,
                     owner: None,

@@ -244,6 +244,9 @@ pub struct Welcome {
     pub heartbeat_ms: u64,
     /// How old a connection may become, in milliseconds.
     pub lifetime_ms: u64,
+    /// How long the edge waits for the head of a response, in milliseconds. Edges of earlier releases do not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply_timeout_ms: Option<u64>,
     /// What the edge can decode.
     #[serde(default)]
     pub codecs: Codecs,

@@ -269,6 +269,7 @@ mod tests {
             refused: Vec::new(),
             heartbeat_ms: 25_000,
             lifetime_ms: 7_200_000,
+            reply_timeout_ms: None,
             codecs: Codecs::default(),
             websockets: false,
             owner: None,

@@ -1,6 +1,7 @@
 //! One line for each request: who asked what of which tunnel, and what came of it.
 //!
-//! No header value, query, body or token is ever in it.
+//! No header value, query, body or token is ever in it; the cause of a failure is the system's, the TLS library's or a
+//! text of ours, with the configured address.
 
 use std::{
     sync::Arc,
@@ -15,6 +16,9 @@ use crate::{
 };
 
 use proto::{error::ErrorCode, id::RequestId, id::TunnelName, socket::Message, target::Target};
+
+/// No more of a cause than this stands in a line: address, error and advice fit.
+const CAUSE_CHARS: usize = 400;
 
 /// Where the lines go.
 #[derive(Debug, Clone)]
@@ -49,6 +53,8 @@ pub(crate) struct AccessLine {
     bytes: u64,
     ending: Option<Ending>,
     denied_by: Option<DeniedBy>,
+    /// Why the upstream gave no whole response.
+    cause: Option<Box<str>>,
     metrics: Option<Arc<TunnelMetrics>>,
 }
 
@@ -73,6 +79,7 @@ impl AccessLine {
             bytes: 0,
             ending: None,
             denied_by: None,
+            cause: None,
             metrics: None,
         }
     }
@@ -118,6 +125,12 @@ impl AccessLine {
 
     pub(crate) const fn end(&mut self, ending: Ending) {
         self.ending = Some(ending);
+    }
+
+    /// Notes why the upstream gave no whole response, as far as a line has room.
+    pub(crate) fn cause(&mut self, cause: &str) {
+        let end = cause.char_indices().nth(CAUSE_CHARS).map_or(cause.len(), |(at, _)| at);
+        self.cause = Some(cause[..end].replace(char::is_control, " ").into());
     }
 
     fn status(&self) -> u16 {
@@ -166,6 +179,7 @@ impl Drop for AccessLine {
                 elapsed_ms = readable_ms(elapsed),
                 error_code = self.error_code(),
                 denied_by = self.denied_by.map(DeniedBy::as_str),
+                cause = self.cause.as_deref(),
                 // The journal shows people this text alone.
                 "{} {} {}",
                 self.method,
@@ -174,7 +188,7 @@ impl Drop for AccessLine {
             ),
             AccessLog::People(terminal) => terminal.request_line(|| {
                 format!(
-                    "{}  {}  {} {}  {}  {}{}{}",
+                    "{}  {}  {} {}  {}  {}{}{}{}{}",
                     time_of_day(),
                     self.status(),
                     self.method,
@@ -183,6 +197,8 @@ impl Drop for AccessLine {
                     readable_duration(elapsed),
                     if self.error_code().is_some() { "  " } else { "" },
                     self.error_code().unwrap_or_default(),
+                    if self.cause.is_some() { "  " } else { "" },
+                    self.cause.as_deref().unwrap_or_default(),
                 )
             }),
         }

@@ -305,7 +305,9 @@ async fn answer(
         *request.headers_mut() = headers;
         if job.upgrade.is_some() {
             // Boxed, as opening a connection is: who asks for no other protocol carries no room for it.
-            return Box::pin(handshake(&job, &tunnel, upstream, request)).await.map(|answer| (answer, None));
+            return Box::pin(handshake(&job, &tunnel, upstream, request, line))
+                .await
+                .map(|answer| (answer, None));
         }
         match upstream.send(request).await {
             Ok(response) => Ok((Answered::Response(response), progress)),
@@ -313,14 +315,16 @@ async fn answer(
                 // The body's own failure explains the broken request better than its echo does.
                 let upload = progress.and_then(|progress| progress.failure());
                 let error = upload.map_or(error, UpstreamError::Upload);
-                log_failure(&job, &tunnel, upstream, &error);
+                log_failure(&job, &tunnel, upstream, &error, line);
                 Err(fail(error.code()))
             }
         }
     })
     .await
     .unwrap_or_else(|_| {
-        tunnel.failed(&job.request_id, || format!("{}: no answer in time", upstream.address()));
+        let cause = format!("{}: no answer in time", upstream.address());
+        tunnel.failed(&job.request_id, &cause);
+        line.cause(&cause);
         Err(fail(ErrorCode::UpstreamTimedOut))
     });
     let good = match &outcome {
@@ -371,7 +375,7 @@ async fn answer(
     let tap = capture.as_ref().map(Capture::tap);
     let dialled = tap.and_then(|_| response.extensions().get::<Dialled>().copied());
     let (status, mut headers, body) = check_head(response).map_err(|error| {
-        log_failure(&job, &tunnel, upstream, &error);
+        log_failure(&job, &tunnel, upstream, &error, line);
         fail(error.code())
     })?;
     line.head(status);
@@ -411,7 +415,7 @@ async fn answer(
         Err(Broken::Gone) => Err(Stop::Gone),
         Err(Broken::TimedOut) => Err(Stop::Fail { seq: response.seq, code: ErrorCode::UpstreamTimedOut }),
         Err(Broken::Upstream(error)) => {
-            log_failure(&job, &tunnel, upstream, &error);
+            log_failure(&job, &tunnel, upstream, &error, line);
             Err(Stop::Fail { seq: response.seq, code: error.code() })
         }
     }
@@ -585,6 +589,7 @@ async fn handshake(
     tunnel: &Tunnel,
     upstream: &Upstream,
     mut request: Request<RequestBody>,
+    line: &mut AccessLine,
 ) -> Result<Answered, Stop> {
     let key = generate_key();
     upgrade::ask(request.headers_mut(), &key);
@@ -594,6 +599,7 @@ async fn handshake(
             request_id = %job.request_id, tunnel_id = %job.tunnel,
             "the upstream did not answer a WebSocket's handshake; does it know this path and subprotocol?"
         );
+        line.cause("the handshake of a WebSocket was not answered in time");
         fail(ErrorCode::UpstreamTimedOut)
     })?;
     let checked = answer.and_then(|answer| match answer {
@@ -602,14 +608,22 @@ async fn handshake(
             .map(|(subprotocol, headers)| Answered::Opened { subprotocol, headers, io }),
     });
     checked.map_err(|error| {
-        log_failure(job, tunnel, upstream, &error);
+        log_failure(job, tunnel, upstream, &error, line);
         fail(error.code())
     })
 }
 
-fn log_failure(job: &Job, tunnel: &Tunnel, upstream: &Upstream, error: &UpstreamError) {
+fn log_failure(
+    job: &Job,
+    tunnel: &Tunnel,
+    upstream: &Upstream,
+    error: &UpstreamError,
+    line: &mut AccessLine,
+) {
     if error.code().status().is_server_error() {
-        tunnel.failed(&job.request_id, || cause::explain(upstream.address(), error));
+        let cause = cause::explain(upstream.address(), error);
+        tunnel.failed(&job.request_id, &cause);
+        line.cause(&cause);
     }
     let cause = std::error::Error::source(error).map(ToString::to_string);
     tracing::debug!(

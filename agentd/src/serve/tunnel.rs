@@ -48,7 +48,7 @@ use crate::{
 /// A body waits for its share before it is asked for.
 const UPLOAD_BUDGET_BYTES: usize = 32 * 1024 * 1024;
 
-/// The edge says how long it waits with each request, and some of it may have passed by then.
+/// How much of the time may have passed that the edge still waits, when a request has come.
 const EDGE_WAITS_LESS: Duration = Duration::from_secs(10);
 
 /// The budget is counted in units of this many bytes.
@@ -424,9 +424,8 @@ impl Tunnel {
     }
 
     /// Says in the log why a request failed, if that is news.
-    pub(crate) fn failed(&self, request_id: &RequestId, cause: impl FnOnce() -> String) {
-        let cause = cause();
-        if let Some(unsaid) = self.causes.failed(&cause, Instant::now()) {
+    pub(crate) fn failed(&self, request_id: &RequestId, cause: &str) {
+        if let Some(unsaid) = self.causes.failed(cause, Instant::now()) {
             let name = &self.config.name;
             tracing::warn!(
                 tunnel_id = %name,
@@ -437,11 +436,19 @@ impl Tunnel {
         }
     }
 
+    /// Says so, as [`Self::edge_waits`] does, where an edge does it with each request only: some of the time may have
+    /// passed by then.
+    pub(crate) fn waited_for(&self, left: Duration) {
+        if left + EDGE_WAITS_LESS < self.request_timeout {
+            self.edge_waits(left);
+        }
+    }
+
     /// Says in the log, once, that the edge waits for less long than this tunnel would.
-    pub(crate) fn waited_for(&self, edge: Duration) {
+    pub(crate) fn edge_waits(&self, edge: Duration) {
         // Nobody asked for the default.
-        if self.request_timeout > limits::REPLY_TIMEOUT
-            && edge + EDGE_WAITS_LESS < self.request_timeout
+        if self.request_timeout != limits::REPLY_TIMEOUT
+            && edge < self.request_timeout
             && !self.told_less.swap(true, Ordering::Relaxed)
         {
             let name = &self.config.name;

@@ -3,7 +3,10 @@
 use proto::{error::ErrorCode, limits};
 use tokio::net::TcpListener;
 
-use crate::stage::{Agent, Edge, Peer, Sent, connected, get, noise, patiently, request, reset, with_body};
+use crate::{
+    stage::{Agent, Edge, Peer, Sent, connected, get, noise, patiently, request, reset, with_body},
+    transport::agent_with,
+};
 
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
@@ -67,6 +70,49 @@ async fn an_upstream_that_is_not_there_is_unreachable() {
     let mut line = edge.welcome().await;
     line.request(&get("/")).await;
     assert_eq!(line.failure().await, (0, ErrorCode::UpstreamUnreachable));
+}
+
+/// The line about a request says why, in the words of the warning, to people and in the log.
+#[tokio::test]
+async fn the_access_line_says_the_cause() {
+    let edge = Edge::bind().await;
+    let mut agent = Agent::http(&edge, 1, &[]);
+    let mut line = edge.welcome().await;
+    line.request(&get("/for-people?secret=1")).await;
+    assert_eq!(line.failure().await, (0, ErrorCode::UpstreamUnreachable));
+    let said = loop {
+        let said = agent.line().await;
+        if said.contains("/for-people") {
+            break said;
+        }
+    };
+    assert!(
+        said.contains("  upstream_unreachable  http://localhost:1: the upstream cannot be reached: "),
+        "{said}"
+    );
+    assert!(said.ends_with("(os error 111)") && !said.contains("secret"), "{said}");
+
+    for (upstream, cause) in [
+        ("\"unix:/tmp/no-such.sock\"", "PrivateTmp=yes"),
+        ("\"http://no-such-host.invalid\"", "http://no-such-host.invalid: the upstream cannot be reached: "),
+    ] {
+        let (mut line, agent, _folder, _edge) = agent_with(&format!("upstream = {upstream}")).await;
+        line.request(&get("/")).await;
+        assert_eq!(line.failure().await, (0, ErrorCode::UpstreamUnreachable));
+        agent.says("agentd::access").await;
+        let log = agent.log();
+        let access = log.lines().find(|line| line.contains("agentd::access")).unwrap();
+        assert!(access.contains("upstream_unreachable") && access.contains(cause), "{access}");
+        // One request, one story.
+        let told = log.lines().filter(|line| line.contains("error_code")).collect::<Vec<_>>();
+        assert!(told.iter().all(|line| line.contains("upstream_unreachable")), "{told:?}");
+    }
+    let (_edge, mut line, upstream, agent) = connected().await;
+    let sent = get("/fine");
+    line.request(&sent).await;
+    let (_peer, _) = upstream.answer(OK).await;
+    line.whole(&sent).await;
+    assert!(!agent.log().contains("cause"), "nothing has failed: {}", agent.log());
 }
 
 /// What is sent of a response that breaks off: pieces until the failure, none of them an end.

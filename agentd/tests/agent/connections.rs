@@ -8,8 +8,8 @@ use tokio::{
 
 use crate::{
     stage::{
-        Agent, Edge, Line, Peer, Sent, TOKEN, Upstream, get, noise, patiently, private_file, request,
-        with_body,
+        Agent, Edge, Line, Manners, Peer, Sent, TOKEN, Upstream, connected_with, get, noise, patiently,
+        private_file, request, with_body,
     },
     transport::agent_with,
 };
@@ -444,6 +444,17 @@ async fn a_timeout_that_the_edge_does_not_wait_for_is_said_once() {
         drop(peer);
         agent.says("request_timeout of web is 300s, but the edge waits about 30 s for a head").await;
         assert_eq!(agent.log().matches("the edge waits").count(), 1, "{turn}");
+    }
+    // An edge that says how long it waits does so before the first request.
+    for (reply_timeout_ms, is_less) in [(300_000, false), (299_999, true)] {
+        let manners = Manners { reply_timeout_ms: Some(reply_timeout_ms), ..Manners::default() };
+        let (_edge, _line, _upstream, agent) = connected_with(manners, &["--request-timeout", "5m"]).await;
+        agent.says("tunnel is open").await;
+        if is_less {
+            agent.says("request_timeout of web is 300s, but the edge waits about 300 s").await;
+        } else {
+            assert!(!agent.log().contains("the edge waits"), "{}", agent.log());
+        }
     }
 }
 

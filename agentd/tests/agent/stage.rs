@@ -59,13 +59,14 @@ pub(crate) struct Edge {
 #[derive(Clone)]
 pub(crate) struct Manners {
     pub(crate) heartbeat_ms: u64,
+    pub(crate) reply_timeout_ms: Option<u64>,
     pub(crate) codecs: Codecs,
     pub(crate) refuse: Vec<(String, Refusal)>,
 }
 
 impl Default for Manners {
     fn default() -> Self {
-        Self { heartbeat_ms: 25_000, codecs: Codecs::default(), refuse: Vec::new() }
+        Self { heartbeat_ms: 25_000, reply_timeout_ms: None, codecs: Codecs::default(), refuse: Vec::new() }
     }
 }
 
@@ -241,6 +242,7 @@ impl Line {
                         .collect(),
                     heartbeat_ms: self.manners.heartbeat_ms,
                     lifetime_ms: 7_200_000,
+                    reply_timeout_ms: self.manners.reply_timeout_ms,
                     owner: None,
                     may_open: Vec::new(),
                     identity_ms: None,

@@ -43,6 +43,7 @@ pub struct Connect {
     public_url: String,
     lifetime: Duration,
     heartbeat: Duration,
+    reply_timeout: Duration,
     websockets: bool,
     fleet: Option<Fleet>,
 }
@@ -68,6 +69,11 @@ impl Connect {
             public_url: env.required(env::PUBLIC_URL)?,
             lifetime: env.connection_lifetime()?,
             heartbeat: env.heartbeat()?,
+            reply_timeout: env.secs(
+                env::REPLY_TIMEOUT_SECS,
+                limits::REPLY_TIMEOUT,
+                limits::REPLY_TIMEOUT_MAX,
+            )?,
             websockets: env.flag(env::WEBSOCKETS)?,
             fleet: Fleet::from_env(&aws, env)?,
         })
@@ -83,6 +89,7 @@ impl Connect {
             refused,
             heartbeat_ms: millis(self.heartbeat),
             lifetime_ms: millis(self.lifetime),
+            reply_timeout_ms: Some(millis(self.reply_timeout)),
             codecs: Codecs::default(),
             websockets: self.websockets,
             owner: None,
