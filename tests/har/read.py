@@ -6,7 +6,7 @@ from haralyzer import HarParser
 
 parser = HarParser.from_file(sys.argv[1])
 entries = parser.har_data["entries"]
-assert parser.creator.name == "agentd", parser.creator
+assert parser.creator["name"] == "agentd", parser.creator
 seen = 0
 for page in parser.pages:
     for entry in page.entries:

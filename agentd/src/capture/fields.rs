@@ -29,8 +29,8 @@ impl Fields {
             packed.extend_from_slice(name.as_bytes());
             packed.extend_from_slice(value);
         }
-        packed.shrink_to_fit();
-        Self(packed.into())
+        // Copied, not shrunk: that would leave a hole behind each.
+        Self(Bytes::copy_from_slice(&packed))
     }
 
     /// The fields in order.

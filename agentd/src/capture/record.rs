@@ -252,7 +252,7 @@ impl Record {
 }
 
 /// One part in so many is lost between records of all sizes that come and go.
-const GAPS: usize = 4;
+const GAPS: usize = 3;
 
 /// What the allocator and the ring need for each record, beside what is counted.
 const OVERHEAD: usize = 400;

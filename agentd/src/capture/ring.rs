@@ -505,7 +505,7 @@ mod tests {
         large.tap().answer(200, std::iter::empty(), None);
         large.tap().answer_piece(&[2; 4 << 20]);
         assert_eq!(captures.all().len(), 2);
-        assert!(captures.figures().0 <= ((1 << 20) / SHARE + 8192) * 5 / 4);
+        assert!(captures.figures().0 <= ((1 << 20) / SHARE + 8192) * 4 / 3);
     }
 
     #[test]
