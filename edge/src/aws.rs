@@ -33,6 +33,7 @@ use crate::{
     Error,
     config::{ConfigError, Env},
     metrics::{self, Counted},
+    signature::{ShortName, Signature},
 };
 
 /// The variables that tell a task of ECS where its credentials are.
@@ -43,6 +44,7 @@ const CONTAINER_CREDENTIALS: [&str; 2] =
 #[derive(Debug, Clone)]
 pub struct Aws {
     shared: SdkConfig,
+    region: String,
     custom_endpoint: bool,
 }
 
@@ -75,7 +77,7 @@ impl Aws {
         };
         let mut shared = SdkConfig::builder()
             .behavior_version(BehaviorVersion::latest())
-            .region(Region::new(region))
+            .region(Region::new(region.clone()))
             .credentials_provider(credentials)
             .http_client(http)
             .retry_config(
@@ -85,7 +87,7 @@ impl Aws {
             // Answers are small and wanted at once; a long poll is a stall by design.
             .stalled_stream_protection(StalledStreamProtectionConfig::disabled());
         shared.set_endpoint_url(endpoint.clone());
-        Ok(Self { shared: shared.build(), custom_endpoint: endpoint.is_some() })
+        Ok(Self { shared: shared.build(), region, custom_endpoint: endpoint.is_some() })
     }
 
     pub(crate) fn dynamodb(&self) -> aws_sdk_dynamodb::Client {
@@ -110,7 +112,10 @@ impl Aws {
     }
 
     fn sqs_with(&self, attempt: Duration) -> aws_sdk_sqs::Client {
-        let config = aws_sdk_sqs::config::Builder::from(&self.shared).timeout_config(timeouts(attempt));
+        let config = aws_sdk_sqs::config::Builder::from(&self.shared)
+            .timeout_config(timeouts(attempt))
+            .push_auth_scheme(Signature::new("sqs", self.region.clone()))
+            .interceptor(ShortName);
         aws_sdk_sqs::Client::from_conf(config.build())
     }
 
@@ -120,6 +125,8 @@ impl Aws {
             // so it is never started again.
             .retry_config(RetryConfig::disabled())
             .timeout_config(timeouts(proto::limits::RUN_DURATION + Duration::from_secs(5)))
+            .push_auth_scheme(Signature::new("states", self.region.clone()))
+            .interceptor(ShortName)
             .interceptor(FreshConnection::new(CONNECTION_IDLE));
         if self.custom_endpoint {
             config = config.interceptor(WithoutSyncPrefix);

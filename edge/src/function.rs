@@ -2,10 +2,12 @@
 
 use std::process::ExitCode;
 
-use lambda_runtime::{Diagnostic, LambdaEvent, service_fn};
+use lambda_runtime::{Diagnostic, LambdaEvent, Runtime, service_fn};
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 use crate::{
+    Error,
     config::{ConfigError, Env},
     metrics,
 };
@@ -42,7 +44,7 @@ where
     R: Serialize,
     P: FnOnce(&Env<'_>) -> Result<D, ConfigError>,
     H: Fn(E, std::sync::Arc<D>) -> F,
-    F: Future<Output = Result<R, crate::Error>>,
+    F: Future<Output = Result<R, Error>>,
 {
     crate::telemetry::init();
     let ended = prepare(&Env::process()).map_err(|error| error.to_string()).and_then(|deps| {
@@ -51,14 +53,20 @@ where
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| error.to_string())?;
         metrics::cold_start();
-        let service = service_fn(|event: LambdaEvent<E>| {
+        // Read here: the runtime follows the path of every field for the sake of a better message.
+        let service = service_fn(|event: LambdaEvent<Box<RawValue>>| {
             // Boxed: an AWS call is kilobytes of state, and every layer of the runtime moves this future.
-            let answer = Box::pin(handle(event.payload, std::sync::Arc::clone(&deps)));
-            async {
-                let answer = answer.await;
+            let answer = serde_json::from_str(event.payload.get())
+                .map(|payload| Box::pin(handle(payload, std::sync::Arc::clone(&deps))));
+            async move {
+                let answer = match answer {
+                    Ok(answer) => answer.await,
+                    Err(error) => Err(Error::Refused { call: "an event", source: error.into() }),
+                };
                 metrics::flush();
                 answer.map_err(|error| {
-                    tracing::error!(%error, "event was not handled");
+                    let aws_request_id = event.context.request_id;
+                    tracing::error!(%error, aws_request_id, "event was not handled");
                     // The name, not the text, is for whoever invoked the function.
                     Diagnostic {
                         error_type: "EdgeFailed".into(),
@@ -67,7 +75,8 @@ where
                 })
             }
         });
-        runtime.block_on(lambda_runtime::run(service)).map_err(|error| error.to_string())
+        // Without its layer for tracing, which formats a span for each event that hardly a line is written in.
+        runtime.block_on(Runtime::new(service).run()).map_err(|error| error.to_string())
     });
     match ended {
         Ok(()) => ExitCode::SUCCESS,

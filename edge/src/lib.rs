@@ -22,6 +22,7 @@ pub mod mailbox;
 pub mod metrics;
 pub mod registry;
 pub mod revocation;
+pub mod signature;
 pub mod telemetry;
 pub mod workflow;
 

@@ -152,7 +152,8 @@ async fn relay<P: PublicSide, M: Mail>(
         tunnel: request.tunnel.clone(),
         expires_at,
     });
-    let outcome = dispatch(services, mail, request_id, request, &token, reply_by);
+    // Boxed: an AWS call is kilobytes of state, which would be moved with everything around it.
+    let outcome = Box::pin(dispatch(services, mail, request_id, request, &token, reply_by));
     let Ok(outcome) = tokio::time::timeout_at(reply_by + RUN_GRACE, outcome).await else {
         metrics::count(Counted::RunFailures);
         tracing::error!(%request_id, tunnel_id = %request.tunnel, "run did not end in its time");
@@ -235,31 +236,28 @@ async fn dispatch<M: Mail>(
 ) -> Result<RunOutcome, Error> {
     let timeout = reply_by.saturating_duration_since(Instant::now());
     let deadline_ms = unix_now_ms() + u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX / 2);
-    let mut message = Request {
+    let whole = request.body.len() <= limits::CHUNK_BYTES;
+    let mut message = EdgeMessage::Request(Request {
         request_id: request_id.clone(),
         token: token.into(),
         tunnel: request.tunnel.clone(),
         method: request.method.as_str().into(),
         target: request.target.clone(),
         headers: request.headers.clone(),
-        body: None,
-        announced: None,
+        body: (whole && !request.body.is_empty()).then(|| Body::encode(&request.body)),
+        announced: (!whole).then_some(request.body.len() as u64),
         timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX / 2),
         upgrade: request.upgrade,
-    };
-    let mut encoded = None;
-    if request.body.len() <= limits::CHUNK_BYTES {
-        message.body = (!request.body.is_empty()).then(|| Body::encode(&request.body));
-        let candidate = EdgeMessage::Request(message.clone());
-        if candidate.encode().len() <= limits::MESSAGE_BYTES {
-            encoded = Some(candidate);
-        }
-    }
-    let message = encoded.unwrap_or_else(|| {
+    });
+    // Most are so short that they need not be written to know.
+    if whole
+        && most_bytes(request) > limits::MESSAGE_BYTES
+        && message.encode().len() > limits::MESSAGE_BYTES
+        && let EdgeMessage::Request(message) = &mut message
+    {
         message.body = None;
         message.announced = Some(request.body.len() as u64);
-        EdgeMessage::Request(message)
-    });
+    }
     let input = RunInput {
         request_id,
         tunnel: &request.tunnel,
@@ -269,6 +267,17 @@ async fn dispatch<M: Mail>(
         message: &message,
     };
     services.workflow.run(&input).await
+}
+
+/// No request's message has more bytes than this, its body in it.
+fn most_bytes(request: &PublicRequest) -> usize {
+    let headers = request.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 2);
+    let bytes = request.method.as_str().len()
+        + request.target.as_str().len()
+        + request.body.len()
+        + headers.sum::<usize>();
+    // Every byte as `\u00xx`; the token, the ids and what stands around them.
+    bytes * 6 + 4096
 }
 
 /// The request id is random; its last digits choose among several connections.

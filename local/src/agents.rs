@@ -300,8 +300,8 @@ impl Session {
             return tracing::error!("the upgraded connection is not the accepted one");
         };
         let config = WebSocketConfig::default()
-            // Cleared before each read, so no more than a frame: messages are mostly about a kilobyte.
-            .read_buffer_size(limits::FRAME_BYTES)
+            // Cleared before each read, and messages are mostly about a kilobyte.
+            .read_buffer_size(limits::FRAME_BYTES / 2)
             .max_frame_size(Some(limits::FRAME_BYTES))
             .max_message_size(Some(limits::MESSAGE_BYTES));
         let socket = Socket::from_partially_read(

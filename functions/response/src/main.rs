@@ -1,5 +1,8 @@
 //! Lambda `response`. See the crate's documentation.
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> std::process::ExitCode {
     response::run()
 }

@@ -361,17 +361,20 @@ impl<T: Tasks> Run<'_, T> {
         let mut bytes = 2;
         for (name, template) in &task.arguments {
             let value = fill(template, &scope)?;
-            bytes += name.len() + 4 + json_bytes(value.get());
+            bytes += name.len() + 4 + most_bytes(value.get());
             arguments.push((&**name, value));
         }
-        if bytes > limits::STATE_BYTES {
+        let exact = || {
+            arguments.iter().map(|(name, value)| name.len() + 4 + json_bytes(value.get())).sum::<usize>() + 2
+        };
+        if bytes > limits::STATE_BYTES && exact() > limits::STATE_BYTES {
             return Err(too_large(state));
         }
         let call = Call { state: &state.name, resource: task.resource, arguments: Arguments(arguments) };
         let result = tokio::time::timeout(task.timeout, self.tasks.call(call)).await.map_err(|_| {
             TaskError::new(error_name::TIMEOUT, format!("the state '{}' took too long", state.name))
         })??;
-        if json_bytes(&result) > limits::STATE_BYTES {
+        if is_too_large(&result) {
             return Err(too_large(state));
         }
         Ok(result)
@@ -403,7 +406,7 @@ impl<T: Tasks> Run<'_, T> {
         }
         let scope = self.scope(state, input, result);
         let (assigned, output) = evaluate(&state.assign, state.output.as_ref(), &scope)?;
-        if output.as_ref().is_some_and(|output| json_bytes(output) > limits::STATE_BYTES) {
+        if output.as_ref().is_some_and(is_too_large) {
             return Err(too_large(state));
         }
         self.assign(assigned)?;
@@ -415,7 +418,7 @@ impl<T: Tasks> Run<'_, T> {
             return Ok(());
         }
         for (name, value) in assigned {
-            if json_bytes(&value) > limits::STATE_BYTES {
+            if is_too_large(&value) {
                 return Err(TaskError::new(
                     error_name::DATA_LIMIT_EXCEEDED,
                     format!("the variable {name} is over the limit of {} bytes", limits::STATE_BYTES),
@@ -539,6 +542,25 @@ fn too_large(state: &State) -> TaskError {
 fn fraction() -> f64 {
     // Without randomness a retry waits its whole interval.
     getrandom::u32().map_or(1.0, |bits| f64::from(bits) / f64::from(u32::MAX))
+}
+
+/// Whether a value is over what a state may have. Nearly all are so far below that no text of theirs is looked at.
+fn is_too_large(value: &Value) -> bool {
+    most_bytes(value) > limits::STATE_BYTES && json_bytes(value) > limits::STATE_BYTES
+}
+
+/// No value has more bytes than this as compact JSON.
+fn most_bytes(value: &Value) -> usize {
+    // Every byte as `\u00xx`.
+    let text = |text: &str| text.len() * 6 + 3;
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => 32,
+        Value::String(value) => text(value),
+        Value::Array(items) => items.iter().map(|item| most_bytes(item) + 1).sum::<usize>() + 2,
+        Value::Object(fields) => {
+            fields.iter().map(|(name, field)| text(name) + most_bytes(field) + 1).sum::<usize>() + 2
+        }
+    }
 }
 
 /// How many bytes a value has as compact JSON.
@@ -781,6 +803,7 @@ mod tests {
         fn the_size_of_a_value_is_that_of_its_text(text in any::<String>(), number in any::<f64>(), pieces in prop::collection::vec("[\\x00-\\x7f]{0,70}", 0..5)) {
             let value = json!({ "text": text, text.clone(): [number, null, true, false, -1, 1], "pieces": pieces, "e": {}, "l": [] });
             prop_assert_eq!(json_bytes(&value), value.to_string().len());
+            prop_assert!(most_bytes(&value) >= json_bytes(&value));
         }
     }
 }
