@@ -98,7 +98,7 @@ class Tunnel {
     this.tools();
     const target = settings.architecture === 'arm64' ? '--arm64' : '--x86-64';
     const packages = names.flatMap((name) => ['-p', name]);
-    const command = ['lambda', 'build', '--release', target, '--locked', '--lambda-dir', folder, ...packages];
+    const command = ['lambda', 'build', '--profile', 'dist', target, '--locked', '--lambda-dir', folder, ...packages];
     this.log.notice(`cargo ${command.join(' ')}`);
     const { status, error } = spawnSync('cargo', command, {
       cwd: this.serverless.serviceDir,

@@ -198,7 +198,7 @@ fn total(dump: &Path) -> anyhow::Result<u64> {
 
 fn written(programs: &Counts) -> String {
     let mut text = String::from(
-        "# Instructions for one of each, counted by callgrind in a release build on x86-64 with AVX2.\n\
+        "# Instructions for one of each, counted by callgrind in a build as it ships on x86-64 with AVX2.\n\
          # `bench budget` fails when a count is more than 5 % above; `bench budget --write` makes this file.\n",
     );
     for (program, counts) in programs {

@@ -1,5 +1,5 @@
 //! Measures what one run of `public_request` costs by itself: look-up, post, a reply that waits in
-//! the mailbox already. `cargo run --release -p local --example run_overhead`
+//! the mailbox already. `cargo run --profile dist -p local --example run_overhead`
 
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 

@@ -183,13 +183,14 @@ pub fn binary(name: &str) -> PathBuf {
         let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         build.current_dir(env!("CARGO_MANIFEST_DIR"));
         build.args(["build", "--quiet", "--locked"]).arg("--target-dir").arg(folder.parent().unwrap());
-        if folder.file_name().unwrap() == "release" {
-            build.args(["--release", "--package", "local", "--package", "agentd"]);
-        } else {
+        match folder.file_name().unwrap().to_str().unwrap() {
             // Cargo unites the features of what it builds together. The whole workspace and a test
             // make the same union as `cargo test --workspace`, so that nothing is built a second time.
-            build.args(["--workspace", "--bin", "local", "--bin", "agentd", "--test", "round_trip"]);
-        }
+            "debug" => {
+                build.args(["--workspace", "--bin", "local", "--bin", "agentd", "--test", "round_trip"])
+            }
+            profile => build.args(["--profile", profile, "--package", "local", "--package", "agentd"]),
+        };
         assert!(build.status().unwrap().success(), "local and agentd do not build");
         folder
     });

@@ -317,9 +317,9 @@ async fn another_issuer_audience_and_owner_claim_can_be_configured() {
     assert_eq!(answer(&authorizer, &bearing(&keys.good())).await, DENIED);
 }
 
-/// `cargo test --release -p authorizer --test attacks -- --ignored --nocapture`
+/// `cargo test --profile dist -p authorizer --test attacks -- --ignored --nocapture`
 #[test]
-#[ignore = "measures, and means something in a release build only"]
+#[ignore = "measures, and means something in a build as it ships only"]
 fn verification_takes_less_than_two_milliseconds() {
     let keys = Keys::new();
     let set = key_set(&keys);
