@@ -6,6 +6,7 @@ pub(crate) mod hint;
 pub(crate) mod host;
 pub(crate) mod origin;
 pub(crate) mod outbox;
+pub(crate) mod pace;
 pub(crate) mod policy;
 pub(crate) mod sockets;
 pub(crate) mod tunnel;

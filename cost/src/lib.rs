@@ -4,7 +4,7 @@
 //! What `local` cannot count is said here: how long functions run in AWS ([`ASSUMED`]) and how calls are
 //! metered (messages by 32 KB, queue requests by 64 KB, runs by 100 ms). Free tiers are left out.
 
-use std::{collections::BTreeMap, fmt::Write as _};
+use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use edge::metrics::Metric;
@@ -240,11 +240,16 @@ impl Model {
         usage
     }
 
-    /// An agent that stays connected for a month and serves nobody.
+    /// An agent that stays connected for a month and serves nobody, where the edge answers pings.
     fn idle_agent(&self) -> Usage {
+        self.idle_agent_with(limits::HEARTBEAT_INTERVAL * limits::PINGS_A_HEARTBEAT)
+    }
+
+    /// The same with a heartbeat in `interval`.
+    fn idle_agent_with(&self, interval: Duration) -> Usage {
         let mut usage = Usage::default();
         usage.add("websocket_minute", MONTH_SECONDS / 60.0);
-        let beats = MONTH_SECONDS / limits::HEARTBEAT_INTERVAL.as_secs_f64();
+        let beats = MONTH_SECONDS / interval.as_secs_f64();
         // A heartbeat and its answer.
         usage.add("websocket_message", beats * 2.0);
         self.invocation(&mut usage, "response", beats, 2.0);
@@ -395,10 +400,13 @@ pub fn page() -> anyhow::Result<String> {
     )?;
     writeln!(
         out,
-        "\nAn agent that is connected for a month and serves nobody: **${:.2}**, nearly all of it heartbeats (one in {} s and its\n\
-         answer). `TUNNEL_HEARTBEAT_MS` of `connect` makes them rarer; a dead link is then noticed later.\n",
+        "\nAn agent that is connected for a month and serves nobody: **${:.3}**. It watches its link by WebSocket pings, which are\n\
+         not billed, and sends a heartbeat in {} s. Where pings are not answered (`agentd status` says which) heartbeats come in\n\
+         {} s: **${:.2}**. Whether API Gateway answers pings is not documented; the agent tries it on each connection.\n",
         model.usd(&model.idle_agent()),
-        limits::HEARTBEAT_INTERVAL.as_secs()
+        (limits::HEARTBEAT_INTERVAL * limits::PINGS_A_HEARTBEAT).as_secs(),
+        limits::HEARTBEAT_INTERVAL.as_secs(),
+        model.usd(&model.idle_agent_with(limits::HEARTBEAT_INTERVAL))
     )?;
     writeln!(
         out,

@@ -161,6 +161,13 @@ pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(25);
 /// How long the answer to a heartbeat, or to `hello`, may take.
 pub const HEARTBEAT_ANSWER: Duration = Duration::from_secs(10);
 
+/// How long the answer to a WebSocket ping may take before a heartbeat asks once more, where pings are answered.
+pub const PING_ANSWER: Duration = Duration::from_secs(5);
+
+/// While nothing goes on and pings are answered, one sign of life in so many is a heartbeat, five minutes apart: a ping costs
+/// nothing, and only a message certainly counts against [`CONNECTION_IDLE`].
+pub const PINGS_A_HEARTBEAT: u32 = 12;
+
 /// How long after a refusal the edge is asked again: invocations that held the place are over by then. Twice as long the
 /// next time.
 pub const REFUSED_RETRY: Duration = Duration::from_millis(250);
@@ -193,6 +200,10 @@ pub const HEAD_LINGER: Duration = Duration::from_millis(1);
 /// The shortest time between two partly filled chunks of one response: what an upstream flushes
 /// faster than this is sent together.
 pub const CHUNK_LINGER: Duration = Duration::from_millis(2);
+
+/// The longest that pieces of a response are gathered where the way to the public client is long. Two of a language model's
+/// tokens, 20 ms apart, make one message.
+pub const CHUNK_GATHER: Duration = Duration::from_millis(40);
 
 /// The longest message of a public WebSocket unless configured otherwise. Jupyter sends 8 MB in one, and Socket.IO and
 /// Tornado take 1 and 10 MB; tungstenite joins up to 64 MB.
@@ -260,7 +271,8 @@ mod tests {
     #[test]
     fn heartbeats_keep_the_connection_from_idling_and_notice_death_in_time() {
         assert!(HEARTBEAT_INTERVAL + HEARTBEAT_ANSWER < CONNECTION_IDLE);
-        assert!(HEARTBEAT_INTERVAL + HEARTBEAT_ANSWER <= Duration::from_secs(40));
+        assert!(HEARTBEAT_INTERVAL + PING_ANSWER + HEARTBEAT_ANSWER <= Duration::from_secs(40));
+        assert!(HEARTBEAT_INTERVAL * (PINGS_A_HEARTBEAT + 1) + HEARTBEAT_ANSWER < CONNECTION_IDLE);
     }
 
     #[test]

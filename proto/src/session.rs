@@ -51,6 +51,25 @@ pub enum Event {
     Replace,
     /// The connection is dead and must be dropped; said once, and nothing follows.
     Dead(Dead),
+    /// From now on this is how the link is watched.
+    Rhythm(Rhythm),
+}
+
+/// How an idle link is watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rhythm {
+    /// By WebSocket pings, and a heartbeat now and then. They are not billed, and this edge answers them.
+    Pings,
+    /// By heartbeats alone: this edge does not answer pings.
+    Heartbeats,
+}
+
+/// What is known of how the edge takes pings. Only a live edge can tell, so it is tried with the first heartbeat.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pings {
+    Untried,
+    Answered,
+    Silent,
 }
 
 /// One connection's control state. Created when the connection is open.
@@ -63,6 +82,11 @@ pub struct Session {
     heartbeat_interval: Duration,
     heartbeat_at: Option<Instant>,
     answer_deadline: Option<Instant>,
+    pings: Pings,
+    ping_due: bool,
+    ping_deadline: Option<Instant>,
+    /// When the edge last said a word: what a heartbeat may wait from.
+    worded_at: Instant,
     replace_at: Option<Instant>,
     replace_planned: bool,
     dead: bool,
@@ -86,6 +110,10 @@ impl Session {
             heartbeat_interval: limits::HEARTBEAT_INTERVAL,
             heartbeat_at: None,
             answer_deadline: None,
+            pings: Pings::Untried,
+            ping_due: false,
+            ping_deadline: None,
+            worded_at: now,
             replace_at: None,
             replace_planned: false,
             dead: false,
@@ -128,9 +156,24 @@ impl Session {
         self.serve(&[], now);
     }
 
-    /// Any message arrived: the link is alive.
+    /// Any message arrived: the link is alive, and the edge above it.
     pub fn handle_alive(&mut self, now: Instant) {
         self.answer_deadline = None;
+        self.worded_at = now;
+        self.handle_ping(now);
+    }
+
+    /// A pong arrived.
+    pub fn handle_pong(&mut self, now: Instant) {
+        if self.ping_deadline.take().is_some() && self.pings == Pings::Untried {
+            self.pings = Pings::Answered;
+            self.events.push_back(Event::Rhythm(Rhythm::Pings));
+        }
+        self.handle_ping(now);
+    }
+
+    /// A ping arrived: the link is alive. What is above it may be dead, so it answers no heartbeat.
+    pub fn handle_ping(&mut self, now: Instant) {
         if self.heartbeat_at.is_some() {
             self.heartbeat_at = Some(now + self.heartbeat_interval);
         }
@@ -172,8 +215,8 @@ impl Session {
         }
     }
 
-    /// Time has passed.
-    pub fn handle_timeout(&mut self, now: Instant) {
+    /// Time has passed. While the connection is `busy`, only heartbeats will do.
+    pub fn handle_timeout(&mut self, now: Instant, busy: bool) {
         if self.dead {
             return;
         }
@@ -188,6 +231,7 @@ impl Session {
         if let Some(dead) = dead {
             self.dead = true;
             self.transmit.clear();
+            self.ping_due = false;
             self.events.push_back(Event::Dead(dead));
             return;
         }
@@ -199,15 +243,38 @@ impl Session {
             self.replace_at = None;
             self.events.push_back(Event::Replace);
         }
+        if due(self.ping_deadline) {
+            self.ping_deadline = None;
+            // Perhaps the link is dead, perhaps pings are no longer answered: a heartbeat will tell.
+            if self.pings == Pings::Answered {
+                self.beat(now);
+            }
+            self.pings = Pings::Silent;
+            self.events.push_back(Event::Rhythm(Rhythm::Heartbeats));
+        }
         if due(self.heartbeat_at) {
             self.heartbeat_at = Some(now + self.heartbeat_interval);
-            self.answer_deadline.get_or_insert(now + limits::HEARTBEAT_ANSWER);
-            self.seq_heartbeat();
+            let is_rare = now < self.worded_at + self.heartbeat_interval * limits::PINGS_A_HEARTBEAT;
+            if self.pings != Pings::Silent {
+                self.ping_due = true;
+                self.ping_deadline.get_or_insert(now + limits::PING_ANSWER.min(self.heartbeat_interval));
+            }
+            if self.pings != Pings::Answered || busy || !is_rare {
+                self.beat(now);
+            }
         }
     }
 
-    fn seq_heartbeat(&mut self) {
+    fn beat(&mut self, now: Instant) {
+        if self.answer_deadline.is_none() {
+            self.answer_deadline = Some(now + limits::HEARTBEAT_ANSWER);
+        }
         self.transmit.push_back(AgentMessage::Heartbeat(Heartbeat { seq: self.seq }));
+    }
+
+    /// Whether a ping is to be sent now; asked once for each.
+    pub fn poll_ping(&mut self) -> bool {
+        std::mem::take(&mut self.ping_due)
     }
 
     /// The next message to send, if any.
@@ -226,10 +293,17 @@ impl Session {
         if self.dead {
             return None;
         }
-        [self.hello_deadline, self.again_at, self.answer_deadline, self.heartbeat_at, self.replace_at]
-            .into_iter()
-            .flatten()
-            .min()
+        [
+            self.hello_deadline,
+            self.again_at,
+            self.answer_deadline,
+            self.ping_deadline,
+            self.heartbeat_at,
+            self.replace_at,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 }
 
@@ -283,6 +357,10 @@ mod tests {
         session: Session,
         now: Instant,
         silent: bool,
+        /// Whether pings are answered.
+        pongs: bool,
+        busy: bool,
+        pings: usize,
         sent: Vec<AgentMessage<'static>>,
         events: Vec<Event>,
     }
@@ -294,6 +372,9 @@ mod tests {
                 session: Session::new(config(), &tunnels(), now),
                 now,
                 silent: false,
+                pongs: false,
+                busy: false,
+                pings: 0,
                 sent: Vec::new(),
                 events: Vec::new(),
             };
@@ -302,6 +383,12 @@ mod tests {
         }
 
         fn settle(&mut self) {
+            if self.session.poll_ping() {
+                self.pings += 1;
+                if self.pongs {
+                    self.session.handle_pong(self.now);
+                }
+            }
             while let Some(message) = self.session.poll_transmit() {
                 if !self.silent {
                     match &message {
@@ -321,7 +408,7 @@ mod tests {
             let end = self.now + duration;
             while let Some(at) = self.session.poll_timeout().filter(|&at| at <= end) {
                 self.now = self.now.max(at);
-                self.session.handle_timeout(self.now);
+                self.session.handle_timeout(self.now, self.busy);
                 self.settle();
             }
             self.now = end;
@@ -364,11 +451,66 @@ mod tests {
     }
 
     #[test]
+    fn where_pings_are_answered_heartbeats_are_rare_while_nothing_goes_on() {
+        let mut pair = Pair::new();
+        pair.pongs = true;
+        pair.drive(Duration::from_secs(25));
+        assert_eq!((pair.heartbeats(), pair.pings), (1, 1), "the first ones try it");
+        assert!(pair.events.contains(&Event::Rhythm(Rhythm::Pings)));
+        pair.drive(Duration::from_secs(3_600));
+        assert_eq!((pair.heartbeats(), pair.pings), (13, 145));
+        pair.busy = true;
+        pair.drive(Duration::from_secs(100));
+        assert_eq!((pair.heartbeats(), pair.pings), (17, 149));
+    }
+
+    #[test]
+    fn where_pings_are_not_answered_everything_is_as_it_would_be_without() {
+        let mut pair = Pair::new();
+        pair.drive(Duration::from_secs(1_000));
+        assert_eq!((pair.heartbeats(), pair.pings), (40, 1));
+        assert_eq!(pair.events.last(), Some(&Event::Rhythm(Rhythm::Heartbeats)));
+    }
+
+    #[test]
+    fn death_is_noticed_within_40_seconds_at_every_rhythm() {
+        for (pongs, busy, before) in
+            [(true, false, 30), (true, false, 299), (true, false, 330), (true, true, 90), (false, false, 330)]
+        {
+            for only_pings in [false, true] {
+                let mut pair = Pair::new();
+                (pair.pongs, pair.busy) = (pongs, busy);
+                pair.drive(Duration::from_secs(before));
+                pair.silent = true;
+                // A way that answers pings and is dead above: heartbeats tell, where there are any.
+                pair.pongs = only_pings && pongs;
+                let within = if pair.pongs && !busy { 12 * 25 + 10 } else { 40 };
+                pair.drive(Duration::from_secs(within));
+                let dead = Event::Dead(Dead::NoHeartbeat);
+                assert_eq!(pair.events.last(), Some(&dead), "{pongs} {busy} {before} {only_pings}");
+            }
+        }
+    }
+
+    #[test]
+    fn pings_that_are_no_longer_answered_are_no_longer_sent() {
+        let mut pair = Pair::new();
+        pair.pongs = true;
+        pair.drive(Duration::from_secs(1_000));
+        pair.pongs = false;
+        let before = pair.heartbeats();
+        pair.drive(Duration::from_secs(1_000));
+        assert!(pair.heartbeats() - before >= 39, "{}", pair.heartbeats() - before);
+        assert!(!pair.events.iter().any(|event| matches!(event, Event::Dead(_))));
+        assert_eq!(pair.events.last(), Some(&Event::Rhythm(Rhythm::Heartbeats)));
+    }
+
+    #[test]
     fn an_unanswered_hello_is_noticed() {
         let now = epoch();
         let mut session = Session::new(config(), &tunnels(), now);
         assert_eq!(session.poll_timeout(), Some(now + limits::HEARTBEAT_ANSWER));
-        session.handle_timeout(now + limits::HEARTBEAT_ANSWER);
+        session.handle_timeout(now + limits::HEARTBEAT_ANSWER, false);
         assert_eq!(session.poll_event(), Some(Event::Dead(Dead::NoWelcome)));
     }
 
@@ -383,16 +525,16 @@ mod tests {
         let first = hellos(&mut session);
         session.handle_refused(now);
         session.handle_refused(now);
-        session.handle_timeout(now);
+        session.handle_timeout(now, false);
         assert_eq!(hellos(&mut session).len(), 0, "not at once");
         let later = now + limits::REFUSED_RETRY;
         assert_eq!(session.poll_timeout(), Some(later));
-        session.handle_timeout(later);
+        session.handle_timeout(later, false);
         assert_eq!(hellos(&mut session), first);
         let mut said = 1;
         for _ in 0..10 {
             session.handle_refused(later);
-            session.handle_timeout(later + limits::REFUSED_RETRY * 4);
+            session.handle_timeout(later + limits::REFUSED_RETRY * 4, false);
             said += u32::from(hellos(&mut session) == first);
         }
         assert_eq!(said, limits::REFUSED_TRIES);
@@ -401,7 +543,7 @@ mod tests {
         assert_eq!(hellos(&mut session).len(), 1);
         session.handle_refused(later);
         session.handle_welcome(welcome(2), later);
-        session.handle_timeout(later + limits::REFUSED_RETRY);
+        session.handle_timeout(later + limits::REFUSED_RETRY, false);
         assert_eq!(hellos(&mut session).len(), 0, "it was answered");
     }
 
@@ -438,7 +580,7 @@ mod tests {
     proptest! {
         /// Whatever happens in whatever order, nothing is sent or said after death.
         #[test]
-        fn nothing_follows_death(steps in proptest::collection::vec((0u8..6, 0u64..60_000), 1..60)) {
+        fn nothing_follows_death(steps in proptest::collection::vec((0u8..8, 0u64..60_000), 1..60)) {
             let mut now = epoch();
             let mut session = Session::new(config(), &tunnels(), now);
             let mut dead = false;
@@ -448,14 +590,16 @@ mod tests {
                     0 => session.handle_alive(now),
                     1 => session.handle_welcome(welcome(session.seq), now),
                     2 => session.handle_drain(now),
-                    _ => session.handle_timeout(now),
+                    3 => session.handle_pong(now),
+                    4 => session.handle_ping(now),
+                    _ => session.handle_timeout(now, step == 5),
                 }
                 while let Some(event) = session.poll_event() {
                     prop_assert!(!dead || !matches!(event, Event::Dead(_)), "{event:?} after death");
                     dead |= matches!(event, Event::Dead(_));
                 }
                 let sent = std::iter::from_fn(|| session.poll_transmit()).count();
-                prop_assert!(!(dead && sent > 0));
+                prop_assert!(!(dead && (sent > 0 || session.poll_ping())));
             }
         }
     }

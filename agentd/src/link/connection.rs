@@ -24,7 +24,7 @@ use proto::{
         AgentMessage, DecodeError, EdgeFrames, EdgeMessage, Envelope, Failed, Probe, Progress, Request,
         RequestChunk, Welcome,
     },
-    session::{Config as SessionConfig, Dead, Event, Session},
+    session::{Config as SessionConfig, Dead, Event, Rhythm, Session},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -38,6 +38,7 @@ use crate::{
     report::access::AccessLog,
     serve::exchange::{Exchange, Job, JobBody},
     serve::outbox::Outbox,
+    serve::pace::Taken,
     serve::sockets::{SocketEvent, Sockets},
     serve::tunnel::Tunnels,
     serve::upload::{self, Upload, UploadError},
@@ -102,6 +103,8 @@ pub(crate) enum Command {
 pub(crate) enum Report {
     /// The edge answered `hello`.
     Welcomed(Welcome),
+    /// How the link is watched while nothing goes on.
+    Rhythm(Rhythm),
     /// The connection should be replaced.
     Replace,
     /// The loop that notices a dead link turns, as [`Command::Prove`] asks.
@@ -136,7 +139,7 @@ pub(crate) enum End {
 struct Running {
     token: Box<str>,
     abort: AbortHandle,
-    credit: watch::Sender<u32>,
+    credit: watch::Sender<Taken>,
     sent: Arc<AtomicU32>,
     upload: Option<Upload>,
 }
@@ -198,6 +201,9 @@ pub(crate) async fn run(
             // A full queue means that nothing is written; the write deadline will say so.
             let _ = connection.outbox.send_control(message.encode());
         }
+        if connection.session.poll_ping() {
+            connection.outbox.send_ping();
+        }
         let mut dead = None;
         while let Some(event) = connection.session.poll_event() {
             match event {
@@ -209,6 +215,10 @@ pub(crate) async fn run(
                     let _ = reports.send((serial, Report::Replace)).await;
                 }
                 Event::Dead(reason) => dead = Some(reason),
+                Event::Rhythm(rhythm) => {
+                    tracing::debug!(?rhythm, "how the link is watched while nothing goes on");
+                    let _ = reports.send((serial, Report::Rhythm(rhythm))).await;
+                }
             }
         }
         if let Some(reason) = dead {
@@ -304,7 +314,8 @@ impl Connection {
             self.was_again_at = Some(now);
             self.outbox.send_again();
         }
-        self.session.handle_timeout(now.into_std());
+        let busy = !self.is_quiet();
+        self.session.handle_timeout(now.into_std(), busy);
     }
 
     /// Whether the connection has nothing left to do.
@@ -382,7 +393,8 @@ impl Connection {
         let now = Instant::now().into_std();
         match message {
             Message::Text(text) => self.handle_text(&text),
-            Message::Ping(_) | Message::Pong(_) => self.session.handle_alive(now),
+            Message::Ping(_) => self.session.handle_ping(now),
+            Message::Pong(_) => self.session.handle_pong(now),
             Message::Binary(_) => return Err(LinkError::Binary),
             Message::Close(frame) => return Err(LinkError::from_close(frame.as_ref())),
             Message::Frame(_) => {}
@@ -400,7 +412,13 @@ impl Connection {
             Ok(EdgeMessage::RequestChunk(chunk)) => self.upload(chunk),
             Ok(EdgeMessage::Credit(credit)) => {
                 if let Some(running) = self.running.get(&credit.request_id) {
-                    running.credit.send_modify(|through| *through = (*through).max(credit.through));
+                    running.credit.send_if_modified(|taken| {
+                        let is_news = credit.through > taken.through;
+                        if is_news {
+                            *taken = Taken { through: credit.through, at: Instant::now() };
+                        }
+                        is_news
+                    });
                 }
             }
             Ok(EdgeMessage::Frames(frames)) => self.frames(frames),
@@ -487,7 +505,7 @@ impl Connection {
         let Ok(method) = Method::from_bytes(request.method.as_bytes()) else {
             return answer_with(ErrorCode::BadRequest);
         };
-        let (credit, credit_seen) = watch::channel(0);
+        let (credit, credit_seen) = watch::channel(Taken::nothing());
         let sent = Arc::new(AtomicU32::new(0));
         let request_id = request.request_id;
         let token: Box<str> = (&*request.token).into();

@@ -8,6 +8,7 @@ use std::{
 use proto::{
     id::TunnelName,
     message::{Refusal, Welcome},
+    session::Rhythm,
 };
 use tokio::{sync::mpsc, time::Instant};
 
@@ -15,7 +16,7 @@ use super::{connection::Command, refusal::is_passing};
 use crate::{
     identity::credential::Token,
     random,
-    report::status::{ConnectionState, ConnectionStatus},
+    report::status::{ConnectionState, ConnectionStatus, WatchedBy},
 };
 
 /// How long before the end of its identity a connection looks for another token, at most.
@@ -33,6 +34,8 @@ pub(super) struct Known {
     /// What the edge did not open on this connection, and why.
     pub(super) refused: BTreeMap<TunnelName, Refusal>,
     pub(super) welcomed: bool,
+    /// How the link is watched while nothing goes on, once that is known.
+    pub(super) rhythm: Option<Rhythm>,
     pub(super) retiring: bool,
     pub(super) replace: bool,
     pub(super) greet_at: Option<Instant>,
@@ -55,6 +58,7 @@ impl Known {
             open: BTreeSet::new(),
             refused: BTreeMap::new(),
             welcomed: false,
+            rhythm: None,
             retiring: false,
             replace: false,
             greet_at: None,
@@ -118,6 +122,10 @@ impl Known {
             state: self.state(),
             age_secs: now.duration_since(self.since).as_secs(),
             tunnels_open: self.open.len(),
+            watched_by: self.rhythm.map(|rhythm| match rhythm {
+                Rhythm::Pings => WatchedBy::Pings,
+                Rhythm::Heartbeats => WatchedBy::Heartbeats,
+            }),
         }
     }
 }

@@ -297,6 +297,12 @@ impl Rotation {
                 }
                 None
             }
+            Report::Rhythm(rhythm) => {
+                if let Some(known) = self.connections.get_mut(&serial) {
+                    known.rhythm = Some(rhythm);
+                }
+                None
+            }
             Report::Alive => {
                 self.proved(serial);
                 None

@@ -179,6 +179,11 @@ async fn write(
                 write_message(&mut sink, text.clone()).await?;
                 kept.push(text, 0);
             }
+            Next::Control(Control::Ping) => {
+                timeout(limits::WRITE_TIMEOUT, sink.feed(Message::Ping(Bytes::new())))
+                    .await
+                    .map_err(late)??;
+            }
             Next::Control(Control::Again) => {
                 for Written { again, text, .. } in kept.take() {
                     write_message(&mut sink, text.clone()).await?;

@@ -275,7 +275,7 @@ impl Moment {
                 match self.reports.recv().await? {
                     (_, FromConnection::Welcomed(welcome)) => return Some(welcome),
                     (_, FromConnection::Ended(_)) => return None,
-                    (_, FromConnection::Replace | FromConnection::Alive) => {}
+                    (_, FromConnection::Replace | FromConnection::Alive | FromConnection::Rhythm(_)) => {}
                 }
             }
         })

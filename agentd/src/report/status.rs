@@ -69,6 +69,28 @@ pub(crate) struct ConnectionStatus {
     pub(crate) state: ConnectionState,
     pub(crate) age_secs: u64,
     pub(crate) tunnels_open: usize,
+    /// Once the edge has shown which it answers.
+    #[serde(default)]
+    pub(crate) watched_by: Option<WatchedBy>,
+}
+
+/// How a connection is watched while nothing goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum WatchedBy {
+    /// WebSocket pings, and a heartbeat every five minutes.
+    Pings,
+    /// A heartbeat every 25 seconds.
+    Heartbeats,
+}
+
+impl WatchedBy {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Pings => "pings",
+            Self::Heartbeats => "heartbeats",
+        }
+    }
 }
 
 /// What a connection is there for.
@@ -195,6 +217,9 @@ impl Status {
             && let Some(id) = &connection.connection_id
         {
             let _ = write!(text, ", connection {id} for {}", span(connection.age_secs));
+            if let Some(watched_by) = connection.watched_by {
+                let _ = write!(text, ", watched by {}", watched_by.as_str());
+            }
         }
         text.push('\n');
         if self.edge.state == LinkState::Connecting
@@ -393,6 +418,7 @@ mod tests {
                     state: ConnectionState::Serving,
                     age_secs: 3_700,
                     tunnels_open: 1,
+                    watched_by: Some(WatchedBy::Pings),
                 }],
                 failures: 0,
                 next_try_ms: None,
@@ -411,7 +437,7 @@ mod tests {
     fn people_read_a_table() {
         let text = status().to_text();
         let wanted = "agentd 1.2.3 is running with pid 7, up 1 min 15 s
-edge    wss://edge/  connected, connection abc= for 1 h 1 min
+edge    wss://edge/  connected, connection abc= for 1 h 1 min, watched by pings
 config  /a.toml, 2 reloads
 
 NAME         STATE    PUBLIC URL               UPSTREAM               HEALTH  IN FLIGHT  WEBSOCKETS  REQUESTS  ERRORS

@@ -41,6 +41,7 @@ use crate::{
     serve::host::HostRule,
     serve::origin::{Rewrites, View, without_own_via},
     serve::outbox::{LinkGone, Outbox},
+    serve::pace::{Pace, Taken},
     serve::policy::{
         Delivery, Policy, Webhook, answer::Answer, asked::Asked, body::LocalBody, traffic::Passage,
         visitors::is_user,
@@ -104,7 +105,7 @@ pub(crate) struct Exchange {
     /// What the edge can decode.
     pub(crate) codecs: Codecs,
     /// The last chunk that the public client has taken.
-    pub(crate) credit: watch::Receiver<u32>,
+    pub(crate) credit: watch::Receiver<Taken>,
     /// How many pieces of the response have been handed to the outbox.
     pub(crate) sent: Arc<AtomicU32>,
     pub(crate) access: AccessLog,
@@ -206,7 +207,7 @@ async fn answer(
     tunnels: &Tunnels,
     sender: &Sender<'_>,
     codecs: &Codecs,
-    credit: watch::Receiver<u32>,
+    credit: watch::Receiver<Taken>,
     websockets: Websockets,
     line: &mut AccessLine,
     capture: &mut Option<Capture>,
@@ -516,7 +517,7 @@ async fn answer_here(
     tunnel: &Tunnel,
     sender: &Sender<'_>,
     codecs: &Codecs,
-    credit: watch::Receiver<u32>,
+    credit: watch::Receiver<Taken>,
     line: &mut AccessLine,
 ) -> Stop {
     let code = answer.code;
@@ -848,7 +849,8 @@ struct Outflow<'a> {
     /// The number of the next piece.
     seq: u32,
     window: SendWindow,
-    credit: watch::Receiver<u32>,
+    pace: Pace,
+    credit: watch::Receiver<Taken>,
     /// What may be known for a setting that is amiss.
     refused: Option<Refused>,
     tunnel: &'a Tunnel,
@@ -863,7 +865,7 @@ impl<'a> Outflow<'a> {
         body: Source,
         headers: &Headers,
         codecs: &Codecs,
-        credit: watch::Receiver<u32>,
+        credit: watch::Receiver<Taken>,
     ) -> Self {
         let codec = (codecs.has(Codec::Zstd) && wants_codec(headers)).then_some(Codec::Zstd);
         Self {
@@ -875,6 +877,7 @@ impl<'a> Outflow<'a> {
             codec,
             seq: 0,
             window: SendWindow::new(limits::CHUNK_WINDOW),
+            pace: Pace::new(),
             credit,
             refused: None,
             tunnel,
@@ -977,11 +980,13 @@ impl<'a> Outflow<'a> {
 
     /// Sends the next piece: at once what an upstream flushes now and then, full ones while it streams.
     async fn send_chunk(&mut self, line: &mut AccessLine) -> Result<(), Broken> {
-        let lingers_until = Instant::now() + limits::CHUNK_LINGER;
+        if self.credit.has_changed().unwrap_or(false) {
+            self.take_credit();
+        }
+        let lingers_until = Instant::now() + self.pace.gather();
         while !self.window.may_send(self.seq) {
             self.credit.changed().await.map_err(|_| Broken::Gone)?;
-            let through = *self.credit.borrow_and_update();
-            self.window.credit(through);
+            self.take_credit();
         }
         if self.pending.is_empty() && !self.is_over() {
             let next = self.body.next().await;
@@ -1018,7 +1023,14 @@ impl<'a> Outflow<'a> {
         Ok(())
     }
 
+    fn take_credit(&mut self) {
+        let taken = *self.credit.borrow_and_update();
+        self.window.credit(taken.through);
+        self.pace.taken(taken);
+    }
+
     fn sent(&mut self, taken: usize, line: &mut AccessLine) {
+        self.pace.sent(self.seq, Instant::now);
         self.pending.advance(taken);
         self.seq += 1;
         self.sender.sent.store(self.seq, Ordering::Relaxed);

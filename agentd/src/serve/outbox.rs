@@ -36,6 +36,8 @@ pub(crate) enum Control {
     Word(Bytes),
     /// The edge could not take one of the last messages, and does not say which: they are to be sent again.
     Again,
+    /// A ping of the WebSocket itself.
+    Ping,
     /// The last word, after what waits now.
     Close(CloseCode, &'static str),
 }
@@ -77,6 +79,11 @@ impl Outbox {
     /// itself.
     pub(crate) fn send_word(&self, text: String) -> Result<(), LinkGone> {
         self.control.try_send(Control::Word(text.into())).map_err(|_| LinkGone)
+    }
+
+    /// Sends a WebSocket ping.
+    pub(crate) fn send_ping(&self) {
+        let _ = self.control.try_send(Control::Ping);
     }
 
     /// Has what was sent of late be sent again.
