@@ -8,6 +8,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
+    time::{Duration, Instant},
 };
 
 use agentd::identity::{Algorithm as KeyKind, JWKS_FILE, KEY_FILE, Keys};
@@ -21,7 +22,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tests::{
     Agent, Local,
-    client::{Answer, Request},
+    client::{Answer, Connection, Request},
     operator::unix_now,
     upstream::{Recorded, Upstream},
 };
@@ -908,4 +909,104 @@ async fn requests_go_where_their_rules_say_and_are_changed_on_the_way() {
     ] {
         assert!(said.contains(line), "{line}\n{said}");
     }
+}
+
+/// What comes in beside the requests that are measured, a hundred a second, each from an address of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Beside {
+    Nothing,
+    /// Requests that show no password, to a path that wants none.
+    Requests,
+    /// Wrong passwords.
+    Guesses,
+}
+
+/// Sends what is to come beside for as long as it is polled; counts the answers by status.
+async fn come_beside(beside: Beside, public: std::net::SocketAddr, answers: &mut HashMap<u16, usize>) {
+    if beside == Beside::Nothing {
+        return std::future::pending().await;
+    }
+    let mut all = tokio::task::JoinSet::new();
+    let mut each = tokio::time::interval(Duration::from_millis(10));
+    let first = getrandom::u32().unwrap();
+    for number in 0_u32.. {
+        tokio::select! {
+            _ = each.tick() => {}
+            Some(status) = all.join_next() => {
+                *answers.entry(status.unwrap()).or_default() += 1;
+                continue;
+            }
+        }
+        let [_, a, b, c] = first.wrapping_add(number).to_be_bytes();
+        all.spawn(async move {
+            let socket = tokio::net::TcpSocket::new_v4().unwrap();
+            socket.bind(([127, 1 | a, b, c.clamp(1, 254)], 0).into()).unwrap();
+            let stream = socket.connect(public).await.unwrap();
+            let request = match beside {
+                Beside::Guesses => {
+                    Request::to("team", "GET", "/").field("authorization", &basic("ann", &number.to_string()))
+                }
+                _ => Request::to("team", "GET", "/open"),
+            };
+            let mut connection = Connection::over(tokio_tungstenite::MaybeTlsStream::Plain(stream));
+            connection.exchange(&request).await.status
+        });
+    }
+}
+
+/// Whoever is known waits no longer beside a hundred guesses a second than beside as many requests that guess nothing.
+#[tokio::test]
+#[ignore = "measures for a minute and a half, alone: cargo test -p tests --test policy guesses -- --ignored --nocapture"]
+async fn a_hundred_guesses_a_second_do_not_slow_who_is_known() {
+    const ROUNDS: usize = 5;
+    const LASTS: Duration = Duration::from_secs(5);
+    let secrets = Secrets::new();
+    let upstream = naming("own").await;
+    let users = secrets.write("users", &format!("ann:{}\n", bcrypt::hash("correct horse", 10).unwrap()));
+    let rules = format!("basic_auth = {{ file = \"{users}\", except = [\"/open\"] }}");
+    let local = Local::start(&[]);
+    let _agent = local.agent_with(&tunnel("team", &upstream, &rules), &["team"]);
+    let known = Request::to("team", "GET", "/").field("authorization", &basic("ann", "correct horse"));
+    let mut connection = Connection::open(local.public).await;
+    for _ in 0..50 {
+        assert_eq!(connection.exchange(&known).await.status, 200);
+    }
+    let kinds = [Beside::Nothing, Beside::Requests, Beside::Guesses];
+    let (mut times, mut answers) = (vec![Vec::new(); kinds.len()], vec![HashMap::new(); kinds.len()]);
+    for _ in 0..ROUNDS {
+        for (kind, &beside) in kinds.iter().enumerate() {
+            let until = Instant::now() + LASTS;
+            let measured = async {
+                while Instant::now() < until {
+                    let begun = Instant::now();
+                    assert_eq!(connection.exchange(&known).await.status, 200);
+                    times[kind].push(begun.elapsed());
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            tokio::select! {
+                () = measured => {}
+                () = come_beside(beside, local.public, &mut answers[kind]) => {}
+            }
+        }
+    }
+    let percentile = |times: &mut Vec<Duration>, percent: usize| {
+        times.sort();
+        times[(times.len() - 1) * percent / 100]
+    };
+    for (kind, beside) in kinds.iter().enumerate() {
+        let (p50, p95) = (percentile(&mut times[kind], 50), percentile(&mut times[kind], 95));
+        eprintln!(
+            "beside {beside:?}: {} requests, p50 {p50:?}, p95 {p95:?}; answers {:?}",
+            times[kind].len(),
+            answers[kind]
+        );
+    }
+    // Both came as often, and guesses were really hashed.
+    assert!(answers[1][&200] > 300 && answers[2][&401] > 30 && !answers[2].contains_key(&200), "{answers:?}");
+    let (plain, guessed) = (percentile(&mut times[1], 95), percentile(&mut times[2], 95));
+    assert!(
+        guessed <= plain.mul_f64(1.25) + Duration::from_millis(2),
+        "{guessed:?} beside guesses, {plain:?} without"
+    );
 }

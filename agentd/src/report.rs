@@ -3,6 +3,7 @@
 pub(crate) mod access;
 pub(crate) mod cause;
 pub(crate) mod denial;
+mod json;
 pub(crate) mod metrics;
 pub(crate) mod status;
 pub(crate) mod systemd;

@@ -6,6 +6,7 @@
 
 use std::{borrow::Cow, fmt};
 
+use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser::SerializeSeq};
 
@@ -90,14 +91,26 @@ impl Headers {
     /// A field that HTTP or this tunnel needs end to end stays even when `Connection` names it.
     /// Trailers are not carried, so `TE` and `Trailer` go too.
     pub fn strip_hop_by_hop(&mut self) {
-        let named: Vec<String> = self
-            .get_all(header::CONNECTION)
+        let named = self.named_by_connection();
+        self.retain(|name, _| !is_hop_by_hop(name) && !named.iter().any(|token| token == name.as_str()));
+    }
+
+    /// The fields that [`Self::strip_hop_by_hop`] would leave.
+    pub fn end_to_end(&self) -> impl Iterator<Item = (&HeaderName, &HeaderValue)> {
+        let named = self.named_by_connection();
+        self.iter().filter(move |(name, _)| {
+            !is_hop_by_hop(name) && !named.iter().any(|token| token == name.as_str())
+        })
+    }
+
+    /// The fields that `Connection` takes away.
+    fn named_by_connection(&self) -> Vec<String> {
+        self.get_all(header::CONNECTION)
             .flat_map(|value| value.as_bytes().split(|&b| b == b','))
             .filter_map(|token| std::str::from_utf8(token).ok())
             .map(|token| token.trim_matches([' ', '\t']).to_ascii_lowercase())
             .filter(|token| !is_end_to_end(token))
-            .collect();
-        self.retain(|name, _| !is_hop_by_hop(name) && !named.iter().any(|token| token == name.as_str()));
+            .collect()
     }
 }
 
@@ -143,6 +156,21 @@ fn is_end_to_end(name: &str) -> bool {
 impl From<&HeaderMap> for Headers {
     fn from(map: &HeaderMap) -> Self {
         Self(map.iter().map(|(name, value)| (name.clone(), value.clone())).collect())
+    }
+}
+
+impl From<HeaderMap> for Headers {
+    fn from(map: HeaderMap) -> Self {
+        let mut headers = Self(Vec::with_capacity(map.len()));
+        let mut last = None;
+        for (name, value) in map {
+            // Further values of a field come without its name.
+            last = name.or(last);
+            if let Some(name) = &last {
+                headers.push(name.clone(), value);
+            }
+        }
+        headers
     }
 }
 
@@ -219,22 +247,47 @@ impl<'de> Deserialize<'de> for Headers {
             }
 
             fn visit_seq<A: de::SeqAccess<'de>>(self, mut seq: A) -> Result<Headers, A::Error> {
-                let mut headers = Headers::new();
+                let forbidden = || de::Error::custom("a header value has a forbidden character");
+                let mut names = Vec::with_capacity(USUAL_FIELDS);
+                // All values lie in one piece of memory: many small ones cost more to make and to share.
+                let mut values = Vec::with_capacity(USUAL_BYTES);
                 while let Some((name, value)) = seq.next_element::<(Text<'de>, Text<'de>)>()? {
-                    if headers.len() == limits::HEADER_FIELDS {
+                    if names.len() == limits::HEADER_FIELDS {
                         return Err(de::Error::custom("too many header fields"));
                     }
                     let name = HeaderName::from_bytes(name.0.as_bytes())
                         .map_err(|_| de::Error::custom("a header name is not a token"))?;
-                    let value = value_from_text(&value.0)
-                        .ok_or_else(|| de::Error::custom("a header value has a forbidden character"))?;
-                    headers.push(name, value);
+                    push_value(&mut values, &value.0).ok_or_else(forbidden)?;
+                    names.push((name, values.len()));
+                }
+                let mut values = Bytes::from(values);
+                let mut start = 0;
+                let mut headers = Headers(Vec::with_capacity(names.len()));
+                for (name, end) in names {
+                    let value = values.split_to(end - std::mem::replace(&mut start, end));
+                    headers.push(name, HeaderValue::from_maybe_shared(value).map_err(|_| forbidden())?);
                 }
                 Ok(headers)
             }
         }
         deserializer.deserialize_seq(Visitor)
     }
+}
+
+/// How many fields, and bytes of their values, there is room for at once.
+const USUAL_FIELDS: usize = 24;
+const USUAL_BYTES: usize = 1024;
+
+/// The opposite of [`value_to_text`], but for bytes that HTTP forbids.
+fn push_value(bytes: &mut Vec<u8>, text: &str) -> Option<()> {
+    if text.is_ascii() {
+        bytes.extend_from_slice(text.as_bytes());
+        return Some(());
+    }
+    for c in text.chars() {
+        bytes.push(u8::try_from(u32::from(c)).ok()?);
+    }
+    Some(())
 }
 
 /// A string that is borrowed from the input where it has no escapes.

@@ -118,6 +118,13 @@ impl<'a> Envelope<'a> {
     }
 }
 
+/// The tag of a message that begins with it, as [`AgentMessage::encode`] and [`EdgeMessage::encode`] write it. Nothing else
+/// is looked at.
+fn leading_tag(text: &str) -> Option<&str> {
+    let (tag, rest) = text.strip_prefix("{\"type\":\"")?.split_once('"')?;
+    (rest.starts_with([',', '}']) && !tag.contains('\\')).then_some(tag)
+}
+
 macro_rules! messages {
     ($(#[$doc:meta])* $name:ident { $( $(#[$vdoc:meta])* $variant:ident($type:ty) = $tag:literal, )+ }) => {
         $(#[$doc])*
@@ -136,7 +143,11 @@ macro_rules! messages {
             pub fn decode(text: &'a str) -> Result<Self, DecodeError> {
                 // The tag is read first so that each message is parsed straight into its type:
                 // a tagged enum would buffer a 128 KB body on the way.
-                let message = match &*Envelope::peek(text)?.kind {
+                let kind = match leading_tag(text) {
+                    Some(tag) => Cow::Borrowed(tag),
+                    None => Envelope::peek(text)?.kind,
+                };
+                let message = match &*kind {
                     $( $tag => Self::$variant(serde_json::from_str(text)?), )+
                     other => return Err(DecodeError::UnknownType(other.chars().take(32).collect())),
                 };

@@ -42,7 +42,7 @@ use crate::{
     serve::sockets::{SocketEvent, Sockets},
     serve::tunnel::Tunnels,
     serve::upload::{self, Upload, UploadError},
-    timer::at,
+    timer::Alarm,
 };
 
 /// How long the edge may take to answer a goodbye.
@@ -196,6 +196,7 @@ pub(crate) async fn run(
         again_in: limits::REFUSED_RETRY,
         was_again_at: None,
     };
+    let mut alarm = Alarm::new();
     let end = loop {
         while let Some(message) = connection.session.poll_transmit() {
             // A full queue means that nothing is written; the write deadline will say so.
@@ -229,7 +230,7 @@ pub(crate) async fn run(
             say_goodbye(&mut incoming, &mut writer).await;
             break End::Retired;
         }
-        let wake = connection.wake_at();
+        alarm.set(connection.wake_at());
         tokio::select! {
             message = incoming.next() => match message {
                 Some(Ok(message)) => if let Err(error) = connection.handle(message) {
@@ -254,7 +255,7 @@ pub(crate) async fn run(
             },
             // Looked at above: whether this connection is still needed.
             () = connection.shared.sockets.left(), if connection.retirement.is_some() => {}
-            () = at(wake) => connection.woken(),
+            () = alarm.due() => connection.woken(),
         }
     };
     if let End::Link(LinkError::Binary | LinkError::Closed { .. }) = &end {

@@ -20,6 +20,9 @@ use crate::{
     tls::{TlsError, Trust, client_config},
 };
 
+/// How much is read at a time: a usual request. Each read clears as much before it, also one that finds nothing.
+const READ_BYTES: usize = 4 * 1024;
+
 /// A received message may be a little longer than the edge is allowed to send.
 const RECEIVE_BYTES: usize = limits::MESSAGE_BYTES + 8 * 1024;
 
@@ -141,7 +144,7 @@ impl Dialer {
         let authorization = token.authorization().unwrap_or_else(|| HeaderValue::from_static(""));
         request.headers_mut().insert(header::AUTHORIZATION, authorization);
         let config = WebSocketConfig::default()
-            .read_buffer_size(16 * 1024)
+            .read_buffer_size(READ_BYTES)
             .write_buffer_size(limits::FRAME_BYTES)
             .max_write_buffer_size(2 * limits::MESSAGE_BYTES)
             .max_message_size(Some(RECEIVE_BYTES))

@@ -15,6 +15,7 @@ use crate::{
     serve::hint::Hint,
 };
 
+use http::Method;
 use proto::{error::ErrorCode, id::RequestId, id::TunnelName, socket::Message, target::Target};
 
 /// No more of a cause than this stands in a line: address, error and advice fit.
@@ -43,7 +44,7 @@ pub(crate) struct AccessLine {
     log: AccessLog,
     request_id: RequestId,
     tunnel: TunnelName,
-    method: Box<str>,
+    method: Method,
     path: Box<str>,
     began: Instant,
     status: Option<u16>,
@@ -63,14 +64,14 @@ impl AccessLine {
         log: AccessLog,
         request_id: RequestId,
         tunnel: TunnelName,
-        method: &str,
+        method: &Method,
         target: &Target,
     ) -> Self {
         Self {
             log,
             request_id,
             tunnel,
-            method: method.into(),
+            method: method.clone(),
             path: target.path().into(),
             began: Instant::now(),
             status: None,
@@ -170,7 +171,7 @@ impl Drop for AccessLine {
                 target: "agentd::access",
                 request_id = self.request_id.as_str(),
                 tunnel_id = self.tunnel.as_str(),
-                method = &*self.method,
+                method = self.method.as_str(),
                 path = &*self.path,
                 status = self.status(),
                 request_bytes = self.request_bytes,

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::json::Json;
 use crate::config::{self, LogConfig, LogFormat};
 use tokio::sync::mpsc;
 use tracing_appender::{
@@ -223,9 +224,7 @@ fn subscribe(format: LogFormat, level: Targets, writer: NonBlocking, ansi: bool)
         LogFormat::Human => {
             registry.with(fmt::layer().with_writer(writer).with_ansi(ansi).with_target(false)).try_init()
         }
-        LogFormat::Json => {
-            registry.with(fmt::layer().json().flatten_event(true).with_writer(writer)).try_init()
-        }
+        LogFormat::Json => registry.with(fmt::layer().event_format(Json).with_writer(writer)).try_init(),
         LogFormat::Journal => {
             let journal = tracing_journald::layer()?
                 .with_field_prefix(None)

@@ -141,16 +141,17 @@ impl Exchange {
             self.access.clone(),
             self.job.request_id.clone(),
             self.job.tunnel.clone(),
-            self.job.method.as_str(),
+            &self.job.method,
             &self.job.target,
         );
         line.request_body(match &self.job.body {
             JobBody::Whole(bytes) => bytes.len() as u64,
             JobBody::Announced(body, _) => body.announced(),
         });
-        let Self { job, tunnels, outbox, codecs, credit, sent, access, sockets, serial } = self;
+        let Self { mut job, tunnels, outbox, codecs, credit, sent, access, sockets, serial } = self;
         let websockets = Websockets { access, sockets, serial };
-        let token = job.token.clone();
+        // Those that answer have it from the sender.
+        let token = std::mem::take(&mut job.token);
         let tunnel = tunnels.get(&job.tunnel);
         let page = tunnel.as_ref().and_then(|tunnel| ErrorPage::of(&job, tunnel));
         let sender = Sender { token: &token, outbox: &outbox, sent: &sent };
@@ -357,7 +358,7 @@ async fn answer(
                         &job.target,
                     ),
                     request_id: job.request_id,
-                    token: job.token,
+                    token: sender.token.into(),
                     io,
                     serial: websockets.serial,
                     outbox: sender.outbox.clone(),
@@ -687,25 +688,23 @@ fn upstream_headers(job: &Job, tunnel: &Tunnel, way: &Way<'_>) -> Result<HeaderM
     let mut length = (length > 0 || expects_body || job.headers.get(header::CONTENT_LENGTH).is_some())
         .then(|| HeaderValue::from(length));
 
-    let mut kept = job.headers.clone();
-    kept.strip_hop_by_hop();
-    let mut headers = HeaderMap::with_capacity(kept.len() + 2);
+    let mut headers = HeaderMap::with_capacity(job.headers.len() + 2);
     headers.insert(header::HOST, way.host.clone());
     let rewrites = tunnel.rewrites(job.upgrade.is_some());
     let view = || way.view(job);
-    for (name, value) in kept {
+    for (name, value) in job.headers.end_to_end() {
         if name == header::CONTENT_LENGTH {
             // At its place, once.
             if let Some(length) = length.take() {
-                headers.insert(name, length);
+                headers.insert(name.clone(), length);
             }
         } else if name == header::VIA && !tunnel.says_via() {
-            headers.extend(without_own_via(&value).map(|value| (name, value)));
+            headers.extend(without_own_via(value).map(|value| (name.clone(), value)));
         } else if name != header::HOST && name != header::EXPECT {
-            let concerned = rewrites.concern(&name);
+            let concerned = rewrites.concern(name);
             let moved =
-                concerned.then(view).flatten().and_then(|view| view.to_upstream(rewrites, &name, &value));
-            headers.append(name, moved.unwrap_or(value));
+                concerned.then(view).flatten().and_then(|view| view.to_upstream(rewrites, name, value));
+            headers.append(name.clone(), moved.unwrap_or_else(|| value.clone()));
         }
     }
     if let Some(length) = length {
@@ -726,7 +725,6 @@ pub(crate) fn check_head(
     if !(200..=599).contains(&status) {
         return Err(UpstreamError::invalid("its status is not a final one"));
     }
-    let mut headers = Headers::from(&head.headers);
     let is_chunked = {
         let mut codings = head.headers.get_all(header::TRANSFER_ENCODING).iter();
         match (codings.next(), codings.next()) {
@@ -735,6 +733,7 @@ pub(crate) fn check_head(
             _ => return Err(UpstreamError::invalid("its transfer coding is not supported")),
         }
     };
+    let mut headers = Headers::from(head.headers);
     if is_chunked {
         // RFC 9112 §6.3: the transfer coding overrides a length.
         headers.remove(header::CONTENT_LENGTH);
