@@ -960,3 +960,159 @@ async fn a_tunnel_that_leads_back_to_itself_ends_at_the_first_return() {
         assert_eq!(runs().await - before, rounds, "{name}");
     }
 }
+
+/// An upstream that answers what each path asks for, in the terms in which it was asked.
+async fn names_itself() -> Upstream {
+    Upstream::start(|request, mut conn: Conn| async move {
+        let host = request.all("host").concat();
+        let (status, fields, body) = match request.target() {
+            "/location" => ("302 Found", format!("Location: http://{host}/login?next=/\r\n"), ""),
+            "/content" => ("201 Created", format!("Content-Location: http://{host}/items/1\r\n"), ""),
+            "/refresh" => ("200 OK", format!("Refresh: 3; url=http://{host}/next\r\n"), ""),
+            "/foreign" => {
+                ("302 Found", "Location: http://login.example/?to=http://localhost/\r\n".into(), "")
+            }
+            "/relative" => ("302 Found", "Location: next\r\n".into(), ""),
+            "/host" => ("403 Forbidden", String::new(), "Invalid Host header"),
+            "/csrf" => ("403 Forbidden", String::new(), "<p>CSRF verification failed. Request aborted.</p>"),
+            "/vite" => ("403 Forbidden", String::new(), "Blocked request. This host (\"x\") is not allowed."),
+            "/fine" => ("403 Forbidden", String::new(), "not for you"),
+            _ => ("200 OK", String::new(), "ok"),
+        };
+        conn.answer(status, &fields, body.as_bytes()).await.then_some(conn)
+    })
+    .await
+}
+
+/// App and visitors have one view of the address: what either names in its own terms is said in the other's.
+#[tokio::test]
+async fn each_side_reads_addresses_in_its_own_terms() {
+    let upstream = names_itself().await;
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("app.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let local = Local::start(&[]);
+    let at = upstream.address();
+    let tunnels: String = [
+        ("plain", &*format!("upstream = \"{at}\"")),
+        ("raw", &format!("upstream = \"{at}\"\nrewrite_location = false\nvia = false")),
+        ("up", &format!("upstream = \"{at}\"\norigin = \"upstream\"")),
+        ("pre", &format!("upstream = \"{at}\"\nhost_header = \"preserve\"")),
+        ("unix", &format!("upstream = \"unix:{}\"", socket.display())),
+    ]
+    .map(|(name, rest)| format!("[[tunnel]]\nname = \"{name}\"\n{rest}\n"))
+    .concat();
+    let names = ["plain", "raw", "up", "pre", "unix"];
+    let _agent = local.agent_with(&tunnels, &names);
+    let port = local.public.port();
+    let public = |name: &str| format!("{name}.localhost:{port}");
+    let ask = async |name: &str, method: &str, target: &str, fields: &[(&str, &str)]| {
+        let mut request = Request::new(method, target).field("Host", &public(name));
+        for (field, value) in fields {
+            request = request.field(field, value);
+        }
+        let answer = request.send(local.public).await;
+        (answer, upstream.recorded().pop())
+    };
+
+    // (a) the app's own address, or the Host that it was sent, becomes the public one; foreign and relative ones stay.
+    for name in ["plain", "pre"] {
+        let own = format!("http://{}", public(name));
+        for (target, field, value) in [
+            ("/location", "location", format!("{own}/login?next=/")),
+            ("/content", "content-location", format!("{own}/items/1")),
+            ("/refresh", "refresh", format!("3; url={own}/next")),
+            ("/foreign", "location", "http://login.example/?to=http://localhost/".into()),
+            ("/relative", "location", "next".into()),
+        ] {
+            let (answer, _) = ask(name, "GET", target, &[]).await;
+            assert_eq!(answer.field(field), Some(value), "{name} {target}");
+        }
+    }
+    let (answer, seen) = ask("raw", "GET", "/location", &[]).await;
+    assert_eq!(answer.field("location"), Some(format!("http://{at}/login?next=/")), "as it was sent");
+    // (g)
+    assert!(seen.unwrap().all("via").is_empty());
+    let (_, seen) = ask("raw", "GET", "/", &[("Via", "1.0 visitors-own")]).await;
+    assert_eq!(seen.unwrap().all("via"), ["1.0 visitors-own"]);
+    let (_, seen) = ask("plain", "GET", "/", &[]).await;
+    assert_eq!(seen.unwrap().all("via"), ["1.1 tunnel"]);
+
+    // (b) what a page of the tunnel says of its origin; a foreign one stays foreign under each rule.
+    let own = |name: &str| format!("http://{}", public(name));
+    for (name, origin) in [("plain", own("plain")), ("pre", own("pre")), ("up", format!("http://{at}"))] {
+        let page = format!("{}/form", own(name));
+        let (_, seen) = ask(name, "POST", "/", &[("Origin", &own(name)), ("Referer", &page)]).await;
+        let seen = seen.unwrap();
+        assert_eq!(seen.all("origin"), [origin.clone()], "{name}");
+        assert_eq!(seen.all("referer"), [format!("{origin}/form")], "{name}");
+        for foreign in ["https://evil.example", "null", "http://evil.localhost"] {
+            let (_, seen) = ask(name, "POST", "/", &[("Origin", foreign)]).await;
+            assert_eq!(seen.unwrap().all("origin"), [foreign], "{name}");
+        }
+    }
+    // WebDAV names the other resource likewise.
+    let there = format!("{}/b%20c", own("plain"));
+    let (_, seen) = ask("plain", "MOVE", "/a", &[("Destination", &there)]).await;
+    assert_eq!(seen.unwrap().all("destination"), [format!("http://{at}/b%20c")]);
+
+    // (f) a socket has no name: its host is one that guards against rebinding let in.
+    let served = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.unwrap());
+        }
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await.unwrap();
+        String::from_utf8(head).unwrap()
+    });
+    assert_eq!(ask("unix", "GET", "/", &[]).await.0.status, 200);
+    let head = served.await.unwrap().to_ascii_lowercase();
+    assert!(head.contains("\r\nhost: localhost:80\r\n"), "{head}");
+    // A gateway does not consume it, and RFC 9110 §7.6.1 does not list it.
+    let (_, seen) = ask("plain", "GET", "/", &[("Proxy-Authorization", "Basic eDp5")]).await;
+    assert_eq!(seen.unwrap().all("proxy-authorization"), ["Basic eDp5"]);
+}
+
+/// Refusals of public names can be had on one machine, and the agent says which setting helps: once for each tunnel.
+#[tokio::test]
+async fn a_refusal_for_a_setting_is_explained_once_for_each_tunnel() {
+    let upstream = names_itself().await;
+    let local = Local::start(&["--domain", "tunnel.example.test"]);
+    let at = upstream.address();
+    let tunnels =
+        ["one", "two"].map(|name| format!("[[tunnel]]\nname = \"{name}\"\nupstream = \"{at}\"\n")).concat();
+    let agent = local.agent_with(&tunnels, &["one", "two"]);
+    let port = local.public.port();
+    for _ in 0..2 {
+        for name in ["one", "two"] {
+            let host = format!("{name}.tunnel.example.test:{port}");
+            for target in ["/host", "/csrf", "/vite", "/fine"] {
+                let answer = Request::new("GET", target).field("Host", &host).send(local.public).await;
+                assert_eq!(answer.status, 403, "{target}");
+                assert!(answer.field("x-tunnel-error").is_none(), "the app's own refusal stays as it is");
+                let seen = upstream.recorded().pop().unwrap();
+                assert_eq!(seen.all("x-forwarded-host"), [host.clone()]);
+            }
+            // A page of the tunnel, refused without a known word.
+            let origin = format!("http://{host}");
+            let request = Request::new("POST", "/fine").field("Host", &host).field("Origin", &origin);
+            assert_eq!(request.send(local.public).await.status, 403);
+        }
+    }
+    // The last line of the log: everything before it is there.
+    let asked = Request::new("GET", "/end").field("Host", &format!("one.tunnel.example.test:{port}"));
+    assert_eq!(asked.send(local.public).await.status, 200);
+    agent.process().wait_for_line(|line| line.contains("/end"));
+    let printed = agent.process().printed();
+    for name in ["one", "two"] {
+        let hints: Vec<_> =
+            printed.lines().filter(|line| line.contains(&format!("hint for {name}: "))).collect();
+        assert_eq!(hints.len(), 4, "{hints:?}");
+        for advice in
+            ["--host-header upstream", "CSRF_TRUSTED_ORIGINS", "server.allowedHosts", "--origin upstream"]
+        {
+            assert!(hints.iter().any(|hint| hint.contains(advice)), "{advice}: {hints:?}");
+        }
+    }
+}

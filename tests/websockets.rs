@@ -709,3 +709,51 @@ fn relay_of(local: &Local) -> u32 {
     };
     child_of(child_of(local.process().id()).unwrap()).unwrap()
 }
+
+/// Some dev servers refuse a page's WebSocket without a status, or after they have opened it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_that_is_no_answer_is_explained() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut start = [0; 16];
+            while stream.peek(&mut start).await.unwrap() < start.len() {}
+            if start.starts_with(b"GET /bare") {
+                let _ = stream.read(&mut [0; 4096]).await;
+                // What Next.js writes.
+                stream.write_all(b"Unauthorized").await.unwrap();
+                continue;
+            }
+            tokio::spawn(async move {
+                let mut socket = tokio_tungstenite::accept_async(stream).await.unwrap();
+                // What webpack-dev-server says.
+                let said = r#"{"type":"error","data":"Invalid Host/Origin header"}"#;
+                socket.send(Message::Text(said.into())).await.unwrap();
+                let _ = socket.close(None).await;
+                while let Some(Ok(_)) = socket.next().await {}
+            });
+        }
+    });
+    let local = with_relay(&[]);
+    let agent = local.agent("web", &address.to_string());
+    let origin = format!("http://web.localhost:{}", local.public.port());
+    for _ in 0..2 {
+        let mut opened = None;
+        eventually("the websocket opens", async || {
+            opened = try_connect(&local, "/opened", &[("origin", &origin)]).await.ok();
+            opened.is_some()
+        })
+        .await;
+        let mut socket = opened.unwrap().0;
+        assert!(next(&mut socket).await.to_text().unwrap().contains("Invalid Host/Origin header"));
+        assert!(try_connect(&local, "/bare-request", &[("origin", &origin)]).await.is_err());
+    }
+    let last = try_connect(&local, "/bare-without-origin", &[]).await;
+    assert!(last.is_err());
+    agent.process().wait_for_line(|line| line.contains("/bare-without-origin"));
+    let printed = agent.process().printed();
+    for advice in ["or allowedHosts of the dev server", "or allowedDevOrigins of Next.js"] {
+        assert_eq!(printed.matches(advice).count(), 1, "{printed}");
+    }
+}

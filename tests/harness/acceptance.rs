@@ -206,7 +206,9 @@ pub async fn carries_everything_of_a_head(stack: &Stack) -> Option<&'static str>
 /// In path mode, what the upstream says about its own paths is moved below the tunnel's.
 pub async fn path_mode(stack: &Stack) {
     let upstream = Upstream::start(|_, mut conn| async move {
-        let fields = "Location: /login\r\nSet-Cookie: s=1; Path=/\r\nContent-Type: text/html\r\n";
+        let fields = "Location: /login\r\nSet-Cookie: s=1; Path=/\r\nContent-Type: text/html\r\n\
+                      Set-Cookie: __Host-id=2; Path=/; Secure\r\nSet-Cookie: __Secure-t=3; Path=/a; Secure\r\n\
+                      Content-Location: /items/1\r\nRefresh: 5; url=/next\r\n";
         conn.answer("302 Found", fields, b"<a href=\"/login\">").await.then_some(conn)
     })
     .await;
@@ -216,11 +218,43 @@ pub async fn path_mode(stack: &Stack) {
     let prefix = format!("/{}", web.name());
     assert_eq!(answer.status, 302, "{}", answer.text());
     assert_eq!(answer.field("location").unwrap(), format!("{prefix}/login"));
-    assert_eq!(answer.field("set-cookie").unwrap(), format!("s=1; Path={prefix}"));
+    // A browser takes a cookie named `__Host-` with `Path=/` only, and rejects it otherwise.
+    let cookies = [
+        format!("s=1; Path={prefix}"),
+        "__Host-id=2; Path=/; Secure".to_owned(),
+        format!("__Secure-t=3; Path={prefix}/a; Secure"),
+    ];
+    assert_eq!(answer.all("set-cookie"), cookies);
+    assert_eq!(answer.field("content-location").unwrap(), format!("{prefix}/items/1"));
+    assert_eq!(answer.field("refresh").unwrap(), format!("5; url={prefix}/next"));
     assert_eq!(answer.text(), "<a href=\"/login\">", "a body is never touched");
     let recorded = upstream.recorded().pop().unwrap();
     assert_eq!(recorded.target(), "/start?x=1");
-    assert_eq!(recorded.all("x-forwarded-prefix"), [prefix]);
+    assert_eq!(recorded.all("x-forwarded-prefix"), [prefix.clone()]);
+
+    // The resource that WebDAV names is one of the upstream's.
+    let own = format!(
+        "{}://{}",
+        recorded.all("x-forwarded-proto").concat(),
+        recorded.all("x-forwarded-host").concat()
+    );
+    for there in [format!("{prefix}/b%20c"), format!("{own}{prefix}/b%20c")] {
+        let answer = web.send(&web.request("MOVE", "/a").field("Destination", &there)).await;
+        assert_eq!(answer.status, 302, "{}", answer.text());
+        let recorded = upstream.recorded().pop().unwrap();
+        let said = recorded.all("destination").concat();
+        assert!(said.ends_with("/b%20c") && !said.contains(&prefix), "{there}: {said}");
+    }
+    // Another tunnel's resource stays what it is.
+    let other = format!("{own}/another/x");
+    web.send(&web.request("MOVE", "/a").field("Destination", &other)).await;
+    assert_eq!(upstream.recorded().pop().unwrap().all("destination"), [other]);
+
+    // Relative links of the first page begin below the tunnel, once the address ends with a slash.
+    let before = upstream.recorded().len();
+    let answer = web.send(&web.request("GET", "?q=1").field("Accept", "text/html")).await;
+    assert_eq!((answer.status, answer.field("location")), (308, Some(format!("{prefix}/?q=1"))));
+    assert_eq!(upstream.recorded().len(), before, "nothing was dispatched");
 }
 
 /// Bodies around every limit on the way, of noise and of text, come back as they went.

@@ -30,6 +30,23 @@ pub(crate) enum AccessLog {
     People(Terminal),
 }
 
+impl AccessLog {
+    fn hint(&self, tunnel: &TunnelName, request_id: &RequestId, status: u16, hint: Hint) {
+        let Hint { refusal, advice } = hint;
+        match self {
+            Self::Log => tracing::warn!(
+                tunnel_id = tunnel.as_str(),
+                request_id = request_id.as_str(),
+                status,
+                "hint for {tunnel}: {refusal}; what helps: {advice}"
+            ),
+            Self::People(terminal) => {
+                terminal.line(format!("hint      {refusal}; what helps: {advice}"));
+            }
+        }
+    }
+}
+
 /// How a request ended without a whole response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ending {
@@ -91,19 +108,8 @@ impl AccessLine {
     }
 
     /// Says what would help, to whoever reads the lines.
-    pub(crate) fn hint(&self, hint: Hint) {
-        let (tunnel, status, Hint { refusal, advice }) = (&self.tunnel, self.status(), hint);
-        match &self.log {
-            AccessLog::Log => tracing::warn!(
-                tunnel_id = tunnel.as_str(),
-                request_id = self.request_id.as_str(),
-                status,
-                "hint for {tunnel}: {refusal}; what helps: {advice}"
-            ),
-            AccessLog::People(terminal) => {
-                terminal.line(format!("hint      {refusal}; what helps: {advice}"));
-            }
-        }
+    pub(crate) fn hint(&self, status: u16, hint: Hint) {
+        self.log.hint(&self.tunnel, &self.request_id, status, hint);
     }
 
     /// Notes which rule refused it, if one did.
@@ -249,6 +255,16 @@ impl SocketLine {
             self.messages_out += 1;
             self.bytes_out += message.len() as u64;
         }
+    }
+
+    /// How many messages the upstream has sent.
+    pub(crate) const fn upstream_messages(&self) -> u64 {
+        self.messages_out
+    }
+
+    /// Says what would help, to whoever reads the lines.
+    pub(crate) fn hint(&self, hint: Hint) {
+        self.log.hint(&self.tunnel, &self.request_id, 101, hint);
     }
 
     /// Notes the code of a close; the first one says why.

@@ -37,7 +37,7 @@ use crate::{
     },
     report::access::{AccessLine, AccessLog, Ending, SocketLine},
     report::cause,
-    serve::hint::Refusal,
+    serve::hint::{NO_HTTP, Refusal},
     serve::host::HostRule,
     serve::origin::{Rewrites, View, without_own_via},
     serve::outbox::{LinkGone, Outbox},
@@ -366,6 +366,7 @@ async fn answer(
                     sockets: websockets.sockets,
                     place,
                     idle: tunnel.websocket_idle_timeout(),
+                    hints: tunnel.hints(),
                     capture: capture.take(),
                 }
                 .start(subprotocol, headers);
@@ -610,6 +611,13 @@ async fn handshake(
             .map(|(subprotocol, headers)| Answered::Opened { subprotocol, headers, io }),
     });
     checked.map_err(|error| {
+        if matches!(error, UpstreamError::Invalid { source: Some(_), .. })
+            && job.headers.get(header::ORIGIN).is_some()
+            && let (place, hint) = NO_HTTP
+            && tunnel.hints().first(place)
+        {
+            line.hint(error.code().status().as_u16(), hint);
+        }
         log_failure(job, tunnel, upstream, &error, line);
         fail(error.code())
     })
@@ -953,7 +961,7 @@ impl<'a> Outflow<'a> {
         if let Some(Refused { status, own_page }) = self.refused
             && let Some(hint) = self.tunnel.hint(&Refusal { status, body: &self.pending, own_page })
         {
-            line.hint(hint);
+            line.hint(status, hint);
         }
         let bulk = match self.pending.len() {
             0..BULK_BODY_BYTES => None,

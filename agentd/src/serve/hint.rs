@@ -126,6 +126,37 @@ const OWN_PAGE: Hint = Hint {
     advice: "--origin upstream (origin = \"upstream\"), or --host-header preserve",
 };
 
+/// What dev servers say as the first message of a WebSocket instead of refusing it, and its place.
+const FIRST_MESSAGE: (u32, &str, Hint) = (
+    61,
+    // webpack-dev-server.
+    "Invalid Host/Origin header",
+    Hint {
+        refusal: "the dev server refuses the host name or the page's origin, and says so over the WebSocket only",
+        advice: "--host-header upstream (host_header = \"upstream\") without --origin preserve, or allowedHosts of the \
+                 dev server",
+    },
+);
+
+/// What an upgrade of a page was answered with that is no HTTP, and its place: Next writes the bytes `Unauthorized`.
+pub(crate) const NO_HTTP: (u32, Hint) = (
+    62,
+    Hint {
+        refusal: "the dev server answered a page's WebSocket with something that is not HTTP, as Next.js does to origins it \
+                  does not know",
+        advice: "leave origin as it is, or --origin upstream (origin = \"upstream\"), or allowedDevOrigins of Next.js",
+    },
+);
+
+/// No message that is longer is looked at.
+const MESSAGE_BYTES: usize = 256;
+
+/// Which setting would have helped, if the first message of a WebSocket is a known refusal; and its place.
+pub(crate) fn recognise_message(text: &str) -> Option<(u32, Hint)> {
+    let (place, says, hint) = FIRST_MESSAGE;
+    (text.len() <= MESSAGE_BYTES && text.contains(says)).then_some((place, hint))
+}
+
 /// The statuses with which [`OWN_PAGE`] is worth a line.
 const OWN_PAGE_STATUSES: &[u16] = &[403, 421];
 
@@ -222,8 +253,19 @@ mod tests {
     }
 
     #[test]
+    fn a_refusal_in_the_first_message_is_recognised_and_nothing_longer() {
+        let said = r#"{"type":"error","data":"Invalid Host/Origin header"}"#;
+        assert!(recognise_message(said).is_some_and(|(_, hint)| hint.advice.contains("allowedHosts")));
+        assert!(recognise_message(r#"{"type":"hot"}"#).is_none());
+        for (more, is_known) in [(MESSAGE_BYTES - said.len(), true), (MESSAGE_BYTES - said.len() + 1, false)]
+        {
+            assert_eq!(recognise_message(&format!("{said}{}", " ".repeat(more))).is_some(), is_known);
+        }
+    }
+
+    #[test]
     fn each_hint_is_given_once() {
-        assert!(KNOWN.len() < 63);
+        assert!(KNOWN.len() < 61);
         let given = Given::default();
         assert!(given.first(0) && given.first(63) && given.first(5));
         assert!(!given.first(0) && !given.first(63) && !given.first(5));

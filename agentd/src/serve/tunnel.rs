@@ -63,7 +63,7 @@ pub(crate) struct Tunnel {
     health: Arc<Health>,
     metrics: Arc<TunnelMetrics>,
     causes: Causes,
-    hints: Given,
+    hints: Arc<Given>,
     policy: Option<Policy>,
     /// Whether it was said that the edge waits less long.
     told_less: AtomicBool,
@@ -324,7 +324,7 @@ impl Tunnel {
             health,
             metrics: metrics.tunnel(&config.name),
             causes: Causes::default(),
-            hints: Given::default(),
+            hints: Arc::default(),
             policy,
             told_less: AtomicBool::new(false),
             lens: config.inspect.then(|| {
@@ -472,6 +472,11 @@ impl Tunnel {
     /// What would have helped against a refusal, if it is a known one and was not said before.
     pub(crate) fn hint(&self, refusal: &Refusal<'_>) -> Option<Hint> {
         hint::recognise(refusal).filter(|(place, _)| self.hints.first(*place)).map(|(_, hint)| hint)
+    }
+
+    /// Which hints its owner has been given.
+    pub(crate) fn hints(&self) -> Arc<Given> {
+        Arc::clone(&self.hints)
     }
 
     /// Whether addresses of the upstream in a response become public ones.

@@ -41,6 +41,7 @@ use crate::{
     },
     report::access::SocketLine,
     serve::{
+        hint::{self, Given},
         outbox::Outbox,
         sockets::{Registered, Serial, SocketEvent, Sockets},
         tunnel::SocketPlace,
@@ -115,6 +116,8 @@ pub(crate) struct Socket {
     /// How long it may be silent.
     pub(crate) idle: Option<Duration>,
     pub(crate) line: SocketLine,
+    /// What the tunnel's owner has been told.
+    pub(crate) hints: Arc<Given>,
     /// What shows it to the inspector.
     pub(crate) capture: Option<Capture>,
 }
@@ -133,7 +136,7 @@ impl Socket {
         registered: Registered,
         events: mpsc::Receiver<SocketEvent>,
     ) {
-        let Self { token, io, outbox, codecs, place, idle, mut line, capture, .. } = self;
+        let Self { token, io, outbox, codecs, place, idle, mut line, hints, capture, .. } = self;
         let accepted = AgentMessage::Accepted(Accepted {
             token: (&*token).into(),
             subprotocol: subprotocol.map(Into::into),
@@ -164,6 +167,7 @@ impl Socket {
             events,
             idle,
             line: &mut line,
+            hints: &hints,
             tap: capture.as_ref().map(Capture::tap),
         };
         let end = pump.run(upstream).await;
@@ -204,12 +208,24 @@ struct Pump<'a> {
     events: mpsc::Receiver<SocketEvent>,
     idle: Option<Duration>,
     line: &'a mut SocketLine,
+    hints: &'a Given,
     tap: Option<&'a Tap>,
 }
 
 type Upstream = WebSocketStream<TokioIo<Upgraded>>;
 
 impl Pump<'_> {
+    /// Some dev servers open a WebSocket to say that they refuse it.
+    fn look_for_refusal(&self, message: &Message) {
+        if self.line.upstream_messages() == 1
+            && let Message::Text(text) = message
+            && let Some((place, hint)) = hint::recognise_message(text)
+            && self.hints.first(place)
+        {
+            self.line.hint(hint);
+        }
+    }
+
     async fn run(&mut self, upstream: Upstream) -> End {
         let (mut sink, mut stream) = upstream.split();
         let far = Instant::now() + limits::SOCKET_LIFETIME + limits::RESPONSE_DURATION;
@@ -313,6 +329,7 @@ impl Pump<'_> {
                             Heard::Nothing => {}
                             Heard::Message(message) => {
                                 self.line.upstream_sent(&message);
+                                self.look_for_refusal(&message);
                                 if let Some(tap) = self.tap {
                                     tap.frame(Direction::ToClient, &message);
                                 }
