@@ -1044,7 +1044,7 @@ async fn each_side_reads_addresses_in_its_own_terms() {
         let page = format!("{}/form", own(name));
         let (_, seen) = ask(name, "POST", "/", &[("Origin", &own(name)), ("Referer", &page)]).await;
         let seen = seen.unwrap();
-        assert_eq!(seen.all("origin"), [origin.clone()], "{name}");
+        assert_eq!(seen.all("origin").concat(), origin, "{name}");
         assert_eq!(seen.all("referer"), [format!("{origin}/form")], "{name}");
         for foreign in ["https://evil.example", "null", "http://evil.localhost"] {
             let (_, seen) = ask(name, "POST", "/", &[("Origin", foreign)]).await;
@@ -1092,7 +1092,7 @@ async fn a_refusal_for_a_setting_is_explained_once_for_each_tunnel() {
                 assert_eq!(answer.status, 403, "{target}");
                 assert!(answer.field("x-tunnel-error").is_none(), "the app's own refusal stays as it is");
                 let seen = upstream.recorded().pop().unwrap();
-                assert_eq!(seen.all("x-forwarded-host"), [host.clone()]);
+                assert_eq!(seen.all("x-forwarded-host").concat(), host);
             }
             // A page of the tunnel, refused without a known word.
             let origin = format!("http://{host}");

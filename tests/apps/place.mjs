@@ -207,6 +207,19 @@ export class Place {
     return page;
   }
 
+  /** A form of a page, sent by a browser, whose answer is the page with what was said. */
+  async form() {
+    const page = await this.page();
+    // Development servers load a page anew once they have found what it is made of.
+    await until('the form is saved', async () => {
+      await page.goto(this.url);
+      await page.getByLabel('word').fill('hello');
+      await page.getByRole('button', { name: 'save' }).click();
+      await page.getByText('saved: hello').waitFor({ timeout: 10_000 });
+      return true;
+    });
+  }
+
   /** Fails where a page went past the tunnel: on the developer's own machine that works, and nowhere else. */
   checkSockets() {
     const past = this.sockets.filter((url) => !url.startsWith(`ws://${this.authority}/`));

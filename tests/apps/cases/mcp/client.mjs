@@ -3,7 +3,8 @@ import { StreamableHTTPClientTransport } from '@modelcontextprotocol/sdk/client/
 
 const said = [];
 const client = new Client({ name: 'trier', version: '1.0.0' });
-const transport = new StreamableHTTPClientTransport(new URL(process.argv[2]));
+const [, , url, origin] = process.argv;
+const transport = new StreamableHTTPClientTransport(new URL(url), origin && { requestInit: { headers: { Origin: origin } } });
 await client.connect(transport);
 said.push((await client.listTools()).tools.map((tool) => tool.name).join(' '));
 const progress = [];

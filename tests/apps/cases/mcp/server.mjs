@@ -6,6 +6,7 @@ import { z } from 'zod';
 
 const [port, ...allowedHosts] = process.argv.slice(2);
 const app = createMcpExpressApp(allowedHosts.length ? { allowedHosts } : {});
+const origin = process.env.ALLOWED_ORIGIN;
 const sessions = new Map();
 
 function server() {
@@ -25,6 +26,7 @@ app.all('/mcp', async (request, response) => {
   if (!transport) {
     transport = new StreamableHTTPServerTransport({
       sessionIdGenerator: randomUUID,
+      ...(origin && { enableDnsRebindingProtection: true, allowedOrigins: [origin] }),
       onsessioninitialized: (id) => sessions.set(id, transport),
     });
     await server().connect(transport);
