@@ -1,7 +1,7 @@
 //! The edge's hands: everything that talks to AWS, and nothing else.
 //!
 //! This is the only crate that names an AWS SDK. It knows the [`registry`] of tunnels and connections, the
-//! [`revocation`] list, the [`agent_link`] to a connected agent, the [`mailbox`]es through which answers
+//! [`revocation`] list, the [`agent_link`] to a connected agent (all three are [`admission`]), the [`mailbox`]es through which answers
 //! come back, the [`workflow`] of one public request, and the [`limit`]s of owners and tunnels. What to do
 //! with them is decided in the functions.
 //!
@@ -10,6 +10,7 @@
 //! and [`metrics`] is what it tells the dashboard. [`caretaker`] looks after the mailboxes for `sweep`, [`fleet`] has
 //! `relay` run or sleep.
 
+pub mod admission;
 pub mod agent_link;
 pub mod aws;
 pub mod caretaker;

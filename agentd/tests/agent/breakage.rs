@@ -4,11 +4,9 @@ use proto::{error::ErrorCode, limits};
 use tokio::net::TcpListener;
 
 use crate::{
-    stage::{Agent, Edge, Peer, Sent, connected, get, noise, patiently, request, reset, with_body},
+    stage::{Agent, Edge, OK, Peer, Sent, connected, get, noise, patiently, request, reset, with_body},
     transport::agent_with,
 };
-
-const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
 #[tokio::test]
 async fn before_the_head_every_breakage_has_its_code() {

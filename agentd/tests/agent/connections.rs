@@ -8,13 +8,11 @@ use tokio::{
 
 use crate::{
     stage::{
-        Agent, Edge, Line, Manners, Peer, Sent, TOKEN, Upstream, connected_with, get, noise, patiently,
+        Agent, Edge, Line, Manners, OK, Peer, Sent, TOKEN, Upstream, connected_with, get, noise, patiently,
         private_file, request, with_body,
     },
     transport::agent_with,
 };
-
-const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
 // RFC 9113 §6, §7.
 const DATA: u8 = 0;

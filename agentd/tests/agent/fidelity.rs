@@ -2,9 +2,7 @@
 
 use proto::error::ErrorCode;
 
-use crate::stage::{Manners, connected, connected_with, get, request, with_body, with_header};
-
-const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+use crate::stage::{Manners, OK, connected, connected_with, get, request, with_body, with_header};
 
 #[tokio::test]
 async fn a_small_response_is_exactly_one_message() {

@@ -11,11 +11,9 @@ use tokio::{
 };
 
 use crate::stage::{
-    Agent, Edge, Line, Manners, Sent, TOKEN, Upstream, agentd, get, noise, patiently, private_file, request,
-    with_body, with_header,
+    Agent, Edge, Line, Manners, OK, Sent, TOKEN, Upstream, agentd, get, noise, patiently, private_file,
+    request, with_body, with_header,
 };
-
-const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
 /// An agent that is inspected, and how to ask it.
 pub(crate) struct Inspected {

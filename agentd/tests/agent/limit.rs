@@ -6,9 +6,7 @@ use futures_util::SinkExt as _;
 use proto::error::ErrorCode;
 use tokio_tungstenite::tungstenite::Message;
 
-use crate::stage::{Manners, Sent, connected, connected_with, get};
-
-const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+use crate::stage::{Manners, OK, Sent, connected, connected_with, get};
 
 #[tokio::test]
 async fn one_too_many_is_told_so_at_once_and_a_free_place_is_used() {

@@ -40,6 +40,9 @@ use tokio_tungstenite::{
     },
 };
 
+/// An upstream's answer of two bytes.
+pub(crate) const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+
 pub(crate) const TOKEN: &str = "the-agents-token";
 
 /// No step of any test takes this long unless something is broken.

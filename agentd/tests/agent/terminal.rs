@@ -21,10 +21,8 @@ use tokio::{
 
 use crate::{
     inspector::hostile,
-    stage::{Edge, Manners, TOKEN, Upstream, agentd, patiently, request, with_body, with_header},
+    stage::{Edge, Manners, OK, TOKEN, Upstream, agentd, patiently, request, with_body, with_header},
 };
-
-const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 
 /// A terminal with `agentd http` in it.
 struct Sitting {

@@ -17,14 +17,13 @@ use std::{collections::BTreeSet, process::ExitCode, time::Duration};
 
 use edge::{
     Error,
-    agent_link::AgentLink,
+    admission::Admission,
     aws::Aws,
     config::{ConfigError, Env, env},
     event::{AgentEvent, Authorized},
     fleet::Fleet,
     function::Answer,
-    registry::{Connection, Registry},
-    revocation::Revocations,
+    registry::Connection,
     unix_now, unix_now_ms,
 };
 use proto::{
@@ -37,9 +36,7 @@ use proto::{
 /// Everything a connection needs.
 #[derive(Debug)]
 pub struct Connect {
-    registry: Registry,
-    revocations: Revocations,
-    link: AgentLink,
+    admission: Admission,
     public_url: String,
     lifetime: Duration,
     heartbeat: Duration,
@@ -63,9 +60,7 @@ impl Connect {
     pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
         let aws = Aws::from_env(env)?;
         Ok(Self {
-            registry: Registry::from_env(&aws, env)?,
-            revocations: Revocations::from_env(&aws, env)?,
-            link: AgentLink::from_env(&aws, env)?,
+            admission: Admission::from_env(&aws, env)?,
             public_url: env.required(env::PUBLIC_URL)?,
             lifetime: env.connection_lifetime()?,
             heartbeat: env.heartbeat()?,
@@ -114,7 +109,7 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
     let now = unix_now();
     if context.route_key == "$connect" {
         let token_id = authorized.token_id.as_deref();
-        if connect.revocations.holds(&authorized.owner, token_id).await? {
+        if connect.admission.revocations.holds(&authorized.owner, token_id).await? {
             tracing::warn!(connection_id = %context.connection_id, owner = %authorized.owner, "agent connection refused: the identity is revoked");
             return Ok(Answer::status(403));
         }
@@ -147,16 +142,16 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         expires_at: authorized.ends_at().map_or(by_lifetime, |end| end.min(by_lifetime)),
         websockets: hello.websockets,
     };
-    let since_ms = connect.registry.enter(&connection, unix_now_ms()).await?;
-    let is_revoked = connect.revocations.holds(&connection.owner, connection.token_id.as_deref()).await?;
+    let since_ms = connect.admission.registry.enter(&connection, unix_now_ms()).await?;
+    let is_revoked =
+        connect.admission.revocations.holds(&connection.owner, connection.token_id.as_deref()).await?;
     if is_revoked || authorized.is_over(now) {
         tracing::warn!(connection_id = %connection.id, owner = %connection.owner, is_revoked, "agent connection closed: its identity is over");
-        connect.registry.forget(&connection.id, Some(&connection.owner)).await?;
-        connect.link.close(&connection.id).await?;
+        connect.admission.cut(&connection.id, &connection.owner).await?;
         return Ok(Answer::status(403));
     }
     let (allowed, mut refused) = sort_names(&hello, &authorized);
-    let outcomes = connect.registry.serve(&connection, &allowed, since_ms, now).await?;
+    let outcomes = connect.admission.registry.serve(&connection, &allowed, since_ms, now).await?;
     let mut tunnels = Vec::with_capacity(outcomes.len());
     for (name, outcome) in outcomes {
         match outcome {

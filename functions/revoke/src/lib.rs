@@ -19,11 +19,11 @@ use std::process::ExitCode;
 
 use edge::{
     Error,
-    agent_link::AgentLink,
+    admission::Admission,
     aws::Aws,
     config::{ConfigError, Env},
-    registry::{Owned, Registry},
-    revocation::{Revocations, Revoked},
+    registry::Owned,
+    revocation::Revoked,
     unix_now,
 };
 use futures_util::{StreamExt as _, stream};
@@ -35,11 +35,7 @@ const PARALLEL: usize = 10;
 
 /// Everything a revocation needs.
 #[derive(Debug)]
-pub struct Revoke {
-    registry: Registry,
-    revocations: Revocations,
-    link: AgentLink,
-}
+pub struct Revoke(Admission);
 
 /// What the operator wants.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
@@ -86,12 +82,7 @@ impl Revoke {
     ///
     /// When a variable is missing or wrong.
     pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
-        let aws = Aws::from_env(env)?;
-        Ok(Self {
-            registry: Registry::from_env(&aws, env)?,
-            revocations: Revocations::from_env(&aws, env)?,
-            link: AgentLink::from_env(&aws, env)?,
-        })
+        Ok(Self(Admission::from_env(&Aws::from_env(env)?, env)?))
     }
 }
 
@@ -100,20 +91,20 @@ impl Revoke {
 /// # Errors
 ///
 /// When the list could not be written, or a connection may still be open; to be repeated.
-pub async fn handle(event: Event, revoke: &Revoke) -> Result<Answer, Error> {
+pub async fn handle(event: Event, Revoke(admission): &Revoke) -> Result<Answer, Error> {
     let Event { owner, token_id, action } = event;
     let revoked = token_id.as_deref().map_or(Revoked::Owner(&owner), Revoked::Token);
     if action == Action::Lift {
-        revoke.revocations.lift(revoked).await?;
+        admission.revocations.lift(revoked).await?;
         tracing::warn!(%owner, one_token = token_id.is_some(), "identity is let in again");
         return Ok(Answer { closed: 0 });
     }
     let now = unix_now();
-    revoke.revocations.add(revoked, now).await?;
-    let mut connections = revoke.registry.connections_of(&owner, now).await?;
+    admission.revocations.add(revoked, now).await?;
+    let mut connections = admission.registry.connections_of(&owner, now).await?;
     connections.retain(|connection| is_meant(connection, token_id.as_deref()));
     let results: Vec<Result<(), Error>> = stream::iter(&connections)
-        .map(|connection| cut(revoke, connection, &owner))
+        .map(|connection| admission.cut(&connection.id, &owner))
         .buffer_unordered(PARALLEL)
         .collect()
         .await;
@@ -127,11 +118,4 @@ pub async fn handle(event: Event, revoke: &Revoke) -> Result<Answer, Error> {
 /// Whether the connection was opened with the token, or any connection is meant.
 fn is_meant(connection: &Owned, token_id: Option<&str>) -> bool {
     token_id.is_none_or(|id| connection.token_id.as_deref() == Some(id))
-}
-
-async fn cut(revoke: &Revoke, connection: &Owned, owner: &Owner) -> Result<(), Error> {
-    // Closed even where its rows stay: a post to it says that it is gone.
-    let forgotten = revoke.registry.forget(&connection.id, Some(owner)).await;
-    revoke.link.close(&connection.id).await?;
-    forgotten.map(drop)
 }
