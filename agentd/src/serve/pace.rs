@@ -82,8 +82,8 @@ mod tests {
         pace.gather()
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn gathers_for_as_long_as_the_way_takes_within_bounds() {
+    #[test]
+    fn gathers_for_as_long_as_the_way_takes_within_bounds() {
         let mut pace = Pace::new();
         assert_eq!(pace.gather(), limits::CHUNK_LINGER);
         assert_eq!(after(&mut pace, 8, 25 * MS), 25 * MS);
@@ -93,8 +93,8 @@ mod tests {
         assert_eq!(after(&mut pace, 40, MS), limits::CHUNK_LINGER);
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn only_word_of_the_very_piece_counts() {
+    #[test]
+    fn only_word_of_the_very_piece_counts() {
         let mut pace = Pace::new();
         // The head, and a piece for which no word comes.
         assert_eq!(after(&mut pace, 0, 25 * MS), limits::CHUNK_LINGER);
