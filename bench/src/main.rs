@@ -8,6 +8,7 @@
 mod agent;
 mod callgrind;
 mod client;
+mod compare;
 mod compression;
 mod delays;
 mod designs;
@@ -83,6 +84,8 @@ enum Command {
         #[arg(long, value_name = "FOLDER")]
         profiles: Option<PathBuf>,
     },
+    /// Measures an earlier build of this project and this one in turns, and prints the ratios
+    Compare(compare::Options),
     /// Measures `agentd` beside other tunnels, in the same rounds; `bench/peers/run` starts them
     Peers(peers::Options),
     /// The front of `agentd` alone: prints its ports and serves until its input ends
@@ -102,6 +105,7 @@ fn main() -> ExitCode {
             match cli.command {
                 Some(Command::Upstream) => upstream::serve().await.map(|()| true),
                 Some(Command::Front) => peers::front::serve().await.map(|()| true),
+                Some(Command::Compare(options)) => compare::run(&options).map(|()| true),
                 Some(Command::Peers(options)) => peers::run(&options).await.map(|()| true),
                 Some(Command::Budget { agentd, local, budget, write, profiles }) => {
                     let programs = callgrind::Programs { agentd: &agentd, local: &local };
