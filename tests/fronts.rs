@@ -89,7 +89,9 @@ async fn through_every_front_answers_end_and_say_what_they_are() {
 /// The whole acceptance run behind one front: each scenario holds, or meets what the front is known to do, by its name.
 async fn accepted(front: &str, by_path: bool, met: &[(&str, &str)]) {
     // A fast clock for the rate of bodies alone would shorten the life of connections too: the download is short instead.
-    let local = Local::start_in(&[("TUNNEL_REPLY_TIMEOUT_SECS", "5")], &["--no-agent", "--front", front]);
+    let websockets = if front == "relay" { "relay" } else { "none" };
+    let arguments = ["--no-agent", "--front", front, "--websockets", websockets];
+    let local = Local::start_in(&[("TUNNEL_REPLY_TIMEOUT_SECS", "5")], &arguments);
     let stack = if by_path { local.stack_by_path() } else { local.stack().clone() };
     let scale = Scale { clients: 8, rounds: 4, download_mib: 7 };
     let stack = stack.with_scale(scale).with_reply_timeout(Duration::from_secs(5));
@@ -135,6 +137,32 @@ async fn a_relay_keeps_the_length_of_an_answer() {
     let answer = local.stack().tunnel("web").get("/digest").await;
     assert_eq!(answer.field("content-length").as_deref(), Some("5"));
     assert_eq!(answer.text(), "plain");
+
+    // A client that leaves before there is an answer is noticed at once: its upstream need not go on.
+    let (waits, mut waiting) = mpsc::unbounded_channel();
+    let silent = Upstream::start(move |_, mut conn: Conn| {
+        let waits = waits.clone();
+        async move {
+            let _ = waits.send(());
+            conn.closed().await;
+            let _ = waits.send(());
+            None
+        }
+    })
+    .await;
+    let web = local.stack().tunnel("silent");
+    let _agent = web.agent(&silent.address());
+    let mut client = web.open().await;
+    client.begin(&web.request("GET", "/")).await;
+    timeout(AT_ONCE, waiting.recv()).await.expect("the request arrives").unwrap();
+    drop(client);
+    // Far below the reply time-out of a minute.
+    timeout(AT_ONCE, waiting.recv()).await.expect("its upstream is let go").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn the_acceptance_run_behind_a_relay() {
+    accepted("relay", false, &[(HEADS, "edge-methods")]).await;
 }
 
 /// One distribution serves all tunnels: an error of one must not answer for another.

@@ -13,13 +13,19 @@ use std::{
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use http::{HeaderValue, header};
+use proto::{
+    error::ErrorCode,
+    message::{AgentMessage, EdgeMessage, Failed},
+};
 use rustix::process::Signal;
-use tests::{Agent, Local, client, eventually, noise};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+use tests::{Agent, Local, client, eventually, noise, raw_agent::RawAgent};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream, UnixListener},
     time::timeout,
 };
+use tokio_rustls::TlsAcceptor;
 use tokio_tungstenite::{
     WebSocketStream, accept_hdr_async_with_config, client_async_with_config,
     tungstenite::{
@@ -56,6 +62,7 @@ async fn counted_echo() -> (SocketAddr, Arc<AtomicUsize>) {
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
             let open = Arc::clone(&counted);
+            stream.set_nodelay(true).unwrap();
             tokio::spawn(async move {
                 open.fetch_add(1, Ordering::Relaxed);
                 serve(stream).await;
@@ -67,8 +74,7 @@ async fn counted_echo() -> (SocketAddr, Arc<AtomicUsize>) {
 }
 
 #[allow(clippy::result_large_err, reason = "the signature of a callback")]
-async fn serve(stream: TcpStream) {
-    stream.set_nodelay(true).unwrap();
+async fn serve<S: AsyncRead + AsyncWrite + Unpin>(stream: S) {
     let answer = |request: &Request, mut response: Response| {
         let fields = response.headers_mut();
         for name in ["origin", "host", "cookie", "sec-websocket-extensions", "x-forwarded-host"] {
@@ -409,6 +415,8 @@ async fn who_ends_in_order_says_so_and_who_carries_none_refuses() {
     agent.process().signal(Signal::TERM);
     assert_eq!(close_code(&mut socket).await, Some(1012));
     drop(agent);
+    an_agent_of_an_older_release_refuses(&local).await;
+    websockets_of_every_kind_of_upstream(&local).await;
     let _agent = local.agent("web", &upstream.to_string());
     let mut socket = connected(&local).await;
     let closed = tokio::spawn(async move { close_code(&mut socket).await });
@@ -417,12 +425,81 @@ async fn who_ends_in_order_says_so_and_who_carries_none_refuses() {
 
     let local = Local::start(&["--websockets", "none"]);
     let _agent = local.agent("web", &upstream.to_string());
-    match try_connect(&local, "/", &[]).await {
+    refused_with_501(&local).await;
+}
+
+async fn refused_with_501(local: &Local) {
+    match try_connect(local, "/", &[]).await {
         Err(tokio_tungstenite::tungstenite::Error::Http(response)) => {
             assert_eq!(response.status(), 501);
             assert_eq!(response.headers()["x-tunnel-error"], "upgrade_unsupported");
         }
         other => panic!("{:?}", other.map(|_| ())),
+    }
+}
+
+/// An agent of a release that knows no WebSockets: its `hello` names none, and it sees a request that it refuses, as it
+/// refused each such request before.
+async fn an_agent_of_an_older_release_refuses(local: &Local) {
+    let mut old = RawAgent::open(local.stack(), &["web"]).await;
+    let answers = async {
+        let text = old.hear().await;
+        let EdgeMessage::Request(request) = EdgeMessage::decode(&text).unwrap() else { panic!("{text}") };
+        assert_eq!(request.headers.get(header::UPGRADE).map(HeaderValue::as_bytes), Some(&b"websocket"[..]));
+        let token = request.token;
+        old.say(AgentMessage::Failed(Failed { token, seq: 0, code: ErrorCode::UpgradeUnsupported })).await;
+    };
+    tokio::join!(answers, refused_with_501(local));
+}
+
+/// Upstreams with TLS of an authority of one's own, and behind a unix socket.
+async fn websockets_of_every_kind_of_upstream(local: &Local) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("echo.sock");
+    let unix = UnixListener::bind(&path).unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = unix.accept().await {
+            tokio::spawn(serve(stream));
+        }
+    });
+    let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/../agentd/tests/fixtures");
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let chain = CertificateDer::pem_file_iter(format!("{fixtures}/localhost.pem")).unwrap();
+    let key = PrivateKeyDer::from_pem_file(format!("{fixtures}/localhost.key")).unwrap();
+    let tls = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain.map(Result::unwrap).collect(), key)
+        .unwrap();
+    // Where there is a choice it is HTTP/2, over which this handshake cannot be made.
+    let tls = rustls::ServerConfig { alpn_protocols: vec![b"h2".to_vec(), b"http/1.1".to_vec()], ..tls };
+    let tls = TlsAcceptor::from(Arc::new(tls));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let tls = tls.clone();
+            tokio::spawn(async move {
+                if let Ok(stream) = tls.accept(stream).await {
+                    serve(stream).await;
+                }
+            });
+        }
+    });
+    for upstream in [
+        format!("upstream = \"unix:{}\"", path.display()),
+        format!("upstream = \"https://localhost:{port}\"\nca_file = \"{fixtures}/ca.pem\""),
+    ] {
+        let agent = local.agent_with(&format!("[[tunnel]]\nname = \"web\"\n{upstream}\n"), &["web"]);
+        let mut socket = connected(local).await;
+        echoed(&mut socket, &messages(11)).await;
+        // A kill of the agent ends it within five seconds, by a close that has the client come again.
+        let begun = std::time::Instant::now();
+        kill(&agent);
+        assert_eq!(close_code(&mut socket).await, Some(1012));
+        println!("closed {} ms after the agent was killed", begun.elapsed().as_millis());
+        drop(agent);
     }
 }
 
@@ -594,7 +671,11 @@ async fn hostile_frames_harm_their_own_socket_alone() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn idle_websockets_cost_little_and_what_is_lost_or_killed_is_told() {
     // Both wait more than they work.
-    tokio::join!(idle_websockets_cost_little_and_a_killed_relay_ends_them(), a_lost_message_is_told());
+    tokio::join!(
+        idle_websockets_cost_little_and_a_killed_relay_ends_them(),
+        a_lost_message_is_told(),
+        a_thousand_messages_are_few_calls()
+    );
 }
 
 async fn idle_websockets_cost_little_and_a_killed_relay_ends_them() {
@@ -647,6 +728,41 @@ async fn idle_websockets_cost_little_and_a_killed_relay_ends_them() {
     eventually("another relay serves", async || try_connect(&local, "/", &[]).await.is_ok()).await;
 }
 
+/// What an upstream says 100 times a second is gathered: counted calls of a thousand small messages.
+async fn a_thousand_messages_are_few_calls() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let upstream = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let Ok(mut socket) = tokio_tungstenite::accept_async(stream).await else { continue };
+            let Some(Ok(_)) = socket.next().await else { continue };
+            let mut ticks = tokio::time::interval(Duration::from_millis(10));
+            for n in 0..1000 {
+                ticks.tick().await;
+                socket.send(Message::Text(n.to_string().into())).await.unwrap();
+            }
+            while let Some(Ok(_)) = socket.next().await {}
+        }
+    });
+    let local = with_relay(&[]);
+    let _agent = local.agent("web", &upstream.to_string());
+    let mut socket = connect(&local).await;
+    let before = local.counters().await;
+    socket.send(Message::Text("begin".into())).await.unwrap();
+    for n in 0..1000 {
+        assert_eq!(next(&mut socket).await, Message::Text(n.to_string().into()));
+    }
+    let after = local.counters().await;
+    let made: std::collections::BTreeMap<_, _> = after
+        .iter()
+        .map(|(name, count)| (name, count - before.get(name).copied().unwrap_or(0)))
+        .filter(|(_, count)| *count > 0)
+        .collect();
+    let calls = made.values().sum::<u64>();
+    println!("1,000 messages from the upstream at 100/s: {calls} calls {made:?}");
+    assert!(calls <= 300, "{made:?}");
+}
+
 /// A message that is lost on its way ends its WebSocket so that the client comes again; what came before it was complete.
 async fn a_lost_message_is_told() {
     let upstream = echo().await;
@@ -669,6 +785,72 @@ async fn a_lost_message_is_told() {
         }
     }
     panic!("nothing was lost");
+}
+
+/// The times of round trips of 100 B, a hundred a second, in order.
+async fn round_trips(socket: &mut Socket) -> Vec<Duration> {
+    let text = Message::Text("x".repeat(100).into());
+    let mut ticks = tokio::time::interval(Duration::from_millis(10));
+    let mut times = Vec::new();
+    for n in 0..1100 {
+        ticks.tick().await;
+        let begun = std::time::Instant::now();
+        socket.send(text.clone()).await.unwrap();
+        assert_eq!(next(socket).await, text);
+        if n >= 100 {
+            times.push(begun.elapsed());
+        }
+    }
+    times.sort();
+    times
+}
+
+/// The figures of docs/benchmarks.md about WebSockets. To be run alone on the machine, with `--release`.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "it is for a quiet machine: cargo test --release -p tests --test websockets figures -- --ignored --nocapture"]
+async fn figures_for_the_benchmarks() {
+    let upstream = echo().await;
+    let local = with_relay(&[]);
+    let table = format!("[[tunnel]]\nname = \"web\"\nupstream = \"{upstream}\"\n");
+    let _agent = local.agent_with(&table, &["web"]);
+
+    let stream = TcpStream::connect(upstream).await.unwrap();
+    stream.set_nodelay(true).unwrap();
+    let request = format!("ws://{upstream}/").into_client_request().unwrap();
+    let mut direct = client_async_with_config(request, stream, Some(config())).await.unwrap().0;
+    let mut through = connect(&local).await;
+    let (direct, through) = (round_trips(&mut direct).await, round_trips(&mut through).await);
+    let added = [500, 950].map(|at| through[at].saturating_sub(direct[at]));
+    println!(
+        "echo of 100 B at 100/s: added p50 {:?}, p95 {:?}; direct p50 {:?}",
+        added[0], added[1], direct[500]
+    );
+
+    let mut sockets = Vec::new();
+    for _ in 0..50 {
+        sockets.push(connect(&local).await);
+    }
+    let small: Vec<_> = (0..4000).map(|n| Message::Text(format!("{n:020}").into())).collect();
+    let begun = std::time::Instant::now();
+    futures_util::future::join_all(sockets.iter_mut().map(|socket| echoed(socket, &small))).await;
+    let took = begun.elapsed();
+    let rate = (50 * small.len()) as f64 / took.as_secs_f64();
+    println!("50 websockets: {rate:.0} messages/s each way at the same time, in order, {took:?}");
+    drop(sockets);
+
+    let large = [Message::Binary(noise(1, 8_000_000).into())];
+    let mut socket = connect(&local).await;
+    echoed(&mut socket, &large).await;
+    let begun = std::time::Instant::now();
+    for _ in 0..5 {
+        echoed(&mut socket, &large).await;
+    }
+    let speed = 5.0 * 2.0 * 8.0 / begun.elapsed().as_secs_f64();
+    println!("a message of 8 MB: {speed:.1} MB/s, there and then back");
+
+    assert!(added[0] <= Duration::from_millis(4) && added[1] <= Duration::from_millis(8), "{added:?}");
+    assert!(2.0 * rate >= 20_000.0, "{rate}");
+    assert!(speed >= 30.0, "{speed}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

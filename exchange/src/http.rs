@@ -83,15 +83,19 @@ pub async fn carry<P: PublicSide, M: Mail>(
     }
 
     let lasts = ends_at.saturating_duration_since(Instant::now());
-    let admission = match services.limiter.admit(&request.tunnel, request_id, unix_now(), lasts).await {
+    // A WebSocket lives as long as this future: what is over before it opens takes no room in it.
+    let admitting = Box::pin(services.limiter.admit(&request.tunnel, request_id, unix_now(), lasts));
+    let admission = match admitting.await {
         Ok(admission) => admission,
         Err(denied) => return answering.fail(denial(request_id, &request.tunnel, &denied)).await,
     };
-    let socket = relay(services, mail, request_id, &request, ends_at, answering).await;
+    let socket = Box::pin(relay(services, mail, request_id, &request, ends_at, answering)).await;
     // A WebSocket counts as a request until it is open.
-    services.limiter.release(admission).await;
+    Box::pin(services.limiter.release(admission)).await;
     if let Some((socket, public)) = socket {
-        socket.run(services, mail, request_id, &request.tunnel, public, record).await;
+        let tunnel = request.tunnel.clone();
+        drop(request);
+        socket.run(services, mail, request_id, &tunnel, public, record).await;
     }
 }
 
@@ -379,7 +383,7 @@ impl<'a, M: Mail> Exchange<'a, M> {
     async fn run<P: PublicSide>(
         mut self,
         first: Vec<Letter>,
-        answering: Answering<'_, P>,
+        mut answering: Answering<'_, P>,
         reply_by: Instant,
         ends_at: Instant,
     ) {
@@ -410,6 +414,7 @@ impl<'a, M: Mail> Exchange<'a, M> {
                 }
                 Some(side) = self.side.next() => stop = self.found(side),
                 Some(()) = OptionFuture::from(wake_at.map(tokio::time::sleep_until)) => stop = self.wake().err(),
+                () = answering.public.gone() => stop = Some(Stop::ClientGone),
                 () = tokio::time::sleep_until(reply_by) => {
                     stop = Some(Stop::Broken(ErrorCode::UpstreamTimedOut));
                 }

@@ -80,6 +80,11 @@ pub trait PublicSide {
     /// Answers with an error of ours. Ends when the answer has been taken, or nobody is left to take it.
     fn fail(self, code: ErrorCode) -> impl Future<Output = ()>;
 
+    /// Ends when nobody is left to take the answer, where that can be known before it is given. Cancel safe.
+    fn gone(&mut self) -> impl Future<Output = ()> {
+        std::future::pending()
+    }
+
     /// What a WebSocket's messages go through. Dropped, it is closed.
     type Socket: Stream<Item = Result<Message, SocketError>> + Sink<Message, Error = SocketError> + Unpin;
 

@@ -226,7 +226,8 @@ impl Socket {
         let Pump { up, down, code, connection, .. } = pump;
         if end != End::Closed && end != End::AgentLost && end != End::AgentEnded {
             let cancel = EdgeMessage::Cancel(Cancel { request_id: request_id.clone() });
-            if let Err(error) = services.link.post(&connection, &cancel).await {
+            // Seldom, and larger than all the rest of this future.
+            if let Err(error) = Box::pin(services.link.post(&connection, &cancel)).await {
                 tracing::warn!(%request_id, %error, "agent was not told");
             }
         }

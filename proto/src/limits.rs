@@ -246,7 +246,7 @@ pub const SOCKET_ASK_AFTER: Duration = Duration::from_secs(10 * 60);
 pub const SOCKET_CLOSE: Duration = Duration::from_secs(5);
 
 /// How an agent paces batches that answer nothing: each costs a message, an invocation and a queue's message.
-pub const SOCKET_AGENT_INTERVAL: Duration = Duration::from_millis(150);
+pub const SOCKET_AGENT_INTERVAL: Duration = Duration::from_millis(200);
 
 /// How the edge paces batches that answer nothing: each costs one message.
 pub const SOCKET_EDGE_INTERVAL: Duration = Duration::from_millis(40);

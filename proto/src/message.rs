@@ -812,7 +812,7 @@ mod tests {
             );
             kinds.insert(said["type"].as_str().unwrap().to_owned());
         }
-        assert_eq!(kinds.len(), 14, "{kinds:?}");
+        assert_eq!(kinds.len(), 16, "{kinds:?}");
     }
 
     #[test]

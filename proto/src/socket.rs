@@ -842,7 +842,8 @@ mod tests {
             }
             pair.now += Duration::from_millis(10);
         }
-        assert!(batches <= 90, "{batches}");
+        // Each of them is a message, a run of `response`, one in and one out of the mailbox, and a tenth of a deletion.
+        assert!(batches <= 70, "{batches}");
     }
 
     #[test]

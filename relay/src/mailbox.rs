@@ -41,7 +41,8 @@ const LEASE_CHECK: Duration = Duration::from_secs(60);
 /// What a long poll brought, and from which mailbox.
 type Polled = (Rc<Inbox>, Result<Vec<Letter>, Error>);
 
-type Slots = RefCell<HashMap<String, mpsc::Sender<Letter>>>;
+/// A letter on the heap: a channel keeps room for 32 of its items, also while it is empty.
+type Slots = RefCell<HashMap<String, mpsc::Sender<Box<Letter>>>>;
 
 /// The mailbox of this process.
 pub struct Postbox {
@@ -55,7 +56,7 @@ pub struct Slot {
     postbox: Rc<Postbox>,
     request_id: RequestId,
     mailbox: MailboxId,
-    letters: RefCell<mpsc::Receiver<Letter>>,
+    letters: RefCell<mpsc::Receiver<Box<Letter>>>,
     closing: CancellationToken,
 }
 
@@ -158,13 +159,13 @@ impl Postbox {
         let slots = self.slots.borrow();
         if letter.lost_connection.is_some() {
             for slot in slots.values() {
-                let _ = slot.try_send(letter.clone());
+                let _ = slot.try_send(Box::new(letter.clone()));
             }
             return;
         }
         // Without a place it is stale: its exchange is over.
         if let Some(slot) = letter.request_id.as_deref().and_then(|id| slots.get(id))
-            && slot.try_send(letter).is_err()
+            && slot.try_send(Box::new(letter)).is_err()
         {
             tracing::warn!("an exchange's messages were more than it takes; it will miss one");
         }
@@ -226,9 +227,9 @@ impl Mail for Slot {
         let Some(first) = first else {
             return Err(Error::Refused { call: "ReceiveMessage", source: "this process ends".into() });
         };
-        let mut taken = vec![first];
+        let mut taken = vec![*first];
         while let Ok(next) = letters.try_recv() {
-            taken.push(next);
+            taken.push(*next);
         }
         Ok(taken)
     }

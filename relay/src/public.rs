@@ -297,6 +297,10 @@ impl PublicSide for HttpAnswer {
         let _ = self.answers.send(response(head, body));
     }
 
+    async fn gone(&mut self) {
+        self.answers.closed().await;
+    }
+
     async fn accept(self, subprotocol: Option<String>, headers: Headers) -> Option<Self::Socket> {
         let (upgrade, key) = self.upgrade?;
         let mut switch =

@@ -36,7 +36,8 @@ pub(crate) enum SocketEvent {
 
 struct Open {
     serial: Serial,
-    events: mpsc::Sender<SocketEvent>,
+    /// On the heap: a channel keeps room for 32 of its items, also while it is empty.
+    events: mpsc::Sender<Box<SocketEvent>>,
 }
 
 #[derive(Default)]
@@ -86,7 +87,7 @@ impl Sockets {
         self: &std::sync::Arc<Self>,
         request_id: RequestId,
         serial: Serial,
-    ) -> (Registered, mpsc::Receiver<SocketEvent>) {
+    ) -> (Registered, mpsc::Receiver<Box<SocketEvent>>) {
         let (events, received) = mpsc::channel(EVENTS);
         self.state().open.insert(request_id.clone(), Open { serial, events });
         (Registered { sockets: std::sync::Arc::clone(self), request_id }, received)
@@ -96,7 +97,7 @@ impl Sockets {
     pub(crate) fn tell(&self, request_id: &RequestId, event: SocketEvent) -> bool {
         let mut state = self.state();
         let Some(open) = state.open.get(request_id) else { return false };
-        if open.events.try_send(event).is_err() {
+        if open.events.try_send(Box::new(event)).is_err() {
             // More than an honest edge sends: its task ends with its channel.
             state.open.remove(request_id);
         }
@@ -120,7 +121,7 @@ impl Sockets {
                 None => SocketEvent::Retire,
             };
             // A task that takes nothing is at its end.
-            let _ = one.events.try_send(event);
+            let _ = one.events.try_send(Box::new(event));
         }
     }
 
@@ -129,7 +130,7 @@ impl Sockets {
         let mut state = self.state();
         state.links.remove(&serial);
         for one in state.open.values().filter(|one| one.serial == serial) {
-            let _ = one.events.try_send(SocketEvent::Lost);
+            let _ = one.events.try_send(Box::new(SocketEvent::Lost));
         }
     }
 

@@ -134,7 +134,7 @@ impl Socket {
         subprotocol: Option<String>,
         headers: Headers,
         registered: Registered,
-        events: mpsc::Receiver<SocketEvent>,
+        events: mpsc::Receiver<Box<SocketEvent>>,
     ) {
         let Self { token, io, outbox, codecs, place, idle, mut line, hints, capture, .. } = self;
         let accepted = AgentMessage::Accepted(Accepted {
@@ -205,7 +205,7 @@ struct Pump<'a> {
     /// The connection that it moves to, until nothing more can come over the one before.
     moving: Option<(Serial, Option<u32>)>,
     registered: Registered,
-    events: mpsc::Receiver<SocketEvent>,
+    events: mpsc::Receiver<Box<SocketEvent>>,
     idle: Option<Duration>,
     line: &'a mut SocketLine,
     hints: &'a Given,
@@ -282,7 +282,7 @@ impl Pump<'_> {
             let idle_at = self.idle.map(|idle| last + idle);
             tokio::select! {
                 biased;
-                event = self.events.recv() => match event {
+                event = self.events.recv() => match event.map(|event| *event) {
                     Some(SocketEvent::Batch(batch)) => {
                         if let Err(error) = self.receive(batch) {
                             tracing::warn!(%error, "a websocket was broken off");
