@@ -466,14 +466,14 @@ async fn websockets_of_every_kind_of_upstream(local: &Local) {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let chain = CertificateDer::pem_file_iter(format!("{fixtures}/localhost.pem")).unwrap();
     let key = PrivateKeyDer::from_pem_file(format!("{fixtures}/localhost.key")).unwrap();
-    let tls = rustls::ServerConfig::builder_with_provider(provider)
+    let mut tls = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth()
         .with_single_cert(chain.map(Result::unwrap).collect(), key)
         .unwrap();
     // Where there is a choice it is HTTP/2, over which this handshake cannot be made.
-    let tls = rustls::ServerConfig { alpn_protocols: vec![b"h2".to_vec(), b"http/1.1".to_vec()], ..tls };
+    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let tls = TlsAcceptor::from(Arc::new(tls));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -694,7 +694,9 @@ async fn idle_websockets_cost_little_and_a_killed_relay_ends_them() {
     }
     let each = [0, 1].map(|at| resident()[at].saturating_sub(before[at]) / (count as u64 - 1));
     println!("{count} idle websockets: {} bytes each in relay, {} in agentd", each[0], each[1]);
-    assert!(each.iter().all(|&bytes| bytes < 48 * 1024), "{each:?}");
+    // Among a few, what a process takes at once for all of them counts for more.
+    let most = if count < 1000 { 24 * 1024 } else { 20_000 };
+    assert!(each.iter().all(|&bytes| bytes <= most), "{each:?}");
 
     // What was said is acknowledged; then nothing is called but the one long poll.
     let calls = async || {
@@ -758,8 +760,11 @@ async fn a_thousand_messages_are_few_calls() {
         .map(|(name, count)| (name, count - before.get(name).copied().unwrap_or(0)))
         .filter(|(_, count)| *count > 0)
         .collect();
-    let calls = made.values().sum::<u64>();
-    println!("1,000 messages from the upstream at 100/s: {calls} calls {made:?}");
+    // Each answer in the mailbox was a message of the agent's and an invocation of `response` before.
+    let sent = made.get(&"sqs:SendMessage".to_owned()).copied().unwrap_or(0);
+    let calls = made.values().sum::<u64>() + 2 * sent;
+    println!("1,000 messages from the upstream at 100/s: {calls} billed calls {made:?}");
+    assert!(sent > 0);
     assert!(calls <= 300, "{made:?}");
 }
 
