@@ -61,12 +61,13 @@ pub(crate) struct AgentProcess {
 }
 
 impl AgentProcess {
-    /// Starts `program`, under `wrapper` if that is not empty, for one tunnel to `upstream`.
+    /// Starts `program`, under `wrapper` if that is not empty, for one tunnel to `upstream`, inspected or not.
     pub(crate) fn start(
         program: &Path,
         wrapper: &[String],
         edge: &str,
         upstream: &str,
+        is_inspected: bool,
     ) -> anyhow::Result<Self> {
         let folder = tempfile::tempdir()?;
         let token = folder.path().join("token");
@@ -74,8 +75,8 @@ impl AgentProcess {
         file.write_all(b"a-token-that-nobody-checks")?;
         let config = folder.path().join("agentd.toml");
         let text = format!(
-            "[edge]\nurl = \"{edge}\"\ntoken_file = \"{}\"\n\n[[tunnel]]\nname = \"{TUNNEL}\"\n\
-             upstream = \"{upstream}\"\nmax_concurrent = 2000\n",
+            "inspect_address = \"127.0.0.1:0\"\n[edge]\nurl = \"{edge}\"\ntoken_file = \"{}\"\n\n[[tunnel]]\nname = \"{TUNNEL}\"\n\
+             upstream = \"{upstream}\"\nmax_concurrent = 2000\ninspect = {is_inspected}\n",
             token.display()
         );
         std::fs::write(&config, text)?;
@@ -132,9 +133,27 @@ impl Stage {
         wrapper: &[String],
         upstream: &Upstream,
     ) -> anyhow::Result<Self> {
+        Self::of(program, wrapper, upstream, false).await
+    }
+
+    /// One whose tunnel is inspected.
+    pub(crate) async fn inspected(
+        program: &Path,
+        wrapper: &[String],
+        upstream: &Upstream,
+    ) -> anyhow::Result<Self> {
+        Self::of(program, wrapper, upstream, true).await
+    }
+
+    async fn of(
+        program: &Path,
+        wrapper: &[String],
+        upstream: &Upstream,
+        is_inspected: bool,
+    ) -> anyhow::Result<Self> {
         let edge = BareEdge::bind().await?;
-        let process =
-            AgentProcess::start(program, wrapper, &edge.url, &format!("127.0.0.1:{}", upstream.port))?;
+        let address = format!("127.0.0.1:{}", upstream.port);
+        let process = AgentProcess::start(program, wrapper, &edge.url, &address, is_inspected)?;
         let line = process.connect(&edge).await?;
         Ok(Self { line, process })
     }
@@ -145,7 +164,7 @@ impl Stage {
     }
 
     /// 10^6 bytes that the agent has resident.
-    fn memory(&self) -> f64 {
+    pub(crate) fn memory(&self) -> f64 {
         tests::resident_bytes(self.process.id()).unwrap_or_default() as f64 / 1e6
     }
 

@@ -27,6 +27,12 @@ const TOLERANCE: u64 = 5;
 const PHASES: [(&str, Ask<'_>, usize, usize); 3] =
     [("small_request", SMALL, 100, 400), ("response_1mib", DOWNLOAD, 2, 8), ("request_1mib", UPLOAD, 2, 8)];
 
+/// The first of [`PHASES`] again, with the inspector on. What it may cost goes by what it costs without.
+const INSPECTED: &str = "small_request_inspected";
+
+/// How much more than without it that may be, in percent.
+const INSPECTION: u64 = 10;
+
 /// How many small requests go through the whole path before it counts, and how many then.
 const WHOLE_PATH: (usize, usize) = (60, 300);
 
@@ -82,20 +88,65 @@ async fn agentd(program: &Path, folder: &Path) -> anyhow::Result<BTreeMap<&'stat
     let out = folder.join("callgrind.agentd");
     // Its pipes stand here too, so that nothing of it outlives a run.
     let control = folder.join("vgdb");
-    let wrapper = valgrind(&control, &out);
-    let mut stage = agent::Stage::start(program, &wrapper, &upstream).await?;
-    let pid = stage.process.id();
+    let mut stage = agent::Stage::start(program, &valgrind(&control, &out), &upstream).await?;
     let mut counts = BTreeMap::new();
-    for (number, (name, ask, before, count)) in (1..).zip(PHASES) {
-        stage.line.load(&ask, 1, Until::Answers(before)).await?;
-        tell(&control, pid, "zero")?;
-        stage.line.load(&ask, 1, Until::Answers(count)).await?;
-        tell(&control, pid, "dump")?;
-        let dump = PathBuf::from(format!("{}.{number}", out.display()));
-        counts.insert(name, total(&dump)? / count as u64);
-        std::fs::rename(&dump, folder.join(format!("callgrind.agentd.{name}")))?;
+    for (number, phase) in (1..).zip(PHASES) {
+        counts.insert(phase.0, phase_count(&mut stage, &control, &out, number, phase).await?);
     }
+    drop(stage);
+    counts.insert(INSPECTED, inspected(program, folder, &upstream).await?);
     Ok(counts)
+}
+
+/// Instructions of `agentd` for a small request with the inspector on.
+async fn inspected(program: &Path, folder: &Path, upstream: &Upstream) -> anyhow::Result<u64> {
+    let (control, out) = (folder.join("vgdb"), folder.join("callgrind.agentd.inspected"));
+    let mut stage = agent::Stage::inspected(program, &valgrind(&control, &out), upstream).await?;
+    let [(_, ask, before, count), ..] = PHASES;
+    phase_count(&mut stage, &control, &out, 1, (INSPECTED, ask, before, count)).await
+}
+
+/// Counts, prints and judges what the inspector alone adds to a small request.
+pub(crate) async fn inspection(program: &Path) -> anyhow::Result<bool> {
+    let folder = tempfile::tempdir()?;
+    let (folder, upstream) = (folder.path(), Upstream::start()?);
+    let on = inspected(program, folder, &upstream).await?;
+    let (control, out) = (folder.join("vgdb"), folder.join("callgrind.agentd"));
+    let mut stage = agent::Stage::start(program, &valgrind(&control, &out), &upstream).await?;
+    let off = phase_count(&mut stage, &control, &out, 1, PHASES[0]).await?;
+    let (text, is_met) = added(off, on);
+    println!("{off} instructions without, {on} with. {text}");
+    Ok(is_met)
+}
+
+/// What the inspector adds, in words, and whether it may.
+fn added(off: u64, on: u64) -> (String, bool) {
+    let within = on * 100 <= off * (100 + INSPECTION);
+    let change = (on as f64 / off as f64 - 1.0) * 100.0;
+    let verdict = if within { "within" } else { "EXCEEDED" };
+    let text = format!(
+        "The inspector adds {change:.1} % to a small request, {INSPECTION} % are allowed: {verdict}."
+    );
+    (text, within)
+}
+
+/// Instructions for one of a phase, the `number`-th of this process.
+async fn phase_count(
+    stage: &mut agent::Stage,
+    control: &Path,
+    out: &Path,
+    number: u32,
+    (name, ask, before, count): (&str, Ask<'_>, usize, usize),
+) -> anyhow::Result<u64> {
+    let pid = stage.process.id();
+    stage.line.load(&ask, 1, Until::Answers(before)).await?;
+    tell(control, pid, "zero")?;
+    stage.line.load(&ask, 1, Until::Answers(count)).await?;
+    tell(control, pid, "dump")?;
+    let dump = PathBuf::from(format!("{}.{number}", out.display()));
+    let counted = total(&dump)? / count as u64;
+    std::fs::rename(&dump, out.with_file_name(format!("callgrind.agentd.{name}")))?;
+    Ok(counted)
 }
 
 /// Instructions of `local` and of each function for a small request through all of them.
@@ -203,7 +254,7 @@ fn written(programs: &Counts) -> String {
     );
     for (program, counts) in programs {
         let _ = writeln!(text, "\n[{program}]");
-        for (name, count) in counts {
+        for (name, count) in counts.iter().filter(|(name, _)| **name != INSPECTED) {
             let _ = writeln!(text, "{name} = {count}");
         }
     }
@@ -214,7 +265,7 @@ fn judged(programs: &Counts, budget: &Budget) -> (String, bool) {
     let mut table = String::from("| | instructions | budget | | |\n|---|---:|---:|---:|---|\n");
     let mut is_met = true;
     let all = programs.iter().flat_map(|(program, counts)| counts.iter().map(move |count| (program, count)));
-    for (program, (name, &count)) in all {
+    for (program, (name, &count)) in all.filter(|(_, (name, _))| **name != INSPECTED) {
         let Some(&allowed) = budget.0.get(*program).and_then(|all| all.get(*name)) else {
             let _ = writeln!(table, "| {program}: {name} | {count} | none | | missing |");
             is_met = false;
@@ -225,6 +276,12 @@ fn judged(programs: &Counts, budget: &Budget) -> (String, bool) {
         let change = (count as f64 / allowed as f64 - 1.0) * 100.0;
         let verdict = if within { "within" } else { "EXCEEDED" };
         let _ = writeln!(table, "| {program}: {name} | {count} | {allowed} | {change:+.1} % | {verdict} |");
+    }
+    let of_agentd = |name| programs.get("agentd").and_then(|counts| counts.get(name)).copied();
+    if let (Some(off), Some(on)) = (of_agentd(PHASES[0].0), of_agentd(INSPECTED)) {
+        let (text, within) = added(off, on);
+        is_met &= within;
+        let _ = writeln!(table, "\n{text}");
     }
     (table, is_met)
 }
@@ -245,6 +302,16 @@ mod tests {
         }
         let unknown = judged(&of_agentd([("other", 1)]), &budget);
         assert!(!unknown.1 && unknown.0.contains("missing"), "{}", unknown.0);
+    }
+
+    #[test]
+    fn the_inspector_may_add_a_tenth_and_no_more() {
+        let budget: Budget = toml::from_str("[agentd]\nsmall_request = 1000\n").unwrap();
+        for (on, within) in [(1100, true), (1101, false)] {
+            let (table, is_met) =
+                judged(&of_agentd([("small_request", 1000), ("small_request_inspected", on)]), &budget);
+            assert_eq!(is_met, within, "{table}");
+        }
     }
 
     #[test]

@@ -351,6 +351,23 @@ impl Line {
         Ok(held)
     }
 
+    /// Takes at least so many bytes of an endless response and ends it; how many came.
+    pub(crate) async fn part(&mut self, target: &str, bytes: usize) -> anyhow::Result<usize> {
+        let number = self.ask(&Ask { target, upload: 0, expected: None }).await?;
+        let mut came = 0;
+        while came < bytes {
+            let text = self.answer().await?;
+            let piece = Piece::read(&text)?.context("not a piece of an answer")?;
+            ensure!(piece.number == number && !piece.end, "a stream that is to stay open has ended");
+            came += piece.bytes;
+            if piece.seq > 0 && piece.seq.is_multiple_of(limits::CREDIT_EVERY) {
+                self.credit(number, piece.seq).await?;
+            }
+        }
+        self.release(Held(HashMap::from([(number, 0)]))).await?;
+        Ok(came)
+    }
+
     /// Ends what is held; returns when the agent has confirmed every one.
     pub(crate) async fn release(&mut self, held: Held) -> anyhow::Result<()> {
         let numbers: Vec<_> = held.0.into_keys().collect();

@@ -15,6 +15,7 @@ mod designs;
 mod edge;
 mod figures;
 mod hops;
+mod inspect;
 mod measure;
 mod pace;
 mod parts;
@@ -86,6 +87,22 @@ enum Command {
     },
     /// Measures an earlier build of this project and this one in turns, and prints the ratios
     Compare(compare::Options),
+    /// Measures what the inspector costs a long download and an endless stream, and whether memory grows; an agent with
+    /// it and one without take turns
+    Inspect {
+        /// The `agentd` to measure
+        #[arg(long, value_name = "FILE")]
+        agentd: PathBuf,
+        /// How often each is measured; figures are medians
+        #[arg(long, default_value_t = 7)]
+        rounds: usize,
+        /// How long each download and each part of the stream is
+        #[arg(long, value_name = "MIB", default_value_t = 1024)]
+        mib: usize,
+        /// Count the instructions of a small request with and without it instead; needs valgrind, but no quiet machine
+        #[arg(long)]
+        instructions: bool,
+    },
     /// Measures `agentd` beside other tunnels, in the same rounds; `bench/peers/run` starts them
     Peers(peers::Options),
     /// The front of `agentd` alone: prints its ports and serves until its input ends
@@ -112,6 +129,17 @@ fn main() -> ExitCode {
                     let is_met = callgrind::check(&programs, &budget, write, profiles.as_deref()).await?;
                     if !is_met {
                         eprintln!("bench: over the budget; make it cheaper, or say why with a new budget");
+                    }
+                    Ok(is_met)
+                }
+                Some(Command::Inspect { agentd, rounds, mib, instructions }) => {
+                    let is_met = if instructions {
+                        callgrind::inspection(&agentd).await?
+                    } else {
+                        inspect::run(&agentd, rounds, mib).await?
+                    };
+                    if !is_met {
+                        eprintln!("bench: the inspector costs more than it may");
                     }
                     Ok(is_met)
                 }

@@ -145,7 +145,7 @@ impl Alone {
         let front = Front::start()?;
         let program = ::tests::process::binary("agentd");
         let address = format!("127.0.0.1:{}", upstream.port);
-        let agent = AgentProcess::start(&program, &[], &front.url, &address)?;
+        let agent = AgentProcess::start(&program, &[], &front.url, &address, false)?;
         Ok(Self { front, agent })
     }
 }

@@ -1,5 +1,5 @@
-//! The upstream, in a process of its own: `/hello`, `/stamp`, `/wait/MS`, `/talk/MS`, `/echo`, `/events`, `/hold`, `/trickle`,
-//! `/body/BYTES`, `/sink`, `/peer`.
+//! The upstream, in a process of its own: `/hello`, `/stamp`, `/wait/MS`, `/talk/MS`, `/echo`, `/events`, `/hold`, `/flood`,
+//! `/trickle`, `/body/BYTES`, `/sink`, `/peer`.
 
 use std::{
     convert::Infallible,
@@ -40,6 +40,10 @@ const HOLD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How far apart the events of `/talk` are, which go on for as long as it was asked for: a model that writes.
 const TALK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// How long the events of `/flood` are, and how many are written at a time.
+const FLOOD_BYTES: usize = 1000;
+const FLOOD_EVENTS: usize = 16;
 
 /// How many bytes `/trickle` sends one by one, and how far apart.
 const TRICKLE: usize = 5;
@@ -171,6 +175,7 @@ async fn answer(
         }
         "/events" => events(EVENT_INTERVAL, EVENTS),
         "/hold" => events(HOLD_INTERVAL, usize::MAX),
+        "/flood" => flood(&pattern),
         "/trickle" => Response::new(every(TRICKLE_INTERVAL, TRICKLE, || Bytes::from_static(b"."))),
         _ => match path.strip_prefix("/body/").and_then(|bytes| bytes.parse::<usize>().ok()) {
             Some(length) => {
@@ -194,6 +199,23 @@ async fn answer(
             }
         },
     })
+}
+
+/// Events without end, as fast as they are taken.
+fn flood(pattern: &[u8]) -> Response<Body> {
+    let mut text = String::new();
+    for bytes in pattern.chunks_exact(FLOOD_BYTES / 2).take(FLOOD_EVENTS) {
+        text.push_str("data: ");
+        text.extend(bytes.iter().map(|byte| format!("{byte:02x}")));
+        text.push_str("\n\n");
+    }
+    let text = Bytes::from(text);
+    let pieces = stream::iter(std::iter::repeat_with(move || Ok(Frame::data(text.clone()))));
+    let mut response = Response::new(StreamBody::new(pieces).boxed());
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, header::HeaderValue::from_static("text/event-stream"));
+    response
 }
 
 /// `count` events, each of which says when it was sent.

@@ -113,6 +113,8 @@ pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) fields: Fields,
     pub(crate) body: Kept,
+    /// It is the agent's own, no upstream's.
+    pub(crate) is_own: bool,
     /// Whether it is a stream of events.
     is_stream: bool,
 }
@@ -122,7 +124,13 @@ impl Answer {
         let is_stream = fields.text("content-type").is_some_and(|kind| {
             kind.get(..17).is_some_and(|kind| kind.eq_ignore_ascii_case("text/event-stream"))
         });
-        Self { status, fields, body, is_stream }
+        Self { status, fields, body, is_own: false, is_stream }
+    }
+
+    /// As the agent's own.
+    pub(crate) const fn own(mut self) -> Self {
+        self.is_own = true;
+        self
     }
 }
 
@@ -171,14 +179,31 @@ impl Record {
                     .into(),
             );
         }
+        if self.is_settled_here() {
+            return Some(
+                "the agent answered this itself (a file, a fixed answer, a redirect, a step of signing in): it never \
+                 went to an upstream"
+                    .into(),
+            );
+        }
         self.body.is_cut().then(|| {
-        format!(
-            "the captured body is cut: {} of {} bytes are kept, and sending half of it would be another request; \
-             give a body, or raise inspect_body",
-            self.body.len(),
-            self.body.size()
-        )
-    })
+            format!(
+                "the captured body is cut: {} of {} bytes are kept, and sending half of it would be another \
+                 request; give a body, or raise inspect_body",
+                self.body.len(),
+                self.body.size()
+            )
+        })
+    }
+
+    /// Whether the agent answered it, and did not refuse it: no upstream was ever meant to see it.
+    fn is_settled_here(&self) -> bool {
+        self.error.is_none() && self.answer.as_ref().is_some_and(|answer| answer.is_own)
+    }
+
+    /// Whether another body makes it one that can be sent.
+    pub(crate) fn lacks_only_a_body(&self) -> bool {
+        self.kind == Kind::Http && !self.is_settled_here()
     }
 
     pub(crate) const fn new(source: Source, kind: Kind, method: Box<str>, target: Box<str>) -> Self {

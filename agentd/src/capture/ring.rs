@@ -401,6 +401,19 @@ impl Tap {
         self.say(Event::Changed);
     }
 
+    /// The head of an answer that is the agent's own.
+    pub(crate) fn own_answer<'a>(
+        &self,
+        status: u16,
+        fields: impl Iterator<Item = (&'a HeaderName, &'a HeaderValue)>,
+    ) {
+        self.note(|record, at_us| {
+            record.times.head = Some(at_us);
+            record.answer = Some(Answer::new(status, Fields::copy(fields), Kept::EMPTY).own());
+        });
+        self.say(Event::Changed);
+    }
+
     /// A piece of the answer's body.
     pub(crate) fn answer_piece(&self, piece: &[u8]) {
         let limit = self.body_bytes;

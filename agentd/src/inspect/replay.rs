@@ -14,7 +14,7 @@ use super::{redact::Redact, shape::Value};
 use crate::{
     capture::{
         fields::Fields,
-        record::{Kind, Record},
+        record::Record,
         ring::{Capture, Captured},
     },
     serve::{
@@ -101,7 +101,7 @@ impl Request {
     /// [`Refusal`].
     pub(crate) fn edited(record: &Record, edits: &Edits) -> Result<Self, Refusal> {
         match record.obstacle() {
-            Some(obstacle) if edits.body.is_none() || record.kind == Kind::Websocket => {
+            Some(obstacle) if edits.body.is_none() || !record.lacks_only_a_body() => {
                 return Err(Refusal::Impossible(obstacle));
             }
             _ => {}
@@ -330,7 +330,10 @@ pub(crate) fn adopt(mut request: Request, host: &HeaderValue) -> Result<Request,
 
 #[cfg(test)]
 mod tests {
-    use crate::capture::{kept::Kept, record::Source};
+    use crate::capture::{
+        kept::Kept,
+        record::{Kind, Source},
+    };
 
     use super::*;
 

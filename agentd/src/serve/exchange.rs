@@ -246,13 +246,10 @@ async fn answer(
     let (signed, mut passage) = match says {
         Ok(says) => says,
         Err(answer) => {
-            let stop = Box::pin(answer_here(answer, &job, &tunnel, sender, codecs, credit, line)).await;
-            // What was answered in the course of signing in is nothing to look at.
-            if matches!(stop, Stop::Answered(Some(_)) | Stop::Fail { .. }) {
-                *capture = begin(&job, None);
-                head(&job, capture);
-            }
-            return Err(stop);
+            *capture = begin(&job, None);
+            head(&job, capture);
+            let tap = capture.as_ref().map(Capture::tap);
+            return Err(Box::pin(answer_here(answer, &job, &tunnel, sender, codecs, credit, line, tap)).await);
         }
     };
     let routed = passage.as_ref().and_then(|passage| passage.upstream);
@@ -276,9 +273,11 @@ async fn answer(
                 Ok(delivery) => Some(delivery),
                 Err(answer) => {
                     head(&job, capture);
-                    return Err(
-                        Box::pin(answer_here(answer, &job, &tunnel, sender, codecs, credit, line)).await
-                    );
+                    let tap = capture.as_ref().map(Capture::tap);
+                    return Err(Box::pin(answer_here(
+                        answer, &job, &tunnel, sender, codecs, credit, line, tap,
+                    ))
+                    .await);
                 }
             }
         }
@@ -513,6 +512,7 @@ fn asked(job: &Job) -> Asked<'_> {
 }
 
 /// Answers in place of the upstream.
+#[expect(clippy::too_many_arguments, reason = "each is one side of the exchange")]
 async fn answer_here(
     answer: Answer,
     job: &Job,
@@ -521,6 +521,7 @@ async fn answer_here(
     codecs: &Codecs,
     credit: watch::Receiver<Taken>,
     line: &mut AccessLine,
+    tap: Option<&Tap>,
 ) -> Stop {
     let code = answer.code;
     line.denied_by(answer.denied_by);
@@ -528,7 +529,10 @@ async fn answer_here(
     line.head(status);
     // The length stays in the head, also for whoever wants no body.
     let body = Source::Local(if job.method == Method::HEAD { LocalBody::default() } else { body });
-    let mut response = Outflow::new(sender, tunnel, body, &headers, codecs, credit);
+    if let Some(tap) = tap {
+        tap.own_answer(status, headers.iter());
+    }
+    let mut response = Outflow { tap, ..Outflow::new(sender, tunnel, body, &headers, codecs, credit) };
     match response.deliver(Instant::now(), status, headers, line).await {
         Ok(()) => Stop::Answered(code),
         Err(Broken::Gone) => Stop::Gone,

@@ -171,6 +171,8 @@ fn configure(edge: &Edge, upstream: &Upstream, folder: &Path, more: &str) {
         more.replace("{upstream}", &upstream.port.to_string())
     );
     private_file(folder, "agentd.toml", &text).unwrap();
+    std::fs::create_dir_all(folder.join("site")).unwrap();
+    std::fs::write(folder.join("site/a.txt"), "a file").unwrap();
 }
 
 #[tokio::test]
@@ -310,6 +312,47 @@ async fn a_replay_is_the_same_bytes_and_an_edit_changes_only_what_it_names() {
         assert_eq!(stage.replay(1, &bad).await.status, 400, "{bad}");
     }
     assert_eq!(stage.replay(99, &json!({})).await.status, 404);
+}
+
+#[tokio::test]
+async fn what_the_agent_answers_itself_is_shown_and_not_sent_to_an_upstream() {
+    let mut stage = Inspected::daemon(
+        "inspect = true\ndeny_ips = [\"10.6.6.6\"]\nip_except = [\"/status\", \"/old\", \"/site/*\", \"/else\"]\n\
+         [[tunnel.route]]\npath = \"/status\"\nrespond = { status = 203, body = \"fixed\" }\n\
+         [[tunnel.route]]\npath = \"/old\"\nredirect = { to = \"/new\", status = 308 }\n\
+         [[tunnel.route]]\npath = \"/site\"\nfiles = \"site\"\nstrip_prefix = true\n",
+    )
+    .await;
+    // The edge names no address here, so that no other path is open.
+    let cases = [
+        ("/status", 203, "fixed", Value::Null),
+        ("/old", 308, "", Value::Null),
+        ("/site/a.txt", 200, "a file", Value::Null),
+        ("/site/none", 404, "no_such_file", json!("no_such_file")),
+        ("/", 403, "address_refused", json!("address_refused")),
+    ];
+    for (id, (target, status, body, error)) in (1..).zip(cases) {
+        let sent = request("GET", target);
+        stage.line.request(&sent).await;
+        stage.line.whole(&sent).await;
+        let detail = stage.get(&format!("/api/requests/{id}?wait=20")).await;
+        assert_eq!((&detail["target"], &detail["status"]), (&json!(target), &json!(status)), "{detail}");
+        assert_eq!((&detail["answered_by"], &detail["error"]), (&json!("agent"), &error), "{detail}");
+        let kept = BASE64_STANDARD.decode(detail["response"]["body"]["base64"].as_str().unwrap()).unwrap();
+        assert!(String::from_utf8(kept).unwrap().contains(body), "{detail}");
+        // What was refused may be wanted in development; what was answered was never meant for an upstream.
+        assert_eq!(detail["replayable"].is_null(), !error.is_null(), "{detail}");
+        if error.is_null() {
+            for edits in [json!({}), json!({"body": {"text": "x"}})] {
+                let refused = stage.replay(id, &edits).await;
+                assert_eq!(refused.status, 422, "{refused:?}");
+                assert!(refused.text().contains("answered this itself"), "{}", refused.text());
+            }
+        }
+    }
+    stage.pass(get("/else"), OK).await;
+    let rows = stage.get("/api/requests?path=/else").await;
+    assert_eq!(rows["requests"][0]["answered_by"], "upstream");
 }
 
 #[tokio::test]

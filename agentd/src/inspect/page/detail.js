@@ -156,7 +156,7 @@ export class Detail {
       element("span", { class: `status ${kind}` }, text),
       title ? fact(element("b", {}, visible(title))) : "",
       fact(`#${request.id}`),
-      fact(visible(request.tunnel), " → ", visible(request.upstream)),
+      fact(visible(request.tunnel), " → ", request.answered_by === "agent" ? "answered by the agent" : visible(request.upstream)),
       element("time", { title: fullTime(request.received_at) }, fullTime(request.received_at)),
       request.request_id ? element("span", { class: "code", title: "The edge's id of this request" }, visible(request.request_id)) : "",
       request.replay_of ? fact("replay of ", link(request.replay_of)) : "",

@@ -211,7 +211,10 @@ fn lines_of(detail: &Detail) -> Vec<Line<'static>> {
                     "  #{}  {} → {}  {}{}{}",
                     row.id,
                     row.tunnel,
-                    visible(&detail.upstream),
+                    match row.answered_by.as_deref() {
+                        Some("agent") => "answered by the agent".into(),
+                        _ => visible(&detail.upstream),
+                    },
                     time_of_day_at(Duration::from_micros(row.received_at)),
                     row.ended_us.map(|us| format!("  {}", readable_micros(us))).unwrap_or_default(),
                     row.replay_of.map(|of| format!("  replay of #{of}")).unwrap_or_default(),

@@ -197,6 +197,7 @@ pub(super) mod tests {
             target: target.to_owned(),
             url: None,
             status: Some(200),
+            answered_by: Some("upstream".to_owned()),
             state: "ended".to_owned(),
             outcome: Some("complete".to_owned()),
             error: None,
