@@ -157,8 +157,9 @@ pub fn report(
     tokio::task::spawn_local(async move {
         // Nothing is ever said: it becomes readable at the end.
         let _ = tokio::io::AsyncReadExt::read(&mut ended, &mut [0]).await;
-        tracing::error!("the first process of relay is gone");
+        // Before it is said: who read the log may be gone with it, and then saying so is the end of this task.
         drain.cancel();
+        tracing::error!("the first process of relay is gone");
     });
     Ok(())
 }
