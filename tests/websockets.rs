@@ -202,11 +202,51 @@ fn with_relay(more: &[&str]) -> Local {
     Local::start(&[&["--websockets", "relay"], more].concat())
 }
 
+/// What the inspector of `agent` has of its first request, a WebSocket that has closed.
+async fn frames_are_shown(agent: &Agent) {
+    let mut shown = serde_json::Value::Null;
+    eventually("the socket has ended for the inspector", async || {
+        let (code, text) = agent.ask(&["request", "show", "1", "--json"]);
+        assert_eq!(code, Some(0), "{text}");
+        shown = serde_json::from_str(&text).unwrap();
+        shown["state"] == "ended"
+    })
+    .await;
+    let is = |frame: &serde_json::Value, direction: &str, kind: &str, size: usize, first: &[u8]| {
+        let first = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, first);
+        frame["direction"] == direction
+            && frame["kind"] == kind
+            && frame["size"] == size
+            && frame["base64"] == *first
+    };
+    let large = noise(9, 16 << 20);
+    assert_eq!((&shown["kind"], &shown["status"]), (&"websocket".into(), &101.into()));
+    let frames = shown["frames_kept"].as_array().unwrap();
+    // Each way: those, the large one, the one after it, the last words, the close.
+    let whole = 2 * (messages(1).len() + 4);
+    assert_eq!(shown["frames"].as_u64().unwrap() as usize, whole, "all are counted: {} kept", frames.len());
+    assert_eq!(frames.len() + shown["frames_dropped"].as_u64().unwrap() as usize, whole);
+    for direction in ["to_upstream", "to_client"] {
+        assert!(frames.iter().any(|frame| is(frame, direction, "binary", 16 << 20, &large[..4096])));
+        assert!(frames.iter().any(|frame| is(frame, direction, "text", 5, b"after")));
+    }
+    assert!(frames.iter().any(|frame| is(frame, "to_upstream", "text", 12, b"close please")));
+    assert!(frames.iter().any(|frame| is(frame, "to_client", "text", 10, b"last words")));
+    let close = frames.last().unwrap();
+    assert_eq!((&close["kind"], &close["code"]), (&"close".into(), &4406.into()), "{close}");
+    let obstacle = shown["replayable"].as_str().unwrap();
+    assert!(obstacle.contains("WebSocket cannot be replayed"), "{obstacle}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_websocket_passes_as_if_there_were_no_tunnel() {
     let upstream = echo().await;
     let local = with_relay(&[]);
-    let _agent = local.agent("web", &upstream.to_string());
+    // Nor does it pass otherwise where it is looked at.
+    let tunnel = format!(
+        "inspect_address = \"127.0.0.1:0\"\n[[tunnel]]\nname = \"web\"\nupstream = \"{upstream}\"\ninspect = true\n"
+    );
+    let agent = local.agent_with(&tunnel, &["web"]);
 
     // The handshake's fields.
     let port = local.public.port();
@@ -244,6 +284,7 @@ async fn a_websocket_passes_as_if_there_were_no_tunnel() {
     let Message::Close(Some(frame)) = next(&mut socket).await else { panic!() };
     assert_eq!((u16::from(frame.code), frame.reason.as_str()), (4406, "Subprotocol not acceptable"));
     assert_eq!(close_code(&mut socket).await, None);
+    frames_are_shown(&agent).await;
 
     // An upstream that vanishes, and a message over the limit.
     let mut socket = connect(&local).await;
