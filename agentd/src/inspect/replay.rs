@@ -205,6 +205,14 @@ impl Request {
                 ));
             }
         }
+        let size: usize = self.fields.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
+        if self.fields.len() > limits::HEADER_FIELDS || size > limits::HEAD_BYTES {
+            return invalid(format!(
+                "the header fields are over the limit of {} or of {} bytes together",
+                limits::HEADER_FIELDS,
+                limits::HEAD_BYTES
+            ));
+        }
         if self.body.len() > limits::REQUEST_BODY_BYTES {
             return invalid(format!("the body is over the limit of {} bytes", limits::REQUEST_BODY_BYTES));
         }
@@ -424,6 +432,21 @@ mod tests {
             assert!(matches!(edited(json), Err(Refusal::Invalid(_))), "{json}");
         }
         assert!(serde_json::from_str::<Edits>(r#"{"mehtod": "GET"}"#).is_err());
+    }
+
+    #[test]
+    fn a_head_is_sent_up_to_the_limits_of_the_tunnel() {
+        let with = |count: usize, bytes: usize| {
+            let mut request = Request::edited(&record(), &Edits::default()).unwrap();
+            let size = request.fields.iter().map(|(name, value)| name.len() + value.len() + 4).sum::<usize>();
+            request.fields.resize(count - 1, ("a".to_owned(), Vec::new()));
+            let filled = size + 5 * (count - 1 - record().fields.iter().count());
+            request.fields.push(("b".to_owned(), vec![b'x'; bytes - filled - 5]));
+            request.check().is_ok()
+        };
+        assert!(with(limits::HEADER_FIELDS, limits::HEAD_BYTES));
+        assert!(!with(limits::HEADER_FIELDS + 1, limits::HEAD_BYTES));
+        assert!(!with(limits::HEADER_FIELDS, limits::HEAD_BYTES + 1));
     }
 
     #[test]
