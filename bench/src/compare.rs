@@ -15,6 +15,8 @@ use anyhow::{Context as _, ensure};
 use clap::Args;
 use serde::Deserialize;
 
+use crate::figures::median;
+
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// A checkout of the earlier one; it is built there
@@ -123,22 +125,12 @@ fn table(before: &Rounds, after: &Rounds) -> String {
     let mut text = String::from("| | unit | before | after | after by before |\n|---|---|---:|---:|---:|\n");
     for ((name, unit), rounds) in before {
         let Some(now) = after.get(&(name.clone(), unit.clone())) else { continue };
-        let (was, is) = (median(rounds), median(now));
+        let (was, is) = (median(rounds.clone()), median(now.clone()));
         // Of nothing, as errors should be, there is no ratio.
         let ratio = if was > 0.0 { format!("× {:.2}", is / was) } else { String::new() };
         let _ = writeln!(text, "| {name} | {unit} | {was:.3} | {is:.3} | {ratio} |");
     }
     text
-}
-
-fn median(all: &[f64]) -> f64 {
-    let mut all = all.to_vec();
-    all.sort_by(f64::total_cmp);
-    match all.len() {
-        0 => 0.0,
-        count if count.is_multiple_of(2) => f64::midpoint(all[count / 2 - 1], all[count / 2]),
-        count => all[count / 2],
-    }
 }
 
 #[cfg(test)]

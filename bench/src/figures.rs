@@ -298,8 +298,15 @@ pub(crate) fn number(value: f64) -> String {
     }
 }
 
+/// The value in the middle, or between the two there; 0 for none at all.
 pub(crate) fn median(mut all: Vec<f64>) -> f64 {
-    quantile(&mut all, 0.5)
+    all.sort_by(f64::total_cmp);
+    let half = all.len() / 2;
+    match all.len() {
+        0 => 0.0,
+        count if count.is_multiple_of(2) => f64::midpoint(all[half - 1], all[half]),
+        _ => all[half],
+    }
 }
 
 /// The value below which `part` of all values are; 0 for none at all.
@@ -320,6 +327,9 @@ mod tests {
         assert_eq!(quantile(&mut all, 0.5), 50.0);
         assert_eq!(quantile(&mut all, 0.95), 95.0);
         assert_eq!(quantile(&mut [], 0.5), 0.0);
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert_eq!(median(Vec::new()), 0.0);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use anyhow::ensure;
 use crate::{
     agent::{MIB, Stage},
     edge::{Ask, Until},
+    figures::median,
     upstream::Upstream,
 };
 
@@ -89,8 +90,9 @@ pub(crate) async fn run(program: &Path, rounds: usize, mib: usize) -> anyhow::Re
             eprintln!("{}: off {off:.0} MB/s, on {on:.0} MB/s", what.name());
             rates.push((off, on));
         }
-        let left = median(rates.iter().map(|(off, on)| on / off));
-        let (off, on) = (median(rates.iter().map(|rate| rate.0)), median(rates.iter().map(|rate| rate.1)));
+        let left = median(rates.iter().map(|(off, on)| on / off).collect());
+        let (off, on): (Vec<_>, Vec<_>) = rates.into_iter().unzip();
+        let (off, on) = (median(off), median(on));
         let is_enough = left >= LEFT;
         is_kept &= is_enough;
         println!("| {} | {off:.0} | {on:.0} | {left:.3} | {} |", what.name(), verdict(is_enough));
@@ -113,26 +115,4 @@ pub(crate) async fn run(program: &Path, rounds: usize, mib: usize) -> anyhow::Re
 
 const fn verdict(is_met: bool) -> &'static str {
     if is_met { "within" } else { "EXCEEDED" }
-}
-
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<_> = values.collect();
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => f64::NAN,
-        odd if odd % 2 == 1 => values[odd / 2],
-        even => f64::midpoint(values[even / 2 - 1], values[even / 2]),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_median_is_in_the_middle() {
-        assert_eq!(median([3.0, 1.0, 2.0].into_iter()), 2.0);
-        assert_eq!(median([4.0, 1.0, 2.0, 3.0].into_iter()), 2.5);
-        assert!(median(std::iter::empty()).is_nan());
-    }
 }
