@@ -39,34 +39,6 @@ use time::OffsetDateTime;
 /// Signs the calls of one service in one region.
 #[derive(Debug)]
 pub struct Signature {
-    signer: Signer,
-}
-
-impl Signature {
-    /// `service` is the name that is signed, such as `sqs`.
-    #[must_use]
-    pub fn new(service: &'static str, region: String) -> Self {
-        Self { signer: Signer { service, region, key: Mutex::default(), sdk: sigv4::SigV4Signer::new() } }
-    }
-}
-
-impl AuthScheme for Signature {
-    // The same name: it takes the place of the SDK's.
-    fn scheme_id(&self) -> AuthSchemeId {
-        sigv4::SCHEME_ID
-    }
-
-    fn identity_resolver(&self, resolvers: &dyn GetIdentityResolver) -> Option<SharedIdentityResolver> {
-        resolvers.identity_resolver(self.scheme_id())
-    }
-
-    fn signer(&self) -> &dyn Sign {
-        &self.signer
-    }
-}
-
-#[derive(Debug)]
-struct Signer {
     service: &'static str,
     region: String,
     key: Mutex<Option<DayKey>>,
@@ -87,7 +59,22 @@ impl fmt::Debug for DayKey {
     }
 }
 
-impl Sign for Signer {
+impl AuthScheme for Signature {
+    // The same name: it takes the place of the SDK's.
+    fn scheme_id(&self) -> AuthSchemeId {
+        sigv4::SCHEME_ID
+    }
+
+    fn identity_resolver(&self, resolvers: &dyn GetIdentityResolver) -> Option<SharedIdentityResolver> {
+        resolvers.identity_resolver(self.scheme_id())
+    }
+
+    fn signer(&self) -> &dyn Sign {
+        self
+    }
+}
+
+impl Sign for Signature {
     fn sign_http_request(
         &self,
         request: &mut HttpRequest,
@@ -120,7 +107,13 @@ struct Signed {
     authorization: String,
 }
 
-impl Signer {
+impl Signature {
+    /// `service` is the name that is signed, such as `sqs`.
+    #[must_use]
+    pub fn new(service: &'static str, region: String) -> Self {
+        Self { service, region, key: Mutex::default(), sdk: sigv4::SigV4Signer::new() }
+    }
+
     /// Nothing for a request that is not plain.
     fn sign(&self, request: &HttpRequest, credentials: &Credentials, now: SystemTime) -> Option<Signed> {
         let body = request.body().bytes()?;
@@ -295,8 +288,8 @@ mod tests {
         SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)
     }
 
-    fn signer(service: &'static str) -> Signer {
-        Signature::new(service, "eu-central-1".to_owned()).signer
+    fn signer(service: &'static str) -> Signature {
+        Signature::new(service, "eu-central-1".to_owned())
     }
 
     fn request(uri: &str, body: &str, fields: &[(&'static str, &'static str)]) -> HttpRequest {
