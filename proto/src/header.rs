@@ -92,15 +92,13 @@ impl Headers {
     /// Trailers are not carried, so `TE` and `Trailer` go too.
     pub fn strip_hop_by_hop(&mut self) {
         let named = self.named_by_connection();
-        self.retain(|name, _| !is_hop_by_hop(name) && !named.iter().any(|token| token == name.as_str()));
+        self.retain(|name, _| goes_on(name, &named));
     }
 
     /// The fields that [`Self::strip_hop_by_hop`] would leave.
     pub fn end_to_end(&self) -> impl Iterator<Item = (&HeaderName, &HeaderValue)> {
         let named = self.named_by_connection();
-        self.iter().filter(move |(name, _)| {
-            !is_hop_by_hop(name) && !named.iter().any(|token| token == name.as_str())
-        })
+        self.iter().filter(move |(name, _)| goes_on(name, &named))
     }
 
     /// The fields that `Connection` takes away.
@@ -112,6 +110,11 @@ impl Headers {
             .filter(|token| !is_end_to_end(token))
             .collect()
     }
+}
+
+/// Whether a field goes on beyond the connection whose `Connection` names these.
+fn goes_on(name: &HeaderName, named: &[String]) -> bool {
+    !is_hop_by_hop(name) && !named.iter().any(|token| token == name.as_str())
 }
 
 /// Fields that are hop-by-hop whether or not `Connection` names them.
