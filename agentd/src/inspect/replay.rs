@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
-use proto::{error::ErrorCode, limits, target::Target};
+use proto::{error::ErrorCode, header::Headers, limits, target::Target};
 use serde::Deserialize;
 use tokio::time::{Instant, timeout_at};
 
@@ -187,15 +187,17 @@ impl Request {
                 ));
             }
         }
+        let mut head = Headers::new();
         for (name, value) in &self.fields {
-            if name.parse::<HeaderName>().is_err() {
+            let Ok(field) = name.parse::<HeaderName>() else {
                 return invalid(format!("{name:?} is not the name of a header field"));
-            }
-            if HeaderValue::from_bytes(value).is_err() {
+            };
+            let Ok(value) = HeaderValue::from_bytes(value) else {
                 return invalid(format!(
                     "the value of {name} has a line break or another control character in it"
                 ));
-            }
+            };
+            head.push(field, value);
             if ["connection", "transfer-encoding", "upgrade", "expect", "keep-alive", "te", "trailer"]
                 .iter()
                 .any(|hop| name.eq_ignore_ascii_case(hop))
@@ -205,8 +207,7 @@ impl Request {
                 ));
             }
         }
-        let size: usize = self.fields.iter().map(|(name, value)| name.len() + value.len() + 4).sum();
-        if self.fields.len() > limits::HEADER_FIELDS || size > limits::HEAD_BYTES {
+        if !head.is_within_limits() {
             return invalid(format!(
                 "the header fields are over the limit of {} or of {} bytes together",
                 limits::HEADER_FIELDS,

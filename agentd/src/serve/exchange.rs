@@ -247,7 +247,6 @@ async fn answer(
         Ok(says) => says,
         Err(answer) => {
             *capture = begin(&job, None);
-            head(&job, capture);
             let tap = capture.as_ref().map(Capture::tap);
             return Err(Box::pin(answer_here(answer, &job, &tunnel, sender, codecs, credit, line, tap)).await);
         }
@@ -272,7 +271,6 @@ async fn answer(
             match signed.inspect_err(|_| head(&job, capture))? {
                 Ok(delivery) => Some(delivery),
                 Err(answer) => {
-                    head(&job, capture);
                     let tap = capture.as_ref().map(Capture::tap);
                     return Err(Box::pin(answer_here(
                         answer, &job, &tunnel, sender, codecs, credit, line, tap,
@@ -530,6 +528,7 @@ async fn answer_here(
     // The length stays in the head, also for whoever wants no body.
     let body = Source::Local(if job.method == Method::HEAD { LocalBody::default() } else { body });
     if let Some(tap) = tap {
+        tap.request(job.headers.iter(), job.body.at_hand());
         tap.own_answer(status, headers.iter());
     }
     let mut response = Outflow { tap, ..Outflow::new(sender, tunnel, body, &headers, codecs, credit) };

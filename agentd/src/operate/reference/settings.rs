@@ -77,18 +77,17 @@ fn sections(example: &str) -> (Vec<&str>, Vec<Section<'_>>) {
                 }
             }
             Line::Table(title) => {
-                let Entry { prose, keys, lines } = std::mem::take(&mut entry);
-                if keys.is_empty() {
-                    at = sections.iter().position(|section| section.title == title).unwrap_or(sections.len());
-                    if at == sections.len() {
-                        sections.push(Section::new(title, prose));
-                    }
+                let said = std::mem::take(&mut entry);
+                // What is said of no key is about the table that follows.
+                let prose = if said.keys.is_empty() {
+                    said.prose
                 } else {
-                    sections[at].entries.push(Entry { prose, keys, lines });
-                    at = sections.iter().position(|section| section.title == title).unwrap_or(sections.len());
-                    if at == sections.len() {
-                        sections.push(Section::new(title, Vec::new()));
-                    }
+                    sections[at].entries.push(said);
+                    Vec::new()
+                };
+                at = sections.iter().position(|section| section.title == title).unwrap_or(sections.len());
+                if at == sections.len() {
+                    sections.push(Section::new(title, prose));
                 }
             }
             Line::Break if !entry.keys.is_empty() => {
