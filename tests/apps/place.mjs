@@ -2,7 +2,7 @@
 
 import { execFile, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { mkdtempSync } from 'node:fs';
+import { cpSync, mkdtempSync } from 'node:fs';
 import net from 'node:net';
 import { tmpdir } from 'node:os';
 import path from 'node:path';
@@ -17,6 +17,12 @@ const binary = (name) => path.join(process.env.BINARIES, name);
 
 /** How long anything may take to come true. Not a measure of speed: development servers compile. */
 export const PATIENCE = 90_000;
+
+/** Of development servers that trust few names, with a form that is guarded by the page's origin. */
+export const formRecipes = [
+  { rule: 'upstream', how: '`--origin upstream`', flags: ['--origin', 'upstream'] },
+  { rule: 'preserve', how: '`server.allowedHosts`', settings: true },
+];
 
 const running = new Set();
 
@@ -205,6 +211,12 @@ export class Place {
     page.on('websocket', (socket) => this.sockets.push(socket.url()));
     page.on('websocket', (socket) => socket.on('socketerror', (error) => this.logs.push(`websocket: ${error}`)));
     return page;
+  }
+
+  /** Copies the application of a case; the setting `server` that its recipe wants, as JavaScript. */
+  server() {
+    cpSync(`${this.source}/app`, this.folder, { recursive: true });
+    return JSON.stringify(this.recipe.settings ? { allowedHosts: [this.host] } : {});
   }
 
   /** A form of a page, sent by a browser, whose answer is the page with what was said. */
