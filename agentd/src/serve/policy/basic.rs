@@ -295,7 +295,7 @@ static HASHERS: LazyLock<SyncSender<Guess>> = LazyLock::new(|| {
 
 fn hash(guesses: &Mutex<Receiver<Guess>>) {
     // Linux counts niceness by thread; where it is refused the work is done all the same.
-    let _ = rustix::process::nice(10);
+    let _ = rustix::process::nice(19);
     loop {
         let guess = lock(guesses).recv();
         let Ok(Guess { users, name, password, answer }) = guess else { return };
