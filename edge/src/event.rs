@@ -65,6 +65,13 @@ impl Authorized {
     pub fn is_over(&self, now: u64) -> bool {
         self.ends_at().is_some_and(|end| now >= end)
     }
+
+    /// How long it lasts from the Unix time `now_ms` on, both in milliseconds. Whole seconds would promise
+    /// up to one too many, and an agent would look for another token only when this one is over.
+    #[must_use]
+    pub fn left_ms(&self, now_ms: u64) -> Option<u64> {
+        self.ends_at().map(|end| end.saturating_mul(1000).saturating_sub(now_ms))
+    }
 }
 
 fn patterns<'de, D: Deserializer<'de>>(deserializer: D) -> Result<TunnelPatterns, D::Error> {
@@ -115,6 +122,8 @@ mod tests {
         let authorized = event.request_context.authorizer.unwrap();
         assert_eq!(authorized.token_expires, Some(1_790_000_000));
         assert!(!authorized.is_over(1_790_000_029) && authorized.is_over(1_790_000_030));
+        let left = [1_790_000_029_000, 1_790_000_029_999, 1_790_000_030_000, 1_790_000_031_000];
+        assert_eq!(left.map(|now_ms| authorized.left_ms(now_ms)), [1000, 1, 0, 0].map(Some));
         assert_eq!(authorized.token_id.as_deref(), Some("t1"));
         assert_eq!(
             (authorized.owner.as_str(), authorized.tunnels.to_string().as_str()),

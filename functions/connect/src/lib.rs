@@ -180,7 +180,7 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         tunnels,
         codecs: Codecs::all(),
         may_open: authorized.tunnels.0.iter().map(ToString::to_string).collect(),
-        identity_ms: authorized.ends_at().map(|end| end.saturating_sub(now).saturating_mul(1000)),
+        identity_ms: authorized.left_ms(unix_now_ms()),
         owner: Some(authorized.owner),
         ..connect.welcome(hello.seq, connection.id, refused)
     });
