@@ -40,6 +40,7 @@ use crate::{
 
 mod answer;
 pub mod policy;
+mod standard;
 mod waiting;
 
 use answer::{
@@ -214,6 +215,7 @@ impl Aws {
     pub fn serve_functions(&self, lambda: &Lambda) {
         // A second call changes nothing: there is one set of functions.
         drop(self.shared.lambda.set(lambda.downgrade()));
+        self.shared.states.serve_functions(lambda.downgrade());
     }
 
     /// How fast the long times pass.
@@ -411,7 +413,7 @@ impl Shared {
                 if operation == "StartSyncExecution" {
                     self.start_sync_execution(function, access_key, &body).await
                 } else {
-                    unknown_operation()
+                    standard::answer(&self.states, function, operation, &body).await
                 }
             }
             "AnyScaleFrontendService" => {

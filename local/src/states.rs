@@ -1,9 +1,10 @@
-//! Step Functions, as much of it as EXPRESS machines with JSONata need: enters a run's input,
-//! leaves how the run ended, and what it does meanwhile for whoever looks.
+//! Step Functions, as much of it as machines with JSONata need: enters a run's input, leaves how the run
+//! ended, and what it does meanwhile for whoever looks. EXPRESS runs are waited for; STANDARD ones go on by
+//! themselves, keep a history and may wait for task tokens.
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, OnceLock, PoisonError, RwLock},
 };
 
 use proto::limits;
@@ -11,22 +12,30 @@ use serde_json::Value;
 
 use crate::{
     clock,
+    lambda::WeakLambda,
     latency::Hop,
     services::{STATES, Services},
 };
 
 pub mod definition;
+pub mod executions;
 pub mod interpreter;
+pub mod journal;
 pub mod jsonata;
 pub mod tasks;
+pub mod tokens;
 pub mod trace;
 
 #[cfg(test)]
 mod public_request;
+#[cfg(test)]
+mod standard;
 
-use definition::Definition;
-use interpreter::{Execution, Outcome};
-use tasks::ServiceTasks;
+use definition::{Definition, MachineType};
+use executions::{Executions, RunError, StandardRun};
+use interpreter::{Execution, Outcome, TaskError};
+use tasks::{ServiceTasks, Standard};
+use tokens::TaskTokens;
 use trace::{RunStatus, Trace, TraceSnapshot, Traces};
 
 /// What precedes a machine's name in its ARN.
@@ -47,6 +56,12 @@ pub enum StartError {
     /// The input is over [`limits::STATE_BYTES`].
     #[error("the input has {0} bytes, more than the limit of 262144")]
     InputTooLarge(usize),
+    /// Runs of this machine are started otherwise.
+    #[error("This operation is not supported by this type of state machine")]
+    StateMachineTypeNotSupported,
+    /// A run of this name has another input, or has ended.
+    #[error("Execution Already Exists: '{0}'")]
+    ExecutionAlreadyExists(String),
 }
 
 impl StartError {
@@ -58,6 +73,8 @@ impl StartError {
             Self::InvalidName(_) => "InvalidName",
             Self::InvalidExecutionInput => "InvalidExecutionInput",
             Self::InputTooLarge(_) => "ValidationException",
+            Self::StateMachineTypeNotSupported => "StateMachineTypeNotSupported",
+            Self::ExecutionAlreadyExists(_) => "ExecutionAlreadyExists",
         }
     }
 }
@@ -83,6 +100,9 @@ pub struct States {
     services: Arc<Services>,
     machines: RwLock<BTreeMap<Box<str>, Arc<Machine>>>,
     traces: Traces,
+    executions: Arc<Executions>,
+    tokens: Arc<TaskTokens>,
+    lambda: OnceLock<WeakLambda>,
 }
 
 #[derive(Debug)]
@@ -124,7 +144,20 @@ impl States {
     /// A service without machines whose tasks call `services`.
     #[must_use]
     pub fn new(services: Arc<Services>) -> Self {
-        Self { services, machines: RwLock::default(), traces: Traces::default() }
+        Self {
+            services,
+            machines: RwLock::default(),
+            traces: Traces::default(),
+            executions: Arc::default(),
+            tokens: Arc::default(),
+            lambda: OnceLock::new(),
+        }
+    }
+
+    /// Takes the functions that STANDARD runs call.
+    pub fn serve_functions(&self, lambda: WeakLambda) {
+        // A second call changes nothing: there is one set of functions.
+        drop(self.lambda.set(lambda));
     }
 
     /// Adds a machine and returns its ARN. A machine of the same name is replaced.
@@ -136,7 +169,7 @@ impl States {
         arn
     }
 
-    /// Checks what a run is started with.
+    /// Checks what an EXPRESS run is started with.
     ///
     /// # Errors
     ///
@@ -147,12 +180,95 @@ impl States {
         name: Option<&str>,
         input: &str,
     ) -> Result<AcceptedRun, StartError> {
+        self.check(MachineType::Express, machine_arn, name, input)
+    }
+
+    /// Starts a STANDARD run. The name of an open run with the same input starts nothing: that run is given.
+    ///
+    /// # Errors
+    ///
+    /// What Step Functions refuses.
+    pub async fn start(
+        &self,
+        caller: &str,
+        machine_arn: &str,
+        name: Option<&str>,
+        input: &str,
+    ) -> Result<Arc<StandardRun>, StartError> {
+        self.services.counters.record(caller, STATES, "StartExecution");
+        self.services.latency.hop(Hop::StartRun).await;
+        let AcceptedRun { machine, execution, input: value } =
+            self.check(MachineType::Standard, machine_arn, name, input)?;
+        self.executions.start(machine, execution, (input, value), self.standard_tasks(), &self.traces)
+    }
+
+    /// Takes a STANDARD run up again in the state in which it failed, ran out of time or was stopped, with the
+    /// definition and the input that it had.
+    ///
+    /// # Errors
+    ///
+    /// What Step Functions refuses.
+    pub fn redrive(&self, execution_arn: &str) -> Result<(), RunError> {
+        self.executions.redrive(execution_arn, self.standard_tasks(), &self.traces)
+    }
+
+    /// Stops a STANDARD run for a reason. Gives when it ended, in epoch seconds.
+    ///
+    /// # Errors
+    ///
+    /// There is no such run.
+    ///
+    /// # Cancel safety
+    ///
+    /// A run that is being stopped when the future is dropped does not go on, but need not say that it ended.
+    pub async fn stop(&self, execution_arn: &str, reason: TaskError) -> Result<f64, RunError> {
+        self.executions.stop(execution_arn, reason).await
+    }
+
+    /// A STANDARD run, also after its end.
+    #[must_use]
+    pub fn execution(&self, arn: &str) -> Option<Arc<StandardRun>> {
+        self.executions.find(arn)
+    }
+
+    /// The STANDARD runs of a machine, newest first.
+    #[must_use]
+    pub fn executions(&self, machine_arn: &str) -> Vec<Arc<StandardRun>> {
+        let mut runs = self.executions.of(machine_arn);
+        runs.sort_by(|one, other| {
+            let key = |run: &StandardRun| (run.execution().started_ms, Arc::clone(&run.execution().name));
+            key(other).cmp(&key(one))
+        });
+        runs
+    }
+
+    /// The tokens that STANDARD runs wait for.
+    #[must_use]
+    pub fn tokens(&self) -> &TaskTokens {
+        &self.tokens
+    }
+
+    fn standard_tasks(&self) -> ServiceTasks {
+        let standard = Standard { tokens: Arc::clone(&self.tokens), lambda: self.lambda.get().cloned() };
+        ServiceTasks::standard(Arc::clone(&self.services), standard)
+    }
+
+    fn check(
+        &self,
+        machine_type: MachineType,
+        machine_arn: &str,
+        name: Option<&str>,
+        input: &str,
+    ) -> Result<AcceptedRun, StartError> {
         let machines = self.machines.read().unwrap_or_else(PoisonError::into_inner);
         let machine = machines
             .get(machine_arn)
             .cloned()
             .ok_or_else(|| StartError::StateMachineDoesNotExist(machine_arn.to_owned()))?;
         drop(machines);
+        if machine.definition.machine_type() != machine_type {
+            return Err(StartError::StateMachineTypeNotSupported);
+        }
         let name: Arc<str> = match name {
             Some(name) if is_name(name) => name.into(),
             Some(name) => return Err(StartError::InvalidName(name.chars().take(80).collect())),
@@ -162,17 +278,21 @@ impl States {
             return Err(StartError::InputTooLarge(input.len()));
         }
         let input = serde_json::from_str(input).map_err(|_| StartError::InvalidExecutionInput)?;
+        let kind = match machine_type {
+            MachineType::Express => "express",
+            MachineType::Standard => "execution",
+        };
         let execution = Execution {
             machine_arn: Arc::clone(&machine.arn),
             machine_name: Arc::clone(&machine.name),
-            arn: format!("arn:aws:states:local:000000000000:express:{}:{name}", machine.name).into(),
+            arn: format!("arn:aws:states:local:000000000000:{kind}:{}:{name}", machine.name).into(),
             name,
             started_ms: clock::epoch_ms(),
         };
         Ok(AcceptedRun { machine, execution, input })
     }
 
-    /// Runs a machine to its end.
+    /// Runs an EXPRESS machine to its end.
     ///
     /// # Cancel safety
     ///
@@ -186,11 +306,7 @@ impl States {
         let tasks = ServiceTasks::new(Arc::clone(&self.services));
         let AcceptedRun { machine, execution, input } = run;
         let outcome = interpreter::run(&machine.definition, &execution, input, &tasks, &trace).await;
-        ending.status = match &outcome {
-            Outcome::Succeeded(_) => RunStatus::Succeeded,
-            Outcome::Failed(_) => RunStatus::Failed,
-            Outcome::TimedOut(_) => RunStatus::TimedOut,
-        };
+        ending.status = RunStatus::of(&outcome);
         RunResult {
             execution_arn: execution.arn,
             name: execution.name,

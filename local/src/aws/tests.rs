@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use aws_credential_types::Credentials;
 use aws_sdk_dynamodb::types::AttributeValue;
+use aws_sdk_sfn::types::{ExecutionStatus, HistoryEventType};
 use aws_sdk_sqs::types::{MessageAttributeValue, QueueAttributeName};
 use aws_smithy_runtime_api::{
     box_error::BoxError,
@@ -17,7 +18,10 @@ use super::{answer::rfc3339, *};
 use crate::{
     connections::{Handle, Identity, Outgoing},
     dynamodb,
-    states::{definition::Definition, trace::RunStatus},
+    states::{
+        definition::{Definition, MachineType},
+        trace::RunStatus,
+    },
 };
 
 const CONNECTION: &str = "Abc123=";
@@ -189,6 +193,71 @@ impl Edge {
             .await;
         serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap()
     }
+}
+
+#[tokio::test]
+async fn standard_runs_are_operated_through_the_sdk() {
+    let edge = Edge::start().await;
+    let machine = serde_json::json!({ "QueryLanguage": "JSONata", "StartAt": "Park", "States": { "Park": {
+        "Type": "Task", "Resource": "arn:aws:states:::aws-sdk:dynamodb:putItem.waitForTaskToken",
+        "Arguments": { "TableName": "connections", "Item": {
+            "tunnel": { "S": "#parked" }, "connection_id": { "S": "{% $states.context.Execution.Name %}" },
+            "token": { "S": "{% $states.context.Task.Token %}" } } },
+        "TimeoutSeconds": 60, "End": true } } });
+    let definition =
+        Definition::parse_as(MachineType::Standard, &machine.to_string(), &BTreeMap::new()).unwrap();
+    let machine = edge.aws.states().create("delivery", definition);
+    let sfn = edge.sfn("KEYoperator");
+    let start =
+        |input: &str| sfn.start_execution().state_machine_arn(&*machine).name("d1").input(input).send();
+    let arn = start("{}").await.unwrap().execution_arn;
+    assert_eq!(start("{}").await.unwrap().execution_arn, arn);
+    let taken = start("[]").await.unwrap_err().into_service_error();
+    assert!(taken.is_execution_already_exists(), "{taken}");
+    let sync = sfn.start_sync_execution().state_machine_arn(&*machine).send().await.unwrap_err();
+    assert!(sync.into_service_error().is_state_machine_type_not_supported());
+    // Nothing that runs as a function may: no role allows it.
+    let denied =
+        edge.sfn("KEYingress").start_execution().state_machine_arn(&*machine).send().await.unwrap_err();
+    assert_eq!(denied.into_service_error().meta().code(), Some("AccessDeniedException"));
+
+    let token = loop {
+        let row = edge.dynamodb("KEYoperator").get_item().table_name("connections");
+        let key = |text: &str| AttributeValue::S(text.into());
+        let row = row.key("tunnel", key("#parked")).key("connection_id", key("d1")).send().await.unwrap();
+        if let Some(row) = row.item {
+            break row["token"].as_s().unwrap().clone();
+        }
+    };
+    sfn.send_task_heartbeat().task_token(&token).send().await.unwrap();
+    let forged = sfn.send_task_success().task_token("AAAA").output("1").send().await.unwrap_err();
+    assert!(forged.into_service_error().is_invalid_token());
+    let output = sfn.send_task_success().task_token(&token).output("{").send().await.unwrap_err();
+    assert!(output.into_service_error().is_invalid_output());
+    sfn.send_task_failure().task_token(&token).error("E").cause("c").send().await.unwrap();
+    let late = sfn.send_task_failure().task_token(&token).send().await.unwrap_err();
+    assert!(late.into_service_error().is_task_timed_out());
+
+    let described = loop {
+        let described = sfn.describe_execution().execution_arn(&arn).send().await.unwrap();
+        if described.status != ExecutionStatus::Running {
+            break described;
+        }
+    };
+    assert_eq!((&described.status, described.error.as_deref()), (&ExecutionStatus::Failed, Some("E")));
+    let page = |token: Option<String>| {
+        sfn.get_execution_history().execution_arn(&arn).max_results(4).set_next_token(token).send()
+    };
+    let first = page(None).await.unwrap();
+    let second = page(first.next_token).await.unwrap();
+    assert_eq!((first.events.len(), second.next_token), (4, None));
+    assert_eq!(second.events.last().unwrap().r#type, HistoryEventType::ExecutionFailed);
+    let listed = sfn.list_executions().state_machine_arn(&*machine).send().await.unwrap();
+    assert_eq!(listed.executions.len(), 1);
+    sfn.redrive_execution().execution_arn(&arn).send().await.unwrap();
+    sfn.stop_execution().execution_arn(&arn).send().await.unwrap();
+    let described = sfn.describe_execution().execution_arn(&arn).send().await.unwrap();
+    assert_eq!((described.status, described.redrive_count), (ExecutionStatus::Aborted, Some(1)));
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
-//! The definition of an EXPRESS state machine: enters Amazon States Language, leaves states that
-//! were checked, or one sentence about what is wrong. What is not built here is refused here.
+//! The definition of a state machine: enters Amazon States Language and the machine's type, leaves states
+//! that were checked, or one sentence about what is wrong. What is not built here is refused here.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,9 +29,19 @@ impl DefinitionError {
 
 type Result<T> = std::result::Result<T, DefinitionError>;
 
-/// A checked EXPRESS state machine.
+/// The type of a machine, which says how its runs are started and what they may wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MachineType {
+    /// Runs last five minutes at most; their caller waits for them.
+    Express,
+    /// Runs last up to a year, keep a history and may wait for task tokens.
+    Standard,
+}
+
+/// A checked state machine.
 #[derive(Debug, Clone)]
 pub struct Definition {
+    pub(super) machine_type: MachineType,
     pub(super) start: usize,
     pub(super) timeout: Duration,
     pub(super) states: Vec<State>,
@@ -70,11 +80,22 @@ pub(super) enum Next {
 #[derive(Debug, Clone)]
 pub(super) struct Task {
     pub(super) resource: Resource,
+    /// Whether the task ends with its call, or when somebody answers with the task's token.
+    pub(super) waits_for_token: bool,
     pub(super) arguments: Vec<(Box<str>, Template)>,
-    pub(super) timeout: Duration,
+    pub(super) timeout: Period,
+    pub(super) heartbeat: Option<Period>,
     pub(super) retry: Vec<Retrier>,
     pub(super) catch: Vec<Catcher>,
     pub(super) next: Next,
+}
+
+/// A time of a task.
+#[derive(Debug, Clone)]
+pub(super) enum Period {
+    Fixed(Duration),
+    /// A number of seconds, evaluated when the task begins.
+    Computed(Expression),
 }
 
 #[derive(Debug, Clone)]
@@ -128,6 +149,8 @@ pub enum Resource {
     DynamoDbGetItem,
     /// `arn:aws:states:::dynamodb:putItem`
     DynamoDbPutItem,
+    /// `arn:aws:states:::aws-sdk:dynamodb:putItem`
+    DynamoDbSdkPutItem,
     /// `arn:aws:states:::dynamodb:updateItem`
     DynamoDbUpdateItem,
     /// `arn:aws:states:::dynamodb:deleteItem`
@@ -140,7 +163,18 @@ pub enum Resource {
     SqsSendMessage,
     /// `arn:aws:states:::apigateway:invoke`
     ApiGatewayInvoke,
+    /// `arn:aws:states:::lambda:invoke`
+    LambdaInvoke,
 }
+
+/// What follows the name of a resource whose task waits for its token.
+pub(super) const WAIT_FOR_TASK_TOKEN: &str = ".waitForTaskToken";
+
+/// The longest run of a STANDARD machine (Step Functions Developer Guide, "Service quotas": one year, hard).
+const STANDARD_RUN_DURATION: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// The longest time that a field in seconds may give.
+pub(super) const SECONDS_MAX: u64 = 99_999_999;
 
 const RESOURCES: &[(&str, Resource, &[&str])] = &[
     (
@@ -168,6 +202,18 @@ const RESOURCES: &[(&str, Resource, &[&str])] = &[
     (
         "arn:aws:states:::dynamodb:putItem",
         Resource::DynamoDbPutItem,
+        &[
+            "TableName",
+            "Item",
+            "ConditionExpression",
+            "ExpressionAttributeNames",
+            "ExpressionAttributeValues",
+            "ReturnValues",
+        ],
+    ),
+    (
+        "arn:aws:states:::aws-sdk:dynamodb:putItem",
+        Resource::DynamoDbSdkPutItem,
         &[
             "TableName",
             "Item",
@@ -229,6 +275,7 @@ const RESOURCES: &[(&str, Resource, &[&str])] = &[
         Resource::ApiGatewayInvoke,
         &["ApiEndpoint", "Method", "Stage", "Path", "RequestBody", "AuthType", "Headers"],
     ),
+    ("arn:aws:states:::lambda:invoke", Resource::LambdaInvoke, &["FunctionName", "Payload"]),
 ];
 
 impl Resource {
@@ -237,16 +284,34 @@ impl Resource {
     pub fn arn(self) -> &'static str {
         RESOURCES.iter().find(|(_, resource, _)| *resource == self).map_or("", |(arn, _, _)| arn)
     }
+
+    /// Whether a task may wait for its token after this call. The optimised integrations of DynamoDB do not.
+    const fn takes_token(self) -> bool {
+        matches!(self, Self::DynamoDbSdkPutItem | Self::LambdaInvoke | Self::SqsSendMessage)
+    }
 }
 
 impl Definition {
+    /// Reads the definition of an EXPRESS machine, as [`Definition::parse_as`] does.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Definition::parse_as`].
+    pub fn parse(text: &str, substitutions: &BTreeMap<String, String>) -> Result<Self> {
+        Self::parse_as(MachineType::Express, text, substitutions)
+    }
+
     /// Reads a definition in which every `${Name}` is replaced by the substitution of that name.
     ///
     /// # Errors
     ///
-    /// What Step Functions refuses for an EXPRESS machine, what does not run here, and a task
-    /// without a timeout.
-    pub fn parse(text: &str, substitutions: &BTreeMap<String, String>) -> Result<Self> {
+    /// What Step Functions refuses for a machine of this type, what does not run here, and a task without a
+    /// timeout.
+    pub fn parse_as(
+        machine_type: MachineType,
+        text: &str,
+        substitutions: &BTreeMap<String, String>,
+    ) -> Result<Self> {
         let text = substitute(text, substitutions)?;
         let machine: Value = serde_json::from_str(&text).map_err(|error| DefinitionError {
             code: "INVALID_JSON_DESCRIPTION",
@@ -258,23 +323,34 @@ impl Definition {
         if machine.get("QueryLanguage").and_then(Value::as_str) != Some("JSONata") {
             return Err(DefinitionError::schema("/QueryLanguage", "only machines with JSONata run here"));
         }
+        let longest = match machine_type {
+            MachineType::Express => limits::RUN_DURATION,
+            MachineType::Standard => STANDARD_RUN_DURATION,
+        };
         let timeout = match machine.get("TimeoutSeconds") {
-            None => limits::RUN_DURATION,
-            Some(value) => seconds(value, "/TimeoutSeconds")?.min(limits::RUN_DURATION),
+            None => longest,
+            Some(value) => seconds(value, "/TimeoutSeconds")?.min(longest),
         };
         let states = object(machine.get("States").unwrap_or(&Value::Null), "/States")?;
         let reader = Reader {
+            machine_type,
             index: states.keys().enumerate().map(|(index, name)| (name.as_str(), index)).collect(),
             assigned: assigned_names(&Value::Object(states.clone())),
         };
         let start = reader.target(machine.get("StartAt"), "/StartAt")?;
         let parsed =
             states.iter().map(|(name, state)| reader.state(name, state)).collect::<Result<Vec<_>>>()?;
-        let definition = Self { start, timeout, states: parsed };
+        let definition = Self { machine_type, start, timeout, states: parsed };
         if let Some(name) = definition.unreachable() {
             return Err(DefinitionError::schema(format!("/States/{name}"), "the state is never reached"));
         }
         Ok(definition)
+    }
+
+    /// What runs of this machine may do.
+    #[must_use]
+    pub fn machine_type(&self) -> MachineType {
+        self.machine_type
     }
 
     /// The names of all states, in the order of the file.
@@ -361,6 +437,7 @@ fn assigned_names(value: &Value) -> BTreeSet<Box<str>> {
 }
 
 struct Reader<'t> {
+    machine_type: MachineType,
     index: BTreeMap<&'t str, usize>,
     assigned: BTreeSet<Box<str>>,
 }
@@ -388,6 +465,7 @@ impl Reader<'_> {
                     "Resource",
                     "Arguments",
                     "TimeoutSeconds",
+                    "HeartbeatSeconds",
                     "Retry",
                     "Catch",
                     "Assign",
@@ -456,22 +534,29 @@ impl Reader<'_> {
     fn task(&self, fields: &Map<String, Value>, path: &str) -> Result<Task> {
         let at_resource = format!("{path}/Resource");
         let arn = text(fields.get("Resource"), &at_resource)?;
-        // The second blank belongs to Step Functions' own message.
-        for pattern in [".waitForTaskToken", ".sync"] {
-            if arn.contains(pattern) {
+        if self.machine_type == MachineType::Express {
+            // The second blank belongs to Step Functions' own message.
+            for pattern in [WAIT_FOR_TASK_TOKEN, ".sync"] {
+                if arn.contains(pattern) {
+                    return Err(DefinitionError::schema(
+                        at_resource,
+                        format!("Express state machine does not support '{pattern}' service integration "),
+                    ));
+                }
+            }
+            if arn.contains(":activity:") {
                 return Err(DefinitionError::schema(
                     at_resource,
-                    format!("Express state machine does not support '{pattern}' service integration "),
+                    "Express state machine does not support Activity ARN",
                 ));
             }
         }
-        if arn.contains(":activity:") {
-            return Err(DefinitionError::schema(
-                at_resource,
-                "Express state machine does not support Activity ARN",
-            ));
-        }
-        let Some((_, resource, allowed)) = RESOURCES.iter().find(|(name, _, _)| *name == arn) else {
+        let (called, waits_for_token) =
+            arn.strip_suffix(WAIT_FOR_TASK_TOKEN).map_or((arn, false), |called| (called, true));
+        let found = RESOURCES
+            .iter()
+            .find(|(name, resource, _)| *name == called && (!waits_for_token || resource.takes_token()));
+        let Some((_, resource, allowed)) = found else {
             return Err(DefinitionError::schema(
                 at_resource,
                 format!("the resource {arn} does not run here"),
@@ -491,6 +576,12 @@ impl Reader<'_> {
                 "posting to a connection takes AuthType IAM_ROLE",
             ));
         }
+        if waits_for_token && !mentions(arguments.values(), "$states.context.Task.Token") {
+            return Err(DefinitionError::schema(
+                at_arguments,
+                "nobody is given $states.context.Task.Token, so nobody could answer",
+            ));
+        }
         let arguments = arguments
             .iter()
             .map(|(name, value)| {
@@ -498,9 +589,25 @@ impl Reader<'_> {
             })
             .collect::<Result<Vec<_>>>()?;
         let timeout = match fields.get("TimeoutSeconds") {
-            Some(value) => seconds(value, &format!("{path}/TimeoutSeconds"))?,
+            Some(value) => self.period(value, &format!("{path}/TimeoutSeconds"))?,
             None => return Err(DefinitionError::schema(path, "every Task has TimeoutSeconds here")),
         };
+        let at_heartbeat = format!("{path}/HeartbeatSeconds");
+        let heartbeat = match fields.get("HeartbeatSeconds") {
+            None => None,
+            Some(_) if !waits_for_token => {
+                return Err(DefinitionError::schema(
+                    at_heartbeat,
+                    "only a task that waits for its token has it",
+                ));
+            }
+            Some(value) => Some(self.period(value, &at_heartbeat)?),
+        };
+        if let (Some(Period::Fixed(heartbeat)), Period::Fixed(timeout)) = (&heartbeat, &timeout)
+            && heartbeat >= timeout
+        {
+            return Err(DefinitionError::schema(at_heartbeat, "is not less than TimeoutSeconds"));
+        }
         let list = |name: &str| match fields.get(name) {
             None => Ok(&[][..]),
             Some(value) => array(Some(value), &format!("{path}/{name}")).map(Vec::as_slice),
@@ -517,7 +624,19 @@ impl Reader<'_> {
             .collect::<Result<Vec<_>>>()?;
         last_catches_all(retry.iter().map(|retrier| &retrier.errors[..]), &format!("{path}/Retry"))?;
         last_catches_all(catch.iter().map(|catcher| &catcher.errors[..]), &format!("{path}/Catch"))?;
-        Ok(Task { resource: *resource, arguments, timeout, retry, catch, next: self.next(fields, path)? })
+        let next = self.next(fields, path)?;
+        Ok(Task { resource: *resource, waits_for_token, arguments, timeout, heartbeat, retry, catch, next })
+    }
+
+    /// A number of seconds, or an expression that gives one.
+    fn period(&self, value: &Value, path: &str) -> Result<Period> {
+        match self.template(value, path)? {
+            Template::Expression(expression) => Ok(Period::Computed(expression)),
+            Template::Literal(value) => seconds(&value, path).map(Period::Fixed),
+            Template::Array(_) | Template::Object(_) => {
+                Err(DefinitionError::schema(path, "is not a whole number of seconds"))
+            }
+        }
     }
 
     fn rule(&self, rule: &Value, path: &str) -> Result<Rule> {
@@ -713,6 +832,16 @@ fn last_catches_all<'e>(lists: impl ExactSizeIterator<Item = &'e [Box<str>]>, pa
     Ok(())
 }
 
+/// Whether a text in these values has the words.
+fn mentions<'v>(values: impl IntoIterator<Item = &'v Value>, words: &str) -> bool {
+    values.into_iter().any(|value| match value {
+        Value::String(text) => text.contains(words),
+        Value::Array(items) => mentions(items, words),
+        Value::Object(fields) => mentions(fields.values(), words),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    })
+}
+
 fn known(fields: &Map<String, Value>, path: &str, names: &[&str]) -> Result<()> {
     match fields.keys().find(|name| !names.contains(&name.as_str())) {
         None => Ok(()),
@@ -738,7 +867,7 @@ fn text<'v>(value: Option<&'v Value>, path: &str) -> Result<&'v str> {
 fn seconds(value: &Value, path: &str) -> Result<Duration> {
     value
         .as_u64()
-        .filter(|seconds| (1..=99_999_999).contains(seconds))
+        .filter(|seconds| (1..=SECONDS_MAX).contains(seconds))
         .map(Duration::from_secs)
         .ok_or_else(|| DefinitionError::schema(path, "is not a whole number of seconds"))
 }
@@ -751,6 +880,11 @@ mod tests {
 
     fn parse(machine: &Value) -> std::result::Result<Definition, String> {
         Definition::parse(&machine.to_string(), &BTreeMap::new()).map_err(|error| error.to_string())
+    }
+
+    fn parse_standard(machine: &Value) -> std::result::Result<Definition, String> {
+        Definition::parse_as(MachineType::Standard, &machine.to_string(), &BTreeMap::new())
+            .map_err(|error| error.to_string())
     }
 
     fn with_task(change: impl FnOnce(&mut Value)) -> Value {
@@ -793,11 +927,57 @@ mod tests {
     }
 
     #[test]
+    fn takes_task_tokens_in_a_standard_machine() {
+        let waiting = |change: fn(&mut Value)| {
+            parse_standard(&with_task(|task| {
+                task["Resource"] = "arn:aws:states:::lambda:invoke.waitForTaskToken".into();
+                task["Arguments"] = json!({ "FunctionName": "f", "Payload": { "token": "{% $states.context.Task.Token %}" } });
+                change(task);
+            }))
+        };
+        let definition = waiting(|task| task["HeartbeatSeconds"] = 4.into()).unwrap();
+        assert_eq!(
+            (definition.machine_type(), definition.timeout),
+            (MachineType::Standard, STANDARD_RUN_DURATION)
+        );
+        waiting(|task| task["TimeoutSeconds"] = "{% $states.input.seconds %}".into()).unwrap();
+        for (change, wanted) in [
+            (
+                (|task| task["HeartbeatSeconds"] = 5.into()) as fn(&mut Value),
+                "is not less than TimeoutSeconds at /States/Publish/HeartbeatSeconds",
+            ),
+            (|task| task["HeartbeatSeconds"] = 0.into(), "is not a whole number of seconds"),
+            (|task| task["TimeoutSeconds"] = 100_000_000.into(), "is not a whole number of seconds"),
+            (|task| task["TimeoutSeconds"] = json!([1]), "is not a whole number of seconds"),
+            (
+                |task| drop(task.as_object_mut().unwrap().remove("TimeoutSeconds")),
+                "every Task has TimeoutSeconds",
+            ),
+            (
+                |task| task["Arguments"]["Payload"] = json!({}),
+                "nobody could answer at /States/Publish/Arguments",
+            ),
+            (
+                |task| task["Resource"] = "arn:aws:states:::dynamodb:putItem.waitForTaskToken".into(),
+                "does not run here at /States/Publish/Resource",
+            ),
+            (|task| task["Resource"] = "arn:aws:states:::lambda:invoke.sync:2".into(), "does not run here"),
+        ] {
+            let message = waiting(change).unwrap_err();
+            assert!(message.contains(wanted), "{message}\n  wanted: {wanted}");
+        }
+        let with_heartbeat = with_task(|task| task["HeartbeatSeconds"] = 1.into());
+        assert!(
+            parse_standard(&with_heartbeat).unwrap_err().contains("only a task that waits for its token")
+        );
+    }
+
+    #[test]
     fn refuses_with_the_place_of_the_fault() {
         let refusal = |change: fn(&mut Value)| parse(&with_task(change)).unwrap_err();
         for (change, wanted) in [
             (
-                (|task| task["Resource"] = "arn:aws:states:::lambda:invoke".into()) as fn(&mut Value),
+                (|task| task["Resource"] = "arn:aws:states:::sns:publish".into()) as fn(&mut Value),
                 "does not run here at /States/Publish/Resource",
             ),
             (

@@ -7,8 +7,13 @@ use proto::limits;
 use serde_json::{Map, Value, json};
 
 use super::{
-    definition::{Assign, Catcher, Definition, Jitter, Kind, Next, Resource, State, Task, Template},
+    definition::{
+        Assign, Catcher, Definition, Jitter, Kind, Next, Period, Resource, SECONDS_MAX, State, Task,
+        Template, WAIT_FOR_TASK_TOKEN,
+    },
+    journal::{Checkpoint, Journal, failure, text},
     jsonata::{Evaluated, Expression, Scope},
+    tokens::PendingTask,
     trace::Trace,
 };
 
@@ -18,6 +23,8 @@ pub mod error_name {
     pub const ALL: &str = "States.ALL";
     /// A state or the whole run took too long.
     pub const TIMEOUT: &str = "States.Timeout";
+    /// Nobody gave a sign of life about a task in time; also matched as [`TIMEOUT`].
+    pub const HEARTBEAT_TIMEOUT: &str = "States.HeartbeatTimeout";
     /// Matches every error of a task but [`TIMEOUT`].
     pub const TASK_FAILED: &str = "States.TaskFailed";
     /// The run did something that the machine does not define.
@@ -33,8 +40,11 @@ pub mod error_name {
 /// The most bytes of all variables together (Step Functions: 10 MiB).
 const VARIABLES_BYTES: usize = 10 * 1024 * 1024;
 
-/// The most states that one run enters (Step Functions: 25,000 events of history, five for a task).
+/// The most states that one run enters that keeps no history: what 25,000 events would hold, five for a task.
 const STATES_PER_RUN: usize = 5000;
+
+/// The longest pause before a task is tried again: longer than any run lasts.
+const PAUSE_MAX: Duration = Duration::from_secs(SECONDS_MAX);
 
 /// Carries out the tasks of a run.
 pub trait Tasks: Sync {
@@ -45,6 +55,11 @@ pub trait Tasks: Sync {
     /// The future is dropped when the task's or the run's time is over, or when nobody waits for
     /// the run any more.
     fn call(&self, call: Call<'_>) -> impl Future<Output = Result<Value, TaskError>> + Send;
+
+    /// Gives out the token that a task waits for. There is none for runs that keep no history.
+    fn issue_token(&self) -> Option<PendingTask> {
+        None
+    }
 }
 
 /// One call of a task.
@@ -136,6 +151,33 @@ pub async fn run(
     tasks: &impl Tasks,
     trace: &Trace,
 ) -> Outcome {
+    go(definition, execution, input, tasks, trace, None).await
+}
+
+/// Runs a machine to its end and writes down what happens. A run whose journal names a state goes on there.
+///
+/// # Cancel safety
+///
+/// Dropping the future stops the run where it waits.
+pub async fn run_standard(
+    definition: &Definition,
+    execution: &Execution,
+    input: Value,
+    tasks: &impl Tasks,
+    trace: &Trace,
+    journal: &Journal,
+) -> Outcome {
+    go(definition, execution, input, tasks, trace, Some(journal)).await
+}
+
+async fn go(
+    definition: &Definition,
+    execution: &Execution,
+    input: Value,
+    tasks: &impl Tasks,
+    trace: &Trace,
+    journal: Option<&Journal>,
+) -> Outcome {
     let mut run = Run {
         definition,
         execution,
@@ -143,6 +185,7 @@ pub async fn run(
         variables: BTreeMap::new(),
         tasks,
         trace,
+        journal,
     };
     match tokio::time::timeout(definition.timeout, run.walk()).await {
         Ok(Ok(output)) => Outcome::Succeeded(output),
@@ -158,6 +201,8 @@ struct Run<'r, T> {
     variables: BTreeMap<Arc<str>, Value>,
     tasks: &'r T,
     trace: &'r Trace,
+    /// Where a STANDARD run writes down what it does.
+    journal: Option<&'r Journal>,
 }
 
 /// Where a state leads, with the next state's input.
@@ -198,6 +243,7 @@ struct StateScope<'s> {
     execution: &'s Execution,
     state: &'s str,
     retries: u32,
+    token: Option<&'s str>,
 }
 
 impl Scope for StateScope<'_> {
@@ -222,7 +268,7 @@ impl Scope for StateScope<'_> {
     }
 
     fn context(&self) -> Value {
-        json!({
+        let mut context = json!({
             "Execution": {
                 "Id": &*self.execution.arn,
                 "Name": &*self.execution.name,
@@ -230,7 +276,11 @@ impl Scope for StateScope<'_> {
             },
             "State": { "Name": self.state, "RetryCount": self.retries },
             "StateMachine": { "Id": &*self.execution.machine_arn, "Name": &*self.execution.machine_name },
-        })
+        });
+        if let Some(token) = self.token {
+            context["Task"] = json!({ "Token": token });
+        }
+        context
     }
 }
 
@@ -238,12 +288,25 @@ impl<T: Tasks> Run<'_, T> {
     async fn walk(&mut self) -> Result<Value, TaskError> {
         let mut data = Data::Shared(Arc::clone(&self.execution_input));
         let mut at = self.definition.start;
-        for _ in 0..STATES_PER_RUN {
+        if let Some(checkpoint) = self.journal.and_then(Journal::checkpoint) {
+            at = checkpoint.state;
+            data = Data::Own(checkpoint.input);
+            self.variables = checkpoint.variables;
+        }
+        let mut entered = 0;
+        while entered < STATES_PER_RUN || self.journal.is_some() {
+            entered += 1;
             let state = &self.definition.states[at];
+            self.enter(at, &data)?;
             self.trace.enter(&state.name);
             let step = self.step(state, data).await;
             self.trace.exit();
-            match step? {
+            let step = step?;
+            let (Step::To(_, output) | Step::End(output)) = &step;
+            self.record(exited(&state.kind), || {
+                ("stateExitedEventDetails", json!({ "name": &*state.name, "output": text(output.get()) }))
+            })?;
+            match step {
                 Step::To(next, output) => {
                     at = next;
                     data = output;
@@ -252,6 +315,48 @@ impl<T: Tasks> Run<'_, T> {
             }
         }
         Err(TaskError::new(error_name::RUNTIME, "the run entered too many states"))
+    }
+
+    /// Writes down that a state is entered, and that the run may be taken up there.
+    fn enter(&self, at: usize, data: &Data) -> Result<(), TaskError> {
+        let Some(journal) = self.journal else { return Ok(()) };
+        journal.set_checkpoint(Checkpoint {
+            state: at,
+            input: data.get().clone(),
+            variables: self.variables.clone(),
+        });
+        let state = &self.definition.states[at];
+        self.record(entered(&state.kind), || {
+            ("stateEnteredEventDetails", json!({ "name": &*state.name, "input": text(data.get()) }))
+        })
+    }
+
+    fn record(
+        &self,
+        kind: &'static str,
+        details: impl FnOnce() -> (&'static str, Value),
+    ) -> Result<(), TaskError> {
+        self.journal.map_or(Ok(()), |journal| journal.record(kind, Some(details())))
+    }
+
+    /// Writes down what happened to a task, with what it calls.
+    fn record_task(
+        &self,
+        task: &Task,
+        kind: &'static str,
+        field: &'static str,
+        details: impl FnOnce() -> Value,
+    ) -> Result<(), TaskError> {
+        self.record(kind, || {
+            let mut details = details();
+            let arn = task.resource.arn();
+            let resource = arn.strip_prefix("arn:aws:states:::").unwrap_or(arn);
+            let (service, operation) = resource.rsplit_once(':').unwrap_or((resource, ""));
+            let suffix = if task.waits_for_token { WAIT_FOR_TASK_TOKEN } else { "" };
+            details["resourceType"] = service.into();
+            details["resource"] = format!("{operation}{suffix}").into();
+            (field, details)
+        })
     }
 
     async fn step(&mut self, state: &State, input: Data) -> Result<Step, TaskError> {
@@ -336,8 +441,10 @@ impl<T: Tasks> Run<'_, T> {
                         Jitter::Full => delay * fraction(),
                     };
                     retries[index] += 1;
-                    tokio::time::sleep(Duration::try_from_secs_f64(delay).unwrap_or(limits::RUN_DURATION))
-                        .await;
+                    tokio::time::sleep(
+                        Duration::try_from_secs_f64(delay).unwrap_or(PAUSE_MAX).min(PAUSE_MAX),
+                    )
+                    .await;
                 }
             }
         };
@@ -348,7 +455,7 @@ impl<T: Tasks> Run<'_, T> {
         self.caught(state, catcher, &input, error)
     }
 
-    /// One call of a task, until it answers or its time is over.
+    /// One call of a task, until it answers, somebody answers with its token, or its time is over.
     async fn attempt(
         &self,
         state: &State,
@@ -356,7 +463,17 @@ impl<T: Tasks> Run<'_, T> {
         input: &Data,
         retries: u32,
     ) -> Result<Value, TaskError> {
-        let scope = StateScope { retries, ..self.scope(state, input, None) };
+        // Each attempt has a token of its own: a late answer to an earlier one means nothing.
+        let pending = match task.waits_for_token {
+            false => None,
+            true => Some(
+                self.tasks
+                    .issue_token()
+                    .ok_or_else(|| TaskError::new(error_name::RUNTIME, "no task token can be given out"))?,
+            ),
+        };
+        let token = pending.as_ref().map(|pending| pending.token().to_owned());
+        let scope = StateScope { retries, token: token.as_deref(), ..self.scope(state, input, None) };
         let mut arguments = Vec::with_capacity(task.arguments.len());
         let mut bytes = 2;
         for (name, template) in &task.arguments {
@@ -370,14 +487,74 @@ impl<T: Tasks> Run<'_, T> {
         if bytes > limits::STATE_BYTES && exact() > limits::STATE_BYTES {
             return Err(too_large(state));
         }
+        let timeout = period(&task.timeout, &scope)?;
+        let heartbeat = task.heartbeat.as_ref().map(|heartbeat| period(heartbeat, &scope)).transpose()?;
         let call = Call { state: &state.name, resource: task.resource, arguments: Arguments(arguments) };
-        let result = tokio::time::timeout(task.timeout, self.tasks.call(call)).await.map_err(|_| {
-            TaskError::new(error_name::TIMEOUT, format!("the state '{}' took too long", state.name))
-        })??;
-        if is_too_large(&result) {
-            return Err(too_large(state));
+        if self.journal.is_none() {
+            let result =
+                tokio::time::timeout(timeout, self.tasks.call(call)).await.map_err(|_| late(state))??;
+            return if is_too_large(&result) { Err(too_large(state)) } else { Ok(result) };
         }
-        Ok(result)
+        // In a box of its own: a run without a history has no room for it in its future.
+        Box::pin(self.recorded(state, task, call, pending, timeout, heartbeat)).await
+    }
+
+    /// One call of a task of a run that keeps a history.
+    async fn recorded(
+        &self,
+        state: &State,
+        task: &Task,
+        call: Call<'_>,
+        mut pending: Option<PendingTask>,
+        timeout: Duration,
+        heartbeat: Option<Duration>,
+    ) -> Result<Value, TaskError> {
+        self.record_task(task, "TaskScheduled", "taskScheduledEventDetails", || {
+            let parameters = serde_json::to_string(&call.arguments).unwrap_or_default();
+            json!({ "region": "local", "parameters": parameters })
+        })?;
+        self.record_task(task, "TaskStarted", "taskStartedEventDetails", || json!({}))?;
+        let answered = async {
+            let called = self.tasks.call(call).await?;
+            let Some(pending) = &mut pending else { return Ok(called) };
+            self.record_task(
+                task,
+                "TaskSubmitted",
+                "taskSubmittedEventDetails",
+                || json!({ "output": text(&called) }),
+            )?;
+            loop {
+                let next = tokio::time::timeout(heartbeat.unwrap_or(timeout), pending.next()).await;
+                let silent = |_| {
+                    let cause = format!("nobody gave a sign of life about the state '{}'", state.name);
+                    TaskError::new(error_name::HEARTBEAT_TIMEOUT, cause)
+                };
+                if let Some(answer) = next.map_err(silent)? {
+                    return answer;
+                }
+            }
+        };
+        let result = match tokio::time::timeout(timeout, answered).await {
+            Ok(result) => result,
+            Err(_) => Err(late(state)),
+        };
+        let result = match result {
+            Ok(result) if is_too_large(&result) => Err(too_large(state)),
+            result => result,
+        };
+        match &result {
+            Ok(result) => self.record_task(
+                task,
+                "TaskSucceeded",
+                "taskSucceededEventDetails",
+                || json!({ "output": text(result) }),
+            ),
+            Err(error) if is_timeout(&error.error) => {
+                self.record_task(task, "TaskTimedOut", "taskTimedOutEventDetails", || failure(error))
+            }
+            Err(error) => self.record_task(task, "TaskFailed", "taskFailedEventDetails", || failure(error)),
+        }?;
+        result
     }
 
     fn caught(
@@ -448,6 +625,7 @@ impl<T: Tasks> Run<'_, T> {
             execution: self.execution,
             state: &state.name,
             retries: 0,
+            token: None,
         }
     }
 }
@@ -517,14 +695,61 @@ fn holds(condition: &Expression, scope: &impl Scope) -> Result<bool, TaskError> 
     }
 }
 
+/// How long a task's time is.
+fn period(period: &Period, scope: &impl Scope) -> Result<Duration, TaskError> {
+    let expression = match period {
+        Period::Fixed(duration) => return Ok(*duration),
+        Period::Computed(expression) => expression,
+    };
+    let value = query(expression, scope)?;
+    let seconds = value.as_ref().and_then(|value| value.get().as_u64());
+    seconds.filter(|seconds| (1..=SECONDS_MAX).contains(seconds)).map(Duration::from_secs).ok_or_else(|| {
+        TaskError::new(
+            error_name::QUERY_EVALUATION_ERROR,
+            format!("the expression '{}' is not a whole number of seconds above 0", expression.source()),
+        )
+    })
+}
+
+const fn entered(kind: &Kind) -> &'static str {
+    match kind {
+        Kind::Task(_) => "TaskStateEntered",
+        Kind::Choice { .. } => "ChoiceStateEntered",
+        Kind::Pass(_) => "PassStateEntered",
+        Kind::Wait { .. } => "WaitStateEntered",
+        Kind::Succeed => "SucceedStateEntered",
+        Kind::Fail { .. } => "FailStateEntered",
+    }
+}
+
+const fn exited(kind: &Kind) -> &'static str {
+    match kind {
+        Kind::Task(_) => "TaskStateExited",
+        Kind::Choice { .. } => "ChoiceStateExited",
+        Kind::Pass(_) => "PassStateExited",
+        Kind::Wait { .. } => "WaitStateExited",
+        // A state that fails is never left.
+        Kind::Succeed | Kind::Fail { .. } => "SucceedStateExited",
+    }
+}
+
+fn is_timeout(error: &str) -> bool {
+    error == error_name::TIMEOUT || error == error_name::HEARTBEAT_TIMEOUT
+}
+
 fn matches_any(names: &[Box<str>], error: &str) -> bool {
     let is_terminal = error == error_name::DATA_LIMIT_EXCEEDED || error == error_name::RUNTIME;
     names.iter().any(|name| match &**name {
         error_name::ALL => !is_terminal,
-        error_name::TASK_FAILED => !is_terminal && error != error_name::TIMEOUT,
+        error_name::TASK_FAILED => !is_terminal && !is_timeout(error),
+        error_name::TIMEOUT => is_timeout(error),
         error_name::RUNTIME => false,
         name => name == error,
     })
+}
+
+fn late(state: &State) -> TaskError {
+    TaskError::new(error_name::TIMEOUT, format!("the state '{}' took too long", state.name))
 }
 
 fn too_large(state: &State) -> TaskError {
@@ -739,6 +964,7 @@ mod tests {
         for (error, by_all, by_task_failed) in [
             ("ApiGateway.410", true, true),
             (error_name::TIMEOUT, true, false),
+            (error_name::HEARTBEAT_TIMEOUT, true, false),
             (error_name::QUERY_EVALUATION_ERROR, true, true),
             (error_name::DATA_LIMIT_EXCEEDED, false, false),
             (error_name::RUNTIME, false, false),

@@ -10,9 +10,11 @@ use serde_json::{Map, Value, json};
 use super::{
     definition::Resource,
     interpreter::{Arguments, Call, TaskError, Tasks},
+    tokens::{PendingTask, TaskTokens},
 };
 use crate::{
     connections::PostOutcome,
+    lambda::{InvokeError, WeakLambda},
     services::{Post, STATES, Services},
     sqs::{Attribute, AttributeValue, NewMessage, ReceiveRequest, Received, SqsError, wire::is_wanted},
 };
@@ -21,13 +23,27 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct ServiceTasks {
     services: Arc<Services>,
+    /// What STANDARD runs have beside the services.
+    standard: Option<Standard>,
+}
+
+/// What only STANDARD runs call.
+#[derive(Debug, Clone)]
+pub(super) struct Standard {
+    pub(super) tokens: Arc<TaskTokens>,
+    pub(super) lambda: Option<WeakLambda>,
 }
 
 impl ServiceTasks {
     /// Calls these services.
     #[must_use]
     pub fn new(services: Arc<Services>) -> Self {
-        Self { services }
+        Self { services, standard: None }
+    }
+
+    /// Calls these services for a STANDARD run.
+    pub(super) fn standard(services: Arc<Services>, standard: Standard) -> Self {
+        Self { services, standard: Some(standard) }
     }
 }
 
@@ -39,6 +55,7 @@ impl Tasks for ServiceTasks {
         match call.resource {
             Resource::DynamoDbQuery => self.dynamodb("Query", "DynamoDb", arguments).await,
             Resource::DynamoDbGetItem => self.dynamodb("GetItem", "DynamoDB", arguments).await,
+            Resource::DynamoDbSdkPutItem => self.dynamodb("PutItem", "DynamoDb", arguments).await,
             Resource::DynamoDbPutItem => self.dynamodb("PutItem", "DynamoDB", arguments).await,
             Resource::DynamoDbUpdateItem => self.dynamodb("UpdateItem", "DynamoDB", arguments).await,
             Resource::DynamoDbDeleteItem => self.dynamodb("DeleteItem", "DynamoDB", arguments).await,
@@ -51,7 +68,12 @@ impl Tasks for ServiceTasks {
             }
             Resource::SqsSendMessage => self.send(arguments).await,
             Resource::ApiGatewayInvoke => self.invoke(arguments).await,
+            Resource::LambdaInvoke => self.invoke_function(arguments).await,
         }
+    }
+
+    fn issue_token(&self) -> Option<PendingTask> {
+        self.standard.as_ref()?.tokens.issue().ok()
     }
 }
 
@@ -119,6 +141,31 @@ impl ServiceTasks {
             )
             .map_err(|error| sqs_error("SQS", error))?;
         Ok(json!({ "MessageId": &*sent.id, "MD5OfMessageBody": &*sent.body_md5 }))
+    }
+
+    async fn invoke_function(&self, arguments: &Arguments<'_>) -> Result<Value> {
+        self.services.counters.record(STATES, "lambda", "Invoke");
+        let name = text(arguments, "FunctionName")?;
+        // The name itself, or an ARN that ends with it.
+        let name = name.rsplit(':').next().unwrap_or(name);
+        let event = arguments.get("Payload").map_or_else(|| "{}".to_owned(), Value::to_string);
+        let lambda = self.standard.as_ref().and_then(|standard| standard.lambda.as_ref());
+        let lambda = lambda.and_then(WeakLambda::upgrade).ok_or(InvokeError::NoSuchFunction);
+        let answer = match lambda {
+            Ok(lambda) => lambda.invoke(name, event.into()).await,
+            Err(error) => Err(error),
+        };
+        let answer = answer.map_err(|error| match error {
+            InvokeError::Function { error_type, message } => TaskError::new(error_type, message),
+            InvokeError::NoSuchFunction => {
+                TaskError::new("Lambda.ResourceNotFoundException", format!("Function not found: {name}"))
+            }
+            InvokeError::Throttled => TaskError::new("Lambda.TooManyRequestsException", "Rate Exceeded."),
+            error => TaskError::new("Lambda.Unknown", error.to_string()),
+        })?;
+        let payload: Value =
+            serde_json::from_slice(&answer).map_err(|error| not_valid(&error.to_string()))?;
+        Ok(json!({ "ExecutedVersion": "$LATEST", "Payload": payload, "StatusCode": 200 }))
     }
 
     async fn invoke(&self, arguments: &Arguments<'_>) -> Result<Value> {

@@ -8,6 +8,7 @@ use std::{
 use serde::Serialize;
 use tokio::time::Instant;
 
+use super::interpreter::Outcome;
 use crate::clock;
 
 /// How many runs are remembered.
@@ -55,6 +56,17 @@ pub enum RunStatus {
     TimedOut,
     /// Nobody waited for it any more.
     Cancelled,
+}
+
+impl RunStatus {
+    /// Where a run stands that ended so.
+    pub(super) fn of(outcome: &Outcome) -> Self {
+        match outcome {
+            Outcome::Succeeded(_) => Self::Succeeded,
+            Outcome::Failed(_) => Self::Failed,
+            Outcome::TimedOut(_) => Self::TimedOut,
+        }
+    }
 }
 
 /// One stay in a state.
