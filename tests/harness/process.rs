@@ -93,20 +93,28 @@ impl Process {
         self.wait_for_lines(1, like).pop().unwrap()
     }
 
-    /// Waits until it has printed `count` lines like that.
+    /// Waits until it has printed `count` lines like that; patience begins anew with each of them.
     pub fn wait_for_lines(&self, count: usize, like: impl Fn(&str) -> bool) -> Vec<String> {
-        let begun = Instant::now();
+        let mut last = Instant::now();
+        let (mut found, mut read) = (Vec::new(), 0);
         let mut output = self.output.lock();
         loop {
-            let found: Vec<String> = output.0.iter().filter(|line| like(line)).take(count).cloned().collect();
+            let wanted = count - found.len();
+            let before = found.len();
+            found.extend(output.0[read..].iter().filter(|line| like(line)).take(wanted).cloned());
+            read = output.0.len();
             if found.len() == count {
                 return found;
             }
-            let left = PATIENCE.saturating_sub(begun.elapsed());
+            if found.len() > before {
+                last = Instant::now();
+            }
+            let left = PATIENCE.saturating_sub(last.elapsed());
             assert!(
                 output.1 > 0 && !left.is_zero(),
-                "{} never printed the line; it printed:\n{}",
+                "{} printed {} of {count} such lines; all it printed:\n{}",
                 self.name,
+                found.len(),
                 output.0.join("\n")
             );
             output = self.output.news.wait_timeout(output, left).unwrap().0;
