@@ -187,6 +187,7 @@ impl Line {
                     reply_timeout_ms: None,
                     codecs: Codecs::all(),
                     websockets: false,
+                    deliveries: false,
                     owner: None,
                     may_open: Vec::new(),
                     identity_ms: None,
@@ -228,6 +229,7 @@ impl Line {
             announced: (ask.upload > 0).then_some(ask.upload as u64),
             timeout_ms: 60_000,
             upgrade: None,
+            delivery: None,
         };
         self.send(&EdgeMessage::Request(request)).await?;
         Ok(number)

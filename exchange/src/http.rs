@@ -252,6 +252,7 @@ async fn dispatch<M: Mail>(
         announced: (!whole).then_some(request.body.len() as u64),
         timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX / 2),
         upgrade: request.upgrade,
+        delivery: None,
     });
     // Most are so short that they need not be written to know.
     if whole
@@ -670,7 +671,8 @@ impl<'a, M: Mail> Exchange<'a, M> {
             AgentMessage::Hello(_)
             | AgentMessage::Heartbeat(_)
             | AgentMessage::Accepted(_)
-            | AgentMessage::Frames(_) => {
+            | AgentMessage::Frames(_)
+            | AgentMessage::Deliveries(_) => {
                 return Err(invalid(&"it is not an answer"));
             }
         };

@@ -535,6 +535,7 @@ impl<'a> Pump<'a> {
             AgentMessage::Accepted(_) => Ok(None),
             AgentMessage::Hello(_)
             | AgentMessage::Heartbeat(_)
+            | AgentMessage::Deliveries(_)
             | AgentMessage::Reply(_)
             | AgentMessage::Chunk(_)
             | AgentMessage::Continue(_)

@@ -121,6 +121,9 @@ error_codes! {
     /// The edge is short of capacity (throttled, no mailbox); the request was not dispatched.
     EdgeBusy, "edge_busy", SERVICE_UNAVAILABLE, "EdgeBusy",
         "The tunnel's edge is busy. Try again in a moment.";
+    /// The agent has no room for a delivery now; it is brought again. No public client sees it.
+    AgentBusy, "agent_busy", SERVICE_UNAVAILABLE, "AgentBusy",
+        "The agent has no room for this delivery at the moment.";
     /// The edge cancelled the request; the agent says so to end the exchange. No public client sees it.
     Cancelled, "cancelled", SERVICE_UNAVAILABLE, "Cancelled",
         "This request was cancelled.";

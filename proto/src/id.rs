@@ -87,6 +87,17 @@ string_id!(
     }
 );
 string_id!(
+    /// The name of one durable delivery: 32 hexadecimal digits, 12 for the milliseconds since 1970 and 20 random, so
+    /// that names sort by time.
+    ///
+    /// It is also the execution name of its first run.
+    DeliveryId,
+    |text| {
+        check_alphabet(text, 32, "delivery id", |b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))?;
+        if text.len() == 32 { Ok(()) } else { Err(IdError::Malformed("delivery id")) }
+    }
+);
+string_id!(
     /// The part of a mailbox's queue name that tells it from the others: 1 to 40 of `a-z 0-9 -`.
     MailboxId,
     |text| check_alphabet(text, 40, "mailbox id", |b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
@@ -106,13 +117,30 @@ impl RequestId {
     /// Makes an id of 16 random bytes.
     #[must_use]
     pub fn from_random(bytes: [u8; 16]) -> Self {
-        let mut text = String::with_capacity(32);
-        for byte in bytes {
-            text.push(char::from_digit(u32::from(byte >> 4), 16).expect("a nibble is a hex digit"));
-            text.push(char::from_digit(u32::from(byte & 15), 16).expect("a nibble is a hex digit"));
-        }
-        Self(text.into())
+        Self(hex(bytes))
     }
+}
+
+impl DeliveryId {
+    /// Makes an id of the time, in milliseconds since 1970, and 10 random bytes.
+    #[must_use]
+    pub fn new(received_ms: u64, random: [u8; 10]) -> Self {
+        let mut bytes = [0; 16];
+        bytes[..6].copy_from_slice(&received_ms.to_be_bytes()[2..]);
+        bytes[6..].copy_from_slice(&random);
+        Self(hex(bytes))
+    }
+
+    /// The time in the name, in milliseconds since 1970.
+    #[must_use]
+    pub fn received_ms(&self) -> u64 {
+        u64::from_str_radix(&self.0[..12], 16).unwrap_or_default()
+    }
+}
+
+fn hex(bytes: [u8; 16]) -> Box<str> {
+    let digit = |nibble| char::from_digit(u32::from(nibble), 16).expect("a nibble is a hex digit");
+    bytes.into_iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect::<String>().into()
 }
 
 fn check_alphabet(

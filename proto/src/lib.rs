@@ -5,13 +5,14 @@
 //! nowhere else: the [`message`] formats, the signed [`token`], the numbering and reassembly of
 //! body [`chunk`]s with their credit, the [`error`] table, the [`limits`] with their sources, which
 //! HTTP [`header`]s travel, the reconnect [`backoff`] the agent's [`session`] over time, and
-//! the messages of a public WebSocket over the link ([`socket`]).
+//! the messages of a public WebSocket over the link ([`socket`]), and what is kept for later ([`delivery`]).
 //!
 //! It does not know HTTP clients, AWS, configuration files or logs.
 
 pub mod backoff;
 pub mod body;
 pub mod chunk;
+pub mod delivery;
 pub mod error;
 pub mod forwarded;
 pub mod header;

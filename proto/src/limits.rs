@@ -187,8 +187,22 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// The most tunnels that one connection serves.
 pub const TUNNELS_PER_CONNECTION: usize = 100;
 
-/// The most bytes of a task token on the wire.
-pub const TOKEN_BYTES: usize = 512;
+/// The most bytes of a live request's task token on the wire.
+pub const LIVE_TOKEN_BYTES: usize = 512;
+
+/// The most bytes of a run's own task token
+/// (Step Functions API Reference, "SendTaskSuccess": taskToken, 1 to 2,048 characters).
+pub const TASK_TOKEN_BYTES: usize = 2048;
+
+/// The most bytes of any task token on the wire: a delivery's has [`TASK_TOKEN_BYTES`] in it, in base64.
+pub const TOKEN_BYTES: usize = 3 * 1024;
+
+/// The most raw bytes of a body's piece in the table of deliveries, so that an item stays below DynamoDB's 400 KB
+/// (DynamoDB Developer Guide, "Quotas": item size).
+pub const DELIVERY_PIECE_BYTES: usize = 350_000;
+
+/// The longest answer to a question about deliveries, so that it fits a message beside its envelope.
+pub const DELIVERIES_ANSWER_BYTES: usize = 100 * 1024;
 
 /// How many public requests one tunnel serves at the same time unless configured otherwise.
 pub const MAX_CONCURRENT: u32 = 64;

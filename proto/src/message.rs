@@ -36,15 +36,31 @@
 //! frames {token, seq, through, frames}…  <->  frames {request_id, seq, through, frames}…
 //! ```
 //!
+//! A `request` with `delivery` was accepted earlier and is kept at the edge (see [`crate::delivery`]). A body that is
+//! announced follows at once, without `continue`; an agent that has no room says `failed` with
+//! [`ErrorCode::AgentBusy`]. The agent says `progress` every ten seconds while its upstream works, and ends with one `reply`
+//! without a body, which has the status and the field `retry-after` alone:
+//!
+//! ```text
+//! agent                                edge
+//!                                 <-   request {request_id, token, delivery, headers, body | announced}
+//!                                 <-   request_chunk {request_id, seq, body}…
+//! progress {token, sent, ended}…  ->
+//! reply {token, status, headers, end}     ->              (or failed {token, seq, code})
+//! deliveries {seq, ask}           ->
+//!                                 <-   deliveries {seq, answer}
+//! ```
+//!
 //! `hello` and `welcome` say who knows `websockets`. A peer that does not never sees one of these: the field `upgrade`
 //! comes with the header field of that name, which such an agent refuses with [`ErrorCode::UpgradeUnsupported`].
 
-use std::borrow::Cow;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use serde::{Deserialize, Serialize, de::IgnoredAny};
 
 use crate::{
     body::{Body, Codecs},
+    delivery::{self, Attempt, DeliveriesAnswer, DeliveriesAsk, DeliveryPolicy},
     error::ErrorCode,
     header::Headers,
     id::{AgentId, ConnectionId, Owner, RequestId, TunnelName},
@@ -185,6 +201,8 @@ messages! {
         Accepted(Accepted<'a>) = "accepted",
         /// Messages of an upstream's WebSocket.
         Frames(AgentFrames<'a>) = "frames",
+        /// Asks about deliveries. It is answered with [`EdgeMessage::Deliveries`].
+        Deliveries(DeliveriesAsk) = "deliveries",
     }
 }
 
@@ -211,6 +229,8 @@ messages! {
         Drain(Drain) = "drain",
         /// Messages of a public WebSocket.
         Frames(EdgeFrames<'a>) = "frames",
+        /// Answers `deliveries`.
+        Deliveries(DeliveriesAnswer<'a>) = "deliveries",
     }
 }
 
@@ -235,6 +255,9 @@ pub struct Hello {
     /// Whether the agent serves public WebSockets.
     #[serde(default, skip_serializing_if = "is_false")]
     pub websockets: bool,
+    /// Which of the tunnels keep requests for later, and how. One that is not here is live.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "delivery::policies")]
+    pub deliveries: BTreeMap<String, DeliveryPolicy>,
 }
 
 /// See [`EdgeMessage::Welcome`].
@@ -264,6 +287,9 @@ pub struct Welcome {
     /// Whether the edge carries public WebSockets.
     #[serde(default, skip_serializing_if = "is_false")]
     pub websockets: bool,
+    /// Whether the edge keeps deliveries. Every tunnel is live where it does not.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub deliveries: bool,
     /// Whose the connection is, as the token says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Owner>,
@@ -356,6 +382,9 @@ pub struct Request<'a> {
     /// What the public client wants to go on with on the same connection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upgrade: Option<Upgrade>,
+    /// The request was accepted before and waits at the edge: nobody reads the body of its answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delivery: Option<Attempt>,
 }
 
 /// See [`Request::upgrade`].
@@ -591,7 +620,8 @@ impl AgentMessage<'_> {
             | Self::Failed(_)
             | Self::Progress(_)
             | Self::Accepted(_)
-            | Self::Frames(_) => Ok(()),
+            | Self::Frames(_)
+            | Self::Deliveries(_) => Ok(()),
         }
     }
 
@@ -599,7 +629,7 @@ impl AgentMessage<'_> {
     #[must_use]
     pub fn token(&self) -> Option<&str> {
         match self {
-            Self::Hello(_) | Self::Heartbeat(_) => None,
+            Self::Hello(_) | Self::Heartbeat(_) | Self::Deliveries(_) => None,
             Self::Reply(message) => Some(&message.token),
             Self::Chunk(message) => Some(&message.token),
             Self::Continue(message) => Some(&message.token),
@@ -621,6 +651,9 @@ impl EdgeMessage<'_> {
                 if request.body.is_some() && request.announced.is_some() {
                     return Err(DecodeError::Invalid("body is both here and announced"));
                 }
+                if request.upgrade.is_some() && request.delivery.is_some() {
+                    return Err(DecodeError::Invalid("a delivery cannot be an upgrade"));
+                }
                 Ok(())
             }
             Self::RequestChunk(chunk) if chunk.seq == 0 => {
@@ -636,7 +669,8 @@ impl EdgeMessage<'_> {
             | Self::Cancel(_)
             | Self::Probe(_)
             | Self::Drain(_)
-            | Self::Frames(_) => Ok(()),
+            | Self::Frames(_)
+            | Self::Deliveries(_) => Ok(()),
         }
     }
 }
@@ -698,6 +732,7 @@ mod tests {
             announced: None,
             timeout_ms: 1,
             upgrade: None,
+            delivery: None,
         });
         let text = request.encode();
         assert_eq!(EdgeMessage::decode(&text).unwrap(), request);
@@ -812,7 +847,7 @@ mod tests {
             );
             kinds.insert(said["type"].as_str().unwrap().to_owned());
         }
-        assert_eq!(kinds.len(), 16, "{kinds:?}");
+        assert_eq!(kinds.len(), 17, "{kinds:?}");
     }
 
     #[test]

@@ -145,6 +145,7 @@ impl Session {
             tunnels: self.tunnels.clone(),
             codecs: Codecs::all(),
             websockets: true,
+            deliveries: std::collections::BTreeMap::new(),
         }));
     }
 
@@ -346,6 +347,7 @@ mod tests {
             reply_timeout_ms: None,
             codecs: Codecs::default(),
             websockets: false,
+            deliveries: false,
             owner: None,
             may_open: Vec::new(),
             identity_ms: None,

@@ -1,19 +1,24 @@
-//! The task token of a live request: what `ingress` hands out and `response` takes back.
+//! The task token of a request: what the edge hands out with it and `response` takes back.
 //!
-//! A token names the request, the mailbox its answer goes to, the tunnel and the second in which it
-//! ends, under an HMAC-SHA256. It is opaque to the agent, which returns it as it came. Two keys may
-//! be valid at a time, so that a key can be replaced without failing a request.
+//! That of a live request names the request, the mailbox its answer goes to, the tunnel and the second in which it
+//! ends, under an HMAC-SHA256. That of a delivery's attempt has the run's own task token in place of a mailbox. The first
+//! byte tells the two apart and is signed with the rest, so neither can be made to pass for the other. A token is opaque to
+//! the agent, which returns it as it came. Two keys may be valid at a time, so that a key can be replaced without failing
+//! a request.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
 use crate::{
-    id::{MailboxId, RequestId, TunnelName},
-    limits::TOKEN_BYTES,
+    id::{DeliveryId, MailboxId, RequestId, TunnelName},
+    limits::{LIVE_TOKEN_BYTES, TASK_TOKEN_BYTES, TOKEN_BYTES},
 };
 
-const VERSION: u8 = 1;
+/// The first byte of a live request's token.
+const LIVE: u8 = 1;
+/// The first byte of a delivery's token.
+const DELIVERY: u8 = 2;
 const MAC_BYTES: usize = 32;
 
 /// The least number of bytes in a key: as many as the MAC has (RFC 2104 §3).
@@ -30,6 +35,73 @@ pub struct Claims {
     pub tunnel: TunnelName,
     /// The first second (Unix time) in which the token is no longer valid.
     pub expires_at: u64,
+}
+
+/// What the token of a delivery's attempt says.
+#[derive(Clone, PartialEq, Eq)]
+pub struct DeliveryClaims {
+    /// The delivery.
+    pub delivery: DeliveryId,
+    /// Which of its attempts, from 1.
+    pub attempt: u32,
+    /// The tunnel: only a connection that may serve it may answer.
+    pub tunnel: TunnelName,
+    /// The first second (Unix time) in which the token is no longer valid.
+    pub expires_at: u64,
+    /// What the run waits with. Whoever has it can answer the run, so it is never shown.
+    pub task_token: TaskToken,
+}
+
+impl std::fmt::Debug for DeliveryClaims {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DeliveryClaims")
+            .field("delivery", &self.delivery)
+            .field("attempt", &self.attempt)
+            .field("tunnel", &self.tunnel)
+            .field("expires_at", &self.expires_at)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a run of Step Functions waits with: 1 to [`TASK_TOKEN_BYTES`] printable ASCII characters.
+#[derive(Clone, PartialEq, Eq)]
+pub struct TaskToken(Box<str>);
+
+impl TaskToken {
+    /// Takes a token as Step Functions gave it.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenError::Malformed`] when it is empty, too long or of other characters.
+    pub fn new(text: &str) -> Result<Self, TokenError> {
+        let fits = (1..=TASK_TOKEN_BYTES).contains(&text.len());
+        if fits && text.bytes().all(|byte| byte.is_ascii_graphic()) {
+            Ok(Self(text.into()))
+        } else {
+            Err(TokenError::Malformed)
+        }
+    }
+
+    /// The token as Step Functions wants it back.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for TaskToken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("TaskToken(…)")
+    }
+}
+
+/// A token that is valid.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verified {
+    /// Of a live request.
+    Live(Claims),
+    /// Of a delivery's attempt.
+    Delivery(Box<DeliveryClaims>),
 }
 
 /// Why a token is refused.
@@ -74,18 +146,37 @@ impl TokenKeys {
         Ok(Self { signing: key(signing)?, previous: previous.map(key).transpose()? })
     }
 
-    /// Signs `claims`: at most [`TOKEN_BYTES`] of `A-Z a-z 0-9 - _`.
+    /// Signs `claims`: at most [`LIVE_TOKEN_BYTES`] of `A-Z a-z 0-9 - _`.
     #[must_use]
     pub fn mint(&self, claims: &Claims) -> String {
         let (mailbox, tunnel) = (claims.mailbox.as_str(), claims.tunnel.as_str());
         let mut bytes = Vec::with_capacity(128);
-        bytes.push(VERSION);
+        bytes.push(LIVE);
         bytes.extend_from_slice(&claims.expires_at.to_be_bytes());
         bytes.extend_from_slice(claims.request_id.as_str().as_bytes());
         for text in [mailbox, tunnel] {
             bytes.push(u8::try_from(text.len()).expect("ids are shorter than 256 bytes"));
             bytes.extend_from_slice(text.as_bytes());
         }
+        self.sign(bytes)
+    }
+
+    /// Signs the claims of a delivery's attempt: at most [`TOKEN_BYTES`] of `A-Z a-z 0-9 - _`.
+    #[must_use]
+    pub fn mint_delivery(&self, claims: &DeliveryClaims) -> String {
+        let tunnel = claims.tunnel.as_str();
+        let mut bytes = Vec::with_capacity(192 + claims.task_token.0.len());
+        bytes.push(DELIVERY);
+        bytes.extend_from_slice(&claims.expires_at.to_be_bytes());
+        bytes.extend_from_slice(claims.delivery.as_str().as_bytes());
+        bytes.extend_from_slice(&claims.attempt.to_be_bytes());
+        bytes.push(u8::try_from(tunnel.len()).expect("names are shorter than 256 bytes"));
+        bytes.extend_from_slice(tunnel.as_bytes());
+        bytes.extend_from_slice(claims.task_token.0.as_bytes());
+        self.sign(bytes)
+    }
+
+    fn sign(&self, mut bytes: Vec<u8>) -> String {
         let mac = self.signing.clone().chain_update(&bytes).finalize().into_bytes();
         bytes.extend_from_slice(&mac);
         URL_SAFE_NO_PAD.encode(bytes)
@@ -96,7 +187,7 @@ impl TokenKeys {
     /// # Errors
     ///
     /// [`TokenError`]; nothing of a token that is not signed by a valid key is looked at.
-    pub fn verify(&self, token: &str, now: u64) -> Result<Claims, TokenError> {
+    pub fn verify(&self, token: &str, now: u64) -> Result<Verified, TokenError> {
         if token.len() > TOKEN_BYTES {
             return Err(TokenError::Malformed);
         }
@@ -107,11 +198,20 @@ impl TokenKeys {
         if !signed_by(&self.signing) && !self.previous.as_ref().is_some_and(signed_by) {
             return Err(TokenError::Forged);
         }
-        let claims = parse(payload).ok_or(TokenError::Malformed)?;
-        if now >= claims.expires_at {
+        let (expires_at, verified) = match payload.split_first() {
+            Some((&LIVE, rest)) if token.len() <= LIVE_TOKEN_BYTES => {
+                parse(rest).map(|claims| (claims.expires_at, Verified::Live(claims)))
+            }
+            Some((&DELIVERY, rest)) => {
+                parse_delivery(rest).map(|claims| (claims.expires_at, Verified::Delivery(Box::new(claims))))
+            }
+            _ => None,
+        }
+        .ok_or(TokenError::Malformed)?;
+        if now >= expires_at {
             return Err(TokenError::Expired);
         }
-        Ok(claims)
+        Ok(verified)
     }
 }
 
@@ -122,8 +222,7 @@ impl std::fmt::Debug for TokenKeys {
 }
 
 fn parse(payload: &[u8]) -> Option<Claims> {
-    let (&VERSION, rest) = payload.split_first()? else { return None };
-    let (expires_at, rest) = rest.split_first_chunk::<8>()?;
+    let (expires_at, rest) = payload.split_first_chunk::<8>()?;
     let (request_id, mut rest) = rest.split_first_chunk::<32>()?;
     let mut text = || {
         let (&len, tail) = rest.split_first()?;
@@ -138,6 +237,21 @@ fn parse(payload: &[u8]) -> Option<Claims> {
         expires_at: u64::from_be_bytes(*expires_at),
     };
     rest.is_empty().then_some(claims)
+}
+
+fn parse_delivery(payload: &[u8]) -> Option<DeliveryClaims> {
+    let (expires_at, rest) = payload.split_first_chunk::<8>()?;
+    let (delivery, rest) = rest.split_first_chunk::<32>()?;
+    let (attempt, rest) = rest.split_first_chunk::<4>()?;
+    let (&len, rest) = rest.split_first()?;
+    let (tunnel, task_token) = rest.split_at_checked(usize::from(len))?;
+    Some(DeliveryClaims {
+        delivery: std::str::from_utf8(delivery).ok()?.parse().ok()?,
+        attempt: u32::from_be_bytes(*attempt),
+        tunnel: std::str::from_utf8(tunnel).ok()?.parse().ok()?,
+        expires_at: u64::from_be_bytes(*expires_at),
+        task_token: TaskToken::new(std::str::from_utf8(task_token).ok()?).ok()?,
+    })
 }
 
 #[cfg(test)]
@@ -159,10 +273,62 @@ mod tests {
         }
     }
 
+    fn delivery() -> DeliveryClaims {
+        DeliveryClaims {
+            delivery: DeliveryId::new(1, [7; 10]),
+            attempt: 3,
+            tunnel: "web".parse().unwrap(),
+            expires_at: 1_000,
+            task_token: TaskToken::new("AQCEAAAAKgAAAAMAAAAA+/=").unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_delivery_is_never_a_live_request_and_the_reverse() {
+        let keys = keys(1, None);
+        let (live, later) = (keys.mint(&claims()), keys.mint_delivery(&delivery()));
+        assert_eq!(keys.verify(&live, 999), Ok(Verified::Live(claims())));
+        assert_eq!(keys.verify(&later, 999), Ok(Verified::Delivery(Box::new(delivery()))));
+        assert_eq!(keys.verify(&later, 1_000), Err(TokenError::Expired));
+        for (token, other) in [(live, DELIVERY), (later, LIVE)] {
+            let mut bytes = URL_SAFE_NO_PAD.decode(token).unwrap();
+            bytes[0] = other;
+            assert_eq!(keys.verify(&URL_SAFE_NO_PAD.encode(&bytes), 0), Err(TokenError::Forged));
+            // Even where the edge itself signed it, no claims of the one kind are claims of the other.
+            bytes.truncate(bytes.len() - MAC_BYTES);
+            assert_eq!(keys.verify(&keys.sign(bytes), 0), Err(TokenError::Malformed));
+        }
+        let unknown = keys.sign([&[3_u8][..], &[0; 64]].concat());
+        assert_eq!(keys.verify(&unknown, 0), Err(TokenError::Malformed));
+    }
+
+    #[test]
+    fn a_task_token_at_its_limit_is_carried_and_one_byte_more_is_none() {
+        let keys = keys(1, None);
+        let longest = DeliveryClaims {
+            attempt: u32::MAX,
+            tunnel: "t".repeat(63).parse().unwrap(),
+            expires_at: u64::MAX,
+            task_token: TaskToken::new(&"/".repeat(TASK_TOKEN_BYTES)).unwrap(),
+            ..delivery()
+        };
+        let token = keys.mint_delivery(&longest);
+        assert!(token.len() <= TOKEN_BYTES, "{}", token.len());
+        assert_eq!(keys.verify(&token, 0), Ok(Verified::Delivery(Box::new(longest))));
+        for bad in [String::new(), "/".repeat(TASK_TOKEN_BYTES + 1), "a b".into(), "ä".into()] {
+            assert_eq!(TaskToken::new(&bad).err(), Some(TokenError::Malformed), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_logged_of_a_delivery_has_no_task_token() {
+        assert!(!format!("{:?} {:?}", delivery(), delivery().task_token).contains("AQCE"));
+    }
+
     #[test]
     fn a_token_is_valid_until_the_second_it_ends_in() {
         let token = keys(1, None).mint(&claims());
-        assert_eq!(keys(1, None).verify(&token, 999), Ok(claims()));
+        assert_eq!(keys(1, None).verify(&token, 999), Ok(Verified::Live(claims())));
         assert_eq!(keys(1, None).verify(&token, 1_000), Err(TokenError::Expired));
     }
 
@@ -188,8 +354,8 @@ mod tests {
             ..claims()
         };
         let token = keys(1, None).mint(&longest);
-        assert!(token.len() <= TOKEN_BYTES, "{}", token.len());
-        assert_eq!(keys(1, None).verify(&token, 0), Ok(longest));
+        assert!(token.len() <= LIVE_TOKEN_BYTES, "{}", token.len());
+        assert_eq!(keys(1, None).verify(&token, 0), Ok(Verified::Live(longest)));
     }
 
     #[test]
@@ -200,11 +366,12 @@ mod tests {
     proptest! {
         #[test]
         fn any_change_to_a_token_is_refused(position in 0usize..200, change in 1u8..=255) {
-            let token = keys(1, None).mint(&claims());
-            let mut bytes = URL_SAFE_NO_PAD.decode(&token).unwrap();
-            let position = position % bytes.len();
-            bytes[position] ^= change;
-            prop_assert!(keys(1, None).verify(&URL_SAFE_NO_PAD.encode(bytes), 0).is_err());
+            for token in [keys(1, None).mint(&claims()), keys(1, None).mint_delivery(&delivery())] {
+                let mut bytes = URL_SAFE_NO_PAD.decode(&token).unwrap();
+                let position = position % bytes.len();
+                bytes[position] ^= change;
+                prop_assert!(keys(1, None).verify(&URL_SAFE_NO_PAD.encode(bytes), 0).is_err());
+            }
         }
 
         #[test]

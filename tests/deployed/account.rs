@@ -232,6 +232,7 @@ impl Account {
             announced: None,
             timeout_ms: u64::try_from(patience.as_millis()).expect("minutes at most"),
             upgrade: None,
+            delivery: None,
         });
         let deadline = std::time::SystemTime::now() + patience;
         let deadline = deadline.duration_since(std::time::UNIX_EPOCH).expect("it is later than 1970");

@@ -85,6 +85,7 @@ impl RawAgent {
             tunnels: tunnels.iter().map(|&name| name.to_owned()).collect(),
             codecs: Codecs::default(),
             websockets: false,
+            deliveries: std::collections::BTreeMap::new(),
         };
         self.say(AgentMessage::Hello(hello)).await;
         self.welcome().await

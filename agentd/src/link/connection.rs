@@ -430,6 +430,8 @@ impl Connection {
                 }
             }
             Ok(EdgeMessage::Probe(probe)) => self.tell_progress(probe),
+            // Nobody here asks about deliveries.
+            Ok(EdgeMessage::Deliveries(_)) => {}
             Err(error) => self.refuse(text, &error),
         }
         self.session.handle_alive(now);

@@ -251,6 +251,7 @@ impl Line {
                     identity_ms: None,
                     codecs: self.manners.codecs.clone(),
                     websockets: false,
+                    deliveries: false,
                 };
                 self.hellos.push(hello);
                 self.send(&EdgeMessage::Welcome(welcome)).await;
@@ -314,7 +315,9 @@ impl Line {
                     sent: progress.sent,
                     ended: progress.ended,
                 },
-                AgentMessage::Hello(_) | AgentMessage::Heartbeat(_) => unreachable!("answered above"),
+                AgentMessage::Hello(_) | AgentMessage::Heartbeat(_) | AgentMessage::Deliveries(_) => {
+                    unreachable!("answered above")
+                }
             });
         }
     }
@@ -378,6 +381,7 @@ pub(crate) fn request(method: &'static str, target: &str) -> Request<'static> {
         announced: None,
         timeout_ms: 30_000,
         upgrade: None,
+        delivery: None,
     }
 }
 

@@ -196,6 +196,7 @@ fn message(number: u64, request: http::Request<Incoming>) -> anyhow::Result<Edge
         announced: None,
         timeout_ms: 60_000,
         upgrade: None,
+        delivery: None,
     }))
 }
 

@@ -87,6 +87,7 @@ impl Connect {
             reply_timeout_ms: Some(millis(self.reply_timeout)),
             codecs: Codecs::default(),
             websockets: self.websockets,
+            deliveries: false,
             owner: None,
             may_open: Vec::new(),
             identity_ms: None,
@@ -234,6 +235,7 @@ mod tests {
             tunnels: tunnels.iter().map(|&name| name.to_owned()).collect(),
             codecs: Codecs::default(),
             websockets: false,
+            deliveries: std::collections::BTreeMap::new(),
         }
     }
 

@@ -26,7 +26,7 @@ use edge::{
 use proto::{
     error::ErrorCode,
     message::{AgentMessage, EdgeMessage, Envelope, Failed},
-    token::{Claims, TokenError, TokenKeys},
+    token::{Claims, DeliveryClaims, TokenError, TokenKeys, Verified},
 };
 
 /// Everything a message needs.
@@ -44,6 +44,8 @@ pub enum Decision {
     Beat(String),
     /// Return it to whoever waits.
     Return(Claims),
+    /// Return it to the run of a delivery.
+    Settle(Box<DeliveryClaims>),
     /// Close the connection: its identity has ended.
     Close,
     /// Drop it, for this reason.
@@ -111,6 +113,8 @@ pub async fn handle(mut event: AgentEvent, response: &Response) -> Result<Answer
             response.link.close(connection).await?;
             Ok(Answer::status(403))
         }
+        // No edge hands such tokens out yet.
+        Decision::Settle(_) => Ok(Answer::status(200)),
         Decision::Return(claims) => {
             let connection = &event.request_context.connection_id;
             tracing::trace!(request_id = %claims.request_id, tunnel_id = %claims.tunnel, body_bytes = text.len(), "agent's message was returned");
@@ -149,8 +153,11 @@ pub fn decide(event: &AgentEvent, text: &str, keys: &TokenKeys, now: u64) -> Dec
     let Some(authorized) = authorized else { return Decision::Drop(Refused::NoIdentity) };
     match keys.verify(token, now) {
         Err(error) => Decision::Drop(Refused::Token(error)),
-        Ok(claims) if !authorized.tunnels.matches(&claims.tunnel) => Decision::Drop(Refused::ForeignTunnel),
-        Ok(claims) => Decision::Return(claims),
+        Ok(Verified::Live(claims)) if authorized.tunnels.matches(&claims.tunnel) => Decision::Return(claims),
+        Ok(Verified::Delivery(claims)) if authorized.tunnels.matches(&claims.tunnel) => {
+            Decision::Settle(claims)
+        }
+        Ok(_) => Decision::Drop(Refused::ForeignTunnel),
     }
 }
 

@@ -3,8 +3,8 @@
 
 use libfuzzer_sys::fuzz_target;
 use proto::{
-    id::RequestId,
-    token::{Claims, TokenKeys},
+    id::{DeliveryId, RequestId},
+    token::{Claims, DeliveryClaims, TaskToken, TokenKeys},
 };
 
 fuzz_target!(|data: (&str, usize, u8)| {
@@ -17,14 +17,23 @@ fuzz_target!(|data: (&str, usize, u8)| {
         tunnel: "web".parse().unwrap(),
         expires_at: u64::MAX,
     };
-    let mut token = keys.mint(&claims).into_bytes();
-    assert!(keys.verify(std::str::from_utf8(&token).unwrap(), 0).is_ok());
-    let position = position % token.len();
-    // Another character of the alphabet, so that the change is not only one of form.
-    let alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
-    let changed = alphabet[usize::from(change) % alphabet.len()];
-    if token[position] != changed {
-        token[position] = changed;
-        assert!(keys.verify(std::str::from_utf8(&token).unwrap(), 0).is_err());
+    let later = DeliveryClaims {
+        delivery: DeliveryId::new(1, [1; 10]),
+        attempt: 1,
+        tunnel: "web".parse().unwrap(),
+        expires_at: u64::MAX,
+        task_token: TaskToken::new("AQ+/=").unwrap(),
+    };
+    for token in [keys.mint(&claims), keys.mint_delivery(&later)] {
+        let mut token = token.into_bytes();
+        assert!(keys.verify(std::str::from_utf8(&token).unwrap(), 0).is_ok());
+        let position = position % token.len();
+        // Another character of the alphabet, so that the change is not only one of form.
+        let alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+        let changed = alphabet[usize::from(change) % alphabet.len()];
+        if token[position] != changed {
+            token[position] = changed;
+            assert!(keys.verify(std::str::from_utf8(&token).unwrap(), 0).is_err());
+        }
     }
 });
