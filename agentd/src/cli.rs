@@ -13,6 +13,7 @@ use clap::{
     builder::{PossibleValue, StringValueParser, TypedValueParser},
     error::{ContextKind, ContextValue, ErrorKind},
 };
+use proto::id::TunnelName;
 use tracing_subscriber::filter::Targets;
 
 use crate::{
@@ -28,6 +29,7 @@ use crate::{
     operate::ask::{self, Format},
     operate::background::{self, Forked, StateDir},
     operate::check,
+    operate::deliveries,
     operate::diagnose,
     operate::exit,
     operate::explain::{self, Thought},
@@ -185,6 +187,11 @@ enum Command {
         #[command(flatten)]
         import: requests::Import,
     },
+    /// Looks after what the edge keeps until it can be delivered.
+    Delivery {
+        #[command(subcommand)]
+        command: DeliveryCommand,
+    },
     /// Shows the tunnels of the running agent.
     Tunnel {
         #[command(subcommand)]
@@ -258,6 +265,59 @@ enum RequestCommand {
         /// Answer with a JSON object.
         #[arg(long)]
         json: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum DeliveryCommand {
+    /// Lists deliveries, the newest first.
+    List {
+        #[command(flatten)]
+        reach: Reach,
+        #[command(flatten)]
+        wanted: deliveries::List,
+    },
+    /// Shows everything about one.
+    Show {
+        #[command(flatten)]
+        reach: Reach,
+        #[command(flatten)]
+        wanted: deliveries::Show,
+    },
+    /// Delivers again what is dead, cancelled or delivered.
+    Retry {
+        #[command(flatten)]
+        reach: Reach,
+        #[command(flatten)]
+        retry: deliveries::Retry,
+    },
+    /// Gives up what has not been delivered, and forgets its body.
+    Cancel {
+        #[command(flatten)]
+        reach: Reach,
+        #[command(flatten)]
+        cancel: deliveries::Cancel,
+    },
+    /// Holds everything that is kept for a tunnel until it is resumed. Live requests pass.
+    Pause {
+        #[command(flatten)]
+        reach: Reach,
+        /// The tunnel.
+        tunnel: TunnelName,
+    },
+    /// Goes on with what a pause has held.
+    Resume {
+        #[command(flatten)]
+        reach: Reach,
+        /// The tunnel.
+        tunnel: TunnelName,
+    },
+    /// Says by its exit code whether nothing waits any more.
+    Drain {
+        #[command(flatten)]
+        reach: Reach,
+        #[command(flatten)]
+        drain: deliveries::Drain,
     },
 }
 
@@ -467,6 +527,18 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
         }
         Command::Import { reach, import } => {
             requests::import(&reach.places_of_any(overrides.control_socket), &import)
+        }
+        Command::Delivery { command } => {
+            let places = |reach: &Reach| reach.places(overrides.control_socket.clone());
+            match command {
+                DeliveryCommand::List { reach, wanted } => deliveries::list(&places(&reach), &wanted),
+                DeliveryCommand::Show { reach, wanted } => deliveries::show(&places(&reach), &wanted),
+                DeliveryCommand::Retry { reach, retry } => deliveries::retry(&places(&reach), &retry),
+                DeliveryCommand::Cancel { reach, cancel } => deliveries::cancel(&places(&reach), &cancel),
+                DeliveryCommand::Pause { reach, tunnel } => deliveries::pause(&places(&reach), tunnel),
+                DeliveryCommand::Resume { reach, tunnel } => deliveries::resume(&places(&reach), tunnel),
+                DeliveryCommand::Drain { reach, drain } => deliveries::drain(&places(&reach), &drain),
+            }
         }
         Command::Tunnel { command } => match command {
             TunnelCommand::List { reach, json } => {

@@ -5,6 +5,7 @@
 
 pub mod address;
 pub(crate) mod change;
+pub mod delivery;
 pub mod edge_url;
 mod file;
 pub mod htpasswd;
@@ -28,6 +29,7 @@ use std::{
 
 use http::{HeaderValue, uri::PathAndQuery};
 use proto::{
+    delivery::DeliveryPolicy,
     id::{TunnelName, TunnelPatterns},
     limits,
 };
@@ -170,6 +172,8 @@ pub struct TunnelConfig {
     pub inspect_body: usize,
     /// Where requests go, and what is changed on the way.
     pub traffic: TrafficRules,
+    /// What is delivered later where it cannot be delivered now; `None` if nothing is.
+    pub delivery: Option<DeliveryPolicy>,
 }
 
 /// How an upstream is asked whether it is well.
@@ -265,6 +269,7 @@ impl TunnelConfig {
             inspect: false,
             inspect_body: DEFAULT_INSPECT_BODY,
             traffic: TrafficRules::NOTHING,
+            delivery: None,
         }
     }
 
@@ -519,7 +524,7 @@ struct FileConfig {
     tunnels: Vec<TunnelConfig>,
 }
 
-/// Reads a duration such as `60s`: a whole number and `ms`, `s`, `m` or `h`.
+/// Reads a duration such as `60s`: a whole number and `ms`, `s`, `m`, `h` or `d`.
 ///
 /// # Errors
 ///
@@ -532,6 +537,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         "s" => Some(1_000),
         "m" => Some(60_000),
         "h" => Some(3_600_000),
+        "d" => Some(86_400_000),
         _ => None,
     };
     let ms = number.parse::<u64>().ok().zip(unit_ms).and_then(|(number, unit)| number.checked_mul(unit));

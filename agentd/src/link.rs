@@ -2,6 +2,7 @@
 //! its place.
 
 pub(crate) mod connection;
+pub(crate) mod deliveries;
 pub(crate) mod dial;
 mod known;
 pub(crate) mod refusal;

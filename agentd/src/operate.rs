@@ -4,6 +4,7 @@
 pub(crate) mod ask;
 pub(crate) mod background;
 pub(crate) mod check;
+pub(crate) mod deliveries;
 pub(crate) mod diagnose;
 pub(crate) mod exit;
 pub(crate) mod explain;

@@ -119,9 +119,19 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
     };
     let (asks, asked) = mpsc::channel(control::ASKS);
     let mut servers = JoinSet::new();
-    let inspection = Inspection::new(captures, Arc::clone(&tunnels), &config)?;
-    let control = Control::new(asks, Arc::clone(&metrics), inspection.inspector().clone());
     let notifier = Notifier::from_env();
+    let agent = agent_id(getrandom::u64().map_err(std::io::Error::other)?);
+    let links = Rotation::new(
+        agent.clone(),
+        dialer,
+        &config,
+        Arc::clone(&tunnels),
+        access,
+        Arc::clone(&metrics),
+        notifier,
+    );
+    let inspection = Inspection::new(captures, Arc::clone(&tunnels), links.desk().clone(), &config)?;
+    let control = Control::new(asks, Arc::clone(&metrics), inspection.inspector().clone());
     // Whoever is to watch the agent must not end it: where its place is taken, the tunnels are served without.
     let named = config.control_socket.clone();
     if let Some(path) = named.clone().or(control_socket) {
@@ -151,18 +161,9 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
             }
         }
     }
-    let agent = agent_id(getrandom::u64().map_err(std::io::Error::other)?);
     let mut supervisor = Supervisor {
-        birth: Birth::now(agent.clone(), notifier.is_managed()),
-        links: Rotation::new(
-            agent,
-            dialer,
-            &config,
-            Arc::clone(&tunnels),
-            access,
-            Arc::clone(&metrics),
-            notifier,
-        ),
+        birth: Birth::now(agent, notifier.is_managed()),
+        links,
         reloads: Reloads::new(source, metrics),
         inspection,
         config,
@@ -173,6 +174,7 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
         shown: BTreeMap::new(),
         told_unreachable: false,
         ever_open: false,
+        told_not_kept: false,
         forget_at: None,
     };
     supervisor.inspect();
@@ -220,6 +222,8 @@ struct Supervisor {
     told_unreachable: bool,
     /// Whether any tunnel was ever open.
     ever_open: bool,
+    /// Whether it was said that the edge keeps no deliveries.
+    told_not_kept: bool,
     /// When tunnels that a reload removed are no longer served.
     forget_at: Option<Instant>,
 }
@@ -314,6 +318,9 @@ impl Supervisor {
                 self.shown.insert(tunnel.name, tunnel.url);
             }
         }
+        if !welcome.deliveries {
+            self.warn_of_loss();
+        }
         for refused in &welcome.refused {
             self.refused(refused);
         }
@@ -330,6 +337,19 @@ impl Supervisor {
         self.show_status();
         if self.links.is_settled() {
             self.reloads.answer_waiting(true);
+        }
+    }
+
+    /// Says, once, that the edge does not keep what it shall.
+    fn warn_of_loss(&mut self) {
+        let mut keeps = self.config.tunnels.iter().filter(|tunnel| tunnel.delivery.is_some());
+        if let Some(tunnel) = keeps.next().filter(|_| !self.told_not_kept) {
+            let text = format!(
+                "this edge keeps no deliveries, so requests for {} are lost while no agent is connected: upgrade the edge",
+                tunnel.name
+            );
+            tracing::warn!(tunnel_id = %tunnel.name, "{text}");
+            self.told_not_kept = true;
         }
     }
 

@@ -69,6 +69,15 @@ pub enum Mode {
     Durable,
 }
 
+impl std::fmt::Display for Mode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Durable => "durable",
+        })
+    }
+}
+
 /// Whether a tunnel keeps requests, which, and how they are delivered. Times are in seconds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeliveryPolicy {
@@ -730,6 +739,21 @@ pub enum Answer<'a> {
         /// Why.
         reason: Refused,
     },
+}
+
+impl Answer<'_> {
+    /// The same, for longer than the message it came in.
+    #[must_use]
+    pub fn into_owned(self) -> Answer<'static> {
+        match self {
+            Self::Deliveries { list, cursor } => Answer::Deliveries { list, cursor },
+            Self::Delivery { summary, headers, body, more } => {
+                Answer::Delivery { summary, headers, body: body.map(Body::into_owned), more }
+            }
+            Self::Done { count, cursor } => Answer::Done { count, cursor },
+            Self::Refused { reason } => Answer::Refused { reason },
+        }
+    }
 }
 
 /// Why an [`Ask`] was not done.

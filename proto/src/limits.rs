@@ -204,6 +204,13 @@ pub const DELIVERY_PIECE_BYTES: usize = 350_000;
 /// The longest answer to a question about deliveries, so that it fits a message beside its envelope.
 pub const DELIVERIES_ANSWER_BYTES: usize = 100 * 1024;
 
+/// How often an agent says that it still works on a delivery.
+pub const DELIVERY_PROGRESS: Duration = Duration::from_secs(10);
+
+/// How long after `welcome` an agent whose tunnels have deliveries kept says `hello` once more: a run that looked for a
+/// connection just before there was one has parked by then, and is woken.
+pub const HELLO_ONCE_MORE: Duration = Duration::from_secs(2);
+
 /// How many public requests one tunnel serves at the same time unless configured otherwise.
 pub const MAX_CONCURRENT: u32 = 64;
 

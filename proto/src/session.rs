@@ -7,12 +7,13 @@
 //! that something arrived, because any message proves the link alive.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     time::{Duration, Instant},
 };
 
 use crate::{
     body::Codecs,
+    delivery::DeliveryPolicy,
     id::{AgentId, TunnelName},
     limits,
     message::{AgentMessage, Heartbeat, Hello, VERSION, Welcome},
@@ -28,6 +29,15 @@ pub struct Config {
     /// Where in the last part of the connection's life the replacement falls, uniform in `[0, 1)`,
     /// so that many agents that connected together do not come back together.
     pub jitter: f64,
+}
+
+/// What a connection shall serve.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Service {
+    /// The tunnels.
+    pub tunnels: Vec<TunnelName>,
+    /// What the edge keeps for some of them, by name, where it cannot be delivered now.
+    pub deliveries: BTreeMap<String, DeliveryPolicy>,
 }
 
 /// Why a connection is of no more use.
@@ -90,7 +100,9 @@ pub struct Session {
     replace_at: Option<Instant>,
     replace_planned: bool,
     dead: bool,
-    tunnels: Vec<String>,
+    service: Service,
+    /// When the last `hello` is said once more so that no delivery is overlooked, see [`limits::HELLO_ONCE_MORE`].
+    once_more_at: Option<Instant>,
     /// When the last `hello` is said again, and how often it was.
     again_at: Option<Instant>,
     said_again: u32,
@@ -99,9 +111,9 @@ pub struct Session {
 }
 
 impl Session {
-    /// The connection is open at `now` and shall serve `tunnels`: `hello` is the first message to send.
+    /// The connection is open at `now` and shall do `service`: `hello` is the first message to send.
     #[must_use]
-    pub fn new(config: Config, tunnels: &[TunnelName], now: Instant) -> Self {
+    pub fn new(config: Config, service: Service, now: Instant) -> Self {
         let mut session = Self {
             config,
             opened_at: now,
@@ -117,22 +129,23 @@ impl Session {
             replace_at: None,
             replace_planned: false,
             dead: false,
-            tunnels: Vec::new(),
+            service: Service::default(),
+            once_more_at: None,
             again_at: None,
             said_again: 0,
             transmit: VecDeque::new(),
             events: VecDeque::new(),
         };
-        session.serve(tunnels, now);
+        session.serve(service, now);
         session
     }
 
-    /// From now on this connection shall serve exactly `tunnels`.
-    pub fn serve(&mut self, tunnels: &[TunnelName], now: Instant) {
+    /// From now on this connection shall do exactly `service`.
+    pub fn serve(&mut self, service: Service, now: Instant) {
         self.seq += 1;
         self.hello_deadline = Some(now + limits::HEARTBEAT_ANSWER);
-        self.tunnels = tunnels.iter().map(ToString::to_string).collect();
-        (self.again_at, self.said_again) = (None, 0);
+        self.service = service;
+        (self.again_at, self.said_again, self.once_more_at) = (None, 0, None);
         self.say_hello();
     }
 
@@ -142,10 +155,10 @@ impl Session {
             version: VERSION,
             agent: self.config.agent.clone(),
             software: self.config.software.clone(),
-            tunnels: self.tunnels.clone(),
+            tunnels: self.service.tunnels.iter().map(ToString::to_string).collect(),
             codecs: Codecs::all(),
             websockets: true,
-            deliveries: std::collections::BTreeMap::new(),
+            deliveries: self.service.deliveries.clone(),
         }));
     }
 
@@ -154,7 +167,7 @@ impl Session {
     pub fn retire(&mut self, now: Instant) {
         self.replace_at = None;
         self.replace_planned = true;
-        self.serve(&[], now);
+        self.serve(Service::default(), now);
     }
 
     /// Any message arrived: the link is alive, and the edge above it.
@@ -205,6 +218,9 @@ impl Session {
             self.replace_planned = true;
             self.replace_at = Some(self.opened_at + replace_after(welcome.lifetime_ms, self.config.jitter));
         }
+        if welcome.deliveries && !self.service.deliveries.is_empty() {
+            self.once_more_at = Some(now + limits::HELLO_ONCE_MORE);
+        }
         self.events.push_back(Event::Welcomed(welcome));
     }
 
@@ -238,6 +254,10 @@ impl Session {
         }
         if due(self.again_at) {
             self.again_at = None;
+            self.say_hello();
+        }
+        if due(self.once_more_at) {
+            self.once_more_at = None;
             self.say_hello();
         }
         if due(self.replace_at) {
@@ -297,6 +317,7 @@ impl Session {
         [
             self.hello_deadline,
             self.again_at,
+            self.once_more_at,
             self.answer_deadline,
             self.ping_deadline,
             self.heartbeat_at,
@@ -321,6 +342,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::delivery::Mode;
 
     #[expect(clippy::disallowed_methods, reason = "tests need some instant to count from")]
     fn epoch() -> Instant {
@@ -331,8 +353,8 @@ mod tests {
         Config { agent: "a".parse().unwrap(), software: "test".into(), jitter: 0.5 }
     }
 
-    fn tunnels() -> Vec<TunnelName> {
-        vec!["web".parse().unwrap()]
+    fn service() -> Service {
+        Service { tunnels: vec!["web".parse().unwrap()], ..Service::default() }
     }
 
     fn welcome(seq: u32) -> Welcome {
@@ -347,7 +369,7 @@ mod tests {
             reply_timeout_ms: None,
             codecs: Codecs::default(),
             websockets: false,
-            deliveries: false,
+            deliveries: true,
             owner: None,
             may_open: Vec::new(),
             identity_ms: None,
@@ -371,7 +393,7 @@ mod tests {
         fn new() -> Self {
             let now = epoch();
             let mut pair = Self {
-                session: Session::new(config(), &tunnels(), now),
+                session: Session::new(config(), service(), now),
                 now,
                 silent: false,
                 pongs: false,
@@ -510,7 +532,7 @@ mod tests {
     #[test]
     fn an_unanswered_hello_is_noticed() {
         let now = epoch();
-        let mut session = Session::new(config(), &tunnels(), now);
+        let mut session = Session::new(config(), service(), now);
         assert_eq!(session.poll_timeout(), Some(now + limits::HEARTBEAT_ANSWER));
         session.handle_timeout(now + limits::HEARTBEAT_ANSWER, false);
         assert_eq!(session.poll_event(), Some(Event::Dead(Dead::NoWelcome)));
@@ -519,7 +541,7 @@ mod tests {
     #[test]
     fn a_hello_that_was_refused_is_said_again_a_few_times_while_it_is_the_last() {
         let now = epoch();
-        let mut session = Session::new(config(), &tunnels(), now);
+        let mut session = Session::new(config(), service(), now);
         let hellos = |session: &mut Session| {
             let sent = std::iter::from_fn(|| session.poll_transmit());
             sent.filter(|message| matches!(message, AgentMessage::Hello(_))).collect::<Vec<_>>()
@@ -541,12 +563,40 @@ mod tests {
         }
         assert_eq!(said, limits::REFUSED_TRIES);
         // Another list has been said since.
-        session.serve(&[], later);
+        session.serve(Service::default(), later);
         assert_eq!(hellos(&mut session).len(), 1);
         session.handle_refused(later);
         session.handle_welcome(welcome(2), later);
         session.handle_timeout(later + limits::REFUSED_RETRY, false);
         assert_eq!(hellos(&mut session).len(), 0, "it was answered");
+    }
+
+    #[test]
+    fn whoever_has_deliveries_kept_says_hello_once_more_and_then_no_more() {
+        let keeps = || Service {
+            deliveries: BTreeMap::from([("web".to_owned(), DeliveryPolicy::new(Mode::Auto))]),
+            ..service()
+        };
+        let hellos =
+            |pair: &Pair| pair.sent.iter().filter(|said| matches!(said, AgentMessage::Hello(_))).count();
+        let mut pair = Pair::new();
+        pair.drive(limits::HELLO_ONCE_MORE * 3);
+        assert_eq!(hellos(&pair), 1, "nothing is kept for it");
+        pair.session.serve(keeps(), pair.now);
+        pair.settle();
+        pair.drive(limits::HELLO_ONCE_MORE - Duration::from_millis(1));
+        assert_eq!(hellos(&pair), 2);
+        pair.drive(limits::HELLO_ONCE_MORE * 10);
+        assert_eq!(hellos(&pair), 3);
+        let welcomes = pair.events.iter().filter(|event| matches!(event, Event::Welcomed(_))).count();
+        assert_eq!(welcomes, 2, "the third is the second's");
+        // What is said since stands in its place.
+        pair.session.serve(keeps(), pair.now);
+        pair.session.retire(pair.now);
+        pair.settle();
+        pair.drive(limits::HELLO_ONCE_MORE * 10);
+        assert!(matches!(pair.sent.iter().rfind(|said| matches!(said, AgentMessage::Hello(_))),
+            Some(AgentMessage::Hello(hello)) if hello.tunnels.is_empty()));
     }
 
     #[test]
@@ -571,8 +621,8 @@ mod tests {
     #[test]
     fn a_late_welcome_for_an_earlier_hello_is_dropped() {
         let now = epoch();
-        let mut session = Session::new(config(), &tunnels(), now);
-        session.serve(&[], now);
+        let mut session = Session::new(config(), service(), now);
+        session.serve(Service::default(), now);
         session.handle_welcome(welcome(1), now);
         assert_eq!(session.poll_event(), None);
         session.handle_welcome(welcome(2), now);
@@ -584,7 +634,7 @@ mod tests {
         #[test]
         fn nothing_follows_death(steps in proptest::collection::vec((0u8..8, 0u64..60_000), 1..60)) {
             let mut now = epoch();
-            let mut session = Session::new(config(), &tunnels(), now);
+            let mut session = Session::new(config(), service(), now);
             let mut dead = false;
             for (step, ms) in steps {
                 now += Duration::from_millis(ms);

@@ -24,6 +24,9 @@ pub(crate) struct Change {
     pub(crate) reconnects: bool,
     /// Settings that are another in the file, but take effect only when the agent starts.
     pub(crate) at_restart: Vec<String>,
+    /// Whether the edge is told of it: names, or what is kept for one of them.
+    #[serde(skip)]
+    pub(crate) is_for_the_edge: bool,
     /// Whether the edge has confirmed all of it.
     #[serde(default)]
     pub(crate) confirmed: bool,
@@ -48,10 +51,14 @@ impl Change {
         for (name, tunnel) in &after {
             match before.get(name) {
                 None => change.added.push(name.to_string()),
-                Some(earlier) if earlier != tunnel => change.changed.push(name.to_string()),
+                Some(earlier) if earlier != tunnel => {
+                    change.is_for_the_edge |= earlier.delivery != tunnel.delivery;
+                    change.changed.push(name.to_string());
+                }
                 Some(_) => change.unchanged += 1,
             }
         }
+        change.is_for_the_edge |= !change.added.is_empty() || !change.removed.is_empty();
         for (setting, is_another) in [
             ("control_socket", old.control_socket != new.control_socket),
             ("status_address", old.status_address != new.status_address),
@@ -65,11 +72,6 @@ impl Change {
             }
         }
         change
-    }
-
-    /// Whether the edge must be told: the names on its side become others.
-    pub(crate) const fn changes_names(&self) -> bool {
-        !self.added.is_empty() || !self.removed.is_empty()
     }
 
     /// What becomes of the tunnels, in one line.
@@ -103,6 +105,8 @@ impl Change {
 
 #[cfg(test)]
 mod tests {
+    use proto::delivery::{DeliveryPolicy, Mode};
+
     use crate::{config::Overrides, identity::credential::TokenSource};
 
     use super::*;
@@ -128,7 +132,7 @@ mod tests {
         let change = Change::between(&old, &new);
         assert_eq!((&change.added[..], &change.removed[..]), (&["d".to_owned()][..], &["a".to_owned()][..]));
         assert_eq!((&change.changed[..], change.unchanged), (&["b".to_owned()][..], 1));
-        assert!(change.changes_names() && !change.reconnects && change.at_restart.is_empty());
+        assert!(change.is_for_the_edge && !change.reconnects && change.at_restart.is_empty());
         assert!(change.to_text().starts_with("reloaded: added d; removed a; changed b; 1 unchanged"));
     }
 
@@ -136,7 +140,16 @@ mod tests {
     fn the_order_of_tunnels_means_nothing() {
         let change = Change::between(&config(&[("a", 1), ("b", 2)]), &config(&[("b", 2), ("a", 1)]));
         assert_eq!(change, Change { unchanged: 2, ..Change::default() });
-        assert!(!change.changes_names());
+        assert!(!change.is_for_the_edge);
+    }
+
+    #[test]
+    fn the_edge_is_told_what_it_shall_keep() {
+        let old = config(&[("a", 1)]);
+        let mut new = old.clone();
+        new.tunnels[0].delivery = Some(DeliveryPolicy::new(Mode::Auto));
+        let change = Change::between(&old, &new);
+        assert!(change.is_for_the_edge && change.changed == ["a"] && !change.reconnects);
     }
 
     #[test]

@@ -13,8 +13,8 @@ use rustls::pki_types::ServerName;
 use super::{
     Config, ConfigError, FileConfig, HealthCheck, Http2, LogConfig, Overrides, TunnelConfig,
     address::{Address, Scheme},
-    beside, parse_bytes, parse_host, parse_host_header, parse_inspect_address, parse_log_level, parse_origin,
-    parse_status_address, traffic,
+    beside, delivery, parse_bytes, parse_host, parse_host_header, parse_inspect_address, parse_log_level,
+    parse_origin, parse_status_address, traffic,
     value::{Document, Table, duration_within, nonempty_path},
     visitors,
 };
@@ -44,7 +44,9 @@ const TUNNEL_KEYS: &[&str] = &[
     "ca_file",
     "circuit_breaker",
     "cors",
+    "delivery",
     "deny_ips",
+    "durable",
     "error_page",
     "forwarded",
     "health_check",
@@ -95,6 +97,9 @@ pub(crate) const ALL_KEYS: &[&[&str]] = &[
     traffic::CORS_KEYS,
     traffic::RATE_LIMIT_KEYS,
     traffic::CIRCUIT_BREAKER_KEYS,
+    delivery::DURABLE_KEYS,
+    delivery::BACKOFF_KEYS,
+    delivery::ANSWER_KEYS,
 ];
 
 /// Reads a configuration file and what it includes, under `overrides`.
@@ -250,6 +255,7 @@ fn read_tunnel(
     tunnel.traffic = traffic::read(table, |table| {
         table.table("health_check", HEALTH_CHECK_KEYS)?.map(|check| read_health_check(&check)).transpose()
     })?;
+    tunnel.delivery = delivery::read(table)?;
     if tunnel.upstream.is_none() {
         if tunnel.traffic.routes.is_empty() {
             return Err(table.error(format!(

@@ -1,5 +1,7 @@
 use std::{collections::BTreeSet, fs, os::unix::fs::PermissionsExt as _};
 
+use proto::delivery::{DeliveryPolicy, Field, Mode, OrderBy, RetryOn, StatusRule};
+
 use super::*;
 
 struct Folder(tempfile::TempDir);
@@ -560,5 +562,126 @@ fn faults_in_routes_and_rules_say_what_would_be_right() {
         let error = folder.load(&tunnel(&rules)).unwrap_err();
         assert!(error.message.contains(said), "{rules}\n{}", error.message);
         assert!(error.place.is_some(), "{rules}");
+    }
+}
+
+#[test]
+fn what_is_kept_has_its_defaults_and_every_key() {
+    let folder = Folder::new();
+    let kept = |lines: &str| folder.load(&tunnel(lines)).unwrap().tunnels.remove(0).delivery;
+    assert_eq!(kept(""), None);
+    assert_eq!(kept("delivery = \"live\""), None);
+    assert_eq!(kept("delivery = \"auto\""), Some(DeliveryPolicy::new(Mode::Auto)));
+    let durable = DeliveryPolicy::new(Mode::Durable);
+    assert_eq!(durable.methods, ["POST", "PUT", "PATCH", "DELETE"]);
+    assert_eq!((durable.max_age_s, durable.attempts, durable.timeout_s), (3 * 24 * 3600, 10, 30));
+    assert_eq!((durable.retry_unknown, durable.max_concurrent), (true, 4));
+    let all = kept(
+        r#"
+        delivery = "durable"
+        [tunnel.durable]
+        methods = ["POST", "REPORT"]
+        paths = ["/webhooks/", "/in"]
+        max_age = "14d"
+        attempts = 50
+        timeout = "290s"
+        retry_on = ["no_connection", 409, "5xx"]
+        retry_unknown = false
+        backoff = { base = "1h", max = "24h" }
+        order_by = "header:X-Order"
+        dedupe_by = "header:Webhook-Id"
+        max_concurrent = 64
+        answer = { status = 200, body = "ok", content_type = "text/plain" }
+        "#,
+    )
+    .unwrap();
+    assert_eq!(all.mode, Mode::Durable);
+    assert_eq!(
+        (&all.methods[..], &all.paths[..]),
+        (&["POST", "REPORT"].map(String::from)[..], &["/webhooks", "/in"].map(String::from)[..])
+    );
+    assert_eq!((all.max_age_s, all.attempts, all.timeout_s, all.max_concurrent), (1_209_600, 50, 290, 64));
+    assert_eq!(
+        all.retry_on,
+        RetryOn { no_connection: true, statuses: vec![StatusRule::Exact(409), StatusRule::Class(5)] }
+    );
+    assert_eq!((all.retry_unknown, all.backoff.base_s, all.backoff.max_s), (false, 3600, 86_400));
+    assert_eq!(all.order_by, OrderBy::Header("x-order".to_owned()));
+    assert_eq!(all.dedupe_by, Some(Field::Header("webhook-id".to_owned())));
+    assert_eq!((all.answer.status, all.answer.body.as_deref()), (200, Some("ok")));
+    for (word, order_by) in [("none", OrderBy::None), ("tunnel", OrderBy::Tunnel), ("path", OrderBy::Path)] {
+        let found = kept(&format!("delivery = \"auto\"\ndurable = {{ order_by = \"{word}\" }}")).unwrap();
+        assert_eq!(found.order_by, order_by);
+    }
+    let none = kept("delivery = \"auto\"\ndurable = { retry_on = [] }").unwrap();
+    assert_eq!(none.retry_on, RetryOn { no_connection: false, statuses: Vec::new() });
+}
+
+#[test]
+fn what_is_kept_is_taken_at_each_bound_and_refused_past_it() {
+    let folder = Folder::new();
+    let with =
+        |key: &str, value: &str| tunnel(&format!("delivery = \"auto\"\ndurable = {{ {key} = {value} }}"));
+    let long = |bytes: usize| format!("\"{}\"", "a".repeat(bytes));
+    let path = |bytes: usize| format!("[\"/{}\"]", "a".repeat(bytes - 1));
+    let paths = |count: usize| {
+        format!("[{}]", (0..count).map(|n| format!("\"/p{n}\"")).collect::<Vec<_>>().join(","))
+    };
+    for (key, good, bad, message) in [
+        ("attempts", "1", "0", "must be from 1 to 50"),
+        ("attempts", "50", "51", "must be from 1 to 50"),
+        ("max_age", "\"1m\"", "\"59s\"", "must be from 1m to 14d"),
+        ("max_age", "\"14d\"", "\"337h\"", "must be from 1m to 14d"),
+        ("timeout", "\"1s\"", "\"999ms\"", "must be from 1s to 290s"),
+        ("timeout", "\"290s\"", "\"291s\"", "must be from 1s to 290s"),
+        ("timeout", "\"2s\"", "\"1500ms\"", "must be whole seconds"),
+        ("max_concurrent", "1", "0", "must be from 1 to 64"),
+        ("max_concurrent", "64", "65", "must be from 1 to 64"),
+        ("methods", "[\"POST\"]", "[]", "must not be empty"),
+        ("methods", "[\"POST\"]", "[\"GET\"]", "GET asks for an answer"),
+        ("methods", "[\"POST\"]", "[\"post\"]", "is no method"),
+        ("paths", "[]", "[\"in\"]", "is no path"),
+        ("paths", &path(256), &path(257), "at most 256 bytes, not 257"),
+        ("paths", &paths(32), &paths(33), "at most 32 entries, not 33"),
+        ("retry_on", "[300, 599]", "[299]", "is none of"),
+        ("retry_on", "[\"4xx\"]", "[600]", "is none of"),
+        ("retry_on", "[\"no_connection\"]", "[true]", "a list of texts and whole numbers"),
+        ("retry_unknown", "false", "\"no\"", "must be true or false"),
+        ("backoff", "{ base = \"1s\" }", "{ base = \"0s\" }", "must be from 1s to 1h"),
+        ("backoff", "{ base = \"1h\", max = \"1h\" }", "{ base = \"61m\" }", "must be from 1s to 1h"),
+        ("backoff", "{ max = \"24h\" }", "{ max = \"25h\" }", "must be from 1s to 24h"),
+        ("backoff", "{ max = \"5s\" }", "{ max = \"4s\" }", "must not be below its \"base\""),
+        ("order_by", "\"header:x\"", "\"header:\"", "is none of"),
+        ("order_by", "\"path\"", "\"body\"", "is none of"),
+        ("dedupe_by", "\"header:x\"", "\"webhook-id\"", "header:webhook-id"),
+        ("answer", "{ status = 200 }", "{ status = 199 }", "must be from 200 to 299"),
+        ("answer", "{ status = 299 }", "{ status = 300 }", "must be from 200 to 299"),
+        ("answer", "{ status = 204 }", "{ status = 204, body = \"x\" }", "has no body"),
+        (
+            "answer",
+            &format!("{{ body = {} }}", long(1000)),
+            &format!("{{ body = {} }}", long(1001)),
+            "longer than 1000",
+        ),
+        (
+            "answer",
+            "{ body = \"x\", content_type = \"a/b\" }",
+            "{ body = \"x\", content_type = \"a\" }",
+            "no media type",
+        ),
+        ("answer", "{ body = \"\", content_type = \"a/b\" }", "{ content_type = \"a/b\" }", "there is none"),
+        ("answer", "{}", "{ stat = 1 }", "did you mean \"status\"?"),
+        ("attempts", "1", "1, atempts = 1", "did you mean \"attempts\"?"),
+    ] {
+        let taken = folder.load(&with(key, good));
+        assert!(taken.is_ok(), "{key} = {good}: {taken:?}");
+        let error = folder.error(&with(key, bad));
+        assert!(error.starts_with("agentd.toml:8:") && error.contains(message), "{key} = {bad}: {error}");
+    }
+    let error = folder.error(&tunnel("delivery = \"always\""));
+    assert!(error.ends_with("\"always\" is none of \"live\", \"auto\" and \"durable\""), "{error}");
+    for lines in ["durable = {}", "delivery = \"live\"\ndurable = {}"] {
+        let error = folder.error(&tunnel(lines));
+        assert!(error.contains("add delivery = \"auto\" or \"durable\""), "{error}");
     }
 }

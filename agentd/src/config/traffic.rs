@@ -119,7 +119,7 @@ pub enum RouteTarget {
 pub struct RoutePath(Vec<String>);
 
 impl RoutePath {
-    fn parse(text: &str) -> Result<Self, String> {
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
         let inner = text
             .strip_prefix('/')
             .filter(|_| !text.contains("//"))
@@ -514,7 +514,7 @@ fn read_target(
 }
 
 /// Every text of a list, parsed.
-fn list<T>(
+pub(super) fn list<T>(
     table: &Table<'_>,
     key: &str,
     parse: impl Fn(&str) -> Result<T, String>,
@@ -523,7 +523,7 @@ fn list<T>(
     table.texts(key)?.into_iter().map(read).collect()
 }
 
-fn method(text: &str) -> Result<Method, String> {
+pub(super) fn method(text: &str) -> Result<Method, String> {
     let known = text.bytes().all(|b| b.is_ascii_uppercase() || b == b'-');
     text.parse().ok().filter(|_| known).ok_or_else(|| format!("{text:?} is no method: write it as GET"))
 }

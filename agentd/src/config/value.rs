@@ -166,6 +166,18 @@ impl<'a> Table<'a> {
         Ok(texts)
     }
 
+    /// The same where whole numbers may stand without quotes.
+    pub(super) fn texts_or_integers(&self, key: &str) -> Result<Vec<(String, Range<usize>)>, ConfigError> {
+        let Some(value) = self.entries.get(key) else { return Ok(Vec::new()) };
+        let wrong = |value: &_| self.wrong_type(key, value, "a list of texts and whole numbers");
+        let read = |value: &Spanned<DeValue<'a>>| match value.get_ref() {
+            DeValue::String(text) => Ok((text.to_string(), value.span())),
+            DeValue::Integer(number) => Ok((number.as_str().to_owned(), value.span())),
+            _ => Err(wrong(value)),
+        };
+        value.get_ref().as_array().ok_or_else(|| wrong(value))?.iter().map(read).collect()
+    }
+
     /// One table, or every table of a list of them.
     pub(super) fn table_or_tables(&self, key: &str, known: &[&str]) -> Result<Vec<Self>, ConfigError> {
         match self.entries.get(key) {

@@ -13,6 +13,7 @@ use super::{
     parse_duration,
     paths::PathPattern,
     range::IpRange,
+    traffic::list,
     value::{Table, duration_within, nonempty_path},
 };
 use crate::identity::private_file::{PrivateFiles, Secret};
@@ -253,16 +254,6 @@ pub(super) fn read(table: &Table<'_>, files: &PrivateFiles) -> Result<VisitorRul
         oidc: table.table("oidc", OIDC_KEYS)?.map(|table| read_oidc(&table, files)).transpose()?,
         is_callback: false,
     })
-}
-
-/// Every text of a list, parsed.
-fn list<T>(
-    table: &Table<'_>,
-    key: &str,
-    parse: impl Fn(&str) -> Result<T, String>,
-) -> Result<Vec<T>, ConfigError> {
-    let read = |(text, span)| parse(text).map_err(|message| table.document().error(span, message));
-    table.texts(key)?.into_iter().map(read).collect()
 }
 
 /// A text or a list of them.

@@ -41,6 +41,12 @@ pub(crate) enum AskError {
     /// The agent refused.
     #[error("{0}")]
     Refused(String),
+    /// What was asked about does not exist.
+    #[error("{0}")]
+    NotFound(String),
+    /// The edge would have to answer, and does not.
+    #[error("{0}")]
+    Unreachable(String),
 }
 
 fn shown(places: &[PathBuf]) -> String {
@@ -189,7 +195,11 @@ impl Agent {
         let collected = timeout(PATIENCE, body.collect()).await;
         let body = collected.ok().and_then(Result::ok).map(|body| body.to_bytes()).unwrap_or_default();
         Err(match serde_json::from_slice::<Refused>(&body) {
-            Ok(refused) => AskError::Refused(refused.error),
+            Ok(refused) => match head.status {
+                StatusCode::NOT_FOUND => AskError::NotFound(refused.error),
+                StatusCode::BAD_GATEWAY => AskError::Unreachable(refused.error),
+                _ => AskError::Refused(refused.error),
+            },
             // An agent from before it had an inspector.
             Err(_) => self.broken(io::Error::other(String::from_utf8_lossy(&body).trim().to_owned())),
         })

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, Limited, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
+use proto::delivery;
 use tokio::{sync::broadcast::error::RecvError, time::timeout};
 
 use super::{
@@ -27,6 +28,7 @@ use crate::{
         record::Record,
         ring::{Capture, Captured, Captures},
     },
+    link::deliveries::{Desk, NoAnswer},
     loopback::is_for_this_machine,
     serve::{
         host::HostRule,
@@ -65,6 +67,7 @@ pub(crate) struct Inspector(Arc<Inner>);
 struct Inner {
     captures: Arc<Captures>,
     tunnels: Arc<Tunnels>,
+    desk: Desk,
     redact: Redact,
     token: String,
 }
@@ -151,8 +154,14 @@ impl Query {
 
 impl Inspector {
     /// Shows what is in `captures`, and sends it again to `tunnels`. `token` is random.
-    pub(crate) fn new(captures: Arc<Captures>, tunnels: Arc<Tunnels>, redact: Redact, token: String) -> Self {
-        Self(Arc::new(Inner { captures, tunnels, redact, token }))
+    pub(crate) fn new(
+        captures: Arc<Captures>,
+        tunnels: Arc<Tunnels>,
+        desk: Desk,
+        redact: Redact,
+        token: String,
+    ) -> Self {
+        Self(Arc::new(Inner { captures, tunnels, desk, redact, token }))
     }
 
     pub(crate) fn captures(&self) -> &Captures {
@@ -292,9 +301,15 @@ impl Inspector {
                 let body = collect(body).await?;
                 self.apart(move |this| this.import(&body, is_har, query.tunnel.as_deref())).await
             }
+            (&Method::POST, ["api", "deliveries"]) => {
+                let body = collect(body).await?;
+                let ask = serde_json::from_slice(&body)
+                    .map_err(|error| Refused(StatusCode::BAD_REQUEST, format!("the question: {error}")))?;
+                deliveries(self.0.desk.ask(ask).await)
+            }
             (&Method::GET, [_]) if let Some((kind, text)) = page::file(path) => Ok(content(kind, text)),
             (_, [""])
-            | (_, ["api", "state" | "requests" | "events" | "har" | "import"])
+            | (_, ["api", "state" | "requests" | "events" | "har" | "import" | "deliveries"])
             | (_, ["api", "requests", _] | ["api", "requests", _, "curl" | "replay"]) => {
                 refuse(StatusCode::METHOD_NOT_ALLOWED, "another method is wanted here")
             }
@@ -365,6 +380,7 @@ impl Inspector {
                     upstream: tunnel.config().leads_to(),
                     inspect: tunnel.config().inspect,
                     url: tunnel.public_url(),
+                    delivery: tunnel.config().delivery.as_ref().map(|policy| policy.mode),
                 })
                 .collect(),
             memory_bytes,
@@ -548,6 +564,33 @@ impl Inspector {
             }
         });
         Ok(ids)
+    }
+}
+
+/// What the edge answers about deliveries.
+fn deliveries(answer: Result<delivery::Answer<'static>, NoAnswer>) -> Answer {
+    match answer {
+        Ok(delivery::Answer::Refused { reason }) => {
+            let (status, why) = match reason {
+                delivery::Refused::NotAllowed => {
+                    (StatusCode::FORBIDDEN, "the token does not cover this tunnel")
+                }
+                delivery::Refused::NotFound => (StatusCode::NOT_FOUND, "there is no such delivery"),
+                delivery::Refused::WrongState => {
+                    (StatusCode::CONFLICT, "this cannot be done with a delivery in its state")
+                }
+                delivery::Refused::Busy => {
+                    (StatusCode::SERVICE_UNAVAILABLE, "the edge is busy; try again in a moment")
+                }
+                delivery::Refused::Other => (StatusCode::CONFLICT, "the edge refuses it"),
+            };
+            refuse(status, why)
+        }
+        Ok(answer) => Ok(json(StatusCode::OK, &answer)),
+        Err(error @ (NoAnswer::NotConnected | NoAnswer::Lost)) => {
+            refuse(StatusCode::BAD_GATEWAY, error.to_string())
+        }
+        Err(error @ NoAnswer::NotKept) => refuse(StatusCode::NOT_IMPLEMENTED, error.to_string()),
     }
 }
 

@@ -18,6 +18,7 @@ pub(crate) fn file(path: &str) -> Option<(&'static str, &'static str)> {
         "/page.js" => script(include_str!("page/page.js")),
         "/api.js" => script(include_str!("page/api.js")),
         "/body.js" => script(include_str!("page/body.js")),
+        "/deliveries.js" => script(include_str!("page/deliveries.js")),
         "/detail.js" => script(include_str!("page/detail.js")),
         "/dom.js" => script(include_str!("page/dom.js")),
         "/edit.js" => script(include_str!("page/edit.js")),
@@ -36,7 +37,16 @@ mod tests {
     use super::*;
 
     fn scripts() -> impl Iterator<Item = (&'static str, &'static str)> {
-        let names = ["/page.js", "/api.js", "/body.js", "/detail.js", "/dom.js", "/edit.js", "/list.js"];
+        let names = [
+            "/page.js",
+            "/api.js",
+            "/body.js",
+            "/deliveries.js",
+            "/detail.js",
+            "/dom.js",
+            "/edit.js",
+            "/list.js",
+        ];
         names.into_iter().map(|name| (name, file(name).unwrap().1))
     }
 

@@ -48,6 +48,8 @@ pub(crate) struct TunnelState {
     pub(crate) upstream: String,
     pub(crate) inspect: bool,
     pub(crate) url: Option<String>,
+    /// None for a tunnel that is only live.
+    pub(crate) delivery: Option<proto::delivery::Mode>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -34,6 +34,7 @@ use tokio::{
 use tokio_tungstenite::tungstenite::{Message, protocol::frame::coding::CloseCode};
 
 use crate::{
+    link::deliveries::{Question, Unanswered},
     link::websocket::{Incoming, Link, LinkError},
     report::access::AccessLog,
     serve::exchange::{Exchange, Job, JobBody},
@@ -87,7 +88,7 @@ impl Seen {
 }
 
 /// What the supervisor may ask of a connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Command {
     /// Say `hello` again: some tunnels were not opened yet, or others are to be served.
     Greet,
@@ -96,6 +97,8 @@ pub(crate) enum Command {
     Retire { quiet: Duration },
     /// Answer with [`Report::Alive`]: the loop still turns.
     Prove,
+    /// Ask the edge about deliveries.
+    Ask(Question),
 }
 
 /// What the supervisor must know.
@@ -155,6 +158,7 @@ struct Connection {
     running: HashMap<RequestId, Running>,
     by_task: HashMap<tokio::task::Id, RequestId>,
     retirement: Option<Retirement>,
+    unanswered: Unanswered,
     /// When what was sent last is sent again, because the edge could not take some of it; and how long after that it is
     /// the next time.
     again_at: Option<Instant>,
@@ -183,7 +187,7 @@ pub(crate) async fn run(
 ) {
     let Link { mut incoming, outbox, mut writer } = link;
     let mut connection = Connection {
-        session: Session::new(session, &shared.tunnels.names(), Instant::now().into_std()),
+        session: Session::new(session, shared.tunnels.service(), Instant::now().into_std()),
         serial,
         shared,
         outbox,
@@ -192,6 +196,7 @@ pub(crate) async fn run(
         running: HashMap::new(),
         by_task: HashMap::new(),
         retirement: None,
+        unanswered: Unanswered::default(),
         again_at: None,
         again_in: limits::REFUSED_RETRY,
         was_again_at: None,
@@ -243,6 +248,7 @@ pub(crate) async fn run(
             command = commands.recv() => match command {
                 Some(Command::Greet) => connection.greet(),
                 Some(Command::Retire { quiet }) => connection.retire(quiet),
+                Some(Command::Ask(question)) => connection.unanswered.ask(question, &connection.outbox),
                 Some(Command::Prove) => {
                     let _ = reports.send((serial, Report::Alive)).await;
                 }
@@ -337,7 +343,7 @@ impl Connection {
     fn greet(&mut self) {
         // One that is on its way out of service serves none.
         if self.retirement.is_none() {
-            self.session.serve(&self.shared.tunnels.names(), Instant::now().into_std());
+            self.session.serve(self.shared.tunnels.service(), Instant::now().into_std());
         }
     }
 
@@ -430,8 +436,7 @@ impl Connection {
                 }
             }
             Ok(EdgeMessage::Probe(probe)) => self.tell_progress(probe),
-            // Nobody here asks about deliveries.
-            Ok(EdgeMessage::Deliveries(_)) => {}
+            Ok(EdgeMessage::Deliveries(told)) => self.unanswered.answer(told.seq, told.answer.into_owned()),
             Err(error) => self.refuse(text, &error),
         }
         self.session.handle_alive(now);
@@ -493,7 +498,14 @@ impl Connection {
                 return answer_with(ErrorCode::RequestTooLarge);
             }
             (_, Some(announced)) => {
-                let (upload, body, progress) = upload::new(announced);
+                let (upload, mut body, progress) = upload::new(announced);
+                // The pieces of a delivery follow at once.
+                if request.delivery.is_some() {
+                    match self.shared.tunnels.try_reserve_upload(announced) {
+                        Some(room) => body.accept(room),
+                        None => return answer_with(ErrorCode::AgentBusy),
+                    }
+                }
                 (JobBody::Announced(body, progress), Some(upload))
             }
             (None, None) => (JobBody::Whole(bytes::Bytes::new()), None),
@@ -523,6 +535,7 @@ impl Connection {
                 body,
                 timeout: Duration::from_millis(request.timeout_ms),
                 upgrade: request.upgrade,
+                delivery: request.delivery,
             },
             tunnels: Arc::clone(&self.shared.tunnels),
             outbox: self.outbox.clone(),

@@ -36,6 +36,8 @@ pub(super) struct Known {
     pub(super) welcomed: bool,
     /// How the link is watched while nothing goes on, once that is known.
     pub(super) rhythm: Option<Rhythm>,
+    /// Whether the edge keeps deliveries.
+    pub(super) keeps_deliveries: bool,
     pub(super) retiring: bool,
     pub(super) replace: bool,
     pub(super) greet_at: Option<Instant>,
@@ -59,6 +61,7 @@ impl Known {
             refused: BTreeMap::new(),
             welcomed: false,
             rhythm: None,
+            keeps_deliveries: false,
             retiring: false,
             replace: false,
             greet_at: None,
@@ -74,7 +77,7 @@ impl Known {
         self.retiring = true;
         self.greet_at = None;
         self.renew_at = None;
-        // Four places are more than a connection is ever sent; one that has ended takes none.
+        // Its places are more than a connection is ever sent; one that has ended takes none.
         let _ = self.commands.try_send(Command::Retire { quiet });
     }
 
@@ -100,6 +103,7 @@ impl Known {
             .iter()
             .filter_map(|refused| Some((refused.name.parse().ok()?, refused.reason)))
             .collect();
+        self.keeps_deliveries = welcome.deliveries;
         self.connection_id = Some(welcome.connection_id.to_string());
         let again = welcome.refused.iter().any(|refused| is_passing(refused.reason));
         self.greet_at = again.then(|| {

@@ -26,6 +26,7 @@ use tokio::{
 
 use super::{
     connection::{self, Command, End, Report, Seen, Serial, Shared},
+    deliveries::{Desk, NoAnswer, Question},
     dial::{DialError, Dialer, Retry},
     known::Known,
     refusal::{advice, is_permanent, token_advice},
@@ -62,8 +63,8 @@ const BUSY: Duration = Duration::from_secs(2);
 /// Reports that wait to be looked at. A connection that finds it full waits.
 const REPORTS: usize = 64;
 
-/// A connection is sent few commands.
-const COMMANDS: usize = 4;
+/// A connection is sent few commands; questions take half of the places at most.
+const COMMANDS: usize = 16;
 
 /// What others must know.
 #[derive(Debug)]
@@ -130,6 +131,9 @@ pub(crate) struct Rotation {
     unproven: BTreeSet<Serial>,
     last_error: Option<String>,
     stopping: bool,
+    /// Where and what is asked about deliveries.
+    desk: Desk,
+    questions: mpsc::Receiver<Question>,
 }
 
 impl Rotation {
@@ -143,6 +147,7 @@ impl Rotation {
         metrics: Arc<Metrics>,
         notifier: Notifier,
     ) -> Self {
+        let (desk, questions) = Desk::new();
         let (report, reports) = mpsc::channel(REPORTS);
         Self {
             agent,
@@ -169,6 +174,8 @@ impl Rotation {
             unproven: BTreeSet::new(),
             last_error: None,
             stopping: false,
+            desk,
+            questions,
         }
     }
 
@@ -197,6 +204,10 @@ impl Rotation {
                 Some((serial, report)) = self.reports.recv() => self.handle(serial, report),
                 opened = self.opening.next_step() => self.opened(opened),
                 Some(_) = self.tasks.join_next() => None,
+                Some(question) = self.questions.recv() => {
+                    self.hand_on(question);
+                    None
+                }
                 () = tick(self.watchdog.as_mut()) => {
                     self.prove();
                     None
@@ -376,6 +387,33 @@ impl Rotation {
         }
     }
 
+    /// Has the connection that serves ask the edge.
+    fn hand_on(&self, question: Question) {
+        let refuse = |question: Question, why| drop(question.answer.send(Err(why)));
+        match self.current() {
+            None => refuse(question, NoAnswer::NotConnected),
+            Some(known) if !known.keeps_deliveries => refuse(question, NoAnswer::NotKept),
+            Some(known) if known.commands.capacity() <= COMMANDS / 2 => refuse(question, NoAnswer::Lost),
+            Some(known) => {
+                if let Err(unsent) = known.commands.try_send(Command::Ask(question))
+                    && let Command::Ask(question) = unsent.into_inner()
+                {
+                    refuse(question, NoAnswer::Lost);
+                }
+            }
+        }
+    }
+
+    /// Where the edge is asked about deliveries.
+    pub(crate) const fn desk(&self) -> &Desk {
+        &self.desk
+    }
+
+    /// Whether the edge keeps deliveries, once a connection serves.
+    pub(crate) fn keeps_deliveries(&self) -> Option<bool> {
+        self.current().map(|known| known.keeps_deliveries)
+    }
+
     /// Looks for another token before the identity of a connection ends.
     fn renew(&mut self) {
         let now = Instant::now();
@@ -440,7 +478,7 @@ impl Rotation {
                 known.replace = true;
                 self.metrics.reconnected("reload");
             }
-            if change.changes_names() {
+            if change.is_for_the_edge {
                 known.greet_at = Some(now);
                 known.greetings = 0;
             }

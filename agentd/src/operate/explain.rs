@@ -3,6 +3,7 @@
 use std::{net::IpAddr, process::ExitCode};
 
 use http::{Method, Uri};
+use proto::delivery::{DeliveryPolicy, Mode};
 
 use super::exit;
 use crate::{
@@ -94,6 +95,9 @@ fn explain(tunnels: &[TunnelConfig], thought: &Thought) -> Result<Vec<(&'static 
         };
         lines.push(("rate_limit", format!("{} requests within {:?} {by}", rule.requests, rule.per)));
     }
+    if let Some(policy) = &tunnel.delivery {
+        lines.push(("delivery", kept(policy, &thought.method, path)));
+    }
     let choice = rules.choose(&thought.method, thought.url.host(), path);
     let route = match choice {
         Choice::Ambiguous => {
@@ -163,6 +167,21 @@ fn explain(tunnels: &[TunnelConfig], thought: &Thought) -> Result<Vec<(&'static 
         }
     }
     Ok(lines)
+}
+
+/// What becomes of a request where it cannot be served now.
+fn kept(policy: &DeliveryPolicy, method: &Method, path: &str) -> String {
+    if !policy.covers(method.as_str(), path) {
+        return format!("{}, but not this method or path: live", policy.mode);
+    }
+    let age = policy.max_age_s;
+    match policy.mode {
+        Mode::Auto => format!("auto: live while an agent is connected, else kept for up to {age} s"),
+        Mode::Durable => format!(
+            "durable: answered with {} at once, and delivered within {age} s; {} tries",
+            policy.answer.status, policy.attempts
+        ),
+    }
 }
 
 fn is_excepted(except: &[PathPattern], path: &str) -> bool {

@@ -423,18 +423,18 @@ pub(crate) fn import(places: &[PathBuf], import: &Import) -> ExitCode {
     })
 }
 
-fn json<T: Serialize + ?Sized>(value: &T) -> String {
+pub(super) fn json<T: Serialize + ?Sized>(value: &T) -> String {
     harmless_json(&serde_json::to_string(value).expect("texts, numbers and lists are JSON"))
 }
 
 /// Prints a line, or nothing where nobody reads any more.
-fn say(line: &str) {
+pub(super) fn say(line: &str) {
     let mut out = std::io::stdout();
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }
 
 /// A text without anything that a terminal takes for a command, or that turns letters around.
-fn harmless(text: &str) -> String {
+pub(super) fn harmless(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
         if is_obeyed(c) {
@@ -447,7 +447,7 @@ fn harmless(text: &str) -> String {
 }
 
 /// Several lines, each harmless.
-fn harmless_lines(bytes: &[u8]) -> String {
+pub(super) fn harmless_lines(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let lines = text.split('\n').map(|line| {
         let line = line.strip_suffix('\r').unwrap_or(line);

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use proto::delivery::Mode;
+
 use super::metrics::{self, Figures};
 
 /// The state of the agent.
@@ -119,6 +121,25 @@ pub(crate) struct ConfigStatus {
     pub(crate) last_error: Option<String>,
 }
 
+/// What of a tunnel is delivered later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct DeliveryStatus {
+    pub(crate) mode: Mode,
+    /// Whether this edge keeps deliveries at all, once a connection is in service.
+    pub(crate) kept: Option<bool>,
+}
+
+impl DeliveryStatus {
+    fn described(self) -> String {
+        let kept = match self.kept {
+            Some(true) => "",
+            Some(false) => ", but this edge keeps none: upgrade it",
+            None => ", if the edge keeps any",
+        };
+        format!("{}{kept}", self.mode)
+    }
+}
+
 /// One tunnel.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct TunnelStatus {
@@ -134,6 +155,9 @@ pub(crate) struct TunnelStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) routes: Vec<RouteStatus>,
     pub(crate) max_concurrent: u32,
+    /// None for a tunnel that is only live.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) delivery: Option<DeliveryStatus>,
     #[serde(flatten)]
     pub(crate) figures: Figures,
 }
@@ -364,6 +388,9 @@ impl TunnelStatus {
         for RouteStatus { route, upstream, health } in &self.routes {
             line("route", format!("{route}  {upstream}  {}", health.described()));
         }
+        if let Some(delivery) = self.delivery {
+            line("delivery", delivery.described());
+        }
         let figures = &self.figures;
         line("in flight", format!("{} of {}", figures.in_flight, self.max_concurrent));
         line("websockets", figures.websockets.to_string());
@@ -401,6 +428,7 @@ mod tests {
             health: HealthState::Unchecked,
             routes: Vec::new(),
             max_concurrent: 64,
+            delivery: None,
             figures: Figures { requests: 12, ..Figures::default() },
         };
         Status {

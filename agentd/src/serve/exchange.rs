@@ -17,18 +17,20 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, h
 use proto::{
     body::{self, Body, Codec, Codecs, is_compressible},
     chunk::SendWindow,
+    delivery::Attempt,
     error::ErrorCode,
     header::Headers,
     id::{RequestId, TunnelName},
     limits,
-    message::{AgentMessage, Chunk, Continue, Failed, Reply, Upgrade},
+    message::{AgentMessage, Chunk, Continue, Failed, Progress, Reply, Upgrade},
     target::Target,
 };
 use tokio::{
     sync::watch,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     capture::{
@@ -43,7 +45,7 @@ use crate::{
     serve::outbox::{LinkGone, Outbox},
     serve::pace::{Pace, Taken},
     serve::policy::{
-        Delivery, Policy, Webhook, answer::Answer, asked::Asked, body::LocalBody, traffic::Passage,
+        self, Policy, Signature, Webhook, answer::Answer, asked::Asked, body::LocalBody, traffic::Passage,
         visitors::is_user,
     },
     serve::sockets::{Serial, Sockets},
@@ -54,6 +56,10 @@ use crate::{
 };
 
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+
+/// How much of the answer to a delivery is read, and for how long.
+const READ_OFF_BYTES: usize = 1024 * 1024;
+const READ_OFF: Duration = Duration::from_secs(5);
 
 /// A message that is expected to be longer waits for its place before it is encoded.
 const BULK_BODY_BYTES: usize = 12 * 1024;
@@ -70,9 +76,16 @@ pub(crate) struct Job {
     pub(crate) timeout: Duration,
     /// What the public client wants to go on with.
     pub(crate) upgrade: Option<Upgrade>,
+    /// What it is where the edge has kept it: then only its outcome goes back.
+    pub(crate) delivery: Option<Attempt>,
 }
 
 impl Job {
+    /// The time by which what the sender signed is judged: when it came to the edge.
+    fn time(&self) -> u64 {
+        self.delivery.as_ref().map_or_else(policy::unix_now, |delivery| delivery.received_ms / 1000)
+    }
+
     /// The host that the public client asked for.
     fn public_host(&self) -> &str {
         self.headers.get(X_FORWARDED_HOST).and_then(|host| host.to_str().ok()).unwrap_or_default()
@@ -154,6 +167,7 @@ impl Exchange {
         let token = std::mem::take(&mut job.token);
         let tunnel = tunnels.get(&job.tunnel);
         let page = tunnel.as_ref().and_then(|tunnel| ErrorPage::of(&job, tunnel));
+        let _alive = job.delivery.as_ref().map(|_| signs_of_life(&token, &outbox, limits::DELIVERY_PROGRESS));
         let sender = Sender { token: &token, outbox: &outbox, sent: &sent };
         let mut capture = None;
         let outcome =
@@ -188,6 +202,18 @@ struct Sender<'a> {
 }
 
 impl Sender<'_> {
+    /// Says how a delivery ended: nobody waits for more than its status, and when to try again.
+    async fn outcome(&self, status: u16, headers: &Headers) -> Result<(), LinkGone> {
+        let mut told = Headers::new();
+        if let Some(value) = headers.get(header::RETRY_AFTER) {
+            told.push(header::RETRY_AFTER, value.clone());
+        }
+        let reply = Reply { token: self.token.into(), status, headers: told, body: None, end: true };
+        self.send(&AgentMessage::Reply(reply), 0).await?;
+        self.sent.store(1, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Sends a message that is about as long as `body_bytes` and a bit.
     async fn send(&self, message: &AgentMessage<'_>, body_bytes: usize) -> Result<(), LinkGone> {
         self.outbox.send(encode(message, body_bytes), None).await
@@ -265,11 +291,11 @@ async fn answer(
             Places::Socket(place.map_err(|code| refuse(&job, capture, code))?)
         }
     };
-    let delivery = match signed {
+    let signature = match signed {
         Some(webhook) => {
             let signed = Box::pin(signed_body(webhook, &mut job, tunnels, head_due, sender)).await;
             match signed.inspect_err(|_| head(&job, capture))? {
-                Ok(delivery) => Some(delivery),
+                Ok(signature) => Some(signature),
                 Err(answer) => {
                     let tap = capture.as_ref().map(Capture::tap);
                     return Err(Box::pin(answer_here(
@@ -379,13 +405,19 @@ async fn answer(
         fail(error.code())
     })?;
     line.head(status);
-    if let Some(delivery) = delivery
+    if let Some(signature) = signature
         && (200..400).contains(&status)
     {
-        delivery.delivered();
+        signature.delivered();
     }
     if let Some(tap) = tap {
         tap.answer(status, headers.iter(), dialled.map(|at| at.0));
+    }
+    if job.delivery.is_some() {
+        sender.outcome(status, &headers).await?;
+        let is_taken = progress.is_none_or(|progress| progress.is_complete());
+        Box::pin(read_off(body, is_taken, tap)).await;
+        return Ok(());
     }
     let way = Way { upstream, host: &host, passage: passage.as_deref() };
     if let Some(passage) = way.passage {
@@ -463,7 +495,7 @@ async fn admit<'a>(
         JobBody::Whole(bytes) => bytes.len() as u64,
         JobBody::Announced(body, _) => body.announced(),
     };
-    let admitted = timeout_at(due, policy.admit(&asked(job), &job.request_id, body_bytes)).await;
+    let admitted = timeout_at(due, policy.admit(&asked(job), &job.request_id, body_bytes, job.time())).await;
     let admitted = admitted.unwrap_or_else(|_| Err(Answer::refusal(ErrorCode::SignInUnavailable)))?;
     admitted.visitor.mark(&mut job.headers);
     Ok((admitted.signed, Box::new(admitted.passage)))
@@ -476,7 +508,7 @@ async fn signed_body(
     tunnels: &Tunnels,
     due: Instant,
     sender: &Sender<'_>,
-) -> Result<Result<Delivery, Answer>, Stop> {
+) -> Result<Result<Signature, Answer>, Stop> {
     let bytes = match std::mem::replace(&mut job.body, JobBody::Whole(Bytes::new())) {
         JobBody::Whole(bytes) => bytes,
         JobBody::Announced(body, _) => {
@@ -490,13 +522,18 @@ async fn signed_body(
             timeout_at(due, whole).await.unwrap_or(Err(fail(ErrorCode::UpstreamTimedOut)))?
         }
     };
-    let checked = webhook.check(&asked(job), &bytes);
+    // The sender's second try is one of ours, where this is not the first.
+    let is_again = job.delivery.as_ref().is_some_and(|delivery| delivery.attempt > 1);
+    let checked = webhook.check(&asked(job), &bytes, job.time(), is_again);
     job.body = JobBody::Whole(bytes);
     Ok(checked)
 }
 
 /// Asks the edge for an announced body, once there is room for it.
 async fn ask_for(mut body: UploadBody, tunnels: &Tunnels, sender: &Sender<'_>) -> Result<UploadBody, Stop> {
+    if body.is_accepted() {
+        return Ok(body);
+    }
     let budget = tunnels.reserve_upload(body.announced()).await.ok_or(fail(ErrorCode::RequestTooLarge))?;
     body.accept(budget);
     let ask = AgentMessage::Continue(Continue { token: sender.token.into(), codecs: Codecs::all() });
@@ -523,6 +560,9 @@ async fn answer_here(
 ) -> Stop {
     let code = answer.code;
     line.denied_by(answer.denied_by);
+    if job.delivery.is_some() {
+        return outcome_here(answer, job, sender, line, tap).await;
+    }
     let (status, headers, body) = answer.into_parts(&job.request_id, asked(job).wants_html());
     line.head(status);
     // The length stays in the head, also for whoever wants no body.
@@ -540,6 +580,66 @@ async fn answer_here(
             tracing::warn!(request_id = %job.request_id, tunnel_id = %job.tunnel, "an answer broke off: {error}");
             Stop::Fail { seq: response.seq, code: error.code() }
         }
+    }
+}
+
+/// What an answer in place of the upstream's means for a delivery: why it was refused, or its status.
+async fn outcome_here(
+    answer: Answer,
+    job: &Job,
+    sender: &Sender<'_>,
+    line: &mut AccessLine,
+    tap: Option<&Tap>,
+) -> Stop {
+    let code = answer.code;
+    let (status, headers, _) = answer.into_parts(&job.request_id, false);
+    line.head(status);
+    if let Some(tap) = tap {
+        tap.request(job.headers.iter(), job.body.at_hand());
+        tap.own_answer(status, headers.iter());
+    }
+    match code {
+        Some(code) => fail(code),
+        None => sender.outcome(status, &headers).await.map_or_else(Stop::from, |()| Stop::Answered(None)),
+    }
+}
+
+/// Says now and then that a delivery is still being worked on, until this is dropped.
+fn signs_of_life(token: &str, outbox: &Outbox, every: Duration) -> AbortOnDropHandle<()> {
+    let progress = AgentMessage::Progress(Progress { token: token.into(), sent: 0, ended: false }).encode();
+    let outbox = outbox.clone();
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        loop {
+            sleep(every).await;
+            outbox.send_behind(progress.clone());
+        }
+    }))
+}
+
+/// Reads what an upstream still says, for the inspector and so that its connection can be used again. What is long or
+/// slow is not waited for: the delivery has ended.
+async fn read_off(mut body: ResponseBody, is_taken: bool, tap: Option<&Tap>) {
+    let whole = async {
+        let mut read = 0;
+        while !body.is_end() {
+            match body.next().await {
+                Some(Ok(bytes)) => {
+                    if let Some(tap) = tap {
+                        tap.answer_piece(&bytes);
+                    }
+                    read += bytes.len();
+                    if read > READ_OFF_BYTES {
+                        return false;
+                    }
+                }
+                Some(Err(_)) => return false,
+                None => return true,
+            }
+        }
+        true
+    };
+    if timeout(READ_OFF, whole).await.unwrap_or(false) && is_taken {
+        body.finish();
     }
 }
 
@@ -1045,5 +1145,27 @@ impl<'a> Outflow<'a> {
         self.seq += 1;
         self.sender.sent.store(self.seq, Ordering::Relaxed);
         line.body(taken);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_delivery_shows_signs_of_life_until_it_ends() {
+        let (outbox, mut queue) = Outbox::new();
+        let alive = signs_of_life("token", &outbox, Duration::from_millis(1));
+        for _ in 0..3 {
+            let said = queue.data.recv().await.unwrap();
+            let said = AgentMessage::decode(std::str::from_utf8(&said.text).unwrap())
+                .unwrap()
+                .token()
+                .map(str::to_owned);
+            assert_eq!(said.as_deref(), Some("token"));
+        }
+        drop((alive, outbox));
+        // What had been said before the end, and then the end.
+        while queue.data.recv().await.is_some() {}
     }
 }

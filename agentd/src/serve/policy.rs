@@ -43,7 +43,7 @@ use self::{
 
 pub(crate) use self::{
     ip::lets_in,
-    webhook::{Delivery, Webhook},
+    webhook::{Signature, Webhook},
 };
 
 /// The most bytes of a body that are held until its signature has been checked.
@@ -102,7 +102,8 @@ impl Policy {
         self.traffic.error_page(code)
     }
 
-    /// Lets a request in by its head, or answers it. `body_bytes` is what its body was announced to have.
+    /// Lets a request in by its head, or answers it. `body_bytes` is what its body was announced to have, `now` the Unix time
+    /// in seconds by which tokens are judged.
     ///
     /// # Cancel safety
     ///
@@ -112,10 +113,11 @@ impl Policy {
         asked: &Asked<'_>,
         request_id: &RequestId,
         body_bytes: u64,
+        now: u64,
     ) -> Result<Admitted<'a>, Answer> {
         self.visitors.address(asked)?;
         let choice = self.traffic.enter(asked, Instant::now())?;
-        let visitor = self.visitors.admit(asked, unix_now()).await?;
+        let visitor = self.visitors.admit(asked, now).await?;
         let signed = self.webhooks.iter().find(|webhook| webhook.covers(asked.target.path()));
         if signed.is_some() && body_bytes > SIGNED_BODY_BYTES {
             return Err(Answer::refusal(ErrorCode::WebhookTooLarge));
@@ -133,10 +135,17 @@ impl Policy {
 }
 
 impl Webhook {
-    /// Checks the whole body of a request that this rule covers.
-    pub(crate) fn check(&self, asked: &Asked<'_>, body: &[u8]) -> Result<Delivery, Answer> {
+    /// Checks the whole body of a request that this rule covers; `now` is the Unix time in seconds at which it came, and
+    /// `is_again` says that it may have been let in before.
+    pub(crate) fn check(
+        &self,
+        asked: &Asked<'_>,
+        body: &[u8],
+        now: u64,
+        is_again: bool,
+    ) -> Result<Signature, Answer> {
         let url = asked.url().unwrap_or_default();
-        let signed = Signed { headers: asked.headers, url: &url, body, now: unix_now() };
+        let signed = Signed { headers: asked.headers, url: &url, body, now, is_again };
         self.verify(&signed).map_err(|error| {
             tracing::info!("a webhook was refused: {error}");
             Answer::refusal(ErrorCode::WebhookRefused)
@@ -144,7 +153,8 @@ impl Webhook {
     }
 }
 
-fn unix_now() -> u64 {
+/// Seconds since 1970.
+pub(crate) fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 

@@ -17,6 +17,7 @@ use proto::{
     error::ErrorCode,
     id::{RequestId, TunnelName},
     limits,
+    session::Service,
 };
 use rustls::pki_types::ServerName;
 use tokio::{
@@ -195,6 +196,18 @@ impl Tunnels {
         served.or_else(|| lock(&self.leaving).get(name).cloned())
     }
 
+    /// The tunnels to be served, and what the edge shall keep for them.
+    pub(crate) fn service(&self) -> Service {
+        let tunnels = lock(&self.by_name);
+        let kept = |(name, tunnel): (&TunnelName, &Arc<Tunnel>)| {
+            Some((name.to_string(), tunnel.config.delivery.clone()?))
+        };
+        Service {
+            tunnels: tunnels.keys().cloned().collect(),
+            deliveries: tunnels.iter().filter_map(kept).collect(),
+        }
+    }
+
     /// The tunnels to be served, in the order of their names.
     pub(crate) fn names(&self) -> Vec<TunnelName> {
         lock(&self.by_name).keys().cloned().collect()
@@ -254,6 +267,12 @@ impl Tunnels {
         }
         let units = u32::try_from(bytes.div_ceil(BUDGET_UNIT_BYTES as u64)).ok()?;
         Arc::clone(&self.uploads).acquire_many_owned(units).await.ok()
+    }
+
+    /// The same for a body that is on its way and cannot be told to wait; `None` where there is no room now.
+    pub(crate) fn try_reserve_upload(&self, bytes: u64) -> Option<tokio::sync::OwnedSemaphorePermit> {
+        let units = u32::try_from(bytes.div_ceil(BUDGET_UNIT_BYTES as u64)).ok()?;
+        Arc::clone(&self.uploads).try_acquire_many_owned(units).ok()
     }
 }
 

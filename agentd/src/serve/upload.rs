@@ -144,6 +144,11 @@ impl UploadBody {
         lock(&self.state).accepting = true;
     }
 
+    /// Whether pieces are taken already.
+    pub(crate) const fn is_accepted(&self) -> bool {
+        self.budget.is_some()
+    }
+
     /// Puts back what was taken, to be taken once more: all of it, in order.
     pub(crate) fn put_back(&mut self, pieces: Vec<Bytes>) {
         let mut state = lock(&self.state);

@@ -8,6 +8,7 @@ use crate::{
     capture::ring::Captures,
     config::{Config, TunnelConfig},
     inspect::{api::Inspector, redact::Redact, server},
+    link::deliveries::Desk,
     serve::tunnel::Tunnels,
 };
 
@@ -27,13 +28,14 @@ impl Inspection {
     pub(super) fn new(
         captures: Arc<Captures>,
         tunnels: Arc<Tunnels>,
+        desk: Desk,
         config: &Config,
     ) -> std::io::Result<Self> {
         let mut random = [0; 24];
         getrandom::fill(&mut random).map_err(std::io::Error::other)?;
         let token = base64::Engine::encode(&base64::prelude::BASE64_URL_SAFE_NO_PAD, random);
         let redact = Redact::new(config.inspect.redact.clone());
-        let inspector = Inspector::new(captures, tunnels, redact, token);
+        let inspector = Inspector::new(captures, tunnels, desk, redact, token);
         Ok(Self { inspector, wanted: config.inspect.address, listener: None })
     }
 

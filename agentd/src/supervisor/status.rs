@@ -10,7 +10,7 @@ use crate::{
     link::rotation::Rotation,
     report::{
         metrics::unix_now,
-        status::{ConfigStatus, EdgeStatus, HealthState, Status, TunnelStatus},
+        status::{ConfigStatus, DeliveryStatus, EdgeStatus, HealthState, Status, TunnelStatus},
     },
     serve::tunnel::Tunnels,
 };
@@ -70,6 +70,10 @@ pub(super) fn tunnels(
             health: tunnel.as_ref().map_or(HealthState::Unchecked, |tunnel| tunnel.health()),
             routes: tunnel.as_ref().map(|tunnel| tunnel.route_health()).unwrap_or_default(),
             max_concurrent: config.max_concurrent,
+            delivery: config
+                .delivery
+                .as_ref()
+                .map(|policy| DeliveryStatus { mode: policy.mode, kept: links.keeps_deliveries() }),
             figures: tunnel.map(|tunnel| tunnel.metrics().figures()).unwrap_or_default(),
         }
     };

@@ -7,6 +7,7 @@ mod breakage;
 mod chromium;
 mod cli;
 mod connections;
+mod delivery;
 mod fidelity;
 mod inspector;
 mod lifecycle;

@@ -1,6 +1,7 @@
 // The page: keeps the list up to date, shows what is chosen, and does what keys and buttons say.
 
 import * as api from "./api.js";
+import * as deliveries from "./deliveries.js";
 import { Detail, download } from "./detail.js";
 import { byId, count, element, size, toast, visible } from "./dom.js";
 import { edit } from "./edit.js";
@@ -152,6 +153,7 @@ async function showState() {
   } catch {
     return; // The stream says so, too.
   }
+  deliveries.keep(inspected.tunnels.filter((tunnel) => tunnel.delivery).map((tunnel) => tunnel.name));
   const tunnels = inspected.tunnels.filter((tunnel) => tunnel.inspect);
   byId("tunnels").replaceChildren(...tunnels.slice(0, 3).map((tunnel) => element("span", { title: visible(`${tunnel.url ?? tunnel.name} → ${tunnel.upstream}`) },
     element("b", {}, visible(tunnel.url ?? tunnel.name)), ` → ${visible(tunnel.upstream)}`)), tunnels.length > 3 ? `and ${tunnels.length - 3} more` : "");
@@ -420,6 +422,7 @@ const KEYS = {
   "/": () => byId("text").focus(),
   f: () => byId("errors").click(),
   i: () => startImport(),
+  q: deliveries.open,
   t: nextTheme,
   "?": () => byId("help").showModal(),
 };

@@ -488,7 +488,7 @@ async fn ask(policy: &Option<Policy>, text: &str, failing: bool) -> (String, BTr
     apply(&mut headers, &hop, Trust::Chain, &request_id);
     let asked = Asked { method: &method, target: &target, headers: &headers, upgrade: false };
     let Some(policy) = policy else { return (format!("own {}", target.as_str()), BTreeMap::new()) };
-    match policy.admit(&asked, &request_id, bytes).await {
+    match policy.admit(&asked, &request_id, bytes, unix_now()).await {
         Ok(mut admitted) => {
             let passage = &mut admitted.passage;
             let target = passage.target.as_ref().unwrap_or(&target).as_str().to_owned();

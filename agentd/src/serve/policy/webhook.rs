@@ -1,6 +1,6 @@
 //! Signatures of webhooks, over the bytes as they came.
 //!
-//! Enters: a request's head and whole body, and the time. Leaves: a [`Delivery`], or why the signature is not
+//! Enters: a request's head and whole body, and the time. Leaves: a [`Signature`], or why the signature is not
 //! taken. What each sender signs is in its own documentation; the differences that its libraries make are in
 //! `docs/policy.md`.
 //!
@@ -35,8 +35,10 @@ pub(crate) struct Signed<'a> {
     /// The address as the public client wrote it, query included.
     pub(crate) url: &'a str,
     pub(crate) body: &'a [u8],
-    /// Unix seconds.
+    /// When it came, in Unix seconds.
     pub(crate) now: u64,
+    /// Whether this very one may have been let in before: the edge tries it again.
+    pub(crate) is_again: bool,
 }
 
 /// Why a webhook was refused.
@@ -69,18 +71,18 @@ pub(crate) struct Webhook {
 /// A webhook whose signature is right. It counts as seen only when it was [`delivered`](Self::delivered): its
 /// sender may try again what did not reach the upstream.
 #[derive(Debug)]
-pub(crate) struct Delivery {
+pub(crate) struct Signature {
     seen: Option<(Arc<Mutex<Seen>>, Vec<u8>)>,
 }
 
-impl Delivery {
+impl Signature {
     /// The upstream has taken it.
     pub(crate) fn delivered(mut self) {
         self.seen = None;
     }
 }
 
-impl Drop for Delivery {
+impl Drop for Signature {
     fn drop(&mut self) {
         if let Some((seen, mac)) = self.seen.take() {
             seen.lock().unwrap_or_else(PoisonError::into_inner).remove(&mac);
@@ -125,7 +127,7 @@ impl Webhook {
     /// # Errors
     ///
     /// [`WebhookError`].
-    pub(crate) fn verify(&self, signed: &Signed<'_>) -> Result<Delivery, WebhookError> {
+    pub(crate) fn verify(&self, signed: &Signed<'_>) -> Result<Signature, WebhookError> {
         let claim = match &self.rule.scheme {
             Scheme::Github => body_alone(signed, "x-hub-signature-256", Some("sha256="), Encoding::Hex)?,
             Scheme::Shopify => {
@@ -144,14 +146,14 @@ impl Webhook {
         }
         let mac = self.matching(&claim).ok_or(WebhookError::Signature)?;
         // Without a time in what is signed there is no end to how long it would be believed, and no way to tell
-        // a second delivery that somebody asked for from a replay.
-        if claim.at.is_none() {
-            return Ok(Delivery { seen: None });
+        // a second delivery that somebody asked for from a replay. What we try again ourselves is none.
+        if claim.at.is_none() || signed.is_again {
+            return Ok(Signature { seen: None });
         }
         // Believed from a tolerance before its time until one after it.
         let keep = self.rule.tolerance.saturating_mul(2).max(Duration::from_secs(1));
         if self.seen.lock().unwrap_or_else(PoisonError::into_inner).insert(&mac, signed.now, keep) {
-            Ok(Delivery { seen: Some((Arc::clone(&self.seen), mac)) })
+            Ok(Signature { seen: Some((Arc::clone(&self.seen), mac)) })
         } else {
             Err(WebhookError::Replay)
         }
@@ -377,9 +379,15 @@ mod tests {
             .collect()
     }
 
-    fn verify(webhook: &Webhook, fields: &[(&str, &str)], body: &[u8]) -> Result<Delivery, WebhookError> {
+    fn verify(webhook: &Webhook, fields: &[(&str, &str)], body: &[u8]) -> Result<Signature, WebhookError> {
         let headers = headers(fields);
-        webhook.verify(&Signed { headers: &headers, url: "https://web.example.com/hook?a=b", body, now: NOW })
+        webhook.verify(&Signed {
+            headers: &headers,
+            url: "https://web.example.com/hook?a=b",
+            body,
+            now: NOW,
+            is_again: false,
+        })
     }
 
     fn outcome(webhook: &Webhook, fields: &[(&str, &str)], body: &[u8]) -> Result<(), WebhookError> {
@@ -501,7 +509,9 @@ mod tests {
         let url = format!("https://web.example.com/hook?bodySHA256={hash}");
         let signature = mac(HMAC_SHA1_FOR_LEGACY_USE_ONLY, b"token", &[url.as_bytes()], Encoding::Base64);
         let headers = headers(&[json, (name, &signature)]);
-        let run = |body| hook.verify(&Signed { headers: &headers, url: &url, body, now: NOW }).map(drop);
+        let run = |body| {
+            hook.verify(&Signed { headers: &headers, url: &url, body, now: NOW, is_again: false }).map(drop)
+        };
         assert_eq!(run(BODY), Ok(()));
         assert_eq!(run(b"{}"), Err(WebhookError::Signature));
     }
@@ -568,7 +578,7 @@ mod tests {
             let Ok(value) = HeaderValue::from_bytes(&signature) else { return Ok(()) };
             let mut headers = headers(&[("x-slack-request-timestamp", &NOW.to_string())]);
             headers.push(HeaderName::from_static("x-slack-signature"), value);
-            let verified = hook.verify(&Signed { headers: &headers, url: "", body: &body, now: NOW });
+            let verified = hook.verify(&Signed { headers: &headers, url: "", body: &body, now: NOW, is_again: false });
             prop_assert!(verified.is_err());
         }
     }

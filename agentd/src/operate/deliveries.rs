@@ -1,0 +1,438 @@
+//! The commands about deliveries that the edge keeps. They ask over the running agent's link, so they need no account and
+//! reach exactly the tunnels that its token covers.
+//!
+//! What was sent is an attacker's: on a terminal, nothing of it is a command to the terminal.
+
+use std::{
+    fmt::Write as _,
+    io::{IsTerminal as _, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use clap::Args;
+use http::Method;
+use proto::{
+    body::Body,
+    delivery::{Answer, Ask, State, Summary},
+    header::Headers,
+    id::{DeliveryId, TunnelName},
+};
+use serde::Serialize;
+
+use super::{
+    ask::{Format, ask, no_answer},
+    exit,
+    requests::{harmless, harmless_lines, json, say},
+};
+use crate::{
+    config::parse_duration,
+    control::client::{Agent, AskError},
+    inspect::shape,
+    report::access::time_of_day_at,
+};
+
+/// How often a tunnel that is drained is looked at: nothing tells when the edge has delivered the last one.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Which deliveries are listed.
+#[derive(Debug, Args)]
+#[group(id = "listed")]
+pub(crate) struct List {
+    #[command(flatten)]
+    of: Tunnel,
+    /// Only those that are waiting, delivering, delivered, dead or cancelled.
+    #[arg(long)]
+    state: Option<State>,
+    /// Only those that came within this time: 2h, 3d.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    since: Option<Duration>,
+    /// How many at most.
+    #[arg(long, value_name = "NUMBER", default_value = "100", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    limit: u32,
+    /// Answer with a JSON list.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Which delivery is shown, and how much of it.
+#[derive(Debug, Args)]
+#[group(id = "shown")]
+pub(crate) struct Show {
+    /// Its id, as the sender was told in x-tunnel-delivery-id.
+    id: DeliveryId,
+    #[command(flatten)]
+    of: Tunnel,
+    /// With its body; where the output is no terminal, the body and nothing else, as it came.
+    #[arg(long)]
+    body: bool,
+    /// Answer with a JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Which are delivered again.
+#[derive(Debug, Args)]
+#[group(id = "retried", required = true, multiple = false, args = ["id", "dead"])]
+pub(crate) struct Retry {
+    /// This one.
+    id: Option<DeliveryId>,
+    /// All that are dead.
+    #[arg(long)]
+    dead: bool,
+    #[command(flatten)]
+    of: Tunnel,
+    /// Answer with a JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Which is given up.
+#[derive(Debug, Args)]
+#[group(id = "given_up")]
+pub(crate) struct Cancel {
+    /// Its id.
+    id: DeliveryId,
+    #[command(flatten)]
+    of: Tunnel,
+    /// Answer with a JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is waited for.
+#[derive(Debug, Args)]
+#[group(id = "drained")]
+pub(crate) struct Drain {
+    #[command(flatten)]
+    of: Tunnel,
+    /// How long to wait for it; alone, for as long as it takes.
+    #[arg(long, value_name = "DURATION", num_args = 0..=1, default_missing_value = "36500d", value_parser = parse_duration)]
+    wait: Option<Duration>,
+}
+
+/// Whose deliveries.
+#[derive(Debug, Args)]
+#[group(id = "whose")]
+pub(crate) struct Tunnel {
+    /// Those of one tunnel that the token covers. Default: all tunnels of this agent that have deliveries kept.
+    #[arg(long, value_name = "NAME")]
+    tunnel: Option<TunnelName>,
+}
+
+/// What is answered where something was done.
+#[derive(Serialize)]
+struct Done {
+    done: u32,
+}
+
+/// One question to the edge.
+async fn question(agent: &mut Agent, ask: &Ask) -> Result<Answer<'static>, AskError> {
+    let body = json(ask).into_bytes();
+    let answer = agent.inspect(Method::POST, "/api/deliveries", "application/json", body).await?;
+    let answer: Answer<'_> =
+        serde_json::from_slice(&answer).map_err(|error| misunderstood(&error.to_string()))?;
+    Ok(answer.into_owned())
+}
+
+fn misunderstood(what: &str) -> AskError {
+    AskError::Refused(format!("the edge's answer is not understood: {what}"))
+}
+
+/// The tunnels that are meant.
+async fn tunnels(agent: &mut Agent, of: &Tunnel) -> Result<Vec<TunnelName>, AskError> {
+    if let Some(tunnel) = &of.tunnel {
+        return Ok(vec![tunnel.clone()]);
+    }
+    let kept = agent.status().await?.tunnels.into_iter().filter(|tunnel| tunnel.delivery.is_some());
+    let names: Vec<TunnelName> = kept.filter_map(|tunnel| tunnel.name.parse().ok()).collect();
+    if names.is_empty() {
+        let why = "no tunnel of this agent has deliveries kept: add delivery = \"auto\" to one, or name one with --tunnel";
+        return Err(AskError::Refused(why.to_owned()));
+    }
+    Ok(names)
+}
+
+fn finish<T>(answer: Result<T, AskError>, format: Format, print: impl FnOnce(T) -> ExitCode) -> ExitCode {
+    match answer {
+        Ok(answer) => print(answer),
+        Err(error) => {
+            let is_unreachable = matches!(&error, AskError::Unreachable(_));
+            let code = no_answer(&error, format);
+            if is_unreachable { ExitCode::from(exit::EDGE_UNREACHABLE) } else { code }
+        }
+    }
+}
+
+/// Every delivery that is wanted, page by page, to at most `most`.
+async fn rows(
+    agent: &mut Agent,
+    of: &Tunnel,
+    state: Option<State>,
+    since_ms: Option<u64>,
+    most: usize,
+) -> Result<Vec<Summary>, AskError> {
+    let mut found = Vec::new();
+    let mut cursor = None;
+    loop {
+        let ask = Ask::List { tunnel: of.tunnel.clone(), state, since_ms, cursor };
+        let Answer::Deliveries { list, cursor: next } = question(agent, &ask).await? else {
+            return Err(misunderstood("a list was asked for"));
+        };
+        found.extend(list);
+        if next.is_none() || found.len() >= most {
+            found.truncate(most);
+            return Ok(found);
+        }
+        cursor = next;
+    }
+}
+
+/// `agentd delivery list`
+pub(crate) fn list(places: &[PathBuf], wanted: &List) -> ExitCode {
+    let List { of, state, since, limit, json: is_json } = wanted;
+    let (format, limit) = (Format::from_flag(*is_json), *limit as usize);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since_ms = since.as_ref().map(|since| now.saturating_sub(*since).as_millis() as u64);
+    let answer = ask(places, async |agent: &mut Agent| rows(agent, of, *state, since_ms, limit).await);
+    finish(answer, format, |all| {
+        match format {
+            Format::Json => say(&json(&all)),
+            Format::Text if all.is_empty() => say("nothing is kept"),
+            Format::Text => all.iter().for_each(|row| say(&line(row))),
+        }
+        ExitCode::SUCCESS
+    })
+}
+
+/// Asks about each of the tunnels that are meant, until one knows the delivery.
+async fn first(
+    agent: &mut Agent,
+    of: &Tunnel,
+    about: impl Fn(TunnelName) -> Ask,
+) -> Result<(TunnelName, Answer<'static>), AskError> {
+    let mut refused = None;
+    for tunnel in tunnels(agent, of).await? {
+        match question(agent, &about(tunnel.clone())).await {
+            Ok(answer) => return Ok((tunnel, answer)),
+            Err(AskError::NotFound(error)) => refused = Some(AskError::NotFound(error)),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(refused.unwrap_or_else(|| AskError::NotFound("there is no such delivery".to_owned())))
+}
+
+#[derive(Serialize)]
+struct Shown<'a> {
+    #[serde(flatten)]
+    delivery: &'a Summary,
+    headers: &'a Headers,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    body: Option<String>,
+}
+
+/// `agentd delivery show`
+pub(crate) fn show(places: &[PathBuf], wanted: &Show) -> ExitCode {
+    let Show { id, of, body, json: is_json } = wanted;
+    let (with_body, format) = (*body, Format::from_flag(*is_json));
+    let answer = ask(places, async |agent: &mut Agent| {
+        let from = |body_from| move |tunnel| Ask::Show { tunnel, id: id.clone(), body_from };
+        let (tunnel, answer) = first(agent, of, from(with_body.then_some(0))).await?;
+        let Answer::Delivery { summary, headers, body, mut more } = answer else {
+            return Err(misunderstood("one delivery was asked for"));
+        };
+        let bytes_of = |body: Option<Body<'_>>| match body {
+            Some(body) => body.decode().map_err(|error| misunderstood(&error.to_string())),
+            None => Ok(Vec::new()),
+        };
+        let mut bytes = bytes_of(body)?;
+        while let Some(next) = more.filter(|_| with_body) {
+            let Answer::Delivery { body, more: after, .. } =
+                question(agent, &from(Some(next))(tunnel.clone())).await?
+            else {
+                return Err(misunderstood("a piece of a body was asked for"));
+            };
+            bytes.extend(bytes_of(body)?);
+            // One that does not come nearer to the end has none.
+            if after.is_some_and(|after| after <= next) {
+                return Err(misunderstood("its body has no end"));
+            }
+            more = after;
+        }
+        Ok((*summary, headers, bytes))
+    });
+    finish(answer, format, |(row, headers, bytes)| {
+        match format {
+            Format::Json => {
+                let body = with_body.then(|| shape::to_base64(&bytes));
+                say(&json(&Shown { delivery: &row, headers: &headers, body }));
+            }
+            Format::Text if with_body && !std::io::stdout().is_terminal() => {
+                if std::io::stdout().write_all(&bytes).is_err() {
+                    return ExitCode::FAILURE;
+                }
+            }
+            Format::Text => say(text(&row, &headers, with_body.then_some(&bytes)).trim_end()),
+        }
+        ExitCode::SUCCESS
+    })
+}
+
+/// `agentd delivery retry`
+pub(crate) fn retry(places: &[PathBuf], retry: &Retry) -> ExitCode {
+    let format = Format::from_flag(retry.json);
+    match &retry.id {
+        Some(id) => one(places, &retry.of, format, "is delivered again", |tunnel| Ask::Retry {
+            tunnel,
+            id: id.clone(),
+        }),
+        None => retry_dead(places, &retry.of, format),
+    }
+}
+
+/// `agentd delivery cancel`
+pub(crate) fn cancel(places: &[PathBuf], cancel: &Cancel) -> ExitCode {
+    let ask = |tunnel| Ask::Cancel { tunnel, id: cancel.id.clone() };
+    one(places, &cancel.of, Format::from_flag(cancel.json), "is cancelled", ask)
+}
+
+/// `agentd delivery pause`
+pub(crate) fn pause(places: &[PathBuf], tunnel: TunnelName) -> ExitCode {
+    switch(places, Ask::Pause { tunnel }, "paused: what comes is kept until it is resumed")
+}
+
+/// `agentd delivery resume`
+pub(crate) fn resume(places: &[PathBuf], tunnel: TunnelName) -> ExitCode {
+    switch(places, Ask::Resume { tunnel }, "resumed")
+}
+
+fn one(
+    places: &[PathBuf],
+    of: &Tunnel,
+    format: Format,
+    what: &str,
+    about: impl Fn(TunnelName) -> Ask,
+) -> ExitCode {
+    let answer = ask(places, async |agent: &mut Agent| first(agent, of, about).await);
+    finish(answer, format, |(tunnel, _)| {
+        match format {
+            Format::Json => say(&json(&Done { done: 1 })),
+            Format::Text => say(&format!("{tunnel}: it {what}")),
+        }
+        ExitCode::SUCCESS
+    })
+}
+
+fn retry_dead(places: &[PathBuf], of: &Tunnel, format: Format) -> ExitCode {
+    let answer = ask(places, async |agent: &mut Agent| {
+        let mut all = 0;
+        for tunnel in tunnels(agent, of).await? {
+            let mut cursor = None;
+            loop {
+                let ask = Ask::RetryDead { tunnel: tunnel.clone(), cursor };
+                let Answer::Done { count, cursor: next } = question(agent, &ask).await? else {
+                    return Err(misunderstood("a number was asked for"));
+                };
+                all += count;
+                cursor = next;
+                if cursor.is_none() {
+                    break;
+                }
+            }
+        }
+        Ok(all)
+    });
+    finish(answer, format, |done| {
+        match format {
+            Format::Json => say(&json(&Done { done })),
+            Format::Text => say(&format!("{done} are delivered again")),
+        }
+        ExitCode::SUCCESS
+    })
+}
+
+fn switch(places: &[PathBuf], about: Ask, what: &str) -> ExitCode {
+    let answer = ask(places, async |agent: &mut Agent| question(agent, &about).await);
+    finish(answer, Format::Text, |_| {
+        say(what);
+        ExitCode::SUCCESS
+    })
+}
+
+/// How many deliveries have not ended, as far as one page tells, and whether there are more.
+async fn pending(agent: &mut Agent, of: &Tunnel) -> Result<(usize, bool), AskError> {
+    let mut count = 0;
+    let mut is_more = false;
+    for state in [State::Waiting, State::Delivering] {
+        let ask = Ask::List { tunnel: of.tunnel.clone(), state: Some(state), since_ms: None, cursor: None };
+        let Answer::Deliveries { list, cursor } = question(agent, &ask).await? else {
+            return Err(misunderstood("a list was asked for"));
+        };
+        count += list.len();
+        is_more |= cursor.is_some();
+    }
+    Ok((count, is_more))
+}
+
+/// `agentd delivery drain`: code 0 once nothing waits.
+pub(crate) fn drain(places: &[PathBuf], Drain { of, wait }: &Drain) -> ExitCode {
+    let patience = wait.unwrap_or_default();
+    let answer = ask(places, async |agent: &mut Agent| {
+        let begun = tokio::time::Instant::now();
+        loop {
+            let (left, is_more) = pending(agent, of).await?;
+            if left == 0 && !is_more {
+                return Ok((left, is_more));
+            }
+            if begun.elapsed() + LOOK_AGAIN > patience {
+                return Ok((left, is_more));
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    });
+    finish(answer, Format::Text, |(left, is_more)| {
+        if left == 0 && !is_more {
+            say("nothing waits");
+            return ExitCode::SUCCESS;
+        }
+        let more = if is_more { "more than " } else { "" };
+        super::ask::complain(format_args!("{more}{left} deliveries have not ended"));
+        ExitCode::FAILURE
+    })
+}
+
+/// One row.
+fn line(row: &Summary) -> String {
+    let mut line = format!(
+        "{}  {}  {}  {:<10} {:>2}  {:<6} {}",
+        row.id,
+        time_of_day_at(Duration::from_millis(row.received_ms)),
+        row.tunnel,
+        row.state.as_str(),
+        row.attempt,
+        harmless(&row.method),
+        harmless(&row.target),
+    );
+    if let Some(last) = &row.last {
+        let _ = write!(line, "  ({})", harmless(&last.reason));
+    }
+    line
+}
+
+/// All of one.
+fn text(row: &Summary, headers: &Headers, body: Option<&Vec<u8>>) -> String {
+    let mut text = format!("{}\n", line(row));
+    if let Some(run) = &row.run {
+        let _ = writeln!(text, "       run {}", harmless(run));
+    }
+    let _ = writeln!(text, "\n{} {}", harmless(&row.method), harmless(&row.target));
+    for (name, value) in headers.iter() {
+        let _ = writeln!(text, "  {name}: {}", harmless(&String::from_utf8_lossy(value.as_bytes())));
+    }
+    let _ = writeln!(text, "  ({} bytes)", row.body_bytes);
+    if let Some(bytes) = body {
+        let _ = writeln!(text, "\n{}", harmless_lines(bytes));
+    }
+    text
+}

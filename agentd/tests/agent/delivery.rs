@@ -1,0 +1,85 @@
+//! Requests that the edge has kept: only their outcome goes back.
+
+use proto::{delivery::Attempt, error::ErrorCode, limits, message::Request};
+use tokio::io::AsyncReadExt as _;
+
+use crate::stage::{OK, Sent, connected, noise, request, with_body, with_header};
+
+fn kept(mut request: Request<'static>) -> Request<'static> {
+    let delivery = Attempt { id: request.request_id.as_str().parse().unwrap(), attempt: 1, received_ms: 1 };
+    request.delivery = Some(delivery);
+    request
+}
+
+#[tokio::test]
+async fn only_the_outcome_of_a_delivery_goes_back() {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    let sent = kept(with_header(with_body(request("POST", "/in?a=%2F"), b"\x00hook"), "x-sig", b"a, b"));
+    line.request(&sent).await;
+    let mut peer = upstream.accept().await;
+    let head = peer.head().await;
+    assert!(head.starts_with("POST /in?a=%2F HTTP/1.1\r\n") && head.contains("\r\nx-sig: a, b"), "{head}");
+    let mut body = [0; 5];
+    peer.stream.read_exact(&mut body).await.unwrap();
+    assert_eq!(&body, b"\x00hook");
+    let answer = "HTTP/1.1 429 Later\r\nretry-after: 7\r\nx-secret: s\r\nset-cookie: a=b\r\ncontent-length: 4\r\n\r\nbody";
+    peer.write(answer.as_bytes()).await;
+    let Sent::Reply { token, status, headers, body, end } = line.answer().await else { panic!("a reply") };
+    assert_eq!((&*token, status, &body[..], end), (&*sent.token, 429, &b""[..], true));
+    assert_eq!(headers.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["retry-after"]);
+    // Its connection is used again, and nothing else was said.
+    line.request(&kept(request("POST", "/2"))).await;
+    assert!(peer.head().await.starts_with("POST /2 "));
+    peer.write(OK).await;
+    assert!(matches!(line.answer().await, Sent::Reply { status: 200, end: true, .. }));
+    // What no upstream has answered is a failure, as ever.
+    drop((peer, upstream));
+    line.request(&kept(request("POST", "/3"))).await;
+    assert_eq!(line.failure().await, (0, ErrorCode::UpstreamUnreachable));
+}
+
+#[tokio::test]
+async fn the_body_of_a_delivery_comes_unasked_and_what_there_is_no_room_for_is_refused() {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    let body = noise(limits::REQUEST_BODY_BYTES);
+    let announced = || {
+        let mut sent = kept(request("POST", "/"));
+        sent.announced = Some(body.len() as u64);
+        sent
+    };
+    let first = announced();
+    line.request(&first).await;
+    let pieces: Vec<&[u8]> = body.chunks(limits::CHUNK_BYTES).collect();
+    for (number, piece) in pieces.iter().enumerate() {
+        line.piece(&first, number as u32 + 1, piece, number + 1 == pieces.len()).await;
+    }
+    let mut peer = upstream.accept().await;
+    peer.head().await;
+    let mut read = vec![0; body.len()];
+    peer.stream.read_exact(&mut read).await.unwrap();
+    assert!(read == body);
+    peer.write(OK).await;
+    assert!(matches!(line.answer().await, Sent::Reply { status: 200, end: true, .. }));
+    // All of the memory for bodies is promised to these.
+    let all = 32 * 1024 * 1024 / body.len();
+    let held: Vec<_> = (0..all).map(|_| announced()).collect();
+    for sent in &held {
+        line.request(sent).await;
+    }
+    line.request(&announced()).await;
+    assert_eq!(line.failure().await, (0, ErrorCode::AgentBusy));
+    for sent in &held {
+        line.cancel(sent).await;
+        line.failure().await;
+    }
+    line.request(&kept(with_body(request("POST", "/after"), b"x"))).await;
+    // Those that were cancelled had called already.
+    loop {
+        let mut peer = upstream.accept().await;
+        if peer.head().await.starts_with("POST /after ") {
+            peer.write(OK).await;
+            break;
+        }
+    }
+    assert!(matches!(line.answer().await, Sent::Reply { status: 200, .. }));
+}
