@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use local::{
+    clock::Clock,
     connections::Identity,
     dynamodb::Table,
     latency::Latency,
@@ -32,7 +33,7 @@ async fn main() -> anyhow::Result<()> {
             "agent": { "S": "agent" }, "expires_at": { "N": "9999999999" } } });
         services.dynamodb.call("PutItem", item.to_string().into()).await;
     }
-    let states = States::new(Arc::clone(&services));
+    let states = States::new(Arc::clone(&services), Clock::default());
     let substitutions = BTreeMap::from(
         [("ConnectionsTable", "connections"), ("AgentApiEndpoint", "local"), ("AgentApiStage", "local")]
             .map(|(name, value)| (name.to_owned(), value.to_owned())),

@@ -152,7 +152,7 @@ impl Aws {
         let chaos = Arc::new(Chaos::new(options.chaos));
         let services = Arc::new(Services::new(&format!("http://{address}"), chaos, latency));
         let shared = Arc::new(Shared {
-            states: States::new(Arc::clone(&services)),
+            states: States::new(Arc::clone(&services), clock),
             services,
             callers: Callers::default(),
             waiting: WaitingRuns::default(),

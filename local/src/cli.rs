@@ -71,7 +71,7 @@ pub struct Options {
     /// Leave out one thing that the front does, by its name in docs/aws-fronts.md; may be given again
     #[arg(long, value_name = "NAME", value_parser = behaviour)]
     pub kind: Vec<String>,
-    /// Keep keys, token and tables here from one run to the next
+    /// Keep keys, tables, STANDARD runs and lasting queues here, also when this is killed
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
     /// What is logged: error, warn, info, debug or trace

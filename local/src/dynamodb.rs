@@ -1,18 +1,19 @@
 //! DynamoDB in memory, around an existing emulation of it: enters an operation as JSON, leaves
 //! status and JSON. What the emulation lacks is added here: conditional writes are atomic.
 
-use std::{
-    path::Path,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{borrow::Cow, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, header};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use winterbaume_core::{MockRequest, MockService, StatefulService, default_account_id};
 use winterbaume_dynamodb::{DynamoDbService, DynamodbStateView};
 
-use crate::chaos::{Chaos, Fault};
+use crate::{
+    chaos::{Chaos, Fault},
+    store::{Filling, Kept, Service, Store},
+};
 
 mod reserved;
 mod storage;
@@ -49,8 +50,20 @@ pub struct Dynamodb {
     chaos: Arc<Chaos>,
     /// The emulation looks at a condition and then writes, in two steps: one write at a time.
     writing: tokio::sync::Mutex<()>,
-    /// One save at a time, so that an older state never replaces a newer one.
-    saving: Mutex<()>,
+    kept: Kept,
+}
+
+/// The operations among [`WRITES`] that change nothing.
+const LOOKS: &[&str] = &["DescribeTimeToLive", "TransactGetItems"];
+
+/// A change of the tables, as the store has it.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Record<'a> {
+    /// All of them.
+    All(#[serde(borrow)] Cow<'a, RawValue>),
+    /// An operation that was carried out. In the same order it does the same again.
+    Call { operation: Cow<'a, str>, body: Box<RawValue> },
 }
 
 impl std::fmt::Debug for Dynamodb {
@@ -83,7 +96,7 @@ impl Answer {
         #[derive(serde::Deserialize)]
         struct Error<'a> {
             #[serde(rename = "__type", borrow)]
-            name: std::borrow::Cow<'a, str>,
+            name: Cow<'a, str>,
         }
         if self.status < 300 {
             return None;
@@ -164,7 +177,7 @@ impl Dynamodb {
             storage,
             chaos,
             writing: tokio::sync::Mutex::default(),
-            saving: Mutex::default(),
+            kept: Kept::new(),
         }
     }
 
@@ -191,7 +204,16 @@ impl Dynamodb {
             self.handle(operation, body).await
         } else if WRITES.contains(&operation) {
             let _one_at_a_time = self.writing.lock().await;
-            self.handle(operation, body).await
+            let store = self.kept.get().filter(|_| !LOOKS.contains(&operation));
+            let Some(store) = store else { return self.handle(operation, body).await };
+            let answer = self.handle(operation, body.clone()).await;
+            if answer.error_name().is_none() {
+                store.append(
+                    Service::Tables,
+                    &Record::Call { operation: operation.into(), body: one_line(&body) },
+                );
+            }
+            answer
         } else {
             Answer::error("UnknownOperationException", "the operation does not run here")
         }
@@ -258,7 +280,7 @@ impl Dynamodb {
         Ok(())
     }
 
-    /// Takes over the tables of an earlier [`Dynamodb::save`]. A file that is not there is none.
+    /// Takes over the tables of a file that earlier releases left, whole. A file that is not there has none.
     ///
     /// # Errors
     ///
@@ -269,29 +291,73 @@ impl Dynamodb {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(error.into()),
         };
-        let view: DynamodbStateView = serde_json::from_slice(&text)?;
+        self.restore(serde_json::from_slice(&text)?).await
+    }
+
+    async fn restore(&self, view: DynamodbStateView) -> Result<(), DynamodbError> {
         let _one_at_a_time = self.writing.lock().await;
         self.service.restore(default_account_id(), REGION, view).await.map_err(DynamodbError::State)
     }
 
-    /// Writes all tables to a file that only its owner can read.
+    /// Takes over the tables of an earlier process, whose changes these are.
     ///
     /// # Errors
     ///
-    /// The file cannot be written; an older one is left as it was.
-    pub async fn save(&self, path: &Path) -> Result<(), DynamodbError> {
-        let view = {
-            let _one_at_a_time = self.writing.lock().await;
-            self.storage.copy(default_account_id(), REGION).await
-        };
-        let text = serde_json::to_vec_pretty(&view)?;
-        let _one_save = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        std::io::Write::write_all(&mut file, &text)?;
-        file.persist(path).map_err(|error| error.error)?;
+    /// A change is none of DynamoDB's.
+    pub async fn take_over(&self, changes: impl Iterator<Item = &str>) -> Result<(), DynamodbError> {
+        for change in changes {
+            match serde_json::from_str(change)? {
+                Record::All(view) => self.restore(serde_json::from_str(view.get())?).await?,
+                Record::Call { operation, body } => {
+                    let body = String::from(Box::<str>::from(body));
+                    let answer = self.handle(&operation, body.into()).await;
+                    if let Some(error) = answer.error_name() {
+                        tracing::warn!(%operation, error, "a change of the tables in --state-dir is lost");
+                    }
+                }
+            }
+        }
         Ok(())
     }
+
+    /// A copy of all tables, for [`Dynamodb::fill`].
+    ///
+    /// # Errors
+    ///
+    /// They cannot be written as JSON.
+    pub async fn copy(&self) -> Result<Box<RawValue>, DynamodbError> {
+        let _one_at_a_time = self.writing.lock().await;
+        let view = self.storage.copy(default_account_id(), REGION).await;
+        Ok(serde_json::value::to_raw_value(&view)?)
+    }
+
+    /// Writes down all tables.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub fn fill(copy: &RawValue, file: &mut Filling) -> std::io::Result<()> {
+        file.add(Service::Tables, &Record::All(Cow::Borrowed(copy)))
+    }
+
+    /// Keeps every change from here on.
+    pub fn keep(&self, store: Arc<Store>) {
+        // There is one store.
+        drop(self.kept.set(store));
+    }
+}
+
+/// JSON of an operation without line breaks.
+fn one_line(body: &[u8]) -> Box<RawValue> {
+    let has_breaks = body.contains(&b'\n') || body.contains(&b'\r');
+    let text = std::str::from_utf8(body).unwrap_or_default();
+    let text = if has_breaks {
+        serde_json::from_str::<serde_json::Value>(text).unwrap_or_default().to_string()
+    } else {
+        text.to_owned()
+    };
+    // It was carried out, so it is JSON.
+    RawValue::from_string(text).unwrap_or_default()
 }
 
 fn refused(table: &Table<'_>, answer: &Answer) -> DynamodbError {
@@ -381,21 +447,45 @@ mod tests {
     #[tokio::test]
     async fn tables_outlive_the_process() {
         let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("tables.json");
+        let path = folder.path().join("state");
+        let changes = || {
+            let changes = crate::store::read(&path).unwrap();
+            changes.into_iter().map(|change| change.record).collect::<Vec<_>>()
+        };
         let first = service().await;
-        first.load(&file).await.unwrap();
+        call(&first, "PutItem", row("a=", 1)).await;
+        let copy = first.copy().await.unwrap();
+        first.keep(Store::create(&path, |file| Dynamodb::fill(&copy, file)).unwrap());
         call(&first, "PutItem", row("#name", 9)).await;
-        first.save(&file).await.unwrap();
+        let key = |id: &str| json!({ "tunnel": { "S": "web" }, "connection_id": { "S": id } });
+        let mut update = json!({ "TableName": "connections", "Key": key("#name"), "UpdateExpression": "ADD n :one",
+            "ExpressionAttributeValues": { ":one": { "N": "1" } } });
+        call(&first, "UpdateItem", update.clone()).await;
+        // With line breaks, as a person writes it.
+        let pretty = serde_json::to_vec_pretty(&update).unwrap();
+        assert_eq!(first.call("UpdateItem", pretty.into()).await.status, 200);
+        update["ConditionExpression"] = "n > :one AND attribute_not_exists(tunnel)".into();
+        let refused = first.call("UpdateItem", update.to_string().into()).await;
+        assert_eq!(refused.error_name().as_deref(), Some("ConditionalCheckFailedException"));
+        call(&first, "DeleteItem", json!({ "TableName": "connections", "Key": key("a=") })).await;
+        // All at once, and four changes: what was refused is none.
+        assert_eq!(changes().len(), 5);
 
-        let second = Dynamodb::new(Arc::default());
-        second.load(&file).await.unwrap();
-        second.create_table(TABLE).await.unwrap();
-        let key = json!({ "tunnel": { "S": "web" }, "connection_id": { "S": "#name" } });
-        let found = call(&second, "GetItem", json!({ "TableName": "connections", "Key": key })).await;
-        assert_eq!(found["Item"]["expires_at"], json!({ "N": "9" }));
-
-        std::fs::write(&file, "not json").unwrap();
-        assert!(matches!(second.load(&file).await, Err(DynamodbError::Format(_))));
+        // The process is gone without a word. Twice: what was written anew is as good.
+        for _ in 0..2 {
+            let second = Dynamodb::new(Arc::default());
+            second.take_over(changes().iter().map(|change| &**change)).await.unwrap();
+            second.create_table(TABLE).await.unwrap();
+            let get = |id: &str| json!({ "TableName": "connections", "Key": key(id) });
+            let found = call(&second, "GetItem", get("#name")).await;
+            assert_eq!(found["Item"]["expires_at"], json!({ "N": "9" }));
+            assert_eq!(found["Item"]["n"], json!({ "N": "2" }));
+            assert_eq!(call(&second, "GetItem", get("a=")).await, json!({}));
+            let copy = second.copy().await.unwrap();
+            second.keep(Store::create(&path, |file| Dynamodb::fill(&copy, file)).unwrap());
+            assert_eq!(changes().len(), 1);
+        }
+        assert!(matches!(service().await.take_over(["{}"].into_iter()).await, Err(DynamodbError::Format(_))));
     }
 
     #[tokio::test]

@@ -11,9 +11,15 @@ use std::{
 
 use agentd::identity::{self, KEY_FILE, Keys};
 use anyhow::Context;
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+
+use crate::lambda::random_bytes;
 
 /// The name of the token's file.
 const TOKEN_FILE: &str = "token";
+
+/// The name of the file with the key of what agents answer with.
+const TOKEN_KEY_FILE: &str = "token-key";
 
 /// For how long the token can be used; each start makes a new one.
 const TOKEN_LIFETIME: Duration = Duration::from_secs(30 * 24 * 60 * 60);
@@ -55,6 +61,22 @@ pub fn prepare(folder: &Path) -> anyhow::Result<Identity> {
     Ok(Identity { token_file, key_file, jwks: keys.jwks() })
 }
 
+/// The key of the tokens that go to agents with their requests, as base64: the folder's, so that an agent can still
+/// answer after a restart, or a new one.
+///
+/// # Errors
+///
+/// When the file cannot be read or written.
+pub fn token_key(folder: &Path) -> anyhow::Result<String> {
+    let file = folder.join(TOKEN_KEY_FILE);
+    if file.exists() {
+        return std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()));
+    }
+    let key = STANDARD.encode(random_bytes::<32>());
+    write_private(&file, key.as_bytes())?;
+    Ok(key)
+}
+
 /// Writes a file that only its owner can read; there is never half of one.
 ///
 /// # Errors
@@ -85,6 +107,7 @@ mod tests {
         let first = prepare(&folder).unwrap();
         let second = prepare(&folder).unwrap();
         assert_eq!(first.jwks, second.jwks);
+        assert_eq!(token_key(&folder).unwrap(), token_key(&folder).unwrap());
         for file in [&second.token_file, &second.key_file] {
             assert_eq!(std::fs::metadata(file).unwrap().permissions().mode() & 0o777, 0o600);
         }

@@ -8,6 +8,7 @@
 //! * [`lambda`] runs the functions as processes of this same program, over the real Runtime API;
 //! * [`aws`] answers the SDKs: queues, tables, the state machine and `@connections`;
 //! * [`stack`] is what the files that deploy the edge say about it;
+//! * [`store`] is what outlives the program;
 //! * [`chaos`], [`clock`] and [`latency`] are what AWS does on bad days; [`metrics`] is what
 //!   CloudWatch would show.
 //!
@@ -34,6 +35,7 @@ pub mod services;
 pub mod sqs;
 pub mod stack;
 pub mod states;
+pub mod store;
 
 use std::{ffi::OsString, process::ExitCode};
 

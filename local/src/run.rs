@@ -20,7 +20,6 @@ use ::edge::{
 };
 use anyhow::{Context, bail};
 use authorizer::config::{ENV_JWKS, ENV_JWKS_FILE, ENV_JWKS_URL};
-use base64::{Engine, engine::general_purpose::STANDARD};
 use proto::limits;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use tokio::{
@@ -43,7 +42,7 @@ use crate::{
     chaos::Fault,
     cli::{Function, LogLevel, Options, Websockets},
     demo::{self, Demo},
-    dynamodb::Table,
+    dynamodb::{Dynamodb, Table},
     identity::{self, Identity},
     lambda::{self, FunctionConfig, Lambda, LambdaConfig, Launcher, Printed, Register, process},
     latency::Profile,
@@ -53,11 +52,15 @@ use crate::{
     sqs::QueueAttributes,
     stack::{Keys, stack},
     states::definition::Definition,
+    store::{self, Change, Service, Store},
 };
 
 /// The file with the access key of whoever runs this edge: with it, and any secret key, AWS's own clients
 /// do here what they do in an account (`aws lambda invoke --endpoint-url …`).
 const OPERATOR_FILE: &str = "operator";
+
+/// Where earlier releases kept the tables.
+const TABLES_FILE: &str = "tables.json";
 
 const CONNECTIONS_TABLE: &str = "connections";
 const MAILBOXES_TABLE: &str = "mailboxes";
@@ -206,6 +209,21 @@ impl Folder {
         Ok(Self::Kept(path))
     }
 
+    /// Makes sure that no other process of this program has the folder.
+    fn lock(&self) -> anyhow::Result<std::fs::File> {
+        let path = self.path().join("lock");
+        let file = std::fs::File::create(&path).with_context(|| format!("making {}", path.display()))?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(std::fs::TryLockError::WouldBlock) => {
+                bail!("another local uses the folder {}; choose another --state-dir", self.path().display())
+            }
+            Err(std::fs::TryLockError::Error(error)) => {
+                Err(error).with_context(|| format!("locking {}", path.display()))
+            }
+        }
+    }
+
     fn path(&self) -> &Path {
         match self {
             Self::Kept(path) => path,
@@ -213,10 +231,10 @@ impl Folder {
         }
     }
 
-    /// Where the tables are kept, if they are.
-    fn tables(&self) -> Option<PathBuf> {
+    /// Where the state is kept, if it is.
+    fn state(&self) -> Option<PathBuf> {
         match self {
-            Self::Kept(path) => Some(path.join("tables.json")),
+            Self::Kept(path) => Some(path.join("state")),
             Self::Temporary(_) => None,
         }
     }
@@ -235,9 +253,19 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let folder = Folder::open(options.state_dir.as_deref())?;
     let identity = identity::prepare(folder.path())?;
 
-    let aws = start_aws(&options, &folder).await?;
+    // Held to the end: two of this program would write over each other.
+    let _state_lock = folder.lock()?;
+    let changes = match folder.state() {
+        Some(path) => store::read(&path).with_context(|| format!("reading {}", path.display()))?,
+        None => Vec::new(),
+    };
+    let aws = start_aws(&options, &folder, &changes).await?;
     std::fs::write(folder.path().join("endpoint"), aws.endpoint()).context("writing the endpoint's file")?;
     let machine = create_machine(&aws)?;
+    if let Some(path) = folder.state() {
+        keep_state(&aws, &path, &changes).await.context("keeping the state")?;
+    }
+    drop(changes);
     let front_secret = lambda::random_hex::<24>();
     let public_url = format!("http://{{name}}.{}:{}", options.domain, public_address.port());
     let function_time = stack().functions["ingress"].timeout;
@@ -249,7 +277,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         front_secret: &front_secret,
         public_url: &public_url,
         domain: &options.domain,
-        token_key: STANDARD.encode(lambda::random_bytes::<32>()),
+        token_key: identity::token_key(folder.path())?,
         limits: &options.limits,
         log_level: options.log_level,
         choices: choices(&Env::process())?,
@@ -260,6 +288,10 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     };
     let lambda = start_lambda(&settings)?;
     aws.serve_functions(&lambda);
+    let resumed = aws.states().resume();
+    if resumed > 0 {
+        tracing::info!(resumed, "runs of the time before go on");
+    }
     let operator = format!("LOCAL{}", lambda::random_hex::<16>().to_ascii_uppercase());
     aws.callers().register(&operator, OPERATOR, "operator");
     identity::write_private(&folder.path().join(OPERATOR_FILE), operator.as_bytes())?;
@@ -356,9 +388,6 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         () = signals.next() => tracing::warn!("ended at once"),
     }
     lambda.close().await;
-    if let Some(tables) = folder.tables() {
-        aws.services().dynamodb.save(&tables).await.context("keeping the tables")?;
-    }
     Ok(())
 }
 
@@ -375,7 +404,32 @@ async fn bind(address: SocketAddr, flag: &str) -> anyhow::Result<TcpListener> {
     }
 }
 
-async fn start_aws(options: &Options, folder: &Folder) -> anyhow::Result<Arc<Aws>> {
+/// The changes of one service.
+fn of(changes: &[Change], service: Service) -> impl Iterator<Item = &str> {
+    changes.iter().filter(move |change| change.service == service).map(|change| &*change.record)
+}
+
+/// Takes over what an earlier process has left, and keeps what changes from here on.
+async fn keep_state(aws: &Aws, path: &Path, changes: &[Change]) -> anyhow::Result<()> {
+    let (services, states) = (aws.services(), aws.states());
+    services.sqs.take_over(of(changes, Service::Queues))?;
+    states.take_over(of(changes, Service::Runs))?;
+    let tables = services.dynamodb.copy().await?;
+    let store = Store::create(path, |file| {
+        Dynamodb::fill(&tables, file)?;
+        services.sqs.fill(file)?;
+        states.fill(file)
+    })?;
+    // What earlier releases left is in there.
+    let _ = std::fs::remove_file(path.with_file_name(TABLES_FILE));
+    services.dynamodb.keep(Arc::clone(&store));
+    services.sqs.keep(Arc::clone(&store));
+    states.keep(Arc::clone(&store));
+    tokio::spawn(store.sync());
+    Ok(())
+}
+
+async fn start_aws(options: &Options, folder: &Folder, changes: &[Change]) -> anyhow::Result<Arc<Aws>> {
     let aws = Aws::start(AwsOptions {
         chaos: options.chaos.clone(),
         latency: Profile::find(&options.latency)?,
@@ -384,8 +438,13 @@ async fn start_aws(options: &Options, folder: &Folder) -> anyhow::Result<Arc<Aws
     });
     let aws = Arc::new(aws.await.context("starting the services")?);
     let tables = &aws.services().dynamodb;
-    if let Some(path) = folder.tables() {
-        tables.load(&path).await.with_context(|| format!("reading {}", path.display()))?;
+    if let Some(path) = folder.state() {
+        if changes.is_empty() {
+            let path = path.with_file_name(TABLES_FILE);
+            tables.load(&path).await.with_context(|| format!("reading {}", path.display()))?;
+        }
+        let kept = tables.take_over(of(changes, Service::Tables)).await;
+        kept.with_context(|| format!("reading {}", path.display()))?;
         // Queues do not outlive this program, so neither does what is known about them.
         let gone = format!("{{\"TableName\":\"{MAILBOXES_TABLE}\"}}");
         let _ = tables.call("DeleteTable", gone.into()).await;

@@ -4,6 +4,7 @@
 //! The typed API is what the state machine calls in process; [`wire`] is the same for HTTP.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
@@ -12,8 +13,8 @@ use std::{
     time::Duration,
 };
 
-use md5::{Digest as _, Md5};
 use proto::limits;
+use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
@@ -22,6 +23,7 @@ use tokio::{
 use crate::{
     chaos::{Chaos, Fault},
     clock,
+    store::{Filling, Kept, Service, Store},
 };
 
 mod error;
@@ -33,13 +35,13 @@ pub mod wire;
 
 use self::{
     error::Result,
-    message::{attributes_md5, check_message, hex},
+    message::check_message,
     queue::{Queue, Receipt, Stock, Stored, Waiting},
 };
 pub use self::{
     error::{SqsError, SqsErrorKind},
     message::{Attribute, AttributeValue, Message, NewMessage, Received},
-    queue::QueueAttributes,
+    queue::{DeadLetters, QueueAttributes},
 };
 
 /// How long a deleted queue's name cannot be used again
@@ -83,6 +85,41 @@ pub struct Sqs {
     queues: RwLock<Queues>,
     /// Numbers queues, messages and receives: none of them shares its number with another.
     numbers: AtomicU64,
+    kept: Kept,
+}
+
+/// A change of a queue that outlives this program, as the store has it.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Record<'a> {
+    Sent {
+        queue: Cow<'a, str>,
+        number: u64,
+        id: Cow<'a, str>,
+        body: Cow<'a, str>,
+        attributes: Cow<'a, BTreeMap<Box<str>, Attribute>>,
+        sent_ms: u64,
+    },
+    Deleted {
+        queue: Cow<'a, str>,
+        number: u64,
+    },
+    Purged {
+        queue: Cow<'a, str>,
+    },
+}
+
+impl<'a> Record<'a> {
+    fn sent(queue: &'a str, number: u64, message: &'a Message) -> Self {
+        Self::Sent {
+            queue: queue.into(),
+            number,
+            id: Cow::Borrowed(&message.id),
+            body: Cow::Borrowed(&message.body),
+            attributes: Cow::Borrowed(&message.attributes),
+            sent_ms: message.sent_ms,
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -101,6 +138,75 @@ impl Sqs {
             chaos,
             queues: RwLock::default(),
             numbers: AtomicU64::new(1),
+            kept: Kept::new(),
+        }
+    }
+
+    /// Takes over the messages of an earlier process, whose changes these are, once the queues are there. All are visible.
+    ///
+    /// # Errors
+    ///
+    /// A change is none of SQS'.
+    pub fn take_over<'c>(&self, changes: impl Iterator<Item = &'c str>) -> serde_json::Result<()> {
+        let mut messages = BTreeMap::<u64, (Box<str>, Message)>::new();
+        let mut last = 0;
+        for change in changes {
+            match serde_json::from_str(change)? {
+                Record::Sent { queue, number, id, body, attributes, sent_ms } => {
+                    last = last.max(number);
+                    let attributes = attributes.into_owned();
+                    let message = Message::new(id.as_ref().into(), body.as_ref().into(), attributes, sent_ms);
+                    messages.insert(number, (queue.as_ref().into(), message));
+                }
+                Record::Deleted { number, .. } => drop(messages.remove(&number)),
+                Record::Purged { queue } => messages.retain(|_, (name, _)| **name != *queue),
+            }
+        }
+        self.numbers.fetch_max(last + 1, Ordering::Relaxed);
+        let (now, now_ms) = (Instant::now(), clock::epoch_ms());
+        for (number, (name, message)) in messages {
+            let Ok(queue) = self.queue_of_any_age(&self.url(&name)) else { continue };
+            let age = Duration::from_millis(now_ms.saturating_sub(message.sent_ms));
+            let Some(left) = queue.attributes.retention.checked_sub(age) else { continue };
+            let mut stock = queue.stock();
+            stock.bytes += message.body.len();
+            stock.ready.push_back(Stored {
+                number,
+                message: Arc::new(message),
+                kept_until: now + left,
+                receives: 0,
+                first_received_ms: 0,
+                receipt: 0,
+            });
+        }
+        Ok(())
+    }
+
+    /// Writes down the messages of the queues that outlive this program.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub fn fill(&self, file: &mut Filling) -> std::io::Result<()> {
+        for queue in self.queues.read().unwrap_or_else(PoisonError::into_inner).open.values() {
+            let stock = queue.stock();
+            let hidden = stock.hidden.values().map(|(_, stored)| stored);
+            for stored in stock.ready.iter().chain(hidden).filter(|_| queue.is_kept) {
+                file.add(Service::Queues, &Record::sent(&queue.name, stored.number, &stored.message))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Keeps every change from here on.
+    pub fn keep(&self, store: Arc<Store>) {
+        // There is one store.
+        drop(self.kept.set(store));
+    }
+
+    fn keep_change(&self, queue: &Queue, record: &Record<'_>) {
+        if let Some(store) = self.kept.get().filter(|_| queue.is_kept) {
+            store.append(Service::Queues, record);
         }
     }
 
@@ -118,6 +224,19 @@ impl Sqs {
     /// [`NAME_BLOCKED`].
     pub fn create(&self, name: &str, attributes: QueueAttributes) -> Result<String> {
         self.throttled()?;
+        self.create_queue(name, attributes, false)
+    }
+
+    /// Creates a queue that is there from the beginning, and whose messages outlive this program.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Sqs::create`].
+    pub fn create_kept(&self, name: &str, attributes: QueueAttributes) -> Result<String> {
+        self.create_queue(name, attributes, true)
+    }
+
+    fn create_queue(&self, name: &str, attributes: QueueAttributes, is_kept: bool) -> Result<String> {
         let is_name = !name.is_empty()
             && name.len() <= 80
             && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_');
@@ -148,7 +267,8 @@ impl Sqs {
                 number: self.number(),
                 name: name.into(),
                 attributes,
-                usable_at: now + limits::MAILBOX_WARM_UP,
+                is_kept,
+                usable_at: if is_kept { now } else { now + limits::MAILBOX_WARM_UP },
                 created_ms: clock::epoch_ms(),
                 arrived: Notify::new(),
                 waiting: watch::Sender::new(0),
@@ -183,7 +303,10 @@ impl Sqs {
     /// There is no such queue.
     pub fn purge(&self, url: &str) -> Result<()> {
         self.throttled()?;
-        *self.queue(url)?.stock() = Stock::default();
+        let queue = self.queue(url)?;
+        let mut stock = queue.stock();
+        *stock = Stock::default();
+        self.keep_change(&queue, &Record::Purged { queue: Cow::Borrowed(&queue.name) });
         Ok(())
     }
 
@@ -221,14 +344,7 @@ impl Sqs {
         }
         check_message(&body, &attributes, queue.attributes.message_bytes)?;
         let now = Instant::now();
-        let message = Arc::new(Message {
-            id: self.message_id(),
-            body_md5: hex(&Md5::digest(body.as_bytes())),
-            attributes_md5: attributes_md5(&attributes),
-            body,
-            attributes,
-            sent_ms: clock::epoch_ms(),
-        });
+        let message = Arc::new(Message::new(self.message_id(), body, attributes, clock::epoch_ms()));
         if self.chaos.strikes(Fault::Lose) {
             return Ok(message);
         }
@@ -255,6 +371,7 @@ impl Sqs {
                     first_received_ms: 0,
                     receipt: 0,
                 };
+                self.keep_change(&queue, &Record::sent(&queue.name, stored.number, &message));
                 if delay.is_zero() {
                     stock.ready.push_back(stored);
                 } else {
@@ -309,7 +426,18 @@ impl Sqs {
                     return Err(no_queue());
                 }
                 let now = Instant::now();
-                let taken = stock.take(now, request.max);
+                let mut taken = stock.take(now, request.max);
+                if let Some(dead_letters) = &queue.attributes.dead_letters {
+                    let is_dead = |stored: &mut Stored| stored.receives >= dead_letters.max_receives;
+                    for stored in taken.extract_if(.., is_dead) {
+                        stock.bytes -= stored.message.body.len();
+                        // The message stays who it is, and as old as it is.
+                        self.put(&dead_letters.queue, stored.message, stored.kept_until);
+                        let gone =
+                            Record::Deleted { queue: Cow::Borrowed(&queue.name), number: stored.number };
+                        self.keep_change(&queue, &gone);
+                    }
+                }
                 if !taken.is_empty() {
                     return Ok(self.hand_out(&queue, &mut stock, taken, now + visibility));
                 }
@@ -383,7 +511,74 @@ impl Sqs {
             }
         };
         stock.bytes -= bytes.unwrap_or(0);
+        if bytes.is_some() {
+            let gone = Record::Deleted { queue: Cow::Borrowed(&queue.name), number: receipt.message };
+            self.keep_change(&queue, &gone);
+        }
         Ok(())
+    }
+
+    /// Moves every visible message of a queue that takes other queues' dead letters: to the queue it names, or back to
+    /// the queue whose dead letters they are. They are new messages there. Gives how many.
+    ///
+    /// # Errors
+    ///
+    /// There is no such queue, it takes no dead letters, or those of several queues and no destination is named.
+    pub fn move_dead_letters(&self, from: &str, to: Option<&str>) -> Result<usize> {
+        self.throttled()?;
+        let source = self.queue(&self.url(from))?;
+        let not_valid = |what| SqsError::new(SqsErrorKind::InvalidParameterValue, what);
+        let of: Vec<Box<str>> = {
+            let queues = self.queues.read().unwrap_or_else(PoisonError::into_inner);
+            let is_source = |queue: &&Arc<Queue>| {
+                queue.attributes.dead_letters.as_ref().is_some_and(|letters| *letters.queue == *from)
+            };
+            queues.open.values().filter(is_source).map(|queue| queue.name.clone()).collect()
+        };
+        let destination = match (to, &*of) {
+            (_, []) => return Err(not_valid("Source queue must be configured as a Dead Letter Queue.")),
+            (Some(to), _) => to,
+            (None, [one]) => one,
+            (None, _) => {
+                return Err(not_valid(
+                    "A destination is needed: several queues have their dead letters here.",
+                ));
+            }
+        };
+        let destination = self.queue(&self.url(destination))?;
+        let now = Instant::now();
+        let moved: Vec<Stored> = {
+            let mut stock = source.stock();
+            stock.refresh(now);
+            let moved: Vec<_> = stock.ready.drain(..).collect();
+            stock.bytes -= moved.iter().map(|stored| stored.message.body.len()).sum::<usize>();
+            moved
+        };
+        for stored in &moved {
+            let message = Message::new(
+                self.message_id(),
+                stored.message.body.clone(),
+                stored.message.attributes.clone(),
+                clock::epoch_ms(),
+            );
+            self.put(&destination.name, Arc::new(message), now + destination.attributes.retention);
+            let gone = Record::Deleted { queue: Cow::Borrowed(&source.name), number: stored.number };
+            self.keep_change(&source, &gone);
+        }
+        Ok(moved.len())
+    }
+
+    /// Puts a message into a queue; where there is none, it is lost.
+    fn put(&self, queue: &str, message: Arc<Message>, kept_until: Instant) {
+        let Ok(queue) = self.queue_of_any_age(&self.url(queue)) else { return };
+        let number = self.number();
+        let mut stock = queue.stock();
+        self.keep_change(&queue, &Record::sent(&queue.name, number, &message));
+        stock.bytes += message.body.len();
+        let stored = Stored { number, message, kept_until, receives: 0, first_received_ms: 0, receipt: 0 };
+        stock.ready.push_back(stored);
+        drop(stock);
+        queue.arrived.notify_waiters();
     }
 
     /// Changes for how long, from now on, a received message stays hidden.

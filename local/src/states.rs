@@ -11,10 +11,11 @@ use proto::limits;
 use serde_json::Value;
 
 use crate::{
-    clock,
+    clock::{self, Clock},
     lambda::WeakLambda,
     latency::Hop,
     services::{STATES, Services},
+    store::{Filling, Kept, Service, Store},
 };
 
 pub mod definition;
@@ -32,8 +33,9 @@ mod public_request;
 mod standard;
 
 use definition::{Definition, MachineType};
-use executions::{Executions, RunError, StandardRun};
+use executions::{Executions, Left, RunError, StandardRun};
 use interpreter::{Execution, Outcome, TaskError};
+use journal::Record;
 use tasks::{ServiceTasks, Standard};
 use tokens::TaskTokens;
 use trace::{RunStatus, Trace, TraceSnapshot, Traces};
@@ -103,6 +105,7 @@ pub struct States {
     executions: Arc<Executions>,
     tokens: Arc<TaskTokens>,
     lambda: OnceLock<WeakLambda>,
+    kept: Arc<Kept>,
 }
 
 #[derive(Debug)]
@@ -141,17 +144,64 @@ impl Drop for Ending {
 }
 
 impl States {
-    /// A service without machines whose tasks call `services`.
+    /// A service without machines whose tasks call `services`. The pauses of STANDARD runs, and their times of more than
+    /// five minutes, pass on `clock`.
     #[must_use]
-    pub fn new(services: Arc<Services>) -> Self {
+    pub fn new(services: Arc<Services>, clock: Clock) -> Self {
+        let kept = Arc::new(Kept::new());
         Self {
             services,
             machines: RwLock::default(),
             traces: Traces::default(),
-            executions: Arc::default(),
-            tokens: Arc::default(),
+            executions: Arc::new(Executions::new(Arc::clone(&kept), clock)),
+            tokens: Arc::new(TaskTokens::new(Arc::clone(&kept))),
             lambda: OnceLock::new(),
+            kept,
         }
+    }
+
+    /// Takes over the runs of an earlier process, whose changes these are, once the machines are there.
+    ///
+    /// # Errors
+    ///
+    /// A change is none of Step Functions'.
+    pub fn take_over<'c>(&self, changes: impl Iterator<Item = &'c str>) -> serde_json::Result<()> {
+        let mut left = Left::default();
+        for change in changes {
+            let record: Record<'_> = serde_json::from_str(change)?;
+            if let Record::Key { key } = &record {
+                self.tokens.set_key(key);
+            }
+            left.add(record);
+        }
+        self.executions.take_over(left, |arn| self.machine(arn));
+        Ok(())
+    }
+
+    /// Writes down where all runs are.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written, or the system gives no random bytes.
+    pub fn fill(&self, file: &mut Filling) -> std::io::Result<()> {
+        let key = self.tokens.key().map_err(std::io::Error::other)?;
+        file.add(Service::Runs, &Record::Key { key: key.into() })?;
+        self.executions.records(|record| file.add(Service::Runs, record))
+    }
+
+    /// Keeps every change from here on.
+    pub fn keep(&self, store: Arc<Store>) {
+        // There is one store.
+        drop(self.kept.set(store));
+    }
+
+    /// Has the runs go on that an earlier process left open, and tells how many there are.
+    pub fn resume(&self) -> usize {
+        self.executions.resume(&self.standard_tasks(), &self.tokens, &self.traces)
+    }
+
+    fn machine(&self, arn: &str) -> Option<Arc<Machine>> {
+        self.machines.read().unwrap_or_else(PoisonError::into_inner).get(arn).cloned()
     }
 
     /// Takes the functions that STANDARD runs call.
@@ -260,12 +310,9 @@ impl States {
         name: Option<&str>,
         input: &str,
     ) -> Result<AcceptedRun, StartError> {
-        let machines = self.machines.read().unwrap_or_else(PoisonError::into_inner);
-        let machine = machines
-            .get(machine_arn)
-            .cloned()
+        let machine = self
+            .machine(machine_arn)
             .ok_or_else(|| StartError::StateMachineDoesNotExist(machine_arn.to_owned()))?;
-        drop(machines);
         if machine.definition.machine_type() != machine_type {
             return Err(StartError::StateMachineTypeNotSupported);
         }

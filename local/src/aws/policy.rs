@@ -75,6 +75,7 @@ pub(super) fn sqs_action(operation: &str) -> Option<&'static str> {
         "ReceiveMessage",
         "SendMessage",
         "SendMessageBatch",
+        "StartMessageMoveTask",
     ];
     ACTIONS.iter().copied().find(|action| *action == operation)
 }

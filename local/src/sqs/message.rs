@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fmt::Write as _, sync::Arc, time::Duration};
 
 use md5::{Digest as _, Md5};
+use serde::{Deserialize, Serialize};
 
 use super::error::{Result, SqsError, SqsErrorKind};
 
@@ -10,7 +11,7 @@ use super::error::{Result, SqsError, SqsErrorKind};
 const ATTRIBUTES: usize = 10;
 
 /// One attribute of a message.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attribute {
     /// `String`, `Number` or `Binary`, perhaps with a label after a dot.
     pub data_type: Box<str>,
@@ -19,7 +20,8 @@ pub struct Attribute {
 }
 
 /// The value of an attribute.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum AttributeValue {
     /// Text, also of a number.
     Text(Box<str>),
@@ -70,6 +72,24 @@ pub struct Message {
     pub attributes_md5: Option<Box<str>>,
     /// When it was sent, in epoch milliseconds.
     pub sent_ms: u64,
+}
+
+impl Message {
+    pub(super) fn new(
+        id: Box<str>,
+        body: Box<str>,
+        attributes: BTreeMap<Box<str>, Attribute>,
+        sent_ms: u64,
+    ) -> Self {
+        Self {
+            id,
+            body_md5: hex(&Md5::digest(body.as_bytes())),
+            attributes_md5: attributes_md5(&attributes),
+            body,
+            attributes,
+            sent_ms,
+        }
+    }
 }
 
 /// A message as it was received.

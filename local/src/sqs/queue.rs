@@ -32,6 +32,17 @@ pub struct QueueAttributes {
     pub wait: Duration,
     /// The most bytes of a message with its attributes.
     pub message_bytes: usize,
+    /// Where messages go that nobody deletes.
+    pub dead_letters: Option<DeadLetters>,
+}
+
+/// Where a queue's messages go that were received too often (`RedrivePolicy`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeadLetters {
+    /// The name of the queue.
+    pub queue: Box<str>,
+    /// How often a message is received before it goes there.
+    pub max_receives: u32,
 }
 
 impl Default for QueueAttributes {
@@ -41,6 +52,7 @@ impl Default for QueueAttributes {
             retention: Duration::from_secs(4 * 24 * 60 * 60),
             wait: Duration::ZERO,
             message_bytes: limits::MAILBOX_MESSAGE_BYTES,
+            dead_letters: None,
         }
     }
 }
@@ -50,6 +62,8 @@ pub(super) struct Queue {
     pub(super) number: u64,
     pub(super) name: Box<str>,
     pub(super) attributes: QueueAttributes,
+    /// Whether its messages outlive this program.
+    pub(super) is_kept: bool,
     pub(super) usable_at: Instant,
     pub(super) created_ms: u64,
     pub(super) arrived: Notify,

@@ -246,3 +246,86 @@ async fn bad_days_duplicate_reorder_and_throttle() {
     let throttled = (0..100).filter(|_| sqs.send(&url, message("a")).is_err()).count();
     assert!((30..70).contains(&throttled), "{throttled}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_is_received_too_often_goes_to_the_dead_letters_and_back() {
+    let sqs = Sqs::new("http://127.0.0.1:1", Arc::default());
+    let dead = sqs.create_kept("dead", QueueAttributes::default()).unwrap();
+    let letters = DeadLetters { queue: "dead".into(), max_receives: 2 };
+    let attributes = QueueAttributes { dead_letters: Some(letters), ..QueueAttributes::default() };
+    let url = sqs.create_kept("work", attributes.clone()).unwrap();
+    let id = sqs.send(&url, message("a")).unwrap().id.clone();
+    for receives in 1..=2 {
+        assert_eq!(receive(&sqs, &url).await[0].receives, receives);
+        tokio::time::advance(Duration::from_secs(30)).await;
+    }
+    assert!(receive(&sqs, &url).await.is_empty());
+    let letter = &receive(&sqs, &dead).await[0];
+    assert_eq!((&*letter.message.body, &*letter.message.id), ("a", &*id));
+    // In flight: it stays.
+    assert_eq!(sqs.move_dead_letters("dead", None), Ok(0));
+    tokio::time::advance(Duration::from_secs(30)).await;
+    assert_eq!(sqs.move_dead_letters("dead", None), Ok(1));
+    assert!(receive(&sqs, &dead).await.is_empty());
+    let back = &receive(&sqs, &url).await[0];
+    assert_eq!((&*back.message.body, back.receives), ("a", 1));
+    assert_ne!(*back.message.id, *id, "it is a new message");
+
+    assert_eq!(kind(sqs.move_dead_letters("work", None)), SqsErrorKind::InvalidParameterValue);
+    assert_eq!(kind(sqs.move_dead_letters("none", None)), SqsErrorKind::QueueDoesNotExist);
+    sqs.create_kept("other", attributes).unwrap();
+    assert_eq!(kind(sqs.move_dead_letters("dead", None)), SqsErrorKind::InvalidParameterValue);
+    assert_eq!(sqs.move_dead_letters("dead", Some("other")), Ok(0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn lasting_queues_outlive_the_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state");
+    let begin = || {
+        let sqs = Sqs::new("http://127.0.0.1:1", Arc::default());
+        let dead = sqs.create_kept("dead", QueueAttributes::default()).unwrap();
+        let letters = DeadLetters { queue: "dead".into(), max_receives: 2 };
+        let attributes = QueueAttributes { dead_letters: Some(letters), ..QueueAttributes::default() };
+        let work = sqs.create_kept("work", attributes).unwrap();
+        let changes = crate::store::read(&path).unwrap();
+        sqs.take_over(changes.iter().map(|change| &*change.record)).unwrap();
+        sqs.keep(Store::create(&path, |file| sqs.fill(file)).unwrap());
+        (sqs, work, dead)
+    };
+    let (sqs, work, dead) = begin();
+    sqs.create("mailbox", QueueAttributes::default()).unwrap();
+    tokio::time::advance(limits::MAILBOX_WARM_UP).await;
+    sqs.send(&sqs.url("mailbox"), message("not kept")).unwrap();
+    let attributes = BTreeMap::from([
+        ("text".into(), Attribute::text("t")),
+        (
+            "bytes".into(),
+            Attribute { data_type: "Binary".into(), value: AttributeValue::Binary([0, 255].into()) },
+        ),
+    ]);
+    sqs.send(&work, NewMessage { body: "a".into(), attributes: attributes.clone(), delay: Duration::ZERO })
+        .unwrap();
+    for body in ["b", "c"] {
+        sqs.send(&work, message(body)).unwrap();
+    }
+    let received = receive(&sqs, &work).await;
+    sqs.delete(&work, &received[1].receipt).unwrap();
+
+    let (sqs, work, _) = begin();
+    assert!(sqs.send(&sqs.url("mailbox"), message("x")).is_err());
+    let received = receive(&sqs, &work).await;
+    assert_eq!(bodies(&received), ["a", "c"]);
+    assert_eq!(received[0].message.attributes, attributes);
+    for _ in 0..2 {
+        tokio::time::advance(Duration::from_secs(30)).await;
+        receive(&sqs, &work).await;
+    }
+    let (sqs, work, dead_again) = begin();
+    assert_eq!(dead, dead_again);
+    assert!(receive(&sqs, &work).await.is_empty());
+    assert_eq!(receive(&sqs, &dead).await.len(), 2);
+    sqs.purge(&dead).unwrap();
+    let (sqs, ..) = begin();
+    assert!(receive(&sqs, &dead).await.is_empty());
+}

@@ -6,8 +6,8 @@ use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Attribute, AttributeValue, BATCH, Message, NewMessage, QueueAttributes, ReceiveRequest, Received, Sqs,
-    SqsError, SqsErrorKind,
+    Attribute, AttributeValue, BATCH, DeadLetters, Message, NewMessage, QueueAttributes, ReceiveRequest,
+    Received, Sqs, SqsError, SqsErrorKind,
 };
 
 type Result<T> = std::result::Result<T, SqsError>;
@@ -45,6 +45,22 @@ struct OneQueue<'a> {
     queue_url: Cow<'a, str>,
     #[serde(default)]
     attribute_names: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct StartMessageMoveTask<'a> {
+    #[serde(borrow)]
+    source_arn: Cow<'a, str>,
+    #[serde(borrow)]
+    destination_arn: Option<Cow<'a, str>>,
+    max_number_of_messages_per_second: Option<u32>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct MessageMoveTask {
+    task_handle: String,
 }
 
 /// Calls with several entries.
@@ -257,6 +273,23 @@ impl Sqs {
                 self.purge(&call.queue_url)?;
                 write(&Nothing {})
             }
+            "StartMessageMoveTask" => {
+                let call: StartMessageMoveTask<'_> = read(body)?;
+                // All are moved at once; the rate is only looked at (SQS API Reference: 1 to 500).
+                if call.max_number_of_messages_per_second.is_some_and(|rate| !(1..=500).contains(&rate)) {
+                    return Err(SqsError::new(
+                        SqsErrorKind::InvalidParameterValue,
+                        "Value for parameter MaxNumberOfMessagesPerSecond is invalid. Reason: Must be between 1 and 500.",
+                    ));
+                }
+                let name = |arn: &str| arn.rsplit(':').next().unwrap_or_default().to_owned();
+                let to = call.destination_arn.as_deref().map(name);
+                self.move_dead_letters(&name(&call.source_arn), to.as_deref())?;
+                let source = &call.source_arn;
+                let task =
+                    serde_json::json!({ "taskId": self.message_id(), "sourceArn": source }).to_string();
+                write(&MessageMoveTask { task_handle: BASE64.encode(task) })
+            }
             "GetQueueUrl" => {
                 let call: GetQueueUrl<'_> = read(body)?;
                 let queue_url = self.url(&call.queue_name);
@@ -438,7 +471,7 @@ fn wire_message<'m>(received: &'m Received, call: &ReceiveMessage<'_>) -> WireMe
         body_md5: &message.body_md5,
         body: &message.body,
         attributes,
-        attributes_md5: super::attributes_md5(&wanted),
+        attributes_md5: super::message::attributes_md5(&wanted),
         message_attributes: message
             .attributes
             .iter()
@@ -517,6 +550,27 @@ fn queue_attributes(wire: &BTreeMap<String, String>) -> Result<QueueAttributes> 
                     usize::try_from(number(1024..=1_048_576)?).unwrap_or(attributes.message_bytes);
             }
             "DelaySeconds" => drop(number(0..=0)?),
+            "RedrivePolicy" => {
+                let policy: Option<serde_json::Value> = serde_json::from_str(value).ok();
+                let part = |name: &str| policy.as_ref()?.get(name).cloned();
+                let queue = part("deadLetterTargetArn");
+                let queue = queue.as_ref().and_then(|arn| arn.as_str()?.rsplit(':').next());
+                // A number, or one as text.
+                let count = part("maxReceiveCount").and_then(|count| {
+                    count
+                        .as_u64()
+                        .or_else(|| count.as_str()?.parse().ok())
+                        .filter(|count| (1..=1000).contains(count))
+                });
+                let (Some(queue), Some(count)) = (queue, count.and_then(|count| u32::try_from(count).ok()))
+                else {
+                    return Err(SqsError::new(
+                        SqsErrorKind::InvalidParameterValue,
+                        "Value for parameter RedrivePolicy is invalid.",
+                    ));
+                };
+                attributes.dead_letters = Some(DeadLetters { queue: queue.into(), max_receives: count });
+            }
             "SqsManagedSseEnabled" => {}
             _ => {
                 return Err(SqsError::new(

@@ -358,6 +358,11 @@ impl Definition {
         self.states.iter().map(|state| &*state.name)
     }
 
+    /// The place of a state.
+    pub(super) fn state(&self, name: &str) -> Option<usize> {
+        self.states.iter().position(|state| &*state.name == name)
+    }
+
     fn unreachable(&self) -> Option<&str> {
         let mut reached = vec![false; self.states.len()];
         let mut open = vec![self.start];

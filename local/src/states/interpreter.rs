@@ -4,6 +4,7 @@
 use std::{borrow::Cow, collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
 use proto::limits;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -11,11 +12,12 @@ use super::{
         Assign, Catcher, Definition, Jitter, Kind, Next, Period, Resource, SECONDS_MAX, State, Task,
         Template, WAIT_FOR_TASK_TOKEN,
     },
-    journal::{Checkpoint, Journal, failure, text},
+    journal::{Begun, Checkpoint, Journal, Position, failure, text},
     jsonata::{Evaluated, Expression, Scope},
     tokens::PendingTask,
     trace::Trace,
 };
+use crate::clock::{self, Clock};
 
 /// Step Functions' own error names.
 pub mod error_name {
@@ -60,6 +62,11 @@ pub trait Tasks: Sync {
     fn issue_token(&self) -> Option<PendingTask> {
         None
     }
+
+    /// Takes up a token again that an earlier process gave out.
+    fn take_up_token(&self, _token: &str) -> Option<PendingTask> {
+        None
+    }
 }
 
 /// One call of a task.
@@ -91,14 +98,14 @@ impl Arguments<'_> {
     }
 }
 
-impl serde::Serialize for Arguments<'_> {
+impl Serialize for Arguments<'_> {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_map(self.0.iter().map(|(name, value)| (name, value.get())))
     }
 }
 
 /// Why a task failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TaskError {
     /// The name that `ErrorEquals` is compared with.
     pub error: Cow<'static, str>,
@@ -151,7 +158,21 @@ pub async fn run(
     tasks: &impl Tasks,
     trace: &Trace,
 ) -> Outcome {
-    go(definition, execution, input, tasks, trace, None).await
+    let timeout = definition.timeout;
+    go(definition, execution, input, tasks, trace, timeout, None).await
+}
+
+/// How a STANDARD run runs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Recorded<'j> {
+    /// Where it writes down what it does.
+    pub(super) journal: &'j Journal,
+    /// How fast its times pass.
+    pub(super) clock: Clock,
+    /// How much of its time is left.
+    pub(super) left: Duration,
+    /// How often it was redriven.
+    pub(super) redrives: u32,
 }
 
 /// Runs a machine to its end and writes down what happens. A run whose journal names a state goes on there.
@@ -159,15 +180,15 @@ pub async fn run(
 /// # Cancel safety
 ///
 /// Dropping the future stops the run where it waits.
-pub async fn run_standard(
+pub(super) async fn run_standard(
     definition: &Definition,
     execution: &Execution,
     input: Value,
     tasks: &impl Tasks,
     trace: &Trace,
-    journal: &Journal,
+    recorded: Recorded<'_>,
 ) -> Outcome {
-    go(definition, execution, input, tasks, trace, Some(journal)).await
+    go(definition, execution, input, tasks, trace, recorded.left, Some(recorded)).await
 }
 
 async fn go(
@@ -176,7 +197,8 @@ async fn go(
     input: Value,
     tasks: &impl Tasks,
     trace: &Trace,
-    journal: Option<&Journal>,
+    timeout: Duration,
+    recorded: Option<Recorded<'_>>,
 ) -> Outcome {
     let mut run = Run {
         definition,
@@ -185,9 +207,9 @@ async fn go(
         variables: BTreeMap::new(),
         tasks,
         trace,
-        journal,
+        recorded,
     };
-    match tokio::time::timeout(definition.timeout, run.walk()).await {
+    match tokio::time::timeout(timeout, run.walk()).await {
         Ok(Ok(output)) => Outcome::Succeeded(output),
         Ok(Err(error)) => Outcome::Failed(error),
         Err(_) => Outcome::TimedOut(TaskError::new(error_name::TIMEOUT, "the run took too long")),
@@ -201,8 +223,8 @@ struct Run<'r, T> {
     variables: BTreeMap<Arc<str>, Value>,
     tasks: &'r T,
     trace: &'r Trace,
-    /// Where a STANDARD run writes down what it does.
-    journal: Option<&'r Journal>,
+    /// What a STANDARD run has beside the rest.
+    recorded: Option<Recorded<'r>>,
 }
 
 /// Where a state leads, with the next state's input.
@@ -244,6 +266,7 @@ struct StateScope<'s> {
     state: &'s str,
     retries: u32,
     token: Option<&'s str>,
+    redrives: Option<u32>,
 }
 
 impl Scope for StateScope<'_> {
@@ -280,6 +303,9 @@ impl Scope for StateScope<'_> {
         if let Some(token) = self.token {
             context["Task"] = json!({ "Token": token });
         }
+        if let Some(redrives) = self.redrives {
+            context["Execution"]["RedriveCount"] = redrives.into();
+        }
         context
     }
 }
@@ -288,18 +314,26 @@ impl<T: Tasks> Run<'_, T> {
     async fn walk(&mut self) -> Result<Value, TaskError> {
         let mut data = Data::Shared(Arc::clone(&self.execution_input));
         let mut at = self.definition.start;
-        if let Some(checkpoint) = self.journal.and_then(Journal::checkpoint) {
-            at = checkpoint.state;
+        let mut position = None;
+        if let Some(checkpoint) = self.recorded.and_then(|recorded| recorded.journal.checkpoint()) {
+            at = self.definition.state(&checkpoint.state).ok_or_else(|| {
+                let problem = format!("the machine has no state '{}' any more", checkpoint.state);
+                TaskError::new(error_name::RUNTIME, problem)
+            })?;
             data = Data::Own(checkpoint.input);
             self.variables = checkpoint.variables;
+            position = checkpoint.position.map(Box::new);
         }
         let mut entered = 0;
-        while entered < STATES_PER_RUN || self.journal.is_some() {
+        while entered < STATES_PER_RUN || self.recorded.is_some() {
             entered += 1;
             let state = &self.definition.states[at];
-            self.enter(at, &data)?;
+            // Where an earlier process entered it already, the run only goes on.
+            if position.is_none() {
+                self.enter(state, &data)?;
+            }
             self.trace.enter(&state.name);
-            let step = self.step(state, data).await;
+            let step = self.step(state, data, position.take()).await;
             self.trace.exit();
             let step = step?;
             let (Step::To(_, output) | Step::End(output)) = &step;
@@ -318,17 +352,18 @@ impl<T: Tasks> Run<'_, T> {
     }
 
     /// Writes down that a state is entered, and that the run may be taken up there.
-    fn enter(&self, at: usize, data: &Data) -> Result<(), TaskError> {
-        let Some(journal) = self.journal else { return Ok(()) };
-        journal.set_checkpoint(Checkpoint {
-            state: at,
-            input: data.get().clone(),
-            variables: self.variables.clone(),
-        });
-        let state = &self.definition.states[at];
+    fn enter(&self, state: &State, data: &Data) -> Result<(), TaskError> {
+        let Some(Recorded { journal, .. }) = self.recorded else { return Ok(()) };
         self.record(entered(&state.kind), || {
             ("stateEnteredEventDetails", json!({ "name": &*state.name, "input": text(data.get()) }))
-        })
+        })?;
+        journal.set_checkpoint(Checkpoint {
+            state: Arc::clone(&state.name),
+            input: data.get().clone(),
+            variables: self.variables.clone(),
+            position: Some(Position::default()),
+        });
+        Ok(())
     }
 
     fn record(
@@ -336,7 +371,21 @@ impl<T: Tasks> Run<'_, T> {
         kind: &'static str,
         details: impl FnOnce() -> (&'static str, Value),
     ) -> Result<(), TaskError> {
-        self.journal.map_or(Ok(()), |journal| journal.record(kind, Some(details())))
+        self.recorded.map_or(Ok(()), |recorded| recorded.journal.record(kind, Some(details())))
+    }
+
+    /// Waits, and writes down until when.
+    async fn pause(&self, pause: Duration, retries: &[u32]) {
+        let Some(Recorded { journal, clock, .. }) = self.recorded else {
+            return tokio::time::sleep(pause).await;
+        };
+        let pause = clock.scale(pause);
+        journal.set_position(|| Position {
+            retries: retries.to_vec(),
+            until_ms: Some(after(pause)),
+            begun: None,
+        });
+        tokio::time::sleep(pause).await;
     }
 
     /// Writes down what happened to a task, with what it calls.
@@ -359,9 +408,14 @@ impl<T: Tasks> Run<'_, T> {
         })
     }
 
-    async fn step(&mut self, state: &State, input: Data) -> Result<Step, TaskError> {
+    async fn step(
+        &mut self,
+        state: &State,
+        input: Data,
+        position: Option<Box<Position>>,
+    ) -> Result<Step, TaskError> {
         match &state.kind {
-            Kind::Task(task) => self.task(state, task, input).await,
+            Kind::Task(task) => self.task(state, task, input, position).await,
             Kind::Choice { rules, default } => {
                 let scope = self.scope(state, &input, None);
                 for rule in rules {
@@ -382,14 +436,22 @@ impl<T: Tasks> Run<'_, T> {
                 Ok(go_on(*next, output.map_or(input, Data::Own)))
             }
             Kind::Wait { seconds, next } => {
-                let seconds = {
-                    let scope = self.scope(state, &input, None);
-                    let value = fill(seconds, &scope)?;
-                    value.get().as_f64().filter(|seconds| (0.0..=99_999_999.0).contains(seconds)).ok_or_else(
-                        || TaskError::new(error_name::QUERY_EVALUATION_ERROR, "Seconds is not a number"),
-                    )?
-                };
-                tokio::time::sleep(Duration::from_secs_f64(seconds)).await;
+                match position.and_then(|position| position.until_ms) {
+                    Some(until_ms) => tokio::time::sleep(until(until_ms)).await,
+                    None => {
+                        let pause = {
+                            let scope = self.scope(state, &input, None);
+                            let value = fill(seconds, &scope)?;
+                            let seconds = value.get().as_f64();
+                            let seconds =
+                                seconds.filter(|seconds| (0.0..=SECONDS_MAX as f64).contains(seconds));
+                            seconds.map(Duration::from_secs_f64).ok_or_else(|| {
+                                TaskError::new(error_name::QUERY_EVALUATION_ERROR, "Seconds is not a number")
+                            })?
+                        };
+                        self.pause(pause, &[]).await;
+                    }
+                }
                 let output = self.finish(state, &input, None)?;
                 Ok(go_on(*next, output.map_or(input, Data::Own)))
             }
@@ -414,11 +476,26 @@ impl<T: Tasks> Run<'_, T> {
         }
     }
 
-    async fn task(&mut self, state: &State, task: &Task, input: Data) -> Result<Step, TaskError> {
+    async fn task(
+        &mut self,
+        state: &State,
+        task: &Task,
+        input: Data,
+        position: Option<Box<Position>>,
+    ) -> Result<Step, TaskError> {
         let mut retries = vec![0_u32; task.retry.len()];
+        let mut begun = None;
+        if let Some(position) = position {
+            for (count, kept) in retries.iter_mut().zip(&position.retries) {
+                *count = *kept;
+            }
+            if let Some(until_ms) = position.until_ms {
+                tokio::time::sleep(until(until_ms)).await;
+            }
+            begun = position.begun.map(Box::new);
+        }
         let error = loop {
-            let attempt: u32 = retries.iter().sum();
-            match self.attempt(state, task, &input, attempt).await {
+            match self.attempt(state, task, &input, &retries, begun.take()).await {
                 Ok(result) => match self.finish(state, &input, Some(&result)) {
                     Ok(output) => {
                         return Ok(go_on(task.next, Data::Own(output.unwrap_or(result))));
@@ -441,10 +518,8 @@ impl<T: Tasks> Run<'_, T> {
                         Jitter::Full => delay * fraction(),
                     };
                     retries[index] += 1;
-                    tokio::time::sleep(
-                        Duration::try_from_secs_f64(delay).unwrap_or(PAUSE_MAX).min(PAUSE_MAX),
-                    )
-                    .await;
+                    let delay = Duration::try_from_secs_f64(delay).unwrap_or(PAUSE_MAX).min(PAUSE_MAX);
+                    self.pause(delay, &retries).await;
                 }
             }
         };
@@ -455,76 +530,121 @@ impl<T: Tasks> Run<'_, T> {
         self.caught(state, catcher, &input, error)
     }
 
-    /// One call of a task, until it answers, somebody answers with its token, or its time is over.
+    /// One call of a task, until it answers or its time is over.
     async fn attempt(
         &self,
         state: &State,
         task: &Task,
         input: &Data,
-        retries: u32,
+        retries: &[u32],
+        begun: Option<Box<Begun>>,
     ) -> Result<Value, TaskError> {
-        // Each attempt has a token of its own: a late answer to an earlier one means nothing.
-        let pending = match task.waits_for_token {
-            false => None,
-            true => Some(
-                self.tasks
-                    .issue_token()
-                    .ok_or_else(|| TaskError::new(error_name::RUNTIME, "no task token can be given out"))?,
-            ),
-        };
-        let token = pending.as_ref().map(|pending| pending.token().to_owned());
-        let scope = StateScope { retries, token: token.as_deref(), ..self.scope(state, input, None) };
-        let mut arguments = Vec::with_capacity(task.arguments.len());
-        let mut bytes = 2;
-        for (name, template) in &task.arguments {
-            let value = fill(template, &scope)?;
-            bytes += name.len() + 4 + most_bytes(value.get());
-            arguments.push((&**name, value));
+        if let Some(recorded) = self.recorded {
+            // In a box of its own: a run without a history has no room for it in its future.
+            return Box::pin(self.recorded_attempt(recorded, state, task, input, retries, begun)).await;
         }
-        let exact = || {
-            arguments.iter().map(|(name, value)| name.len() + 4 + json_bytes(value.get())).sum::<usize>() + 2
-        };
-        if bytes > limits::STATE_BYTES && exact() > limits::STATE_BYTES {
+        let scope = StateScope { retries: retries.iter().sum(), ..self.scope(state, input, None) };
+        let call = call(state, task, &scope)?;
+        let timeout = period(&task.timeout, &scope)?;
+        let result =
+            tokio::time::timeout(timeout, self.tasks.call(call)).await.map_err(|_| late(state))??;
+        if is_too_large(&result) {
             return Err(too_large(state));
         }
-        let timeout = period(&task.timeout, &scope)?;
-        let heartbeat = task.heartbeat.as_ref().map(|heartbeat| period(heartbeat, &scope)).transpose()?;
-        let call = Call { state: &state.name, resource: task.resource, arguments: Arguments(arguments) };
-        if self.journal.is_none() {
-            let result =
-                tokio::time::timeout(timeout, self.tasks.call(call)).await.map_err(|_| late(state))??;
-            return if is_too_large(&result) { Err(too_large(state)) } else { Ok(result) };
-        }
-        // In a box of its own: a run without a history has no room for it in its future.
-        Box::pin(self.recorded(state, task, call, pending, timeout, heartbeat)).await
+        Ok(result)
     }
 
-    /// One call of a task of a run that keeps a history.
-    async fn recorded(
+    /// One call of a task of a run that keeps a history, until it answers, somebody answers with its token, or its time
+    /// is over. One that an earlier process has begun goes on.
+    async fn recorded_attempt(
         &self,
+        recorded: Recorded<'_>,
         state: &State,
         task: &Task,
-        call: Call<'_>,
-        mut pending: Option<PendingTask>,
-        timeout: Duration,
-        heartbeat: Option<Duration>,
+        input: &Data,
+        retries: &[u32],
+        begun: Option<Box<Begun>>,
     ) -> Result<Value, TaskError> {
-        self.record_task(task, "TaskScheduled", "taskScheduledEventDetails", || {
-            let parameters = serde_json::to_string(&call.arguments).unwrap_or_default();
-            json!({ "region": "local", "parameters": parameters })
-        })?;
-        self.record_task(task, "TaskStarted", "taskStartedEventDetails", || json!({}))?;
+        let Recorded { journal, clock, .. } = recorded;
+        if let Some(result) = begun.as_ref().and_then(|begun| begun.result.clone()) {
+            return self.closed(task, result);
+        }
+        let is_resumed = begun.is_some();
+        if is_resumed
+            && task.resource == Resource::LambdaInvoke
+            && begun.as_ref().is_some_and(|begun| !begun.submitted)
+        {
+            // Nobody knows whether the function has run: what an SDK says whose connection broke.
+            let lost =
+                TaskError::new("Lambda.SdkClientException", "the call was broken off with its process");
+            return self.closed(task, Err(lost));
+        }
+        // Each attempt has a token of its own: a late answer to an earlier one means nothing.
+        let no_token = || TaskError::new(error_name::RUNTIME, "no task token can be given out");
+        let mut pending = match begun.as_ref().and_then(|begun| begun.token.as_deref()) {
+            Some(token) => Some(self.tasks.take_up_token(token).ok_or_else(no_token)?),
+            None if task.waits_for_token => Some(self.tasks.issue_token().ok_or_else(no_token)?),
+            None => None,
+        };
+        let token = pending.as_ref().map(|pending| pending.token().to_owned());
+        let scope = StateScope {
+            retries: retries.iter().sum(),
+            token: token.as_deref(),
+            ..self.scope(state, input, None)
+        };
+        let (left, mut begun) = match begun {
+            Some(begun) => (until(begun.due_ms), *begun),
+            None => {
+                let timeout = long(clock, period(&task.timeout, &scope)?);
+                let heartbeat =
+                    task.heartbeat.as_ref().map(|heartbeat| period(heartbeat, &scope)).transpose()?;
+                let heartbeat_ms = heartbeat.map(|heartbeat| millis(long(clock, heartbeat)));
+                let begun = Begun {
+                    token: token.clone(),
+                    due_ms: after(timeout),
+                    heartbeat_ms,
+                    submitted: false,
+                    result: None,
+                };
+                (timeout, begun)
+            }
+        };
+        let at = |begun: &Begun| {
+            journal.set_position(|| Position {
+                retries: retries.to_vec(),
+                until_ms: None,
+                begun: Some(begun.clone()),
+            });
+        };
+        let call = if begun.submitted { None } else { Some(call(state, task, &scope)?) };
+        if let Some(call) = call.as_ref().filter(|_| !is_resumed) {
+            self.record_task(task, "TaskScheduled", "taskScheduledEventDetails", || {
+                let parameters = serde_json::to_string(&call.arguments).unwrap_or_default();
+                json!({ "region": "local", "parameters": parameters })
+            })?;
+            self.record_task(task, "TaskStarted", "taskStartedEventDetails", || json!({}))?;
+            at(&begun);
+        }
         let answered = async {
-            let called = self.tasks.call(call).await?;
-            let Some(pending) = &mut pending else { return Ok(called) };
-            self.record_task(
-                task,
-                "TaskSubmitted",
-                "taskSubmittedEventDetails",
-                || json!({ "output": text(&called) }),
-            )?;
+            if let Some(call) = call {
+                let called = self.tasks.call(call).await?;
+                if pending.is_none() {
+                    return Ok(called);
+                }
+                begun.submitted = true;
+                at(&begun);
+                self.record_task(
+                    task,
+                    "TaskSubmitted",
+                    "taskSubmittedEventDetails",
+                    || json!({ "output": text(&called) }),
+                )?;
+            }
+            // A task without a token has been called.
+            let Some(pending) = &mut pending else { return Err(no_token()) };
+            let silence = begun.heartbeat_ms.map_or(left, Duration::from_millis);
             loop {
-                let next = tokio::time::timeout(heartbeat.unwrap_or(timeout), pending.next()).await;
+                let next = tokio::time::timeout(silence, pending.next()).await;
                 let silent = |_| {
                     let cause = format!("nobody gave a sign of life about the state '{}'", state.name);
                     TaskError::new(error_name::HEARTBEAT_TIMEOUT, cause)
@@ -534,7 +654,7 @@ impl<T: Tasks> Run<'_, T> {
                 }
             }
         };
-        let result = match tokio::time::timeout(timeout, answered).await {
+        let result = match tokio::time::timeout(left, answered).await {
             Ok(result) => result,
             Err(_) => Err(late(state)),
         };
@@ -542,6 +662,13 @@ impl<T: Tasks> Run<'_, T> {
             Ok(result) if is_too_large(&result) => Err(too_large(state)),
             result => result,
         };
+        begun.result = Some(result.clone());
+        at(&begun);
+        self.closed(task, result)
+    }
+
+    /// Writes down how an attempt ended.
+    fn closed(&self, task: &Task, result: Result<Value, TaskError>) -> Result<Value, TaskError> {
         match &result {
             Ok(result) => self.record_task(
                 task,
@@ -626,6 +753,7 @@ impl<T: Tasks> Run<'_, T> {
             state: &state.name,
             retries: 0,
             token: None,
+            redrives: self.recorded.map(|recorded| recorded.redrives),
         }
     }
 }
@@ -693,6 +821,43 @@ fn holds(condition: &Expression, scope: &impl Scope) -> Result<bool, TaskError> 
             format!("the condition '{}' is neither true nor false", condition.source()),
         )),
     }
+}
+
+/// A task's call with its arguments.
+fn call<'s>(state: &'s State, task: &'s Task, scope: &'s impl Scope) -> Result<Call<'s>, TaskError> {
+    let mut arguments = Vec::with_capacity(task.arguments.len());
+    let mut bytes = 2;
+    for (name, template) in &task.arguments {
+        let value = fill(template, scope)?;
+        bytes += name.len() + 4 + most_bytes(value.get());
+        arguments.push((&**name, value));
+    }
+    let exact =
+        || arguments.iter().map(|(name, value)| name.len() + 4 + json_bytes(value.get())).sum::<usize>() + 2;
+    if bytes > limits::STATE_BYTES && exact() > limits::STATE_BYTES {
+        return Err(too_large(state));
+    }
+    Ok(Call { state: &state.name, resource: task.resource, arguments: Arguments(arguments) })
+}
+
+/// How long a task's time is on a clock that may be fast. What is as short as an EXPRESS run guards work that is done
+/// here, and at no other speed than anywhere.
+fn long(clock: Clock, time: Duration) -> Duration {
+    if time <= limits::RUN_DURATION { time } else { clock.scale(time) }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// When a time that begins now is over, in epoch milliseconds.
+fn after(time: Duration) -> u64 {
+    clock::epoch_ms().saturating_add(millis(time))
+}
+
+/// How long it is until then.
+fn until(epoch_ms: u64) -> Duration {
+    Duration::from_millis(epoch_ms.saturating_sub(clock::epoch_ms()))
 }
 
 /// How long a task's time is.

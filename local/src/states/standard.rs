@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -13,24 +14,43 @@ use tokio::time::Instant;
 use super::{
     StartError, States,
     definition::{Definition, MachineType},
-    executions::{RunError, StandardRun, Status},
+    executions::{CLOSED, RunError, StandardRun, Status},
     interpreter::TaskError,
     journal::EVENTS,
     tokens::AnswerError,
 };
-use crate::{chaos::ChaosConfig, dynamodb::Table, latency::Latency, services::Services};
+use crate::{
+    chaos::ChaosConfig,
+    clock::Clock,
+    dynamodb::{Dynamodb, Table},
+    latency::Latency,
+    services::Services,
+    sqs::{QueueAttributes, ReceiveRequest},
+    store::{self, Change, Service, Store},
+};
 
 const TABLE: Table<'_> = Table { name: "parked", partition_key: "tunnel", sort_key: None, expiry: None };
 
-/// A service with one table and one machine of these states.
+/// A service with one table, one queue and one machine of these states.
 async fn service(states: Value) -> (States, Arc<str>) {
+    service_with(states, Clock::default(), &[]).await
+}
+
+/// The same as far as these changes of an earlier one had brought its tables and queues, on a clock.
+async fn service_with(states: Value, clock: Clock, changes: &[Change]) -> (States, Arc<str>) {
+    let of = |service| {
+        changes.iter().filter(move |change| change.service == service).map(|change| &*change.record)
+    };
     let chaos = Arc::new(crate::chaos::Chaos::new(ChaosConfig::default()));
     let services = Services::new("http://localhost", chaos, Latency::default());
+    services.dynamodb.take_over(of(Service::Tables)).await.unwrap();
     services.dynamodb.create_table(TABLE).await.unwrap();
+    services.sqs.create_kept("queue", QueueAttributes::default()).unwrap();
+    services.sqs.take_over(of(Service::Queues)).unwrap();
     let start = states.as_object().unwrap().keys().next().unwrap().clone();
     let machine = json!({ "QueryLanguage": "JSONata", "StartAt": start, "States": states }).to_string();
     let definition = Definition::parse_as(MachineType::Standard, &machine, &BTreeMap::new()).unwrap();
-    let service = States::new(Arc::new(services));
+    let service = States::new(Arc::new(services), clock);
     let arn = service.create("delivery", definition);
     (service, arn)
 }
@@ -63,7 +83,7 @@ async fn ended(run: &StandardRun) -> Status {
     loop {
         match run.standing().status {
             // The clock of these tests stands still but for sleepers.
-            Status::Running => tokio::time::sleep(Duration::from_millis(1)).await,
+            Status::Running => tokio::time::sleep(Duration::from_millis(20)).await,
             status => return status,
         }
     }
@@ -247,4 +267,224 @@ async fn a_full_history_ends_a_run() {
     assert_eq!(run.journal().len(), EVENTS);
     // There is no room for what a redriven run would do.
     assert_eq!(service.redrive(&run.execution().arn), Err(RunError::ExecutionNotRedrivable));
+}
+
+/// Keeps a service's state in a file, after it has taken over what these changes say about runs.
+async fn keep(service: &States, path: &Path, changes: &[Change]) {
+    let runs = changes.iter().filter(|change| change.service == Service::Runs);
+    service.take_over(runs.map(|change| &*change.record)).unwrap();
+    let tables = service.services.dynamodb.copy().await.unwrap();
+    let store = Store::create(path, |file| {
+        Dynamodb::fill(&tables, file)?;
+        service.services.sqs.fill(file)?;
+        service.fill(file)
+    });
+    let store = store.unwrap();
+    service.services.dynamodb.keep(Arc::clone(&store));
+    service.services.sqs.keep(Arc::clone(&store));
+    service.keep(store);
+}
+
+/// Answers whatever the run waits for until it ends.
+async fn answered(service: &States, run: &StandardRun) -> Status {
+    loop {
+        if let Status::Running = run.standing().status {
+            let request = json!({ "TableName": "parked", "Key": { "tunnel": { "S": "web" } } });
+            let answer = service.services.dynamodb.call("GetItem", request.to_string().into()).await;
+            let row: Value = serde_json::from_slice(&answer.body).unwrap();
+            if let Some(token) = row["Item"]["token"]["S"].as_str() {
+                // The one that is there may be used already.
+                let _ = service.tokens().succeed(token, "{\"by\":\"hello\"}");
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        } else {
+            return run.standing().status;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_goes_on_wherever_its_process_was_killed() {
+    let mut states = json!({
+        "First": { "Type": "Pass", "Assign": { "kept": "{% $states.input.n + 1 %}" }, "Next": "Send" },
+        "Send": { "Type": "Task", "Resource": "arn:aws:states:::sqs:sendMessage", "TimeoutSeconds": 5,
+            "Arguments": { "QueueUrl": "http://localhost/000000000000/queue", "MessageBody": "{% $states.context.Execution.Name %}" },
+            "Next": "Park" },
+        "Park": park(json!({ "Next": "Pause", "Assign": { "by": "{% $states.result.by %}" },
+            "Retry": [{ "ErrorEquals": ["States.ALL"], "IntervalSeconds": 3, "MaxAttempts": 2 }] })),
+        "Pause": { "Type": "Wait", "Seconds": 5, "Next": "Last" },
+        "Last": { "Type": "Succeed", "Output": { "by": "{% $by %}", "kept": "{% $kept %}" } },
+    });
+    states["Park"].as_object_mut().unwrap().remove("End");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state");
+    let (first, arn) = service_with(states.clone(), Clock::default(), &[]).await;
+    keep(&first, &path, &[]).await;
+    let begun = store::read(&path).unwrap().len();
+    let run = start(&first, &arn, "d1", "{\"n\":1}").await;
+    let wanted = Status::Succeeded(json!({ "by": "hello", "kept": 2 }));
+    assert_eq!(answered(&first, &run).await, wanted);
+    let whole = store::read(&path).unwrap();
+    let history = kinds(&run);
+    assert!(whole.len() > begun + 20, "{}", whole.len());
+
+    // Killed after each change, from the start of the run on.
+    for cut in begun + 1..=whole.len() {
+        let changes = &whole[..cut];
+        let (second, _) = service_with(states.clone(), Clock::default(), changes).await;
+        keep(&second, &path, changes).await;
+        let run = second.execution(&run.execution().arn).unwrap();
+        assert_eq!(second.resume(), usize::from(cut < whole.len()), "{cut}");
+        assert_eq!(answered(&second, &run).await, wanted, "killed after {:?}", whole[cut - 1]);
+        // The history tells what was being done once more, at most the end of one state and the entrance of the next, or not at all.
+        let again = kinds(&run).len();
+        assert!((history.len() - 1..=history.len() + 4).contains(&again), "{cut}: {:?}", kinds(&run));
+        let request = ReceiveRequest { max: 10, ..ReceiveRequest::default() };
+        let sent = second.services.sqs.receive("http://localhost/000000000000/queue", request).await.unwrap();
+        assert!(matches!(sent.len(), 1 | 2), "{cut}: {}", sent.len());
+        // What was written anew leads to the same.
+        let changes = store::read(&path).unwrap();
+        let (third, _) = service_with(states.clone(), Clock::default(), &changes).await;
+        keep(&third, &path, &changes).await;
+        let run = third.execution(&run.execution().arn).unwrap();
+        assert_eq!((run.standing().status, kinds(&run).len()), (wanted.clone(), again));
+        assert_eq!(third.resume(), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_token_outlives_the_process_and_stays_worth_nothing_once_used() {
+    let states = json!({ "Park": park(json!({ "HeartbeatSeconds": 50 })) });
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state");
+    let (first, arn) = service(states.clone()).await;
+    keep(&first, &path, &[]).await;
+    for name in ["d1", "d2"] {
+        let run = start(&first, &arn, name, "{}").await;
+        events(&run, WAITING).await;
+    }
+    // That of `d2`, which overwrote the other in the table.
+    let token = parked_token(&first).await;
+    let run = first.execution(&format!("{}:d2", arn.replace("stateMachine", "execution"))).unwrap();
+    let changes = store::read(&path).unwrap();
+    let (second, _) = service_with(states.clone(), Clock::default(), &changes).await;
+    keep(&second, &path, &changes).await;
+    assert_eq!(second.resume(), 2);
+    let again = second.execution(&run.execution().arn).unwrap();
+    assert_eq!(kinds(&again).len(), WAITING);
+    second.tokens().beat(&token).unwrap();
+    second.tokens().succeed(&token, "1").unwrap();
+    // Killed before the run has seen it: the answer was taken, and counts.
+    let changes = store::read(&path).unwrap();
+    let (third, _) = service_with(states, Clock::default(), &changes).await;
+    keep(&third, &path, &changes).await;
+    assert_eq!(third.tokens().succeed(&token, "2"), Err(AnswerError::TaskTimedOut));
+    third.resume();
+    let run = third.execution(&run.execution().arn).unwrap();
+    assert_eq!(ended(&run).await, Status::Succeeded(json!(1)));
+    // Nobody answered the other one.
+    let other = third.execution(&format!("{}:d1", arn.replace("stateMachine", "execution"))).unwrap();
+    assert!(matches!(ended(&other).await, Status::Failed(error) if error.error == "States.HeartbeatTimeout"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_function_that_was_cut_off_may_have_run() {
+    let caught = |name: &str| json!({ "Type": "Succeed", "Output": name });
+    let states = json!({
+        "Call": { "Type": "Task", "Resource": "arn:aws:states:::lambda:invoke", "TimeoutSeconds": 5,
+            "Arguments": { "FunctionName": "f", "Payload": {} }, "End": true,
+            "Catch": [
+                { "ErrorEquals": ["Lambda.SdkClientException"], "Next": "Lost" },
+                { "ErrorEquals": ["Lambda.ResourceNotFoundException"], "Next": "None" },
+            ] },
+        "Lost": caught("lost"), "None": caught("none"),
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state");
+    let (first, arn) = service(states.clone()).await;
+    keep(&first, &path, &[]).await;
+    let run = start(&first, &arn, "d1", "{}").await;
+    assert_eq!(ended(&run).await, Status::Succeeded(json!("none")));
+    let whole = store::read(&path).unwrap();
+    let is_call = |change: &Change| change.record.contains("\"begun\":{") && change.record.contains("\"at\"");
+    let at = whole.iter().position(is_call).unwrap();
+    for (cut, wanted) in [(at, "none"), (at + 1, "lost"), (at + 2, "none")] {
+        let (second, _) = service_with(states.clone(), Clock::default(), &whole[..cut]).await;
+        keep(&second, &path, &whole[..cut]).await;
+        second.resume();
+        let run = second.execution(&run.execution().arn).unwrap();
+        assert_eq!(ended(&run).await, Status::Succeeded(json!(wanted)), "{cut}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fast_clock_shortens_pauses_and_long_times_only() {
+    for (state, seconds) in [
+        (json!({ "Type": "Wait", "Seconds": 8 * 60 * 60, "End": true }), 8),
+        (park(json!({ "TimeoutSeconds": 24 * 60 * 60 })), 24),
+        (park(json!({ "TimeoutSeconds": 24 * 60 * 60, "HeartbeatSeconds": 60 * 60 })), 1),
+        // What is done here takes the time that it takes.
+        (park(json!({ "TimeoutSeconds": 300 })), 300),
+        (park(json!({ "TimeoutSeconds": 3600, "HeartbeatSeconds": 300 })), 1),
+        (
+            park(json!({ "TimeoutSeconds": 10, "Retry": [
+                { "ErrorEquals": ["States.Timeout"], "IntervalSeconds": 3600, "MaxAttempts": 1 }] })),
+            21,
+        ),
+    ] {
+        let (service, arn) = service_with(json!({ "Only": state }), Clock::new(3600), &[]).await;
+        let began = Instant::now();
+        let run = start(&service, &arn, "d1", "{}").await;
+        ended(&run).await;
+        assert_eq!(began.elapsed().as_secs(), seconds, "{state}");
+    }
+}
+
+#[tokio::test]
+async fn a_run_may_be_redriven_for_two_weeks() {
+    let states = json!({ "Only": { "Type": "Fail", "Error": "E" } });
+    // Two weeks are 12 ms.
+    for (pause, is_late) in [(0, false), (100, true)] {
+        let (service, arn) = service_with(states.clone(), Clock::new(100_000_000), &[]).await;
+        let run = start(&service, &arn, "d1", "{}").await;
+        ended(&run).await;
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        let redriven = service.redrive(&run.execution().arn);
+        if is_late {
+            assert_eq!(redriven, Err(RunError::ExecutionNotRedrivable));
+        } else if redriven.is_ok() {
+            assert_eq!(run.standing().redrives, 1);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_oldest_of_more_than_ten_thousand_closed_runs_are_forgotten() {
+    let (service, arn) = service(json!({ "Only": { "Type": "Fail", "Error": "E" } })).await;
+    let name = |at: usize| format!("d{at}");
+    let mut last = None;
+    for at in 0..CLOSED + 2 {
+        let run = start(&service, &arn, &name(at), "{}").await;
+        while run.standing().status == Status::Running {
+            tokio::task::yield_now().await;
+        }
+        if at == CLOSED - 1 {
+            assert_eq!(service.executions(&arn).len(), CLOSED);
+            // It is closed last of all from here on.
+            let first = service.executions(&arn).pop().unwrap();
+            service.redrive(&first.execution().arn).unwrap();
+            while first.standing().status == Status::Running {
+                tokio::task::yield_now().await;
+            }
+        }
+        last = Some(run);
+    }
+    assert_eq!(service.executions(&arn).len(), CLOSED);
+    let prefix = last.unwrap().execution().arn.rsplit_once(':').unwrap().0.to_owned();
+    let is_there = |at: usize| service.execution(&format!("{prefix}:{}", name(at))).is_some();
+    assert_eq!([1, 2, 3, CLOSED + 1].map(is_there), [false, false, true, true]);
+    // A forgotten name is free, and a remembered one is not.
+    start(&service, &arn, &name(1), "{}").await;
+    let again = service.start("operator", &arn, Some(&name(3)), "{}").await;
+    assert!(matches!(again, Err(StartError::ExecutionAlreadyExists(_))));
 }

@@ -75,6 +75,10 @@ impl Tasks for ServiceTasks {
     fn issue_token(&self) -> Option<PendingTask> {
         self.standard.as_ref()?.tokens.issue().ok()
     }
+
+    fn take_up_token(&self, token: &str) -> Option<PendingTask> {
+        self.standard.as_ref()?.tokens.take_up(token)
+    }
 }
 
 impl ServiceTasks {
@@ -156,12 +160,25 @@ impl ServiceTasks {
             Err(error) => Err(error),
         };
         let answer = answer.map_err(|error| match error {
-            InvokeError::Function { error_type, message } => TaskError::new(error_type, message),
+            // The cause is the whole answer of the function.
+            InvokeError::Function { error_type, message } => function_failed(error_type, &message),
+            InvokeError::TimedOut(_) => function_failed("Sandbox.Timedout", &error.to_string()),
+            InvokeError::Exited(_) | InvokeError::Init(_) => {
+                function_failed("Runtime.ExitError", &error.to_string())
+            }
+            InvokeError::AnswerTooLarge => {
+                function_failed("Function.ResponseSizeTooLarge", &error.to_string())
+            }
+            InvokeError::EventTooLarge(_) => {
+                TaskError::new("Lambda.RequestTooLargeException", error.to_string())
+            }
             InvokeError::NoSuchFunction => {
                 TaskError::new("Lambda.ResourceNotFoundException", format!("Function not found: {name}"))
             }
             InvokeError::Throttled => TaskError::new("Lambda.TooManyRequestsException", "Rate Exceeded."),
-            error => TaskError::new("Lambda.Unknown", error.to_string()),
+            // Nobody knows whether it has run.
+            InvokeError::ShuttingDown => TaskError::new("Lambda.SdkClientException", error.to_string()),
+            InvokeError::Prelude => TaskError::new("Lambda.Unknown", error.to_string()),
         })?;
         let payload: Value =
             serde_json::from_slice(&answer).map_err(|error| not_valid(&error.to_string()))?;
@@ -215,6 +232,13 @@ impl ServiceTasks {
             _ => Err(gateway_error(403)),
         }
     }
+}
+
+/// What a function says about its failure, under the name that it gives it.
+fn function_failed(error_type: impl Into<Cow<'static, str>>, message: &str) -> TaskError {
+    let error_type = error_type.into();
+    let cause = json!({ "errorType": error_type, "errorMessage": message }).to_string();
+    TaskError::new(error_type, cause)
 }
 
 /// The connection that a path names.

@@ -4,6 +4,7 @@
 //! without a list of all there ever were.
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     sync::{Arc, Mutex, OnceLock, PoisonError},
 };
@@ -15,13 +16,17 @@ use serde_json::Value;
 use sha2::Sha256;
 use tokio::sync::{Notify, oneshot};
 
-use super::interpreter::TaskError;
+use super::{interpreter::TaskError, journal::Record};
+use crate::store::{Kept, Service};
 
 /// The bytes of a token that are random. With the signature they make 712 characters, as many as a token of AWS has.
 const RANDOM_BYTES: usize = 502;
 
 /// The bytes of a token that sign the rest.
 const SIGNATURE_BYTES: usize = 32;
+
+/// How many of a token's last characters only its signature makes: they name it.
+const TAIL_CHARS: usize = 42;
 
 /// The most characters of a token (Step Functions API Reference, "SendTaskSuccess").
 const TOKEN_CHARS: usize = 2048;
@@ -68,6 +73,14 @@ pub struct TaskTokens {
     /// Made with the first token. Those of another service are worth nothing here.
     key: OnceLock<[u8; 32]>,
     waiting: Mutex<HashMap<Box<str>, Waiting>>,
+    /// Those of an earlier process, until their runs go on.
+    reserved: Mutex<HashMap<Box<str>, PendingTask>>,
+    kept: Arc<Kept>,
+}
+
+/// What names a token to whoever gave it out.
+pub(super) fn tail(token: &str) -> &str {
+    token.get(token.len().saturating_sub(TAIL_CHARS)..).unwrap_or_default()
 }
 
 #[derive(Debug)]
@@ -114,27 +127,71 @@ impl PendingTask {
 }
 
 impl TaskTokens {
+    /// Tokens whose answers are kept.
+    pub(super) fn new(kept: Arc<Kept>) -> Self {
+        Self { kept, ..Self::default() }
+    }
+
+    /// Goes on with the key of an earlier process, so that its tokens are worth what they were. A key that is none is
+    /// left alone.
+    pub(super) fn set_key(&self, key: &str) {
+        if let Some(key) = STANDARD.decode(key).ok().and_then(|key| key.try_into().ok()) {
+            // A second call changes nothing.
+            let _ = self.key.set(key);
+        }
+    }
+
+    /// The key, for the next process.
+    ///
+    /// # Errors
+    ///
+    /// The system gives no random bytes.
+    pub(super) fn key(&self) -> Result<String, getrandom::Error> {
+        self.made_key().map(|key| STANDARD.encode(key))
+    }
+
+    fn made_key(&self) -> Result<&[u8; 32], getrandom::Error> {
+        let mut key = [0; 32];
+        if self.key.get().is_none() {
+            getrandom::fill(&mut key)?;
+        }
+        Ok(self.key.get_or_init(|| key))
+    }
+
     /// Gives out a token.
     ///
     /// # Errors
     ///
     /// The system gives no random bytes.
     pub fn issue(self: &Arc<Self>) -> Result<PendingTask, getrandom::Error> {
-        let mut key = [0; 32];
-        if self.key.get().is_none() {
-            getrandom::fill(&mut key)?;
-        }
-        let key = self.key.get_or_init(|| key);
+        let key = self.made_key()?;
         let mut bytes = [0; RANDOM_BYTES + SIGNATURE_BYTES];
         getrandom::fill(&mut bytes[..RANDOM_BYTES])?;
         let signature = signature(key, &bytes[..RANDOM_BYTES]).finalize().into_bytes();
         bytes[RANDOM_BYTES..].copy_from_slice(&signature);
-        let token: Box<str> = STANDARD.encode(bytes).into();
+        Ok(self.wait_for(STANDARD.encode(bytes).into()))
+    }
+
+    /// Takes answers to a token that was given out by an earlier process, for a run that will go on. A token of somebody
+    /// else is left alone.
+    pub(super) fn reserve(self: &Arc<Self>, token: &str) {
+        if self.check(token).is_ok() {
+            let pending = self.wait_for(token.into());
+            self.reserved.lock().unwrap_or_else(PoisonError::into_inner).insert(token.into(), pending);
+        }
+    }
+
+    /// Waits for the answer to a token that was reserved.
+    pub(super) fn take_up(&self, token: &str) -> Option<PendingTask> {
+        self.reserved.lock().unwrap_or_else(PoisonError::into_inner).remove(token)
+    }
+
+    fn wait_for(self: &Arc<Self>, token: Box<str>) -> PendingTask {
         let (sender, answer) = oneshot::channel();
         let heartbeat = Arc::new(Notify::new());
         let waiting = Waiting { answer: sender, heartbeat: Arc::clone(&heartbeat) };
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(token.clone(), waiting);
-        Ok(PendingTask { tokens: Arc::clone(self), token, answer, heartbeat })
+        PendingTask { tokens: Arc::clone(self), token, answer, heartbeat }
     }
 
     /// Ends a task with an output, which is JSON.
@@ -178,6 +235,10 @@ impl TaskTokens {
 
     fn answer(&self, token: &str, answer: Result<Value, TaskError>) -> Result<(), AnswerError> {
         let waiting = self.take(token).ok_or(AnswerError::TaskTimedOut)?;
+        if let Some(store) = self.kept.get() {
+            let record = Record::Answered { token: tail(token).into(), answer: Cow::Borrowed(&answer) };
+            store.append(Service::Runs, &record);
+        }
         waiting.answer.send(answer).map_err(|_| AnswerError::TaskTimedOut)
     }
 
