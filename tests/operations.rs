@@ -161,3 +161,41 @@ async fn surplus_mailboxes_are_deleted_and_no_request_notices() {
     assert!(metrics["MailboxesFree"].max >= BURST as f64 / 2.0, "{metrics:?}");
     assert!(metrics["MailboxesFree"].last >= 1.0, "{metrics:?}");
 }
+
+/// CloudFormation is told once how it went, a failure too, and the invocation succeeds then: Lambda would play a failed one
+/// again, after the stack has been rolled back. Where it could not be told, playing it again is what is wanted.
+#[tokio::test]
+async fn the_stack_is_told_once_and_only_an_untold_answer_is_tried_again() {
+    let formation = Upstream::start(|request, mut conn| async move {
+        let status = if request.target() == "/deaf" { "503 Service Unavailable" } else { "200 OK" };
+        conn.answer(status, "", b"").await.then_some(conn)
+    })
+    .await;
+    let local = Local::start(&[]);
+    let event = |kind: &str, path: &str| {
+        serde_json::json!({
+            "RequestType": kind,
+            "ResponseURL": format!("http://{}{path}", formation.address()),
+            "StackId": "stack",
+            "RequestId": "request",
+            "LogicalResourceId": "Mailboxes",
+            "ResourceType": "Custom::Mailboxes",
+        })
+    };
+    let told = || -> Vec<serde_json::Value> {
+        formation.recorded().iter().map(|put| serde_json::from_slice(&put.body).unwrap()).collect()
+    };
+    let made = local.invoke("sweep", &event("Create", "/made")).await;
+    assert_eq!((made.status, made.field("x-amz-function-error")), (200, None), "{}", made.text());
+    // It may not read what it is told to look after.
+    let mut variables = local.variables("sweep").await;
+    variables["TUNNEL_MAILBOXES_TABLE"] = "somebody-elses".into();
+    local.deploy("sweep", &variables).await;
+    let failed = local.invoke("sweep", &event("Create", "/failed")).await;
+    assert_eq!((failed.status, failed.field("x-amz-function-error")), (200, None), "{}", failed.text());
+    let statuses: Vec<_> = told().iter().map(|answer| answer["Status"].clone()).collect();
+    assert_eq!(statuses, ["SUCCESS", "FAILED"]);
+    let untold = local.invoke("sweep", &event("Create", "/deaf")).await;
+    assert!(untold.field("x-amz-function-error").is_some(), "{}", untold.text());
+    assert_eq!(told().len(), 3, "one answer each");
+}

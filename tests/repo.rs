@@ -102,6 +102,24 @@ fn every_claim_stands_where_it_is_said_to_and_has_its_tests() {
     }
 }
 
+/// `docs/aws-fronts.md`: whatever is imitated names the tests that try it.
+#[test]
+fn whatever_is_imitated_of_a_front_has_its_test() {
+    let page = read("docs/aws-fronts.md");
+    let (_, table) = page.split_once("## What `local` imitates").unwrap();
+    let rows: Vec<_> =
+        table.lines().filter(|line| line.starts_with("| `") && !line.contains("--kind")).collect();
+    assert!(rows.len() >= 18, "{}", rows.len());
+    for row in rows {
+        let proofs = row.trim_matches('|').split(" | ").nth(4).unwrap_or_default();
+        assert_eq!(
+            tests_exist(proofs, &|path| std::fs::read_to_string(root().join(path)).ok()),
+            Ok(()),
+            "{row}"
+        );
+    }
+}
+
 /// What is wrong with a row of the claims, where a file's text is as `text` says.
 fn claim(row: &str, text: &dyn Fn(&str) -> Option<String>) -> Result<(), String> {
     let cells: Vec<_> = row.trim_matches('|').split(" | ").map(str::trim).collect();
@@ -110,6 +128,11 @@ fn claim(row: &str, text: &dyn Fn(&str) -> Option<String>) -> Result<(), String>
     if !stands.contains(words) {
         return Err(format!("{place} does not say so"));
     }
+    tests_exist(proofs, text)
+}
+
+/// What is wrong with tests that are named as `file::test` between backquotes.
+fn tests_exist(proofs: &str, text: &dyn Fn(&str) -> Option<String>) -> Result<(), String> {
     let proofs: Vec<_> = proofs.split('`').filter(|proof| proof.contains("::")).collect();
     if proofs.is_empty() {
         return Err("nothing proves it".into());

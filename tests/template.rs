@@ -528,6 +528,108 @@ fn the_packaged_stack_is_the_one_that_local_imitates() {
     }
 }
 
+/// Who reads which key, by what is packaged: SECURITY.md says it in words.
+#[test]
+fn the_keys_are_read_by_those_alone_who_need_them() {
+    for (name, template) in templates() {
+        let resources = template["Resources"].as_object().unwrap();
+        let key = &resources["VariablesKey"];
+        let statements = key["Properties"]["KeyPolicy"]["Statement"].as_array().unwrap();
+        assert_eq!(statements.len(), 2, "{name}");
+        assert!(
+            statements[0]["Principal"]["AWS"].to_string().contains(":root"),
+            "{name}: IAM says who else may"
+        );
+        let decrypts = serde_json::json!([{"Fn::GetAtt": ["IngressRole", "Arn"]}, {"Fn::GetAtt": ["ResponseRole", "Arn"]}]);
+        assert_eq!(
+            (&statements[1]["Action"], &statements[1]["Principal"]["AWS"]),
+            (&"kms:Decrypt".into(), &decrypts)
+        );
+        // Every variable that holds a key is encrypted with it.
+        for (id, function) in of_type(&template, "AWS::Lambda::Function") {
+            let variables = function["Environment"]["Variables"].to_string();
+            let holds = variables.contains("{{resolve:secretsmanager");
+            assert_eq!(
+                holds,
+                ["IngressLambdaFunction", "ResponseLambdaFunction"].contains(&id.as_str()),
+                "{name}: {id}"
+            );
+            let own = serde_json::json!({"Fn::GetAtt": ["VariablesKey", "Arn"]});
+            assert_eq!(function["KmsKeyArn"] == own, holds, "{name}: {id}");
+        }
+        // No definition of a task holds one.
+        for (id, task) in of_type(&template, "AWS::ECS::TaskDefinition") {
+            assert!(!task.to_string().contains("{{resolve:"), "{name}: {id}");
+        }
+        // And no role but the one that starts relay reads a secret, nor does any use a key.
+        for (id, role) in of_type(&template, "AWS::IAM::Role") {
+            let role = role.to_string();
+            assert!(!role.contains("kms:"), "{name}: {id}");
+            let reads: Vec<_> = role.match_indices("secretsmanager:").collect();
+            assert_eq!(reads.len(), usize::from(id == "RelayExecutionRole"), "{name}: {id}");
+        }
+    }
+}
+
+/// CloudFormation refuses to make a resource of one type out of another, so no name may have two types, whatever is packaged:
+/// one front follows another on a stack that runs. Both fronts want the same records, so between them comes `none`, which
+/// has nothing of either.
+#[test]
+fn one_front_can_follow_another_by_way_of_none() {
+    let templates = templates();
+    let mut types: BTreeMap<String, (String, String)> = BTreeMap::new();
+    for (name, template) in &templates {
+        for (id, resource) in template["Resources"].as_object().unwrap() {
+            let kind = resource["Type"].as_str().unwrap().to_owned();
+            let (first, known) = types.entry(id.clone()).or_insert_with(|| (name.clone(), kind.clone()));
+            assert_eq!(*known, kind, "{id} is of one type in {first} and of another in {name}");
+            if name == "none" {
+                assert!(!id.starts_with("Front"), "{id} stays between two fronts");
+                assert!(
+                    !kind.starts_with("AWS::Route53::"),
+                    "{id} keeps the next front's records from being made"
+                );
+            }
+        }
+    }
+    if !templates.is_empty() {
+        let all: Vec<_> = templates.iter().map(|(name, _)| name.as_str()).collect();
+        for front in ["none", "cloudfront", "httpapi", "relayed"] {
+            assert!(all.contains(&front), "{front} was not packaged: {all:?}");
+        }
+    }
+}
+
+/// An HTTP API takes no mapping to or from a name that AWS keeps for itself (API Gateway guide, reserved headers).
+#[test]
+fn the_http_api_maps_no_reserved_name() {
+    const RESERVED: [&str; 12] = [
+        "access-control-",
+        "apigw-",
+        "authorization",
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-location",
+        "forwarded",
+        "keep-alive",
+        "origin",
+        "x-amz-",
+        "x-amzn-",
+    ];
+    let text = read("resources/fronts/httpapi.yml");
+    let mut found = 0;
+    for part in text.split("header.").skip(1) {
+        let name: String = part.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '-').collect();
+        assert!(
+            !RESERVED.iter().any(|reserved| name.to_lowercase().starts_with(reserved)),
+            "{name} is reserved"
+        );
+        found += 1;
+    }
+    assert!(found >= 6, "{found}");
+}
+
 #[test]
 fn a_packaged_firewall_stands_before_the_distribution_that_asked_for_it() {
     let templates = templates();

@@ -296,7 +296,8 @@ fn refused_by_front(
     target: &[u8],
     has_body: bool,
 ) -> Option<Refusal> {
-    let head_bytes = target.len() + parts.method.as_str().len() + 11 + fields_bytes(&parts.headers);
+    // The request line's spaces, version and end.
+    let head_bytes = target.len() + parts.method.as_str().len() + 12 + fields_bytes(&parts.headers);
     let refuse = |does, status, applies: bool| {
         (applies && imitation.does(does)).then(|| {
             imitation.say(does);
@@ -741,6 +742,15 @@ impl Shape {
         {
             imitation.say(Does::RenameLength);
             headers.insert("x-amzn-remapped-content-length", length);
+        }
+        if imitation.does(Does::RenameChallenge)
+            && let header::Entry::Occupied(challenges) = headers.entry(header::WWW_AUTHENTICATE)
+        {
+            imitation.say(Does::RenameChallenge);
+            let challenges: Vec<_> = challenges.remove_entry_mult().1.collect();
+            for challenge in challenges {
+                headers.append("x-amzn-remapped-www-authenticate", challenge);
+            }
         }
         if !imitation.does(Does::Decode) {
             return None;

@@ -78,6 +78,8 @@ pub struct Behaviour {
 
 /// Every front of AWS ends at the Function URL.
 const FUNCTION_URL: &[Kind] = &[Kind::None, Kind::CloudFront, Kind::HttpApi];
+/// An HTTP API gives the name back (resources/fronts/httpapi.yml).
+const WITHOUT_MAPPING: &[Kind] = &[Kind::None, Kind::CloudFront];
 const CLOUD_FRONT: &[Kind] = &[Kind::CloudFront];
 /// What CloudFront refuses whatever its origin is. A relay, which CloudFront asks once and lets say nothing to a cache, does the rest itself.
 const AT_THE_EDGE: &[Kind] = &[Kind::CloudFront, Kind::Relay];
@@ -114,6 +116,10 @@ behaviours! {
     RenameLength, "renamed-length", FUNCTION_URL, Reported, "content_length", "httpapi (buffered) or direct",
         "content-length became x-amzn-remapped-content-length; the length is in x-tunnel-length",
         "cargo-lambda#862, #874";
+    /// `WWW-Authenticate` is renamed.
+    RenameChallenge, "renamed-challenge", WITHOUT_MAPPING, Reported, "challenges", "httpapi, relay, or cloudfront with wwwAuthenticateArn",
+        "www-authenticate became x-amzn-remapped-www-authenticate, so that no browser asks for a password",
+        "API Gateway guide, REST header table; reports say the same of Function URLs";
     /// 200 MB, and no more.
     Cap, "response-cap", FUNCTION_URL, Documented, "large_download", "direct",
         "a response was cut at 200 MB",

@@ -278,6 +278,16 @@ mod tests {
             }
             assert_eq!(begun.elapsed().as_millis(), ms);
         }
+        // What is at the bound is not slowed, and one byte more is, by what it takes itself.
+        let (mut one_more, _listens) =
+            origin(&[piece, piece, piece, piece, piece, piece, "x"], &["held-pieces"], 1, None);
+        let begun = Instant::now();
+        for _ in 0..6 {
+            next(&mut one_more).await.unwrap().unwrap();
+        }
+        assert!(begun.elapsed().is_zero() && !one_more.imitation.has_said(Does::Slow));
+        assert_eq!(next(&mut one_more).await.unwrap().unwrap(), "x");
+        assert!(!begun.elapsed().is_zero() && one_more.imitation.has_said(Does::Slow));
         let (mut origin, _listens) = origin(&[piece; 8], &["response-rate"], 1, None);
         let begun = Instant::now();
         for _ in 0..8 {

@@ -69,6 +69,29 @@ async fn ingress(event: LambdaEvent<Value>) -> Result<FunctionResponse<Value, Ch
             prelude.status_code = StatusCode::SWITCHING_PROTOCOLS;
             stream::empty().boxed()
         }
+        "/gzip" => {
+            set("content-encoding", "gzip");
+            // "hello", packed.
+            const PACKED: &[u8] = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff\xcb\x48\xcd\xc9\xc9\x07\x00\x86\xa6\x10\x36\x05\x00\x00\x00";
+            stream::iter([Ok(Bytes::from_static(PACKED))]).boxed()
+        }
+        "/401" => {
+            prelude.status_code = StatusCode::UNAUTHORIZED;
+            set("www-authenticate", "Basic realm=\"x\"");
+            stream::empty().boxed()
+        }
+        // So many bytes of a field, or of a body.
+        "/field" => {
+            set("x-fill", &"x".repeat(number(&event)));
+            once("field".to_owned())
+        }
+        "/body" => {
+            let bytes = number(&event);
+            let piece = Bytes::from(vec![b'x'; PIECE]);
+            let pieces =
+                (0..bytes.div_ceil(PIECE)).map(move |at| Ok(piece.slice(..PIECE.min(bytes - at * PIECE))));
+            stream::iter(pieces).boxed()
+        }
         "/cookies" => {
             prelude.cookies = vec!["a=1; Path=/".to_owned(), "b=2".to_owned()];
             once("cookies".to_owned())
@@ -81,6 +104,48 @@ async fn ingress(event: LambdaEvent<Value>) -> Result<FunctionResponse<Value, Ch
     }))
 }
 
+/// How much of a body is one piece.
+const PIECE: usize = 1024 * 1024;
+
+/// The number in the query.
+fn number(event: &LambdaEvent<Value>) -> usize {
+    event.payload["rawQueryString"].as_str().unwrap().parse().unwrap()
+}
+
+/// What an answer without a byte is made of: its head, and the delimiter that ends the head.
+const NOTHING: (&str, [u8; 8]) = ("{\"statusCode\":204}", [0; 8]);
+
+/// Answers without a byte: `/product` as the product's own runtime frames them, `/joined` as it would be without that,
+/// head, delimiter and end in one write.
+async fn without_a_byte() {
+    let runtime = ingress::runtime::Runtime::from_env().unwrap();
+    let api = std::env::var("AWS_LAMBDA_RUNTIME_API").unwrap();
+    loop {
+        let invocation = runtime.next().await.unwrap();
+        let event: Value = serde_json::from_slice(&invocation.event).unwrap();
+        let first = [NOTHING.0.as_bytes(), &NOTHING.1].concat();
+        if event["rawPath"] == "/product" {
+            let (answer, pieces) = ingress::runtime::Answer::new(first);
+            let end = async { drop(pieces.send(exchange::public::Piece::End).await) };
+            tokio::join!(runtime.respond(&invocation.aws_request_id, answer, None), end);
+            continue;
+        }
+        let mut post = format!(
+            "POST /2018-06-01/runtime/invocation/{}/response HTTP/1.1\r\nHost: {api}\r\nTransfer-Encoding: chunked\r\n\
+             Lambda-Runtime-Function-Response-Mode: streaming\r\n\
+             Content-Type: application/vnd.awslambda.http-integration-response\r\n\r\n{:x}\r\n",
+            invocation.aws_request_id,
+            first.len(),
+        )
+        .into_bytes();
+        post.extend_from_slice(&first);
+        post.extend_from_slice(b"\r\n0\r\n\r\n");
+        let mut stream = TcpStream::connect(&api).await.unwrap();
+        stream.write_all(&post).await.unwrap();
+        stream.read_u8().await.unwrap();
+    }
+}
+
 /// Not a test: the function, when a pool has started this program.
 #[test]
 fn function_process() {
@@ -89,9 +154,15 @@ fn function_process() {
     }
     process::end_with_parent().unwrap();
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+        if std::env::var_os(WITHOUT_A_BYTE).is_some() {
+            return without_a_byte().await;
+        }
         let _ = lambda_runtime::run(service_fn(ingress)).await;
     });
 }
+
+/// Has the function answer without a byte.
+const WITHOUT_A_BYTE: &str = "TUNNEL_TEST_WITHOUT_A_BYTE";
 
 /// No front of AWS.
 fn direct() -> Shape {
@@ -116,6 +187,16 @@ impl Fixture {
 
     /// Behind a front that is imitated.
     async fn behind(imitation: Arc<Imitation>, distribution: &'static Distribution) -> Self {
+        Self::with(imitation, distribution, 10, BTreeMap::new()).await
+    }
+
+    /// Behind a front that is imitated, a function that may run so often at the same time and has these variables.
+    async fn with(
+        imitation: Arc<Imitation>,
+        distribution: &'static Distribution,
+        concurrency: usize,
+        environment: BTreeMap<String, String>,
+    ) -> Self {
         let launcher = Launcher {
             program: std::env::current_exe().unwrap(),
             arguments: ["--exact", "public::tests::function_process", "--nocapture", "--quiet"]
@@ -126,9 +207,9 @@ impl Fixture {
             name: FUNCTION,
             timeout: Duration::from_secs(20),
             memory_mb: 128,
-            concurrency: 10,
+            concurrency,
             executions: None,
-            environment: BTreeMap::new(),
+            environment,
         };
         let config = LambdaConfig {
             launcher,
@@ -191,7 +272,13 @@ fn plain_distribution() -> &'static Distribution {
 }
 
 fn imitated(kind: fronts::Kind) -> Arc<Imitation> {
-    Imitation::new(kind, &[], crate::clock::Clock::default(), Duration::from_millis(500)).into()
+    on_clock(kind, 1, &[])
+}
+
+/// A front whose seconds pass so many times faster, without some of what it does.
+fn on_clock(kind: fronts::Kind, clock: u32, relaxed: &[&str]) -> Arc<Imitation> {
+    let relaxed: Vec<_> = relaxed.iter().map(|&name| name.to_owned()).collect();
+    Imitation::new(kind, &relaxed, crate::clock::Clock::new(clock), Duration::from_millis(500)).into()
 }
 
 fn get(host: &str, path: &str) -> Vec<u8> {
@@ -224,6 +311,159 @@ async fn a_distribution_that_says_nothing_leaks_errors_and_asks_three_times() {
         let (answer, _) = fixture.exchange(&get(host, "/503")).await;
         assert!(answer.starts_with("HTTP/1.1 503") && answer.contains(host), "{answer}");
     }
+    fixture.end().await;
+}
+
+/// Without the product's framing an answer without a byte hangs until the function's time is over; with it, it ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_without_a_byte_hangs_unless_it_is_framed_as_the_product_does() {
+    for kind in [fronts::Kind::None, fronts::Kind::CloudFront, fronts::Kind::HttpApi, fronts::Kind::Direct] {
+        let imitation = imitated(kind);
+        let without = BTreeMap::from([(WITHOUT_A_BYTE.to_owned(), String::new())]);
+        let fixture = Fixture::with(imitation.clone(), cloudfront::distribution(), 10, without).await;
+        for _ in 0..20 {
+            let (answer, _) = fixture.exchange(&get("one.localhost", "/product")).await;
+            assert!(answer.starts_with("HTTP/1.1 204"), "{kind:?}: {answer}");
+        }
+        assert!(!imitation.has_said(Does::EmptyHangs), "{kind:?}: what the product sends hangs");
+        let begun = time::Instant::now();
+        let (answer, _) = fixture.exchange(&get("one.localhost", "/joined")).await;
+        let hangs = kind != fronts::Kind::Direct;
+        assert_eq!(imitation.has_said(Does::EmptyHangs), hangs, "{kind:?}");
+        assert_eq!(answer.starts_with("HTTP/1.1 204"), !hangs, "{kind:?}: {answer}");
+        assert!(!hangs || begun.elapsed() >= imitation.function_time, "{kind:?}");
+        fixture.end().await;
+    }
+}
+
+/// A request's head of so many bytes, all its lines together.
+fn head_of(bytes: usize) -> Vec<u8> {
+    let empty = "GET /length HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX-Fill: \r\n".len();
+    let fill = "x".repeat(bytes - empty);
+    format!("GET /length HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX-Fill: {fill}\r\n\r\n").into_bytes()
+}
+
+/// A response's fields of so many bytes, with the type that `lambda_runtime` gives what has none.
+fn field_of(bytes: usize) -> Vec<u8> {
+    let empty = "content-type: application/octet-stream\r\nx-fill: \r\n".len();
+    get("a", &format!("/field?{}", bytes - empty))
+}
+
+fn body_of(bytes: usize) -> Vec<u8> {
+    get("a", &format!("/body?{bytes}"))
+}
+
+/// Every bound of a front: what is at it passes, and one byte more does not. `direct` has none of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_at_a_bound_of_a_front_passes_and_one_byte_more_does_not() {
+    use fronts::{API_HEAD_BYTES, BUFFERED_BYTES, EDGE_HEAD_BYTES, EDGE_URL_BYTES, Kind};
+    let url = |bytes: usize| get("a", &format!("/{}", "x".repeat(bytes - "https://a/".len())));
+    let direct = Fixture::behind(imitated(Kind::Direct), cloudfront::distribution()).await;
+    let cases: [(Kind, Does, fn(usize) -> Vec<u8>, usize, &str); 5] = [
+        (Kind::CloudFront, Does::EdgeHeads, head_of, EDGE_HEAD_BYTES, "413"),
+        (Kind::CloudFront, Does::EdgeHeads, url, EDGE_URL_BYTES, "413"),
+        (Kind::CloudFront, Does::EdgeHeads, field_of, EDGE_HEAD_BYTES, "502"),
+        (Kind::HttpApi, Does::ApiHeads, head_of, API_HEAD_BYTES, "431"),
+        (Kind::HttpApi, Does::Buffer, body_of, BUFFERED_BYTES, "500"),
+    ];
+    for (kind, does, request, bound, status) in cases {
+        let imitation = on_clock(kind, 10, &["response-rate"]);
+        let fixture = Fixture::behind(imitation.clone(), cloudfront::distribution()).await;
+        let (answer, _) = fixture.exchange(&request(bound)).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{kind:?}: {bound}: {:.200}", answer);
+        assert!(!imitation.has_said(does), "{kind:?}: {bound}");
+        let (answer, _) = fixture.exchange(&request(bound + 1)).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{kind:?}: {bound}: {:.200}", answer);
+        // It is the front's own: nothing of ours stands in it.
+        assert!(!answer.contains("x-tunnel-"), "{kind:?}: {:.300}", answer);
+        assert!(imitation.has_said(does), "{kind:?}: {bound}");
+        fixture.end().await;
+        let (answer, _) = direct.exchange(&request(bound + 1)).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{kind:?}: {bound}: {:.200}", answer);
+    }
+    direct.end().await;
+}
+
+/// A Function URL lets 200 MB of a streamed body through; a body that goes on ends there, as if it were whole.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_body_of_the_most_that_is_streamed_passes_and_one_byte_more_is_cut() {
+    const MOST: usize = 200 * 1024 * 1024;
+    let imitation = on_clock(fronts::Kind::None, 1, &["response-rate"]);
+    let fixture = Fixture::behind(imitation.clone(), cloudfront::distribution()).await;
+    for (bytes, is_cut) in [(MOST, false), (MOST + 1, true)] {
+        let mut stream = TcpStream::connect(fixture.address).await.unwrap();
+        stream.write_all(&body_of(bytes)).await.unwrap();
+        // Only its two ends are looked at: chunks of 1 MiB come between them.
+        let (mut came, mut end, mut buffer) = (0, Vec::new(), vec![0; 256 * 1024]);
+        loop {
+            let read = timeout(Duration::from_secs(60), stream.read(&mut buffer)).await.unwrap().unwrap();
+            if read == 0 {
+                break;
+            }
+            came += buffer[..read].iter().filter(|&&byte| byte == b'x').count();
+            end.extend_from_slice(&buffer[read.saturating_sub(16)..read]);
+            end = end.split_off(end.len().saturating_sub(16));
+        }
+        assert_eq!(came, MOST, "{bytes}");
+        assert!(end.ends_with(b"\r\n0\r\n\r\n"), "{bytes}: it does not look whole");
+        assert_eq!(imitation.has_said(Does::Cap), is_cut, "{bytes}");
+    }
+    fixture.end().await;
+}
+
+/// What a Function URL does to a head and a body, by kind: a name more or less, and unpacked bytes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn packed_bodies_and_challenges_come_as_each_front_lets_them_through() {
+    use fronts::Kind;
+    for (kind, unpacks, renames) in [
+        (Kind::None, true, true),
+        (Kind::CloudFront, true, true),
+        (Kind::HttpApi, true, false),
+        (Kind::Direct, false, false),
+    ] {
+        let imitation = imitated(kind);
+        let fixture = Fixture::behind(imitation.clone(), cloudfront::distribution()).await;
+        let (answer, _) = fixture.exchange(&get("a", "/gzip")).await;
+        assert_eq!(!answer.contains("content-encoding"), unpacks, "{kind:?}: {answer}");
+        assert_eq!(answer.contains("hello"), unpacks, "{kind:?}: {answer}");
+        let (answer, _) = fixture.exchange(&get("a", "/401")).await;
+        assert_eq!(answer.contains("x-amzn-remapped-www-authenticate: Basic"), renames, "{kind:?}: {answer}");
+        assert_eq!(answer.contains("\r\nwww-authenticate: Basic"), !renames, "{kind:?}: {answer}");
+        assert_eq!(
+            (imitation.has_said(Does::Decode), imitation.has_said(Does::RenameChallenge)),
+            (unpacks, renames)
+        );
+        fixture.end().await;
+    }
+}
+
+/// Where no execution is free, Lambda answers by itself; so does an HTTP API whose integration takes too long.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_account_and_a_late_answer_are_refused_without_a_word_of_ours() {
+    for (kind, ours) in [(fronts::Kind::None, false), (fronts::Kind::Direct, true)] {
+        let fixture = Fixture::with(imitated(kind), cloudfront::distribution(), 1, BTreeMap::new()).await;
+        let mut taken = TcpStream::connect(fixture.address).await.unwrap();
+        taken.write_all(&get("a", "/never")).await.unwrap();
+        timeout(Duration::from_secs(20), async {
+            while fixture.lambda.environments().iter().all(|environment| environment.invocations == 0) {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await
+        .unwrap();
+        let (answer, _) = fixture.exchange(&get("a", "/length")).await;
+        assert!(answer.starts_with("HTTP/1.1 429"), "{kind:?}: {answer}");
+        assert_eq!(answer.contains("x-tunnel-error: edge_busy"), ours, "{kind:?}: {answer}");
+        drop(taken);
+        fixture.end().await;
+    }
+    // The 30 s are 300 ms here.
+    let imitation = on_clock(fronts::Kind::HttpApi, 100, &[]);
+    let fixture = Fixture::behind(imitation.clone(), cloudfront::distribution()).await;
+    let begun = time::Instant::now();
+    let (answer, _) = fixture.exchange(&get("a", "/never")).await;
+    assert!(answer.starts_with("HTTP/1.1 503") && !answer.contains("x-tunnel-"), "{answer}");
+    assert!(begun.elapsed() >= fronts::BUFFERED_TIME / 100 && imitation.has_said(Does::Buffer));
     fixture.end().await;
 }
 
