@@ -273,13 +273,16 @@ impl Model {
         self.invocation(&mut usage, "sweep", sweeps, 50.0);
         usage.add("logs_gb", sweeps * 2.0 * ASSUMED.log_bytes / 1e9);
         usage.add("secret_month", if front == Front::None { 1.0 } else { 2.0 });
+        usage.add("key_month", 1.0);
         usage
     }
 
-    /// What `relay` adds every month while it sleeps: its balancer.
+    /// What `relay` adds every month while it sleeps: its balancer, and a secret.
     fn asleep(&self) -> Usage {
         let mut usage = Usage::default();
         usage.add("balancer_hour", MONTH_SECONDS / 3600.0);
+        // What its tasks are given.
+        usage.add("secret_month", 1.0);
         usage
     }
 
@@ -410,12 +413,14 @@ pub fn page() -> anyhow::Result<String> {
     )?;
     writeln!(
         out,
-        "Every month, with no agent and no request: **${:.2}** (the key of the task tokens in Secrets Manager, and a sweep\n\
-         every {} minutes), with a front of your own domain ${:.2} (its secret). Watching costs more at list price:\n\
+        "Every month, with no agent and no request: **${:.2}** (the key of the task tokens in Secrets Manager, a KMS key\n\
+         for the variables that hold it, ${:.0} of it, which `variablesKey=aws` saves, and a sweep every {} minutes), with a front of\n\
+         your own domain ${:.2} (its secret). Watching costs more at list price:\n\
          the dashboard ${:.2}, {} metrics while they have data ${:.2}, {} alarms ${:.2} (they look at {} metrics, and each of those is\n\
          charged as one alarm); CloudWatch's free tier covers three dashboards, ten metrics and ten of these. Tracing (`tracing`, X-Ray) adds up to ${:.2} for a million requests, since it records the first\n\
          request of each second and one in twenty of the others.\n",
         model.usd(&model.standing(Front::None)),
+        model.unit_price("key_month"),
         limits::SWEEP_INTERVAL.as_secs() / 60,
         model.usd(&model.standing(Front::CloudFront)),
         model.unit_price("dashboard_month"),
@@ -428,7 +433,7 @@ pub fn page() -> anyhow::Result<String> {
     )?;
     writeln!(
         out,
-        "Public WebSockets (`websockets=relay`) add a balancer, which costs **${:.2}** a month while `relay` sleeps, and **${:.2}** in all while one task\n\
+        "Public WebSockets (`websockets=relay`) add a balancer and a secret, which cost **${:.2}** a month while `relay` sleeps, and **${:.2}** in all while one task\n\
          runs: a month of working days, eight hours each, with somebody there is ${:.2}. A task that is in use all the time takes up to a\n\
          capacity unit of the balancer, ${:.2} in all.\n",
         model.usd(&model.asleep()),

@@ -213,7 +213,8 @@ impl Stack {
         }
         let table = |name: &str| keys(resource(name, "AWS::DynamoDB::Table")?, name);
         let task = resource("RelayTask", "AWS::ECS::TaskDefinition")?;
-        let environment = list(&task["ContainerDefinitions"][0]["Environment"]).iter();
+        let container = &task["ContainerDefinitions"][0];
+        let environment = list(&container["Environment"]).iter().chain(list(&container["Secrets"]));
         let workflow = resource("PublicRequest", "AWS::StepFunctions::StateMachine")?;
         Ok(Self {
             functions,
