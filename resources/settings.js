@@ -223,10 +223,10 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
     streamIdleSecs: String(number('streamIdleSecs', parameters.streamIdleSecs, 0, 900)),
     acceptEncoding: oneOf('acceptEncoding', parameters.acceptEncoding, ['identity', 'pass']),
     unknownLength: oneOf('unknownLength', parameters.unknownLength, ['stream', 'hold']),
+    // A file of resources/variables.
+    variablesKey: oneOf('variablesKey', parameters.variablesKey, ['own', 'aws']),
     variablesKeyArn:
-      oneOf('variablesKey', parameters.variablesKey, ['own', 'aws']) === 'own'
-        ? { 'Fn::GetAtt': ['VariablesKey', 'Arn'] }
-        : { Ref: 'AWS::NoValue' },
+      parameters.variablesKey === 'own' ? { 'Fn::GetAtt': ['VariablesKey', 'Arn'] } : { Ref: 'AWS::NoValue' },
     webAclArn: acl || { Ref: 'AWS::NoValue' },
     tracing: flag('tracing', parameters.tracing),
     pointInTimeRecovery: flag('pointInTimeRecovery', parameters.pointInTimeRecovery),

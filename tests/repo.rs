@@ -368,3 +368,41 @@ fn tools_are_pinned_and_lock_files_name_no_host() {
         assert!(name.is_empty() || package["integrity"].is_string(), "{name} has no checksum");
     }
 }
+
+/// Where the default build cannot be tried, CI says so and why, and goes on.
+#[test]
+fn what_the_build_for_arm64_lacks_is_said_aloud() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let rust = read("rust-toolchain.toml");
+    let rust = rust.split('"').nth(1).unwrap();
+    let no_target = format!(
+        "Rust {rust} has no target aarch64-unknown-linux-gnu here; rustup gets it from Rust's own server"
+    );
+    let listed = "echo aarch64-unknown-linux-gnu";
+    for (rustup, cargo, zig, code, words) in [
+        ("exit 127", "exit 0", "exit 0", 77, no_target.as_str()),
+        ("echo x86_64-unknown-linux-gnu", "exit 0", "exit 0", 77, &no_target),
+        (listed, "exit 101", "exit 0", 77, "cargo-lambda is not installed (pip install cargo-lambda=="),
+        (listed, "exit 0", "exit 1", 77, "zig is not installed"),
+        // It has everything and builds nothing: that is no success.
+        (listed, "exit 0", "exit 0", 1, "not a program for arm64"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, script) in [("rustup", rustup), ("cargo", cargo), ("zig", zig), ("python3", "exit 1")] {
+            let file = folder.path().join(name);
+            std::fs::write(&file, format!("#!/bin/sh\n{script}\n")).unwrap();
+            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let output = Command::new(root().join("resources/arm64"))
+            .env("PATH", format!("{}:/usr/bin:/bin", folder.path().display()))
+            .env("CARGO_TARGET_DIR", folder.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        assert!(said.contains(words), "{words}: {said}");
+        assert_eq!(said.contains("THE DEFAULT BUILD (arm64) WAS NOT TRIED"), code == 77, "{said}");
+    }
+    let run = read(".ci/run");
+    assert!(run.contains("resources/arm64 || code=$?") && run.contains("THE DEFAULT BUILD: NOT TRIED"));
+}
