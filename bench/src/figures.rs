@@ -113,8 +113,8 @@ pub(crate) struct Json<'r> {
 }
 
 /// What is true of every figure.
-const METHOD: &str = "The real binaries over loopback, beside an upstream in a process of its own; load generator, upstream and \
-everything else share the machine. A figure is the median of the rounds, with their range; what takes time is also given as what is \
+const METHOD: &str = "The real binaries over loopback (`local --front direct`: nothing of AWS's fronts is in it), beside an upstream in \
+a process of its own; load generator, upstream and everything else share the machine. A figure is the median of the rounds, with their range; what takes time is also given as what is \
 added to the direct way, which takes turns with the tunnel. Every answer is checked.";
 
 /// Every figure.

@@ -336,6 +336,9 @@ async fn an_answer_without_a_byte_hangs_unless_it_is_framed_as_the_product_does(
     }
 }
 
+/// A request with so many bytes of what is bounded.
+type Asked = fn(usize) -> Vec<u8>;
+
 /// A request's head of so many bytes, all its lines together.
 fn head_of(bytes: usize) -> Vec<u8> {
     let empty = "GET /length HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX-Fill: \r\n".len();
@@ -359,7 +362,7 @@ async fn what_is_at_a_bound_of_a_front_passes_and_one_byte_more_does_not() {
     use fronts::{API_HEAD_BYTES, BUFFERED_BYTES, EDGE_HEAD_BYTES, EDGE_URL_BYTES, Kind};
     let url = |bytes: usize| get("a", &format!("/{}", "x".repeat(bytes - "https://a/".len())));
     let direct = Fixture::behind(imitated(Kind::Direct), cloudfront::distribution()).await;
-    let cases: [(Kind, Does, fn(usize) -> Vec<u8>, usize, &str); 5] = [
+    let cases: [(Kind, Does, Asked, usize, &str); 5] = [
         (Kind::CloudFront, Does::EdgeHeads, head_of, EDGE_HEAD_BYTES, "413"),
         (Kind::CloudFront, Does::EdgeHeads, url, EDGE_URL_BYTES, "413"),
         (Kind::CloudFront, Does::EdgeHeads, field_of, EDGE_HEAD_BYTES, "502"),
