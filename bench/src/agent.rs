@@ -252,7 +252,7 @@ async fn events(mut stage: Stage, direct: &Target, report: &mut Report) -> anyho
     let mut events = upstream::Events::default();
     stage.line.each_piece("/events", |piece| events.take(piece)).await?;
     let name = format!("agent: delay of {} events, 10 ms apart", upstream::EVENTS);
-    report.note_delays(&name, &mut direct, &mut events.finish()?, [None, None, Some(6.0)]);
+    report.note_delays(&name, &mut direct, &mut events.finish(upstream::EVENTS)?, [None, None, Some(6.0)]);
     Ok(())
 }
 

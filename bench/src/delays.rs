@@ -39,5 +39,5 @@ pub(crate) async fn event_delays(way: &Target) -> anyhow::Result<Vec<f64>> {
     while let Some(frame) = body.frame().await {
         events.take(frame?.data_ref().context("no data")?)?;
     }
-    events.finish()
+    events.finish(upstream::EVENTS)
 }

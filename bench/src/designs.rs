@@ -260,7 +260,7 @@ struct Counts {
 
 /// How many calls this design has paid for so far: those of the run and of both functions, and for each
 /// message of an agent that message and its invocation. The invocation of `ingress` is not in it.
-async fn counted(local: &Local) -> anyhow::Result<u64> {
+pub(crate) async fn counted(local: &Local) -> anyhow::Result<u64> {
     let counts: Counts = serde_json::from_str(&local.own("counters").await)?;
     let of = |caller: &str| counts.callers.get(caller);
     let all = ["ingress", "response", local::services::STATES].into_iter().filter_map(of);

@@ -22,6 +22,7 @@ mod parts;
 mod peers;
 mod scale;
 mod start;
+mod tokens;
 mod upstream;
 mod usage;
 
@@ -103,6 +104,19 @@ enum Command {
         #[arg(long)]
         instructions: bool,
     },
+    /// Measures what a language model's answer costs under the latencies of AWS, before and now in turns: calls, and how late
+    /// its tokens come
+    Tokens {
+        /// The `local` to measure
+        #[arg(long, value_name = "FILE")]
+        local: PathBuf,
+        /// The `local` of an earlier build
+        #[arg(long, value_name = "FILE")]
+        before: PathBuf,
+        /// How often each is measured; figures are medians
+        #[arg(long, default_value_t = 3)]
+        rounds: usize,
+    },
     /// Measures `agentd` beside other tunnels, in the same rounds; `bench/peers/run` starts them
     Peers(peers::Options),
     /// The front of `agentd` alone: prints its ports and serves until its input ends
@@ -140,6 +154,13 @@ fn main() -> ExitCode {
                     };
                     if !is_met {
                         eprintln!("bench: the inspector costs more than it may");
+                    }
+                    Ok(is_met)
+                }
+                Some(Command::Tokens { local, before, rounds }) => {
+                    let is_met = tokens::run(&local, &before, rounds).await?;
+                    if !is_met {
+                        eprintln!("bench: tokens cost more or come later than they may");
                     }
                     Ok(is_met)
                 }

@@ -1,5 +1,5 @@
-//! The upstream, in a process of its own: `/hello`, `/stamp`, `/wait/MS`, `/talk/MS`, `/echo`, `/events`, `/hold`, `/flood`,
-//! `/trickle`, `/body/BYTES`, `/sink`, `/peer`.
+//! The upstream, in a process of its own: `/hello`, `/stamp`, `/wait/MS`, `/talk/MS`, `/echo`, `/events`, `/every/MS/COUNT`,
+//! `/hold`, `/flood`, `/trickle`, `/body/BYTES`, `/sink`, `/peer`.
 
 use std::{
     convert::Infallible,
@@ -39,7 +39,7 @@ pub(crate) const EVENT_INTERVAL: Duration = Duration::from_millis(10);
 const HOLD_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How far apart the events of `/talk` are, which go on for as long as it was asked for: a model that writes.
-const TALK_INTERVAL: Duration = Duration::from_millis(50);
+const TALK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How long the events of `/flood` are, and how many are written at a time.
 const FLOOD_BYTES: usize = 1000;
@@ -162,6 +162,10 @@ async fn answer(
             let pauses = time.as_millis() / TALK_INTERVAL.as_millis();
             events(TALK_INTERVAL, usize::try_from(pauses)? + 1)
         }
+        path if path.starts_with("/every/") => {
+            let (interval, count) = path["/every/".len()..].split_once('/').context("MS/COUNT")?;
+            events(Duration::from_millis(interval.parse()?), count.parse()?)
+        }
         "/stamp" => whole(now_ns().to_string().into()),
         // Where the connection comes from on which this is asked.
         "/peer" => whole(peer.to_string().into()),
@@ -247,9 +251,9 @@ impl Events {
         Ok(())
     }
 
-    /// The delays in milliseconds, if all events have come.
-    pub(crate) fn finish(self) -> anyhow::Result<Vec<f64>> {
-        anyhow::ensure!(self.delays.len() == EVENTS, "{} events of {EVENTS} came", self.delays.len());
+    /// The delays in milliseconds, if all `count` events have come.
+    pub(crate) fn finish(self, count: usize) -> anyhow::Result<Vec<f64>> {
+        anyhow::ensure!(self.delays.len() == count, "{} events of {count} came", self.delays.len());
         Ok(self.delays)
     }
 }

@@ -58,6 +58,8 @@ pub struct Assumed {
     pub way_ms: f64,
     /// What one invocation of another function takes.
     pub function_ms: f64,
+    /// How far the tokens of a language model's answer are apart.
+    pub token_ms: f64,
     /// How fast a public client takes a download, in bytes a second.
     pub download_rate: f64,
     /// The line that `ingress` writes about a request, with what CloudWatch adds to each.
@@ -65,8 +67,14 @@ pub struct Assumed {
 }
 
 /// The assumptions, in one place.
-pub const ASSUMED: Assumed =
-    Assumed { upstream_ms: 100.0, way_ms: 60.0, function_ms: 15.0, download_rate: 2e6, log_bytes: 450.0 };
+pub const ASSUMED: Assumed = Assumed {
+    upstream_ms: 100.0,
+    way_ms: 60.0,
+    function_ms: 15.0,
+    token_ms: 20.0,
+    download_rate: 2e6,
+    log_bytes: 450.0,
+};
 
 const MONTH_DAYS: f64 = 30.0;
 const MONTH_SECONDS: f64 = MONTH_DAYS * 24.0 * 60.0 * 60.0;
@@ -240,6 +248,23 @@ impl Model {
         usage
     }
 
+    /// How many tokens of a language model go in one message: those that come while the first of them waits.
+    fn tokens_gathered() -> f64 {
+        (limits::CHUNK_GATHER.as_secs_f64() * 1e3 / ASSUMED.token_ms).floor() + 1.0
+    }
+
+    /// One token of a language model in a long answer, where a message has so many.
+    fn token(&self, gathered: f64) -> Usage {
+        let mut usage = Usage::default();
+        let messages = 1.0 / gathered;
+        // One of the agent, into the mailbox and out of it; then its deletion and its credit, with those of others.
+        usage.add("websocket_message", messages * (1.0 + 1.0 / f64::from(limits::CREDIT_EVERY)));
+        usage.add("sqs_request", messages * (2.0 + self.deletions()));
+        self.invocation(&mut usage, "response", messages, ASSUMED.function_ms);
+        usage.add("lambda_gb_second", self.memory["ingress"] * ASSUMED.token_ms / 1000.0);
+        usage
+    }
+
     /// An agent that stays connected for a month and serves nobody, where the edge answers pings.
     fn idle_agent(&self) -> Usage {
         self.idle_agent_with(limits::HEARTBEAT_INTERVAL * limits::PINGS_A_HEARTBEAT)
@@ -403,6 +428,16 @@ pub fn page() -> anyhow::Result<String> {
     )?;
     writeln!(
         out,
+        "\nA million tokens of a language model, {} ms apart in long answers: **${:.2}**. While one is on its way the next wait for\n\
+         each other, {} ms at most, and {} make a message. One by one they would be ${:.2}.",
+        ASSUMED.token_ms,
+        model.usd(&model.token(Model::tokens_gathered())) * 1e6,
+        limits::CHUNK_GATHER.as_millis(),
+        Model::tokens_gathered(),
+        model.usd(&model.token(1.0)) * 1e6,
+    )?;
+    writeln!(
+        out,
         "\nAn agent that is connected for a month and serves nobody: **${:.3}**. It watches its link by WebSocket pings, which are\n\
          not billed, and sends a heartbeat in {} s. Where pings are not answered (`agentd status` says which) heartbeats come in\n\
          {} s: **${:.2}**. Whether API Gateway answers pings is not documented; the agent tries it on each connection.\n",
@@ -455,6 +490,8 @@ pub fn page() -> anyhow::Result<String> {
         breakdown(out, &model, &title, &model.small_request(front), 1e6)?;
     }
     breakdown(out, &model, "A GB downloaded, front `none`", &model.download_gb(Front::None), 1.0)?;
+    let tokens = model.token(Model::tokens_gathered());
+    breakdown(out, &model, "A million tokens of a language model", &tokens, 1e6)?;
     breakdown(out, &model, "An idle agent, for a month", &model.idle_agent(), 1.0)?;
     breakdown(out, &model, "`relay` asleep, for a month", &model.asleep(), 1.0)?;
     breakdown(out, &model, "`relay` awake and unused, for a month", &model.awake(), 1.0)?;

@@ -222,8 +222,8 @@ pub const HEAD_LINGER: Duration = Duration::from_millis(1);
 /// faster than this is sent together.
 pub const CHUNK_LINGER: Duration = Duration::from_millis(2);
 
-/// The longest that pieces of a response are gathered where the way to the public client is long. Two of a language model's
-/// tokens, 20 ms apart, make one message.
+/// The longest that bytes of a response wait for what is expected to follow them where the way to the public client is long,
+/// and [`CHUNK_LINGER`] more for what is late. Three of a language model's tokens, 20 ms apart, make one message.
 pub const CHUNK_GATHER: Duration = Duration::from_millis(40);
 
 /// The longest message of a public WebSocket unless configured otherwise. Jupyter sends 8 MB in one, and Socket.IO and

@@ -987,7 +987,7 @@ impl<'a> Outflow<'a> {
             codec,
             seq: 0,
             window: SendWindow::new(limits::CHUNK_WINDOW),
-            pace: Pace::new(),
+            pace: Pace::new(Instant::now()),
             credit,
             refused: None,
             tunnel,
@@ -1039,6 +1039,9 @@ impl<'a> Outflow<'a> {
             Some(Ok(bytes)) => {
                 if let Some(tap) = self.tap {
                     tap.answer_piece(&bytes);
+                }
+                if self.seq > 0 {
+                    self.pace.came(Instant::now());
                 }
                 self.pending.extend_from_slice(&bytes);
             }
@@ -1093,7 +1096,6 @@ impl<'a> Outflow<'a> {
         if self.credit.has_changed().unwrap_or(false) {
             self.take_credit();
         }
-        let lingers_until = Instant::now() + self.pace.gather();
         while !self.window.may_send(self.seq) {
             self.credit.changed().await.map_err(|_| Broken::Gone)?;
             self.take_credit();
@@ -1106,7 +1108,8 @@ impl<'a> Outflow<'a> {
             Some(Codec::Zstd) => body::COMPRESSED_CHUNK_BYTES,
             None => limits::CHUNK_BYTES,
         };
-        self.fill(most, lingers_until).await;
+        let due = self.pace.due(Instant::now());
+        self.fill(most, due).await;
         // What arrived before a breakage is passed on before the breakage is.
         if self.pending.is_empty()
             && let Some(error) = self.broken.take()
@@ -1140,7 +1143,7 @@ impl<'a> Outflow<'a> {
     }
 
     fn sent(&mut self, taken: usize, line: &mut AccessLine) {
-        self.pace.sent(self.seq, Instant::now);
+        self.pace.sent(self.seq, Instant::now());
         self.pending.advance(taken);
         self.seq += 1;
         self.sender.sent.store(self.seq, Ordering::Relaxed);
