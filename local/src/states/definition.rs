@@ -753,7 +753,7 @@ impl Reader<'_> {
                 }
                 None => Template::Literal(value.clone()),
                 Some(source) => Template::Expression(
-                    Expression::parse(source, &self.assigned)
+                    Expression::proven(source, &self.assigned)
                         .map_err(|error| DefinitionError::schema(path, error.to_string()))?,
                 ),
             },

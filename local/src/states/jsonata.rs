@@ -6,6 +6,7 @@
 //! state than it needs.
 
 mod plain;
+mod proven;
 
 use std::collections::BTreeSet;
 
@@ -116,6 +117,18 @@ impl Evaluated<'_> {
 }
 
 impl Expression {
+    /// Parses an expression of a machine: [`Expression::parse`] for what is known to give what it gives in AWS.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Expression::parse`], and what was not compared with AWS' evaluator.
+    pub fn proven(source: &str, assigned: &BTreeSet<Box<str>>) -> Result<Self, QueryError> {
+        let parsed = Self::parse(source, assigned)?;
+        proven::check(&parsed.source)
+            .map_err(|problem| QueryError { expression: parsed.source.to_string(), problem })?;
+        Ok(parsed)
+    }
+
     /// Parses the text between `{%` and `%}`. `assigned` are the names that any state assigns.
     ///
     /// # Errors
@@ -199,9 +212,11 @@ impl Expression {
         let failed = |problem: String| QueryError { expression: self.source.to_string(), problem };
         let jsonata = JsonAta::new(text, &arena).map_err(|error| failed(error.to_string()))?;
         bind(&arena, &jsonata);
-        let value = jsonata
-            // As deep and as long as any reasonable expression, and no deeper or longer.
-            .evaluate_timeboxed(None, Some(200), Some(1000))
+        // As deep and as long as any reasonable expression, and no deeper or longer. The evaluator panics at some values;
+        // what it had is dropped with the arena.
+        let evaluation = || jsonata.evaluate_timeboxed(None, Some(200), Some(1000));
+        let value = std::panic::catch_unwind(std::panic::AssertUnwindSafe(evaluation))
+            .map_err(|_| failed("failed: the evaluator panicked".to_owned()))?
             .map_err(|error| failed(format!("failed: {error}")))?;
         from_jsonata(value).map(|value| value.map(Evaluated::Owned)).map_err(failed)
     }
