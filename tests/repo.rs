@@ -102,6 +102,22 @@ fn every_claim_stands_where_it_is_said_to_and_has_its_tests() {
     }
 }
 
+/// README says what goes through and which error means what: every row of it is among the claims.
+#[test]
+fn every_row_of_what_goes_through_is_claimed() {
+    let (readme, page) = (read("README.md"), read("docs/claims.md"));
+    let (_, section) = readme.split_once("## What goes through, and what does not").unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    let rows = section.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| |"));
+    let rows: Vec<_> = rows.filter(|row| !row.starts_with("| status |")).collect();
+    assert!(rows.len() > 30, "{}", rows.len());
+    let words: Vec<_> =
+        page.lines().filter_map(|line| line.strip_prefix("| README.md | ")?.split(" | ").next()).collect();
+    for row in rows {
+        assert!(words.iter().any(|words| row.contains(words)), "docs/claims.md claims nothing of: {row}");
+    }
+}
+
 /// `docs/aws-fronts.md`: whatever is imitated names the tests that try it.
 #[test]
 fn whatever_is_imitated_of_a_front_has_its_test() {

@@ -503,6 +503,10 @@ async fn pass(
         imitation.say(Does::EdgeHeads);
         return Refusal::ByFront(StatusCode::BAD_GATEWAY).respond();
     }
+    if imitation.does(Does::ApiHeads) && fields_bytes(response.headers()) > fronts::API_HEAD_BYTES {
+        imitation.say(Does::ApiHeads);
+        return Refusal::ByFront(StatusCode::INTERNAL_SERVER_ERROR).respond();
+    }
     let keep = origin.keeps(response.status().as_u16());
     if is_safe && !keep.is_zero() && imitation.does(Does::CacheErrors) {
         return keep_error(front, &path, keep, response).await;

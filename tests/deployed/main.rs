@@ -210,8 +210,7 @@ async fn the_same_run_against_local() {
 /// The points of the fronts, asked of what `local` imitates: each finds what the table says.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn the_points_of_the_fronts_find_what_is_imitated() {
-    let asked =
-        "empty_, compressed_, content_, killed, small_, cached_, ranges, targets, methods, heads, buffered";
+    let asked = "empty_, compressed_, content_, killed, small_, cached_, ranges, challenges, targets, methods, heads, buffered";
     let variables = [("DEPLOYED_ONLY", asked), ("TUNNEL_FRONT", "cloudfront")];
     let target = Target::start(&["--front", "cloudfront"], &variables).await;
     let (said, failures) = target.run(never()).await;
@@ -224,6 +223,7 @@ async fn the_points_of_the_fronts_find_what_is_imitated() {
         "small_pieces: each comes by itself",
         "cached_errors: it does not",
         "ranges: 206 with 4 bytes, bytes 0-3/10",
+        "x-amzn-remapped-www-authenticate",
         "targets: //a%2Fb%3Fc arrives as //a%2Fb%3Fc",
         "PROPFIND 403, QUERY 403, GET with a body 403",
         "large_heads: 4 KiB 200, 8 KiB 200, 12 KiB 200, 24 KiB 413, a URL of 8 KiB 413",

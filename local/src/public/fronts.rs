@@ -178,7 +178,7 @@ behaviours! {
         "API Gateway guide, HTTP API quotas: payload 10 MB, integration time-out 30 s; no streaming";
     /// Heads are bounded.
     ApiHeads, "api-heads", HTTP_API, Documented, "large_heads", "none",
-        "a head over 10,240 bytes was refused",
+        "a head over 10,240 bytes, of a request or a response, was refused",
         "API Gateway guide, HTTP API quotas";
 }
 
@@ -213,7 +213,7 @@ pub const EDGE_HEAD_BYTES: usize = 20_480;
 /// CloudFront's bound of a URL.
 pub const EDGE_URL_BYTES: usize = 8192;
 
-/// An HTTP API's bound of a request's head.
+/// An HTTP API's bound of a request's head, and of a response's: the quota does not say of which.
 pub const API_HEAD_BYTES: usize = 10_240;
 
 /// A front as it is imitated.

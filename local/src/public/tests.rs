@@ -362,11 +362,12 @@ async fn what_is_at_a_bound_of_a_front_passes_and_one_byte_more_does_not() {
     use fronts::{API_HEAD_BYTES, BUFFERED_BYTES, EDGE_HEAD_BYTES, EDGE_URL_BYTES, Kind};
     let url = |bytes: usize| get("a", &format!("/{}", "x".repeat(bytes - "https://a/".len())));
     let direct = Fixture::behind(imitated(Kind::Direct), cloudfront::distribution()).await;
-    let cases: [(Kind, Does, Asked, usize, &str); 5] = [
+    let cases: [(Kind, Does, Asked, usize, &str); 6] = [
         (Kind::CloudFront, Does::EdgeHeads, head_of, EDGE_HEAD_BYTES, "413"),
         (Kind::CloudFront, Does::EdgeHeads, url, EDGE_URL_BYTES, "413"),
         (Kind::CloudFront, Does::EdgeHeads, field_of, EDGE_HEAD_BYTES, "502"),
         (Kind::HttpApi, Does::ApiHeads, head_of, API_HEAD_BYTES, "431"),
+        (Kind::HttpApi, Does::ApiHeads, field_of, API_HEAD_BYTES, "500"),
         (Kind::HttpApi, Does::Buffer, body_of, BUFFERED_BYTES, "500"),
     ];
     for (kind, does, request, bound, status) in cases {
