@@ -3,17 +3,23 @@
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
 
+use http_body_util::{BodyExt as _, Full};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::TokioIo;
 use local::public::fronts::TABLE;
+use proto::limits;
+use sha2::{Digest as _, Sha256};
 use tests::{
     Local, acceptance,
     client::Answer,
-    eventually,
+    eventually, noise, peak_resident_bytes,
     stack::Scale,
     upstream::{Conn, Upstream},
 };
 use tokio::{
+    net::TcpListener,
     sync::{Semaphore, mpsc},
     time::timeout,
 };
@@ -197,6 +203,158 @@ async fn a_relay_keeps_the_length_of_an_answer() {
     drop(client);
     // Far below the reply time-out of a minute.
     timeout(AT_ONCE, waiting.recv()).await.expect("its upstream is let go").unwrap();
+}
+
+/// What an upstream has to say about an upload: its method, how its length was said, how long it was, and its digest.
+fn seen(method: &str, framing: &str, bytes: &[u8]) -> String {
+    format!("{method} {framing} {} {:x?}", bytes.len(), Sha256::digest(bytes))
+}
+
+/// An upstream that reads uploads as they come. It begins to with a permit where `/held` is asked for, sends each piece
+/// back at once where `/echo` is, refuses all of it unread where `/refused` is, and says which ones broke off.
+async fn uploads(permits: Arc<Semaphore>, broken: mpsc::UnboundedSender<u64>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (permits, broken) = (Arc::clone(&permits), broken.clone());
+            let service = service_fn(move |request: http::Request<Incoming>| {
+                let (permits, broken) = (Arc::clone(&permits), broken.clone());
+                async move {
+                    let (head, mut body) = request.into_parts();
+                    let whole =
+                        |text: String| Ok::<_, Infallible>(http::Response::new(Full::from(text).boxed()));
+                    match head.uri.path() {
+                        "/echo" => {
+                            let body = body.map_err(|_| unreachable!("the echo's client stays")).boxed();
+                            return Ok(http::Response::new(body));
+                        }
+                        "/refused" => {
+                            let mut answer = http::Response::new(Full::from("no").boxed());
+                            *answer.status_mut() = http::StatusCode::FORBIDDEN;
+                            return Ok(answer);
+                        }
+                        "/held" => permits.acquire().await.unwrap().forget(),
+                        _ => {}
+                    }
+                    let framing = match head.headers.get("content-length") {
+                        Some(length) => length.to_str().unwrap().to_owned(),
+                        None => head.headers["transfer-encoding"].to_str().unwrap().to_owned(),
+                    };
+                    let (mut digest, mut length) = (Sha256::new(), 0);
+                    while let Some(frame) = body.frame().await {
+                        let Ok(bytes) = frame.map(|frame| frame.into_data().unwrap()) else {
+                            let _ = broken.send(length);
+                            return whole("broken".to_owned());
+                        };
+                        digest.update(&bytes);
+                        length += bytes.len() as u64;
+                    }
+                    whole(format!("{} {framing} {length} {:x?}", head.method, digest.finalize()))
+                }
+            });
+            tokio::spawn(
+                hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service),
+            );
+        }
+    });
+    address
+}
+
+fn chunk(bytes: &[u8]) -> Vec<u8> {
+    [format!("{:x}\r\n", bytes.len()).as_bytes(), bytes, b"\r\n"].concat()
+}
+
+/// Uploads of any length flow through a relay, with as much memory as one window takes, and any method goes with them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_relay_streams_uploads_of_any_length_and_method() {
+    // More by hand: UPLOAD_MIB=100.
+    let mib: usize = std::env::var("UPLOAD_MIB").map_or(24, |text| text.parse().unwrap());
+    // Without the seven methods that CloudFront has.
+    let local = Local::start(&["--front", "relay", "--websockets", "relay", "--kind", "edge-methods"]);
+    let (permits, (broken, mut broke)) = (Arc::new(Semaphore::new(0)), mpsc::unbounded_channel());
+    let upstream = uploads(Arc::clone(&permits), broken).await;
+    let web = local.stack().tunnel("web");
+    let agent = web.agent(&upstream);
+    let relay = local.relay();
+
+    // What still goes in one message, one byte more; what Lambda takes, one byte more; methods of all kinds.
+    let long = limits::REQUEST_BODY_BYTES;
+    let lengths =
+        [(0, "POST"), (limits::CHUNK_BYTES, "PROPFIND"), (limits::CHUNK_BYTES + 1, "QUERY!#$%&'*+-.^_`|~1")];
+    for (length, method) in lengths.into_iter().chain([(long, "PUT"), (long + 1, "REPORT")]) {
+        let body = noise(3, length);
+        let answer = web.send(&web.request(method, "/").body(body.clone())).await;
+        assert_eq!(answer.text(), seen(method, &length.to_string(), &body), "{method} {length}");
+    }
+    acceptance::assert_problem(&web.send(&web.request("GE(T", "/")).await, 400, "bad_request");
+
+    // Nobody says how long it is, and its upstream does not take it yet: what is under way stays bounded.
+    let body = noise(4, mib << 20);
+    let resident = || [relay, agent.process().id()].map(|pid| peak_resident_bytes(pid).unwrap());
+    let before = resident();
+    let mut client = web.open().await;
+    client.begin(&web.request("POST", "/held").field("Transfer-Encoding", "chunked")).await;
+    let mut sent = 0;
+    // Until nothing more is taken.
+    for piece in body.chunks(64 * 1024) {
+        if timeout(Duration::from_secs(3), client.write(&chunk(piece))).await.is_err() {
+            break;
+        }
+        sent += 1;
+    }
+    assert!(sent * 64 * 1024 < body.len(), "all of it was taken");
+    drop(client);
+    permits.add_permits(1);
+    // It left in the middle: for its upstream that is no end.
+    let taken = timeout(AT_ONCE, broke.recv()).await.expect("the upload breaks off").unwrap();
+    assert!((taken as usize) < body.len());
+
+    permits.add_permits(1);
+    let mut client = web.open().await;
+    client.begin(&web.request("POST", "/held").field("Transfer-Encoding", "chunked")).await;
+    for piece in body.chunks(64 * 1024) {
+        client.write(&chunk(piece)).await;
+    }
+    client.write(b"0\r\n\r\n").await;
+    assert_eq!(client.answer("POST").await.text(), seen("POST", "chunked", &body));
+    let grown = [0, 1].map(|at| resident()[at].saturating_sub(before[at]));
+    println!("{mib} MiB up: {grown:?} bytes more in relay and agentd at their peak");
+    // A window of 3 MiB as bytes, as text, and on its way through the sockets.
+    assert!(grown.iter().all(|&bytes| bytes < 20 << 20), "{grown:?}");
+
+    // Both directions at once, and an answer before the end of its request.
+    let mut client = web.open().await;
+    client.begin(&web.request("POST", "/echo").field("Transfer-Encoding", "chunked")).await;
+    client.write(&chunk(b"one")).await;
+    assert_eq!(timeout(AT_ONCE, client.head()).await.unwrap().status, 200);
+    assert_eq!(timeout(AT_ONCE, client.chunk()).await.unwrap().unwrap(), b"one");
+    client.write(&chunk(b"two")).await;
+    assert_eq!(timeout(AT_ONCE, client.chunk()).await.unwrap().unwrap(), b"two");
+    client.write(b"0\r\n\r\n").await;
+    assert_eq!(timeout(AT_ONCE, client.chunk()).await.unwrap(), Some(Vec::new()));
+    let mut client = web.open().await;
+    client.begin(&web.request("POST", "/refused").field("Content-Length", "99999999")).await;
+    client.write(&noise(5, 200_000)).await;
+    let answer = timeout(AT_ONCE, client.answer("POST")).await.unwrap();
+    assert_eq!((answer.status, answer.text().as_str()), (403, "no"));
+
+    // Who waits to be asked is asked when an agent wants the body, and not for one that nobody takes.
+    let (mut past, secret) = local.past_the_front().await;
+    let expects = |host: &str| {
+        format!(
+            "POST / HTTP/1.1\r\nHost: {host}\r\nX-Tunnel-Front: {secret}\r\nX-Tunnel-Host: {host}\r\n\
+             Content-Length: 5\r\nExpect: 100-continue\r\n\r\n"
+        )
+    };
+    let host = |name: &str| format!("{name}.localhost:{}", local.public.port());
+    past.write(expects(&host(web.name())).as_bytes()).await;
+    let asked = timeout(AT_ONCE, past.head_of_any_status()).await.unwrap();
+    assert_eq!((asked.status, asked.fields.len()), (100, 0));
+    past.write(b"hello").await;
+    assert_eq!(past.answer("POST").await.text(), seen("POST", "5", b"hello"));
+    past.write(expects(&host("nobody")).as_bytes()).await;
+    assert_eq!(timeout(AT_ONCE, past.head_of_any_status()).await.unwrap().status, 404);
 }
 
 /// One distribution serves all tunnels: an error of one must not answer for another.

@@ -14,12 +14,18 @@ use std::{
 use futures_util::{SinkExt as _, StreamExt as _};
 use http::{HeaderValue, header};
 use proto::{
+    body::{Body, Codecs},
     error::ErrorCode,
-    message::{AgentMessage, EdgeMessage, Failed},
+    header::Headers,
+    message::{Accepted, AgentFrames, AgentMessage, EdgeMessage, Failed},
+    socket::{Frame, FrameKind},
 };
 use rustix::process::Signal;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
-use tests::{Agent, Local, client, eventually, noise, raw_agent::RawAgent};
+use tests::{
+    Agent, Local, client, eventually, noise,
+    raw_agent::{Call, RawAgent},
+};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::{TcpListener, TcpStream, UnixListener},
@@ -200,6 +206,23 @@ async fn echoed(socket: &mut Socket, messages: &[Message]) {
 
 fn with_relay(more: &[&str]) -> Local {
     Local::start(&[&["--websockets", "relay"], more].concat())
+}
+
+/// How long something took, without the time for which this machine had no time for its tests.
+async fn timed<F: Future>(work: F) -> (F::Output, Duration) {
+    const TICK: Duration = Duration::from_millis(50);
+    let begun = std::time::Instant::now();
+    let mut late = Duration::ZERO;
+    let mut work = std::pin::pin!(work);
+    let output = loop {
+        let before = std::time::Instant::now();
+        tokio::select! {
+            biased;
+            output = &mut work => break output,
+            () = tokio::time::sleep(TICK) => late += before.elapsed().saturating_sub(TICK),
+        }
+    };
+    (output, begun.elapsed().saturating_sub(late))
 }
 
 /// What the inspector of `agent` has of its first request, a WebSocket that has closed.
@@ -452,6 +475,135 @@ async fn websockets_survive_a_planned_replacement_and_end_in_order_otherwise() {
     for socket in &mut sockets {
         assert_eq!(close_code(socket).await, Some(1012));
     }
+}
+
+/// What agents begin to say and do not end, or clients do not take, has one memory for all: whoever finds no room in it is
+/// told to come later, and nobody else notices.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_agents_leave_unfinished_shares_one_memory() {
+    // In one frame of the link.
+    const PIECE: usize = 20_000;
+    let budget = [("TUNNEL_RELAY_BUFFER_BYTES", "1000000")];
+    let local = Local::start_in(&budget, &["--no-agent", "--websockets", "relay"]);
+    let mut agent = RawAgent::open(local.stack(), &["web"]).await;
+    let mut opened = Vec::new();
+    for _ in 0..2 {
+        let (socket, call) = tokio::join!(connect(&local), async {
+            let call = agent.request().await;
+            let accepted = Accepted {
+                token: call.token.as_str().into(),
+                subprotocol: None,
+                headers: Headers::new(),
+                codecs: Codecs::default(),
+            };
+            agent.say(AgentMessage::Accepted(accepted)).await;
+            call
+        });
+        opened.push((socket, call));
+    }
+    let [(mut first, one), (mut second, other)] = opened.try_into().ok().unwrap();
+    // Says these pieces, and waits until the relay has them: it acknowledges what it holds.
+    let mut say = async |call: &Call, seqs: std::ops::RangeInclusive<u32>, more, is_awaited| {
+        let last = *seqs.end();
+        for seq in seqs {
+            let bytes = noise(u64::from(seq), PIECE);
+            let body = Some(Body::encode(&bytes));
+            let frames = vec![Frame { kind: FrameKind::Binary, body, more, code: None }];
+            let token = call.token.as_str().into();
+            let frames = AgentFrames { token, seq, through: 0, sent: None, moved: false, frames };
+            agent.say(AgentMessage::Frames(frames)).await;
+        }
+        while is_awaited {
+            let text = timeout(PATIENCE, agent.hear()).await.unwrap();
+            if let Ok(EdgeMessage::Frames(frames)) = EdgeMessage::decode(&text)
+                && frames.request_id.as_str() == call.request_id
+                && frames.through == last
+            {
+                return;
+            }
+        }
+    };
+    // Each holds 64 KiB of its own: together they come just below the million.
+    say(&one, 1..=45, true, true).await;
+    say(&other, 1..=9, true, true).await;
+    // And with a few pieces more past it.
+    say(&other, 10..=13, true, false).await;
+    assert_eq!(close_code(&mut second).await, Some(1013));
+    say(&one, 46..=46, false, false).await;
+    assert_eq!(next(&mut first).await.len(), 46 * PIECE);
+}
+
+/// Not a test: the upstream that another test kills. It echoes until then.
+#[tokio::test]
+#[ignore = "it is a process of another test"]
+async fn an_upstream_of_its_own() {
+    println!("upstream {}", echo().await);
+    std::future::pending().await
+}
+
+/// Such a process, and where it listens.
+fn upstream_process() -> (std::process::Child, String) {
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["an_upstream_of_its_own", "--exact", "--ignored", "--nocapture"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+    let address =
+        lines.map_while(Result::ok).find_map(|line| Some(line.split_once("upstream ")?.1.to_owned()));
+    (child, address.unwrap())
+}
+
+/// Whichever process dies, every WebSocket through it ends within five seconds at both of its ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn websockets_end_with_the_process_that_carries_them() {
+    const SOCKETS: usize = 20;
+    const WITHIN: Duration = Duration::from_secs(5);
+    let local = with_relay(&[]);
+    for killed in ["agentd", "upstream", "relay"] {
+        // One whose ends can be counted, or one that can be killed.
+        let (inside, open) = counted_echo().await;
+        let (mut process, outside) = upstream_process();
+        let upstream = if killed == "upstream" { outside } else { inside.to_string() };
+        let agent = local.agent("web", &upstream);
+        let mut sockets = vec![connected(&local).await];
+        while sockets.len() < SOCKETS {
+            sockets.push(connect(&local).await);
+        }
+        for socket in &mut sockets {
+            echoed(socket, &[Message::Text("x".into())]).await;
+        }
+        let ended = async {
+            match killed {
+                "agentd" => kill(&agent),
+                "upstream" => process.kill().unwrap(),
+                _ => rustix::process::kill_process(
+                    rustix::process::Pid::from_raw(i32::try_from(local.relay()).unwrap()).unwrap(),
+                    Signal::KILL,
+                )
+                .unwrap(),
+            }
+            let mut codes = Vec::new();
+            for socket in &mut sockets {
+                codes.push(close_code(socket).await);
+            }
+            eventually("its upstream's ends are closed", async || open.load(Ordering::Relaxed) == 0).await;
+            codes
+        };
+        let (codes, took) = timed(ended).await;
+        println!("{killed} was killed: {SOCKETS} websockets ended after {took:?}");
+        // Without a close where the process that would say it is gone.
+        let expected = (killed != "relay").then_some(1012);
+        assert!(codes.iter().all(|&code| code == expected), "{killed}: {codes:?}");
+        assert!(took <= WITHIN, "{killed}: {took:?}");
+        let _ = process.kill();
+        let _ = process.wait();
+    }
+    // Nor does a relay outlive what started it.
+    let relay = local.relay();
+    local.process().signal(Signal::KILL);
+    let of_relay = || std::fs::read_to_string(format!("/proc/{relay}/cmdline")).unwrap_or_default();
+    eventually("its relay is gone", async || !of_relay().contains("relay")).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -733,7 +885,7 @@ async fn idle_websockets_cost_little_and_a_killed_relay_ends_them() {
     let (upstream, open) = counted_echo().await;
     let local = with_relay(&[]);
     let agent = local.agent("web", &upstream.to_string());
-    let relay = relay_of(&local);
+    let relay = local.relay();
     let mut sockets = vec![connect(&local).await];
     echoed(&mut sockets[0], &[Message::Text("x".into())]).await;
     let resident = || [relay, agent.process().id()].map(|pid| tests::resident_bytes(pid).unwrap());
@@ -774,7 +926,9 @@ async fn idle_websockets_cost_little_and_a_killed_relay_ends_them() {
     // The process that outlives it has had the agent close the other ends, which are silent.
     eventually("the upstream's ends are closed", async || open.load(Ordering::Relaxed) == 0).await;
     println!("closed at the upstream {} ms after the relay was killed", begun.elapsed().as_millis());
-    assert!(begun.elapsed() < Duration::from_secs(30));
+    // By hand, with a thousand and alone on the machine, as long as may be.
+    let most = if count < 1000 { 30 } else { 5 };
+    assert!(begun.elapsed() < Duration::from_secs(most), "{:?}", begun.elapsed());
     // The next relay takes over.
     eventually("another relay serves", async || try_connect(&local, "/", &[]).await.is_ok()).await;
 }
@@ -798,23 +952,36 @@ async fn a_thousand_messages_are_few_calls() {
     let local = with_relay(&[]);
     let _agent = local.agent("web", &upstream.to_string());
     let mut socket = connect(&local).await;
-    let before = local.counters().await;
-    socket.send(Message::Text("begin".into())).await.unwrap();
-    for n in 0..1000 {
-        assert_eq!(next(&mut socket).await, Message::Text(n.to_string().into()));
+    let mut before = local.counters().await;
+    for direction in ["from the upstream", "to it"] {
+        if direction == "to it" {
+            let mut ticks = tokio::time::interval(Duration::from_millis(10));
+            for n in 0..1000 {
+                ticks.tick().await;
+                socket.send(Message::Text(n.to_string().into())).await.unwrap();
+            }
+            // What it was acknowledged with is counted as well.
+            tokio::time::sleep(proto::limits::SOCKET_ACK_AFTER).await;
+        } else {
+            socket.send(Message::Text("begin".into())).await.unwrap();
+            for n in 0..1000 {
+                assert_eq!(next(&mut socket).await, Message::Text(n.to_string().into()));
+            }
+        }
+        let after = local.counters().await;
+        let made: std::collections::BTreeMap<_, _> = after
+            .iter()
+            .map(|(name, count)| (name, count - before.get(name).copied().unwrap_or(0)))
+            .filter(|(_, count)| *count > 0)
+            .collect();
+        // Each answer in the mailbox was a message of the agent's and an invocation of `response` before.
+        let sent = made.get(&"sqs:SendMessage".to_owned()).copied().unwrap_or(0);
+        let calls = made.values().sum::<u64>() + 2 * sent;
+        println!("1,000 messages {direction} at 100/s: {calls} billed calls {made:?}");
+        assert!(sent > 0);
+        assert!(calls <= 300, "{direction}: {made:?}");
+        before = after;
     }
-    let after = local.counters().await;
-    let made: std::collections::BTreeMap<_, _> = after
-        .iter()
-        .map(|(name, count)| (name, count - before.get(name).copied().unwrap_or(0)))
-        .filter(|(_, count)| *count > 0)
-        .collect();
-    // Each answer in the mailbox was a message of the agent's and an invocation of `response` before.
-    let sent = made.get(&"sqs:SendMessage".to_owned()).copied().unwrap_or(0);
-    let calls = made.values().sum::<u64>() + 2 * sent;
-    println!("1,000 messages from the upstream at 100/s: {calls} billed calls {made:?}");
-    assert!(sent > 0);
-    assert!(calls <= 300, "{made:?}");
 }
 
 /// A message that is lost on its way ends its WebSocket so that the client comes again; what came before it was complete.
@@ -827,12 +994,13 @@ async fn a_lost_message_is_told() {
     for n in 0..10_000 {
         let text = n.to_string();
         socket.send(Message::Text(text.clone().into())).await.unwrap();
-        match next(&mut socket).await {
+        let (answer, took) = timed(next(&mut socket)).await;
+        match answer {
             Message::Text(echoed) => assert_eq!(echoed.as_str(), text, "something before it is missing"),
             Message::Close(frame) => {
                 assert_eq!(frame.map(|frame| u16::from(frame.code)), Some(1012));
-                let lost = local.counters().await;
-                println!("lost at message {n}, told; {} calls", lost.values().sum::<u64>());
+                println!("lost at message {n}, told after {took:?}");
+                assert!(took <= Duration::from_secs(45), "{took:?}");
                 return;
             }
             other => panic!("{other:?}"),
@@ -859,6 +1027,13 @@ async fn round_trips(socket: &mut Socket) -> Vec<Duration> {
     times
 }
 
+/// How long a process has run on a processor (proc(5): `utime` and `stime`, in hundredths of a second on Linux).
+fn cpu_secs(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let ticks = stat.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
+    ticks.filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
+}
+
 /// The figures of docs/benchmarks.md about WebSockets. To be run alone on the machine, with `--release`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "it is for a quiet machine: cargo test --release -p tests --test websockets figures -- --ignored --nocapture"]
@@ -866,7 +1041,7 @@ async fn figures_for_the_benchmarks() {
     let upstream = echo().await;
     let local = with_relay(&[]);
     let table = format!("[[tunnel]]\nname = \"web\"\nupstream = \"{upstream}\"\n");
-    let _agent = local.agent_with(&table, &["web"]);
+    let agent = local.agent_with(&table, &["web"]);
 
     let stream = TcpStream::connect(upstream).await.unwrap();
     stream.set_nodelay(true).unwrap();
@@ -880,6 +1055,17 @@ async fn figures_for_the_benchmarks() {
         added[0], added[1], direct[500]
     );
 
+    // Seconds of CPU of each program so far.
+    let agentd = agent.process().id();
+    let spent = || {
+        let functions = local.function_processes().iter().map(|(_, pid)| cpu_secs(*pid)).sum();
+        [cpu_secs(agentd), cpu_secs(local.relay()), functions, cpu_secs(local.process().id())]
+    };
+    let since = |before: [f64; 4]| {
+        let [agentd, relay, functions, local] = std::array::from_fn(|at| spent()[at] - before[at]);
+        format!("CPU of agentd {agentd:.2}, relay {relay:.2}, functions {functions:.2}, local {local:.2} s")
+    };
+    let before = spent();
     let mut sockets = Vec::new();
     for _ in 0..50 {
         sockets.push(connect(&local).await);
@@ -889,21 +1075,25 @@ async fn figures_for_the_benchmarks() {
     futures_util::future::join_all(sockets.iter_mut().map(|socket| echoed(socket, &small))).await;
     let took = begun.elapsed();
     let rate = (50 * small.len()) as f64 / took.as_secs_f64();
-    println!("50 websockets: {rate:.0} messages/s each way at the same time, in order, {took:?}");
+    println!(
+        "50 websockets: {rate:.0} messages/s each way at the same time, in order, {took:?}; {}",
+        since(before)
+    );
     drop(sockets);
 
     let large = [Message::Binary(noise(1, 8_000_000).into())];
     let mut socket = connect(&local).await;
     echoed(&mut socket, &large).await;
+    let before = spent();
     let begun = std::time::Instant::now();
     for _ in 0..5 {
         echoed(&mut socket, &large).await;
     }
     let speed = 5.0 * 2.0 * 8.0 / begun.elapsed().as_secs_f64();
-    println!("a message of 8 MB: {speed:.1} MB/s, there and then back");
+    println!("a message of 8 MB: {speed:.1} MB/s, there and then back; {} for 80 MB", since(before));
 
     assert!(added[0] <= Duration::from_millis(4) && added[1] <= Duration::from_millis(8), "{added:?}");
-    assert!(2.0 * rate >= 20_000.0, "{rate}");
+    assert!(rate >= 20_000.0, "{rate}");
     assert!(speed >= 30.0, "{speed}");
 }
 
@@ -926,24 +1116,6 @@ async fn a_relay_that_nobody_wants_sleeps_until_an_agent_wakes_it() {
             .await;
     }
     assert!(local.counters().await["application-autoscaling:RegisterScalableTarget"] >= 4);
-}
-
-/// The process of the relay that serves.
-fn relay_of(local: &Local) -> u32 {
-    let all = std::fs::read_dir("/proc")
-        .unwrap()
-        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
-    let all: Vec<u32> = all.collect();
-    let child_of = |of: u32| {
-        all.iter().copied().find(|pid| {
-            let read =
-                |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-            let parent =
-                read("stat").rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
-            parent == Some(of) && read("cmdline").split('\0').nth(1) == Some("relay")
-        })
-    };
-    child_of(child_of(local.process().id()).unwrap()).unwrap()
 }
 
 /// Some dev servers refuse a page's WebSocket without a status, or after they have opened it.

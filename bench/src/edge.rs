@@ -227,6 +227,7 @@ impl Line {
             headers: fields(),
             body: None,
             announced: (ask.upload > 0).then_some(ask.upload as u64),
+            streamed: false,
             timeout_ms: 60_000,
             upgrade: None,
             delivery: None,

@@ -12,11 +12,12 @@
 //! asked how far it is (`probe`), because nothing would show that the last piece was lost. What is known
 //! to have been sent and does not come breaks the response off.
 
-use std::{borrow::Cow, collections::VecDeque, time::Duration};
+use std::{borrow::Cow, cell::Cell, collections::VecDeque, rc::Rc, time::Duration};
 
+use bytes::{Bytes, BytesMut};
 use edge::{
     Error,
-    agent_link::Posted,
+    agent_link::{AgentLink, Posted},
     limit::Denied,
     mailbox::Letter,
     metrics::{self, Counted, outcome},
@@ -26,7 +27,7 @@ use edge::{
 use futures_util::{
     FutureExt, StreamExt,
     future::{LocalBoxFuture, OptionFuture},
-    stream::{self, FuturesUnordered},
+    stream::{self, FuturesUnordered, LocalBoxStream},
 };
 use proto::{
     body::{Body, Codec, is_compressible},
@@ -40,12 +41,12 @@ use proto::{
     },
     token::Claims,
 };
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
     Services, answer,
     inbox::Mail,
-    public::{Head, Piece, Pieces, PublicSide},
+    public::{Head, Piece, Pieces, PublicSide, Upload},
     record::Record,
     route::PublicRequest,
     socket::{FirstWord, Handshake, Socket},
@@ -211,8 +212,9 @@ async fn relay<P: PublicSide, M: Mail>(
                 let Accepted { token: _, subprotocol, mut headers, codecs } = accepted;
                 answer::finish(&mut headers, request_id, request.prefix.as_deref(), &request.host);
                 record.answered();
+                let share = answering.public.share();
                 let opened = answering.public.accept(subprotocol.map(Cow::into_owned), headers).await;
-                let socket = Socket { connection, token, codecs, early };
+                let socket = Socket { connection, token, codecs, early, share };
                 if opened.is_none() {
                     record.outcome.set(outcome::CLIENT_GONE);
                     socket.give_up(services, request_id).await;
@@ -240,7 +242,12 @@ async fn dispatch<M: Mail>(
 ) -> Result<RunOutcome, Error> {
     let timeout = reply_by.saturating_duration_since(Instant::now());
     let deadline_ms = unix_now_ms() + u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX / 2);
-    let whole = request.body.len() <= limits::CHUNK_BYTES;
+    let streamed = request.upload.borrow().as_ref().map(|upload| upload.length);
+    let announced = match streamed {
+        Some(length) => Some(length.unwrap_or(limits::UNKNOWN_LENGTH)),
+        None => (request.body.len() > limits::CHUNK_BYTES).then_some(request.body.len() as u64),
+    };
+    let whole = announced.is_none();
     let mut message = EdgeMessage::Request(Request {
         request_id: request_id.clone(),
         token: token.into(),
@@ -249,7 +256,8 @@ async fn dispatch<M: Mail>(
         target: request.target.clone(),
         headers: request.headers.clone(),
         body: (whole && !request.body.is_empty()).then(|| Body::encode(&request.body)),
-        announced: (!whole).then_some(request.body.len() as u64),
+        announced,
+        streamed: streamed.is_some(),
         timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX / 2),
         upgrade: request.upgrade,
         delivery: None,
@@ -328,6 +336,100 @@ struct Missing {
     since: Instant,
 }
 
+/// How far the agent has taken a streamed body.
+#[derive(Debug, Default, Clone, Copy)]
+struct Taken {
+    through: u32,
+}
+
+/// A body that goes on to the agent while its public client sends it.
+struct Streaming<'a> {
+    link: &'a AgentLink,
+    connection: ConnectionId,
+    request_id: &'a RequestId,
+    codec: Option<Codec>,
+    /// How many pieces may be under way beyond those that were taken.
+    window: u32,
+    uploaded_at: Rc<Cell<Option<Instant>>>,
+}
+
+impl Streaming<'_> {
+    /// Sends pieces as long as somebody holds the other end of `taken`.
+    async fn run(self, upload: Upload, mut taken: watch::Receiver<Taken>) -> Side {
+        let mut source = Source { pieces: upload.pieces, waiting: BytesMut::new(), ended: false };
+        let mut posts = FuturesUnordered::new();
+        let mut seq = 0;
+        let mut sent_last = false;
+        loop {
+            if sent_last && posts.is_empty() {
+                return Side::Nothing;
+            }
+            let has_credit = seq < taken.borrow_and_update().through.saturating_add(self.window);
+            let may_send = !sent_last && has_credit && posts.len() < limits::UPLOAD_PARALLEL;
+            tokio::select! {
+                biased;
+                changed = taken.changed() => if changed.is_err() {
+                    return Side::Nothing;
+                },
+                Some(posted) = posts.next() => match posted {
+                    Ok(Posted::Accepted) => self.uploaded_at.set(Some(Instant::now())),
+                    Ok(Posted::Gone) => return agent_lost().await,
+                    Err(error) => {
+                        tracing::warn!(request_id = %self.request_id, %error, "request body could not be sent on");
+                        return Side::Stop(Stop::Broken(ErrorCode::EdgeBusy));
+                    }
+                },
+                piece = source.next(), if may_send => match piece {
+                    Ok((bytes, end)) => {
+                        seq += 1;
+                        sent_last = end;
+                        posts.push(self.post(seq, bytes, end));
+                    }
+                    Err(code) => return Side::Stop(Stop::Broken(code)),
+                },
+            }
+        }
+    }
+
+    async fn post(&self, seq: u32, bytes: Bytes, end: bool) -> Result<Posted, Error> {
+        let (body, _) = Body::encode_front(&bytes, self.codec);
+        let message =
+            EdgeMessage::RequestChunk(RequestChunk { request_id: self.request_id.clone(), seq, body, end });
+        self.link.post(&self.connection, &message).await
+    }
+}
+
+/// What a public client sends, in pieces of the link.
+struct Source {
+    pieces: LocalBoxStream<'static, Result<Bytes, ErrorCode>>,
+    waiting: BytesMut,
+    ended: bool,
+}
+
+impl Source {
+    /// The next piece, and whether it is the last: as long as may be of what is there.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe.
+    async fn next(&mut self) -> Result<(Bytes, bool), ErrorCode> {
+        while !self.ended && self.waiting.len() < limits::CHUNK_BYTES {
+            let more = if self.waiting.is_empty() {
+                self.pieces.next().await
+            } else {
+                let Some(more) = self.pieces.next().now_or_never() else { break };
+                more
+            };
+            match more {
+                Some(bytes) => self.waiting.extend_from_slice(&bytes?),
+                None => self.ended = true,
+            }
+        }
+        let bytes = self.waiting.split_to(self.waiting.len().min(limits::CHUNK_BYTES)).freeze();
+        Ok((bytes, self.ended && self.waiting.is_empty()))
+    }
+}
+
 type Receiving<'a> = LocalBoxFuture<'a, Result<Vec<Letter>, Error>>;
 
 struct Exchange<'a, M> {
@@ -342,6 +444,10 @@ struct Exchange<'a, M> {
     /// The number of the last piece, once that has arrived; earlier ones may still be missing.
     last: Option<u32>,
     uploading: bool,
+    /// What a streamed upload goes by, while there is one.
+    flow: Option<watch::Sender<Taken>>,
+    /// When a piece of such an upload was sent on last.
+    uploaded_at: Rc<Cell<Option<Instant>>>,
     /// When the agent was heard last, or asked.
     news_at: Instant,
     /// How many pieces the agent says it has sent.
@@ -374,6 +480,8 @@ impl<'a, M: Mail> Exchange<'a, M> {
             parts: Reassembler::new(0, limits::CHUNK_WINDOW + limits::CREDIT_EVERY + 2),
             last: None,
             uploading: false,
+            flow: None,
+            uploaded_at: Rc::default(),
             news_at: Instant::now(),
             sent: 0,
             missing: None,
@@ -408,6 +516,9 @@ impl<'a, M: Mail> Exchange<'a, M> {
             }
             self.receive(&mut receiving);
             let wake_at = self.wake_at();
+            // Whoever is still being told the request has no time yet to answer it.
+            let told_at = self.uploaded_at.get().map(|at| at + self.services.config.reply_timeout);
+            let due = told_at.map_or(reply_by, |at| at.max(reply_by).min(ends_at));
             tokio::select! {
                 Some(letters) = OptionFuture::from(receiving.as_mut()) => {
                     receiving = None;
@@ -416,7 +527,11 @@ impl<'a, M: Mail> Exchange<'a, M> {
                 Some(side) = self.side.next() => stop = self.found(side),
                 Some(()) = OptionFuture::from(wake_at.map(tokio::time::sleep_until)) => stop = self.wake().err(),
                 () = answering.public.gone() => stop = Some(Stop::ClientGone),
-                () = tokio::time::sleep_until(reply_by) => {
+                () = tokio::time::sleep_until(due) => {
+                    let at = self.uploaded_at.get().map(|at| at + self.services.config.reply_timeout);
+                    if due < ends_at && at.is_some_and(|at| at > due) {
+                        continue;
+                    }
                     stop = Some(Stop::Broken(ErrorCode::UpstreamTimedOut));
                 }
             }
@@ -660,12 +775,19 @@ impl<'a, M: Mail> Exchange<'a, M> {
             AgentMessage::Failed(failed) => (failed.seq, Part::Failed(failed.code), true),
             AgentMessage::Continue(asked) => {
                 let compress = asked.codecs.has(Codec::Zstd);
-                self.upload(compress);
+                self.upload(compress, asked.window);
                 return Ok(());
             }
             AgentMessage::Progress(progress) => {
                 let sent = if progress.ended { u32::MAX } else { progress.sent };
                 self.sent = self.sent.max(sent);
+                if let Some(flow) = &self.flow {
+                    flow.send_if_modified(|taken| {
+                        let is_news = progress.taken > taken.through;
+                        taken.through = taken.through.max(progress.taken);
+                        is_news
+                    });
+                }
                 return Ok(());
             }
             AgentMessage::Hello(_)
@@ -691,8 +813,12 @@ impl<'a, M: Mail> Exchange<'a, M> {
     }
 
     /// Sends the announced body, once, several messages at a time; the agent puts them in order.
-    fn upload(&mut self, compress: bool) {
-        if std::mem::replace(&mut self.uploading, true) || self.request.body.is_empty() {
+    fn upload(&mut self, compress: bool, window: Option<u32>) {
+        if std::mem::replace(&mut self.uploading, true) {
+            return;
+        }
+        let upload = self.request.upload.take();
+        if upload.is_none() && self.request.body.is_empty() {
             return;
         }
         let text = |name| self.request.headers.get(name).map(value_to_text);
@@ -700,6 +826,21 @@ impl<'a, M: Mail> Exchange<'a, M> {
             is_compressible(text("content-type").as_deref(), text("content-encoding").as_deref());
         let codec = (compress && compressible).then_some(Codec::Zstd);
         let (link, connection, request_id) = (&self.services.link, self.connection.clone(), self.request_id);
+        if let Some(upload) = upload {
+            let (flow, taken) = watch::channel(Taken::default());
+            self.flow = Some(flow);
+            let window = window.unwrap_or(u32::MAX);
+            let uploading = Streaming {
+                link,
+                connection,
+                request_id,
+                codec,
+                window,
+                uploaded_at: Rc::clone(&self.uploaded_at),
+            };
+            self.side.push(uploading.run(upload, taken).boxed_local());
+            return;
+        }
         let mut rest = &self.request.body[..];
         let mut seq = 0;
         let chunks = std::iter::from_fn(move || {
@@ -751,8 +892,9 @@ impl<'a, M: Mail> Exchange<'a, M> {
         );
     }
 
-    /// Awaits everything on the side.
+    /// Awaits everything on the side. What the client still sends is not wanted any more.
     async fn settle(mut self) {
+        self.flow = None;
         while self.side.next().await.is_some() {}
     }
 
@@ -786,6 +928,7 @@ impl<'a, M: Mail> Exchange<'a, M> {
 
     /// Tells the agent to stop and receives until it has, so that the mailbox is clean.
     async fn give_up(mut self, mut receiving: Option<Receiving<'a>>) {
+        self.flow = None;
         self.post(EdgeMessage::Cancel(Cancel { request_id: self.request_id.clone() }));
         let mut quiet = false;
         while self.last.is_none() && !quiet {

@@ -12,6 +12,7 @@
 //! counters in the connections table.
 
 pub mod answer;
+pub mod budget;
 pub mod http;
 pub mod inbox;
 pub mod public;

@@ -6,9 +6,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::{Sink, Stream};
+use futures_util::{Sink, Stream, stream::LocalBoxStream};
 use proto::{error::ErrorCode, header::Headers, socket::Message};
 use tokio::sync::mpsc;
+
+use crate::budget::Share;
 
 /// A part of an answer's body.
 #[derive(Debug)]
@@ -24,6 +26,20 @@ pub enum Piece {
 /// Where the parts of an answer's body go. Closed when the public client is gone; dropping it without a
 /// last [`Piece::End`] breaks the answer.
 pub type Pieces = mpsc::Sender<Piece>;
+
+/// A request's body that its public client is still sending.
+pub struct Upload {
+    /// How many bytes it says there are, if it does.
+    pub length: Option<u64>,
+    /// The bytes as they come. Nothing is asked of the client before the first is asked for here.
+    pub pieces: LocalBoxStream<'static, Result<Bytes, ErrorCode>>,
+}
+
+impl std::fmt::Debug for Upload {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Upload").field("length", &self.length).finish_non_exhaustive()
+    }
+}
 
 /// The head of an answer, as the public client is to see it.
 #[derive(Debug)]
@@ -84,6 +100,9 @@ pub trait PublicSide {
     fn gone(&mut self) -> impl Future<Output = ()> {
         std::future::pending()
     }
+
+    /// What a WebSocket may hold of what its agent says.
+    fn share(&self) -> Share;
 
     /// What a WebSocket's messages go through. Dropped, it is closed.
     type Socket: Stream<Item = Result<Message, SocketError>> + Sink<Message, Error = SocketError> + Unpin;

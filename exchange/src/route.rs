@@ -1,6 +1,6 @@
 //! From the front's event to a request for one tunnel. Pure.
 
-use std::{borrow::Cow, net::IpAddr};
+use std::{borrow::Cow, cell::RefCell, net::IpAddr};
 
 use http::{HeaderValue, Method, header};
 use proto::{
@@ -12,7 +12,7 @@ use proto::{
     target::{Target, TargetError},
 };
 
-use crate::Config;
+use crate::{Config, public::Upload};
 
 /// What a front of ours adds to a request. A request without the right [`front::SECRET`] is not
 /// believed the others.
@@ -89,8 +89,10 @@ pub struct PublicRequest {
     pub target: Target,
     /// The fields for the upstream.
     pub headers: Headers,
-    /// The body.
+    /// The body, where all of it is there.
     pub body: Vec<u8>,
+    /// The body, where it is not; to be taken once.
+    pub upload: RefCell<Option<Upload>>,
     /// What the client wants to go on with.
     pub upgrade: Option<Upgrade>,
 }
@@ -163,7 +165,8 @@ pub fn route(
     if !headers.is_within_limits() {
         return Err(ErrorCode::HeadTooLarge);
     }
-    Ok(PublicRequest { tunnel, prefix, folder, host, method: arrival.method, target, headers, body, upgrade })
+    let (method, upload) = (arrival.method, RefCell::default());
+    Ok(PublicRequest { tunnel, prefix, folder, host, method, target, headers, body, upload, upgrade })
 }
 
 /// Whether the request came through the front: it knows the secret.

@@ -28,10 +28,13 @@ use proto::{
 };
 use tokio::time::{Instant, sleep_until};
 
-use crate::{Services, inbox::Mail, public::SocketError, record::Record};
+use crate::{Services, budget::Share, inbox::Mail, public::SocketError, record::Record};
 
 /// How many batches are posted to the agent at the same time. It puts them in order.
 const POSTS: usize = 4;
+
+/// Try again later: there is no room now.
+const TRY_LATER: u16 = 1013;
 
 /// How long a violation is kept from the client that committed it: what was sent before it is answered first.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(1);
@@ -129,6 +132,7 @@ pub(crate) struct Socket {
     pub(crate) token: String,
     pub(crate) codecs: Codecs,
     pub(crate) early: Vec<Letter>,
+    pub(crate) share: Share,
 }
 
 /// How a WebSocket ended, for the log.
@@ -142,6 +146,8 @@ enum End {
     AgentLost,
     /// Something was lost on the link, or made no sense.
     Broken,
+    /// More of what the agent says would have to be held than there is room for.
+    TooMuch,
     /// The agent said that it is over.
     AgentEnded,
     /// It grew too old, or this process ends.
@@ -218,6 +224,7 @@ impl Socket {
             posts: FuturesUnordered::new(),
             unposted: Vec::new(),
             lost_at: None,
+            share: self.share,
             up: Traffic::default(),
             down: Traffic::default(),
             code: None,
@@ -268,6 +275,7 @@ struct Pump<'a> {
     unposted: Vec<String>,
     /// When the agent counts as lost unless it says where it has moved to.
     lost_at: Option<Instant>,
+    share: Share,
     up: Traffic,
     down: Traffic,
     code: Option<u16>,
@@ -286,6 +294,8 @@ impl<'a> Pump<'a> {
         let mut letters = Some(early);
         let mut receiving = None;
         let mut outgoing: Option<Message> = None;
+        // How many bytes of the last message the public side has not taken.
+        let mut unflushed_bytes = 0;
         let mut unflushed = false;
         let mut public_ended = false;
         let mut violation: Option<u16> = None;
@@ -314,6 +324,11 @@ impl<'a> Pump<'a> {
             }
             if public_ended {
                 outgoing = None;
+            }
+            let going = outgoing.as_ref().map_or(0, Message::len) + unflushed_bytes;
+            if !self.share.hold(self.flow.held() + going) {
+                tracing::warn!(request_id = %self.request_id, "websocket was closed: too much is held for all of them");
+                return self.finish(End::TooMuch, &mut sink, Some(TRY_LATER)).await;
             }
             if outgoing.is_none() {
                 outgoing = match self.flow.poll_message(now.into_std()) {
@@ -382,16 +397,17 @@ impl<'a> Pump<'a> {
                     let sent = ready.and_then(|()| match outgoing.take() {
                         Some(message) => {
                             self.down.count(&message);
+                            unflushed_bytes = message.len();
                             unflushed = true;
                             sink.start_send_unpin(message)
                         }
                         None => {
-                            unflushed = false;
+                            (unflushed, unflushed_bytes) = (false, 0);
                             Ok(())
                         }
                     });
                     if sent.is_err() {
-                        unflushed = false;
+                        (unflushed, unflushed_bytes) = (false, 0);
                         public_ended = true;
                     }
                 }

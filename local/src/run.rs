@@ -281,6 +281,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         limits: &options.limits,
         log_level: options.log_level,
         choices: choices(&Env::process())?,
+        relay_choices: relay_choices(&Env::process()),
         websockets: options.websockets,
         executions: Executions::new(options.executions, options.reserved_for_response)?,
         mailboxes: options.mailboxes,
@@ -497,6 +498,7 @@ struct Settings<'a> {
     mailboxes: usize,
     imitation: &'a Imitation,
     choices: Vec<(&'static str, String)>,
+    relay_choices: Vec<(&'static str, String)>,
     websockets: Websockets,
     executions: Executions,
 }
@@ -547,6 +549,13 @@ fn choices(own: &Env<'_>) -> anyhow::Result<Vec<(&'static str, String)>> {
     own.secs(env::STREAM_IDLE_SECS, limits::RESPONSE_DURATION, limits::RESPONSE_DURATION)?;
     let names = [env::TRUST_FORWARDED, env::REPLY_TIMEOUT_SECS, env::UNKNOWN_LENGTH, env::STREAM_IDLE_SECS];
     Ok(names.into_iter().filter_map(|name| Some((name, own.optional(name)?))).collect())
+}
+
+/// What whoever runs a relay may choose for it, as it does itself: what is wrong ends it with a sentence.
+fn relay_choices(own: &Env<'_>) -> Vec<(&'static str, String)> {
+    let names =
+        [env::RELAY_CONNECTIONS, env::RELAY_MESSAGE_BYTES, env::RELAY_BUFFER_BYTES, env::RELAY_DRAIN_SECS];
+    names.into_iter().filter_map(|name| Some((name, own.optional(name)?))).collect()
 }
 
 impl Settings<'_> {
@@ -623,13 +632,14 @@ impl Settings<'_> {
             (env::MAILBOX_LEASE_SECS, lease),
         ]);
         values.extend(self.choices.clone());
+        values.extend(self.relay_choices.clone());
         let own = [
             "AWS_ENDPOINT_URL",
             "AWS_CONTAINER_CREDENTIALS_FULL_URI",
             "AWS_LAMBDA_LOG_LEVEL",
             env::MAILBOX_LEASE_SECS,
         ];
-        let chosen = self.choices.iter().map(|(name, _)| *name);
+        let chosen = self.choices.iter().chain(&self.relay_choices).map(|(name, _)| *name);
         let wanted = |name: &&str| {
             stack().relay.variables.contains(*name)
                 || own.contains(name)

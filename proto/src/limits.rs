@@ -149,8 +149,18 @@ pub const PROBE_AFTER: Duration = Duration::from_secs(10);
 /// [`PROBE_AFTER`] a response whose last piece was lost ends within 45 seconds.
 pub const PIECE_MISSING: Duration = Duration::from_secs(35);
 
-/// How many body messages of one upload `ingress` posts at the same time.
+/// How many body messages of one upload are posted at the same time.
 pub const UPLOAD_PARALLEL: usize = 4;
+
+/// In place of the length of a body that nobody knows: more than any body has, and an integer that every JSON reader
+/// keeps.
+pub const UNKNOWN_LENGTH: u64 = (1 << 53) - 1;
+
+/// How many pieces of a streamed request body may be under way to the upstream.
+pub const UPLOAD_WINDOW: u32 = 32;
+
+/// After how many pieces given to the upstream the edge is told.
+pub const UPLOAD_CREDIT_EVERY: u32 = 8;
 
 /// How often an agent sends a heartbeat unless `welcome` says otherwise.
 ///
@@ -252,6 +262,10 @@ pub const SOCKET_ACK_AFTER: Duration = Duration::from_secs(5);
 /// From how many bytes on a message of a WebSocket is compressed where the other end can decode it.
 pub const COMPRESS_SOCKET_FROM_BYTES: usize = 4 * 1024;
 
+/// After how long without an acknowledgement a WebSocket's other end is asked what has come. With [`PIECE_MISSING`] a loss
+/// is told within 45 seconds, the way of the question and of the close included.
+pub const SOCKET_PROBE_AFTER: Duration = Duration::from_secs(8);
+
 /// How long an upstream may take to answer a WebSocket's handshake. Several development servers never answer one for a
 /// path that they do not know.
 pub const SOCKET_HANDSHAKE: Duration = Duration::from_secs(10);
@@ -329,9 +343,14 @@ mod tests {
     }
 
     #[test]
+    fn a_streamed_upload_goes_on_before_its_window_is_closed() {
+        const { assert!(UPLOAD_CREDIT_EVERY as usize + UPLOAD_PARALLEL < UPLOAD_WINDOW as usize) }
+    }
+
+    #[test]
     fn a_lost_message_of_a_websocket_shows_within_45_seconds() {
-        assert!(PROBE_AFTER + PIECE_MISSING <= Duration::from_secs(45));
-        assert!(SOCKET_ACK_AFTER < PROBE_AFTER, "who is only slow to acknowledge is not asked");
+        assert!(SOCKET_PROBE_AFTER + PIECE_MISSING <= Duration::from_secs(43));
+        assert!(SOCKET_ACK_AFTER < SOCKET_PROBE_AFTER, "who is only slow to acknowledge is not asked");
         const { assert!(SOCKET_ACK_BYTES + CHUNK_BYTES < SOCKET_WINDOW_BYTES) }
     }
 

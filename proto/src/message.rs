@@ -195,7 +195,7 @@ messages! {
         Continue(Continue<'a>) = "continue",
         /// There will be no response, or no more of it.
         Failed(Failed<'a>) = "failed",
-        /// Answers `probe`.
+        /// Answers `probe`, and returns credit for a streamed request body.
         Progress(Progress<'a>) = "progress",
         /// The upstream has opened a WebSocket.
         Accepted(Accepted<'a>) = "accepted",
@@ -374,9 +374,13 @@ pub struct Request<'a> {
     /// The whole body; empty when `announced` is there.
     #[serde(default, skip_serializing_if = "Option::is_none", borrow)]
     pub body: Option<Body<'a>>,
-    /// The length in bytes of a body that does not fit this message and follows after `continue`.
+    /// The length in bytes of a body that follows after `continue`: it does not fit this message, or is still to
+    /// come. [`limits::UNKNOWN_LENGTH`] where nobody knows yet, which agents of earlier releases refuse as too long.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub announced: Option<u64>,
+    /// Whether the announced body comes as the public client sends it, and only as far as the agent has room for it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub streamed: bool,
     /// How long the edge waits for the head of the response, in milliseconds from now.
     pub timeout_ms: u64,
     /// What the public client wants to go on with on the same connection.
@@ -527,6 +531,10 @@ pub struct Continue<'a> {
     /// What the agent can decode in `request_chunk`.
     #[serde(default)]
     pub codecs: Codecs,
+    /// How many pieces of a streamed body may be under way beyond those that `progress` says were taken. Without it
+    /// there is room for all of the body.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<u32>,
 }
 
 /// See [`AgentMessage::Failed`].
@@ -552,6 +560,10 @@ pub struct Progress<'a> {
     /// Whether the last piece is among them, or the agent does not know the request.
     #[serde(default, skip_serializing_if = "is_false")]
     pub ended: bool,
+    /// Every piece of a streamed request body up to and including this one has been given to the upstream. Said
+    /// unasked while such a body flows.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub taken: u32,
 }
 
 /// See [`EdgeMessage::Credit`].
@@ -730,6 +742,7 @@ mod tests {
             headers: Headers::new(),
             body: Some(Body::encode(b"hi")),
             announced: None,
+            streamed: false,
             timeout_ms: 1,
             upgrade: None,
             delivery: None,
@@ -742,7 +755,8 @@ mod tests {
         let probe =
             EdgeMessage::Probe(Probe { request_id: RequestId::from_random([1; 16]), token: TOKEN.into() });
         assert_eq!(EdgeMessage::decode(&probe.encode()).unwrap(), probe);
-        let progress = AgentMessage::Progress(Progress { token: TOKEN.into(), sent: 3, ended: true });
+        let progress =
+            AgentMessage::Progress(Progress { token: TOKEN.into(), sent: 3, ended: true, taken: 0 });
         assert_eq!(progress.encode(), r#"{"type":"progress","token":"tok","sent":3,"ended":true}"#);
         assert_eq!(AgentMessage::decode(&progress.encode()).unwrap(), progress);
         assert_eq!(progress.token(), Some(TOKEN));

@@ -1,9 +1,8 @@
 //! What the public WebSockets of this process hold together: how many there are, and how many bytes of messages
 //! that have not come to their end.
 //!
-//! A WebSocket may hold [`FREE_BYTES`] of its own. What is more comes out of one budget for all of them, so that clients
-//! who begin long messages and never end them cannot take the memory of the others. The bytes of a message count
-//! until the next one is asked for: by then it has been sent on.
+//! What they hold comes out of one [`Budget`]. The bytes of a client's message count until the next one is asked for: by
+//! then it has been sent on. What comes from agents is counted where it is joined, in `exchange::socket`.
 
 use std::{
     cell::Cell,
@@ -14,13 +13,11 @@ use std::{
     time::Duration,
 };
 
+use exchange::budget::{Budget, Share};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     time::Instant,
 };
-
-/// How many bytes of an unfinished message each WebSocket may hold beside the budget.
-pub const FREE_BYTES: usize = 64 * 1024;
 
 /// How long a message that takes of the budget may make no progress.
 pub const STALLED: Duration = Duration::from_secs(30);
@@ -28,8 +25,7 @@ pub const STALLED: Duration = Duration::from_secs(30);
 /// The WebSockets of one process.
 #[derive(Debug)]
 pub struct Meter {
-    budget: usize,
-    held: Cell<usize>,
+    budget: Rc<Budget>,
     open: Cell<usize>,
 }
 
@@ -37,7 +33,13 @@ impl Meter {
     /// With a budget of so many bytes.
     #[must_use]
     pub fn new(budget: usize) -> Rc<Self> {
-        Rc::new(Self { budget, held: Cell::new(0), open: Cell::new(0) })
+        Rc::new(Self { budget: Budget::new(budget), open: Cell::new(0) })
+    }
+
+    /// What one direction of a WebSocket holds.
+    #[must_use]
+    pub fn share(&self) -> Share {
+        self.budget.share()
     }
 
     /// How many WebSockets are open.
@@ -54,8 +56,7 @@ pub struct Metered<S> {
     meter: Rc<Meter>,
     /// Bytes since the last message that was taken.
     read: usize,
-    /// How many of them are of the budget.
-    taken: usize,
+    share: Share,
     read_at: Instant,
     is_refused: bool,
 }
@@ -64,13 +65,14 @@ impl<S> Metered<S> {
     /// Counts a connection's bytes, and the connection.
     pub fn new(io: S, meter: Rc<Meter>) -> Self {
         meter.open.set(meter.open.get() + 1);
-        Self { io, meter, read: 0, taken: 0, read_at: Instant::now(), is_refused: false }
+        let share = meter.share();
+        Self { io, meter, read: 0, share, read_at: Instant::now(), is_refused: false }
     }
 
     /// All that was read has been sent on.
     pub fn release(&mut self) {
-        self.meter.held.set(self.meter.held.get() - self.taken);
-        (self.read, self.taken) = (0, 0);
+        self.read = 0;
+        let _ = self.share.hold(0);
     }
 
     /// Whether reading has failed because the budget is spent.
@@ -82,28 +84,21 @@ impl<S> Metered<S> {
     /// Whether it holds some of the budget for a message that does not go on.
     #[must_use]
     pub fn is_stalled(&self) -> bool {
-        self.taken > 0 && self.read_at.elapsed() >= STALLED
+        self.share.is_of_budget() && self.read_at.elapsed() >= STALLED
     }
 
     /// Counts bytes that were read. Returns whether there was room for them.
     fn count(&mut self, bytes: usize) -> bool {
         self.read += bytes;
         self.read_at = Instant::now();
-        let more = self.read.saturating_sub(FREE_BYTES).saturating_sub(self.taken);
-        let held = self.meter.held.get() + more;
-        if more > 0 && held > self.meter.budget {
-            self.is_refused = true;
-            return false;
-        }
-        self.meter.held.set(held);
-        self.taken += more;
-        true
+        let has_room = self.share.hold(self.read);
+        self.is_refused |= !has_room;
+        has_room
     }
 }
 
 impl<S> Drop for Metered<S> {
     fn drop(&mut self) {
-        self.release();
         self.meter.open.set(self.meter.open.get() - 1);
     }
 }

@@ -13,14 +13,16 @@ use std::{
 use bytes::Bytes;
 use exchange::{
     Services, answer,
+    budget::Share,
     http::carry,
-    public::{Head, Piece, Pieces, PublicSide},
+    public::{Head, Piece, Pieces, PublicSide, Upload},
     record::Record,
     route::{Arrival, PublicRequest, Websockets, route},
 };
+use futures_util::{StreamExt as _, stream};
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Body, Frame};
-use http_body_util::{BodyExt as _, Limited};
+use http_body_util::BodyExt as _;
 use hyper::{
     body::Incoming,
     service::service_fn,
@@ -52,6 +54,9 @@ pub const HEALTH_PATH: &str = "/_relay/health";
 /// How long a public client may take for a request head, and stay idle between two requests: longer than a balancer
 /// before it keeps a connection (130 s), or that would send a request into one that is just being closed.
 pub const HEAD_TIME: Duration = Duration::from_secs(150);
+
+/// How long a short request body is waited for before the request goes on without its end.
+const AT_ONCE: Duration = Duration::from_millis(200);
 
 /// How often an HTTP/2 client is asked whether it is there.
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
@@ -256,15 +261,50 @@ async fn read(
         }
         return Ok(routed);
     }
-    let body = Limited::new(body, limits::REQUEST_BODY_BYTES).collect().await.map_err(|error| {
-        if error.is::<http_body_util::LengthLimitError>() {
-            ErrorCode::RequestTooLarge
-        } else {
-            ErrorCode::BadRequest
-        }
-    })?;
-    routed.body = body.to_bytes().into();
+    match take(body, head.headers.contains_key(header::EXPECT)).await? {
+        Taken::Whole(bytes) => routed.body = bytes,
+        Taken::Streamed(upload) => *routed.upload.get_mut() = Some(upload),
+    }
     Ok(routed)
+}
+
+/// A request's body.
+enum Taken {
+    Whole(Vec<u8>),
+    Streamed(Upload),
+}
+
+/// Takes a body that is short and comes at once; any other goes on as its client sends it. What its client sends only
+/// when it is asked to (`Expect: 100-continue`) is asked for when an agent wants it: hyper says so with the first read.
+async fn take(mut body: Incoming, is_asked_for: bool) -> Result<Taken, ErrorCode> {
+    let length = body.size_hint().exact();
+    let mut begun = Vec::new();
+    let has_ended = match length {
+        Some(0) => true,
+        _ if is_asked_for => false,
+        Some(length) if length > limits::CHUNK_BYTES as u64 => false,
+        _ => {
+            let all = async {
+                while begun.len() <= limits::CHUNK_BYTES {
+                    match body.frame().await {
+                        None => return Ok(true),
+                        Some(Ok(frame)) => {
+                            begun.extend_from_slice(frame.data_ref().map_or(&[], |bytes| bytes))
+                        }
+                        Some(Err(_)) => return Err(ErrorCode::BadRequest),
+                    }
+                }
+                Ok(false)
+            };
+            tokio::time::timeout(AT_ONCE, all).await.unwrap_or(Ok(false))?
+        }
+    };
+    if has_ended && begun.len() <= limits::CHUNK_BYTES {
+        return Ok(Taken::Whole(begun));
+    }
+    let begun = stream::iter((!begun.is_empty()).then(|| Ok(Bytes::from(begun))));
+    let rest = body.into_data_stream().map(|bytes| bytes.map_err(|_| ErrorCode::BadRequest));
+    Ok(Taken::Streamed(Upload { length, pieces: begun.chain(rest).boxed_local() }))
 }
 
 /// The one answer to a request.
@@ -299,6 +339,10 @@ impl PublicSide for HttpAnswer {
 
     async fn gone(&mut self) {
         self.answers.closed().await;
+    }
+
+    fn share(&self) -> Share {
+        self.meter.share()
     }
 
     async fn accept(self, subprotocol: Option<String>, headers: Headers) -> Option<Self::Socket> {

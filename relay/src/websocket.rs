@@ -204,7 +204,9 @@ mod tests {
     };
 
     use super::*;
-    use crate::meter::{FREE_BYTES, Meter, STALLED};
+    use exchange::budget::FREE_BYTES;
+
+    use crate::meter::{Meter, STALLED};
 
     /// A client, the relay's end, and what all hold.
     async fn pair(meter: &Rc<Meter>) -> (WebSocketStream<DuplexStream>, PublicSocket<DuplexStream>) {

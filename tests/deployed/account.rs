@@ -230,6 +230,7 @@ impl Account {
             headers: Headers::new(),
             body: None,
             announced: None,
+            streamed: false,
             timeout_ms: u64::try_from(patience.as_millis()).expect("minutes at most"),
             upgrade: None,
             delivery: None,

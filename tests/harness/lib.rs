@@ -191,6 +191,48 @@ impl Local {
         self.stack.config(tunnels)
     }
 
+    /// The process of the relay that serves, once there is one.
+    #[must_use]
+    pub fn relay(&self) -> u32 {
+        let begun = std::time::Instant::now();
+        loop {
+            if let Some(relay) = self.relay_now() {
+                return relay;
+            }
+            assert!(begun.elapsed() < PATIENCE, "no relay was started");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn relay_now(&self) -> Option<u32> {
+        let child_of = |of: u32| {
+            let all = std::fs::read_dir("/proc").unwrap();
+            let mut all = all.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse::<u32>().ok());
+            all.find(|pid| {
+                let read =
+                    |file: &str| std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+                let parent = read("stat")
+                    .rsplit(')')
+                    .next()
+                    .and_then(|rest| rest.split_whitespace().nth(1)?.parse().ok());
+                parent == Some(of) && read("cmdline").split('\0').nth(1) == Some("relay")
+            })
+        };
+        child_of(child_of(self.process.id())?)
+    }
+
+    /// A connection to the relay itself, past the front, and the secret that makes it believe one.
+    pub async fn past_the_front(&self) -> (client::Connection, String) {
+        let environment = std::fs::read(format!("/proc/{}/environ", self.relay())).unwrap();
+        let value = |name: &str| {
+            let mut all = environment.split(|&byte| byte == 0);
+            let value = all.find_map(|one| one.strip_prefix(name.as_bytes())?.strip_prefix(b"=")).unwrap();
+            String::from_utf8(value.to_vec()).unwrap()
+        };
+        let address = value("TUNNEL_RELAY_LISTEN").parse().unwrap();
+        (client::Connection::open(address).await, value("TUNNEL_FRONT_SECRET"))
+    }
+
     /// How often each AWS call was made so far: `service:Action` to a number.
     pub async fn counters(&self) -> BTreeMap<String, u64> {
         let counts: Counts = serde_json::from_str(&self.own("counters").await).unwrap();

@@ -234,7 +234,7 @@ impl Call {
     /// A `progress` that says this.
     #[must_use]
     pub fn progress(&self, sent: u32, ended: bool) -> AgentMessage<'_> {
-        AgentMessage::Progress(Progress { token: self.token.as_str().into(), sent, ended })
+        AgentMessage::Progress(Progress { token: self.token.as_str().into(), sent, ended, taken: 0 })
     }
 
     /// A `chunk` with this body.

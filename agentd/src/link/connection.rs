@@ -458,6 +458,7 @@ impl Connection {
             token: probe.token,
             sent: running.map_or(0, |running| running.sent.load(Ordering::Relaxed)),
             ended: running.is_none(),
+            taken: running.and_then(|running| running.upload.as_ref()).map_or(0, Upload::taken),
         });
         self.outbox.send_behind(progress.encode());
     }
@@ -494,11 +495,11 @@ impl Connection {
             let _ = self.outbox.send_word(failed.encode());
         };
         let (body, upload) = match (request.body, request.announced) {
-            (_, Some(announced)) if announced > limits::REQUEST_BODY_BYTES as u64 => {
+            (_, Some(announced)) if announced > limits::REQUEST_BODY_BYTES as u64 && !request.streamed => {
                 return answer_with(ErrorCode::RequestTooLarge);
             }
             (_, Some(announced)) => {
-                let (upload, mut body, progress) = upload::new(announced);
+                let (upload, mut body, progress) = upload::new(announced, request.streamed);
                 // The pieces of a delivery follow at once.
                 if request.delivery.is_some() {
                     match self.shared.tunnels.try_reserve_upload(announced) {

@@ -157,10 +157,16 @@ impl Exchange {
             &self.job.method,
             &self.job.target,
         );
-        line.request_body(match &self.job.body {
-            JobBody::Whole(bytes) => bytes.len() as u64,
-            JobBody::Announced(body, _) => body.announced(),
-        });
+        let upload = match &self.job.body {
+            JobBody::Whole(bytes) => {
+                line.request_body(bytes.len() as u64);
+                None
+            }
+            JobBody::Announced(body, progress) => {
+                line.request_body(body.announced());
+                body.is_streamed().then(|| progress.clone())
+            }
+        };
         let Self { mut job, tunnels, outbox, codecs, credit, sent, access, sockets, serial } = self;
         let websockets = Websockets { access, sockets, serial };
         // Those that answer have it from the sender.
@@ -178,6 +184,9 @@ impl Exchange {
             Err(Stop::Answered(Some(code)) | Stop::Fail { code, .. }) => Some(*code),
             Err(Stop::Gone) => return,
         };
+        if let Some(upload) = upload {
+            line.request_body(upload.passed_on());
+        }
         line.end(code.map_or(Ending::Complete, Ending::Failed));
         match (capture, code) {
             (Some(capture), None) => capture.complete(),
@@ -198,7 +207,7 @@ impl Exchange {
 struct Sender<'a> {
     token: &'a str,
     outbox: &'a Outbox,
-    sent: &'a AtomicU32,
+    sent: &'a Arc<AtomicU32>,
 }
 
 impl Sender<'_> {
@@ -315,13 +324,18 @@ async fn answer(
     }
 
     tunnel.waited_for(job.timeout);
-    let outcome = timeout_at(head_due, async {
+    let streamed = match &job.body {
+        JobBody::Announced(body, progress) if body.is_streamed() => Some(progress.clone()),
+        JobBody::Announced(..) | JobBody::Whole(_) => None,
+    };
+    let outcome = while_it_flows(streamed, head_due, head_due - began, async {
         let (body, progress) = match std::mem::replace(&mut job.body, JobBody::Whole(Bytes::new())) {
             JobBody::Whole(bytes) if bytes.is_empty() => (RequestBody::Empty, None),
             JobBody::Whole(bytes) => (RequestBody::Whole(bytes), None),
             JobBody::Announced(mut body, progress) => {
                 body.show(capture.as_ref().map(|capture| capture.tap().clone()));
-                (RequestBody::Upload(ask_for(body, tunnels, sender).await?), Some(progress))
+                let most = body.announced().min(WINDOW_BYTES);
+                (RequestBody::Upload(ask_for(body, most, tunnels, sender).await?), Some(progress))
             }
         };
         let mut request = Request::new(body);
@@ -346,7 +360,7 @@ async fn answer(
         }
     })
     .await
-    .unwrap_or_else(|_| {
+    .unwrap_or_else(|| {
         let cause = format!("{}: no answer in time", upstream.address());
         tunnel.failed(&job.request_id, &cause);
         line.cause(&cause);
@@ -513,7 +527,8 @@ async fn signed_body(
         JobBody::Whole(bytes) => bytes,
         JobBody::Announced(body, _) => {
             let whole = async {
-                let body = ask_for(body, tunnels, sender).await?;
+                let most = body.announced();
+                let body = ask_for(body, most, tunnels, sender).await?;
                 let whole = http_body_util::BodyExt::collect(body).await;
                 whole
                     .map(http_body_util::Collected::to_bytes)
@@ -529,16 +544,71 @@ async fn signed_body(
     Ok(checked)
 }
 
-/// Asks the edge for an announced body, once there is room for it.
-async fn ask_for(mut body: UploadBody, tunnels: &Tunnels, sender: &Sender<'_>) -> Result<UploadBody, Stop> {
+/// The most of a streamed body that is held here.
+const WINDOW_BYTES: u64 = limits::UPLOAD_WINDOW as u64 * limits::CHUNK_BYTES as u64;
+
+/// Asks the edge for an announced body, once there is room for `most` of it.
+async fn ask_for(
+    mut body: UploadBody,
+    most: u64,
+    tunnels: &Tunnels,
+    sender: &Sender<'_>,
+) -> Result<UploadBody, Stop> {
     if body.is_accepted() {
         return Ok(body);
     }
-    let budget = tunnels.reserve_upload(body.announced()).await.ok_or(fail(ErrorCode::RequestTooLarge))?;
+    // Whoever streams a body that is whole all the same has it counted by its length.
+    let most = if body.is_streamed() { most } else { body.announced() };
+    let budget = tunnels.reserve_upload(most).await.ok_or(fail(ErrorCode::RequestTooLarge))?;
     body.accept(budget);
-    let ask = AgentMessage::Continue(Continue { token: sender.token.into(), codecs: Codecs::all() });
+    let window = body.is_streamed().then_some(limits::UPLOAD_WINDOW);
+    if window.is_some() {
+        let (token, sent) = (sender.token.into(), Arc::clone(sender.sent));
+        tokio::spawn(return_credit(body.watch_taken(), token, sender.outbox.clone(), sent));
+    }
+    let ask = AgentMessage::Continue(Continue { token: sender.token.into(), codecs: Codecs::all(), window });
     sender.send(&ask, 0).await?;
     Ok(body)
+}
+
+/// Tells the edge how far a streamed body was taken, until nobody takes any more of it.
+async fn return_credit(
+    mut taken: watch::Receiver<u32>,
+    token: Box<str>,
+    outbox: Outbox,
+    sent: Arc<AtomicU32>,
+) {
+    let mut told = 0;
+    while taken.changed().await.is_ok() {
+        let now = *taken.borrow_and_update();
+        if now - told < limits::UPLOAD_CREDIT_EVERY {
+            continue;
+        }
+        told = now;
+        let sent = sent.load(Ordering::Relaxed);
+        let progress = Progress { token: (&*token).into(), sent, ended: false, taken: now };
+        if outbox.send(AgentMessage::Progress(progress).encode().into_bytes(), None).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Waits for `answer` until `due`, or as long as a streamed body flows and for `patience` after that. `None` where it
+/// was too late.
+async fn while_it_flows<T>(
+    streamed: Option<UploadProgress>,
+    mut due: Instant,
+    patience: Duration,
+    answer: impl Future<Output = T>,
+) -> Option<T> {
+    let mut answer = std::pin::pin!(answer);
+    loop {
+        if let Ok(answer) = timeout_at(due, &mut answer).await {
+            return Some(answer);
+        }
+        let later = streamed.as_ref().and_then(UploadProgress::moved_at).map(|at| at + patience);
+        due = later.filter(|&later| later > due)?;
+    }
 }
 
 /// The head of a request, as policy sees it.
@@ -606,7 +676,8 @@ async fn outcome_here(
 
 /// Says now and then that a delivery is still being worked on, until this is dropped.
 fn signs_of_life(token: &str, outbox: &Outbox, every: Duration) -> AbortOnDropHandle<()> {
-    let progress = AgentMessage::Progress(Progress { token: token.into(), sent: 0, ended: false }).encode();
+    let progress =
+        AgentMessage::Progress(Progress { token: token.into(), sent: 0, ended: false, taken: 0 }).encode();
     let outbox = outbox.clone();
     AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
@@ -795,9 +866,10 @@ fn upstream_headers(job: &Job, tunnel: &Tunnel, way: &Way<'_>) -> Result<HeaderM
         JobBody::Whole(bytes) => bytes.len() as u64,
         JobBody::Announced(body, _) => body.announced(),
     };
+    let is_known = length != limits::UNKNOWN_LENGTH;
     let expects_body = matches!(job.method, Method::POST | Method::PUT | Method::PATCH);
-    let mut length = (length > 0 || expects_body || job.headers.get(header::CONTENT_LENGTH).is_some())
-        .then(|| HeaderValue::from(length));
+    let has_length = length > 0 || expects_body || job.headers.get(header::CONTENT_LENGTH).is_some();
+    let mut length = (is_known && has_length).then(|| HeaderValue::from(length));
 
     let mut headers = HeaderMap::with_capacity(job.headers.len() + 2);
     headers.insert(header::HOST, way.host.clone());
@@ -820,6 +892,10 @@ fn upstream_headers(job: &Job, tunnel: &Tunnel, way: &Way<'_>) -> Result<HeaderM
     }
     if let Some(length) = length {
         headers.insert(header::CONTENT_LENGTH, length);
+    }
+    if !is_known {
+        // Said, or a method that mostly has no body would be sent without it. HTTP/2 needs no word for it.
+        headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
     if let Some(passage) = way.passage {
         passage.edit_request(&mut headers);

@@ -260,7 +260,7 @@ impl Tunnels {
         Ok(place)
     }
 
-    /// A share of the memory for announced bodies.
+    /// A share of the memory for announced bodies; none where no body may have so many bytes at once.
     pub(crate) async fn reserve_upload(&self, bytes: u64) -> Option<tokio::sync::OwnedSemaphorePermit> {
         if bytes > limits::REQUEST_BODY_BYTES as u64 {
             return None;

@@ -1,7 +1,8 @@
 //! The body of a request that arrives in pieces after `continue`.
 //!
 //! Enters: `request_chunk`s in any order, twice or not. Leaves: the body in order, as the upstream
-//! takes it. What is held is bounded by the announced length, which the budget was asked for.
+//! takes it. What is held is bounded by the announced length, which the budget was asked for; of a streamed body by
+//! the window that its sender was given, whose credit follows what the upstream has taken.
 
 use std::{
     collections::VecDeque,
@@ -12,8 +13,14 @@ use std::{
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
-use proto::chunk::{Accepted, Reassembler};
-use tokio::sync::OwnedSemaphorePermit;
+use proto::{
+    chunk::{Accepted, Reassembler},
+    limits,
+};
+use tokio::{
+    sync::{OwnedSemaphorePermit, watch},
+    time::Instant,
+};
 
 use crate::capture::ring::Tap;
 
@@ -40,10 +47,16 @@ const SMALLEST_PIECE_BYTES: u64 = 1024;
 #[derive(Debug)]
 struct State {
     pieces: Reassembler<(Bytes, bool)>,
+    /// How many bytes there are to be; [`limits::UNKNOWN_LENGTH`] until the last piece says so.
     announced: u64,
+    streamed: bool,
     received: u64,
     passed_on: u64,
     accepting: bool,
+    /// The number of the last piece.
+    last: Option<u32>,
+    /// When something came or went last.
+    moved_at: Option<Instant>,
     outcome: Option<Result<(), UploadError>>,
     waker: Option<Waker>,
 }
@@ -63,6 +76,17 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+impl State {
+    fn has_all(&self) -> bool {
+        match self.last {
+            Some(last) if self.announced == limits::UNKNOWN_LENGTH => {
+                u64::from(self.pieces.next_seq()) + self.pieces.waiting() as u64 > u64::from(last)
+            }
+            _ => self.received >= self.announced,
+        }
+    }
+}
+
 /// The side that takes pieces as they arrive. Dropping it breaks off a body that is not whole.
 #[derive(Debug)]
 pub(crate) struct Upload(Arc<Mutex<State>>);
@@ -73,6 +97,8 @@ pub(crate) struct UploadBody {
     state: Arc<Mutex<State>>,
     // Given back when the upstream's connection lets go of the body.
     budget: Option<OwnedSemaphorePermit>,
+    /// The number of the last piece that the upstream has taken.
+    taken: watch::Sender<u32>,
     /// What is taken before anything else.
     again: VecDeque<Bytes>,
     tap: Option<Tap>,
@@ -83,18 +109,31 @@ pub(crate) struct UploadBody {
 pub(crate) struct UploadProgress(Arc<Mutex<State>>);
 
 /// Makes the two sides of a body of `announced` bytes. Nothing is taken before [`UploadBody::accept`].
-pub(crate) fn new(announced: u64) -> (Upload, UploadBody, UploadProgress) {
-    let window = u32::try_from(announced / SMALLEST_PIECE_BYTES + 8).unwrap_or(u32::MAX);
+pub(crate) fn new(announced: u64, streamed: bool) -> (Upload, UploadBody, UploadProgress) {
+    let window = if streamed {
+        limits::UPLOAD_WINDOW
+    } else {
+        u32::try_from(announced / SMALLEST_PIECE_BYTES + 8).unwrap_or(u32::MAX)
+    };
     let state = Arc::new(Mutex::new(State {
         pieces: Reassembler::new(1, window),
         announced,
+        streamed,
         received: 0,
         passed_on: 0,
         accepting: false,
+        last: None,
+        moved_at: None,
         outcome: (announced == 0).then_some(Ok(())),
         waker: None,
     }));
-    let body = UploadBody { state: Arc::clone(&state), budget: None, again: VecDeque::new(), tap: None };
+    let body = UploadBody {
+        state: Arc::clone(&state),
+        budget: None,
+        taken: watch::Sender::new(0),
+        again: VecDeque::new(),
+        tap: None,
+    };
     (Upload(Arc::clone(&state)), body, UploadProgress(state))
 }
 
@@ -114,6 +153,10 @@ impl Upload {
             Ok(Accepted::Duplicate) => return,
             Ok(Accepted::New) => state.received += len,
         }
+        state.moved_at = Some(Instant::now());
+        if end {
+            state.last = Some(seq);
+        }
         if state.received > state.announced {
             return state.fail(UploadError::Length);
         }
@@ -126,12 +169,17 @@ impl Upload {
     pub(crate) fn fail(&self, error: UploadError) {
         lock(&self.0).fail(error);
     }
+
+    /// The number of the last piece that the upstream has taken.
+    pub(crate) fn taken(&self) -> u32 {
+        lock(&self.0).pieces.next_seq() - 1
+    }
 }
 
 impl Drop for Upload {
     fn drop(&mut self) {
         let mut state = lock(&self.0);
-        if state.received < state.announced {
+        if !state.has_all() {
             state.fail(UploadError::Gone);
         }
     }
@@ -171,12 +219,33 @@ impl UploadBody {
     pub(crate) fn announced(&self) -> u64 {
         lock(&self.state).announced
     }
+
+    /// Whether its sender is told how far it was taken.
+    pub(crate) fn is_streamed(&self) -> bool {
+        lock(&self.state).streamed
+    }
+
+    /// The number of the last piece that the upstream has taken, as it grows; ends with the body.
+    pub(crate) fn watch_taken(&self) -> watch::Receiver<u32> {
+        self.taken.subscribe()
+    }
 }
 
 impl UploadProgress {
     /// Whether the upstream's connection has taken the whole body.
     pub(crate) fn is_complete(&self) -> bool {
         lock(&self.0).outcome == Some(Ok(()))
+    }
+
+    /// When something of a streamed body came or went last. Whoever waits for an answer to one waits from then on.
+    pub(crate) fn moved_at(&self) -> Option<Instant> {
+        let state = lock(&self.0);
+        state.moved_at.filter(|_| state.streamed)
+    }
+
+    /// How many bytes the upstream has taken.
+    pub(crate) fn passed_on(&self) -> u64 {
+        lock(&self.0).passed_on
     }
 
     /// What broke the body off, if anything did: not that the upstream's connection let go of it.
@@ -217,11 +286,16 @@ impl http_body::Body for UploadBody {
                 Some(Err(error)) => return Poll::Ready(Some(Err(error))),
                 None => {}
             }
-            let Some((_, (bytes, end))) = state.pieces.pop() else {
+            let Some((seq, (bytes, end))) = state.pieces.pop() else {
                 state.waker = Some(cx.waker().clone());
                 return Poll::Pending;
             };
+            this.taken.send_replace(seq);
+            state.moved_at = Some(Instant::now());
             state.passed_on += bytes.len() as u64;
+            if end && state.announced == limits::UNKNOWN_LENGTH {
+                state.announced = state.passed_on;
+            }
             match (state.passed_on == state.announced, end) {
                 (true, _) => state.outcome = Some(Ok(())),
                 (false, true) => state.fail(UploadError::Length),
@@ -242,7 +316,10 @@ impl http_body::Body for UploadBody {
 
     fn size_hint(&self) -> SizeHint {
         let state = lock(&self.state);
-        SizeHint::with_exact(state.announced - state.passed_on)
+        match state.announced {
+            limits::UNKNOWN_LENGTH => SizeHint::default(),
+            announced => SizeHint::with_exact(announced - state.passed_on),
+        }
     }
 }
 
@@ -254,7 +331,7 @@ mod tests {
     use super::*;
 
     async fn open(announced: u64) -> (Upload, UploadBody, UploadProgress) {
-        let (upload, mut body, progress) = new(announced);
+        let (upload, mut body, progress) = new(announced, false);
         body.accept(Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap());
         (upload, body, progress)
     }
@@ -268,6 +345,47 @@ mod tests {
         upload.push(1, b"ab".to_vec(), false);
         assert_eq!(body.collect().await.unwrap().to_bytes(), "abcdef");
         assert!(progress.is_complete());
+    }
+
+    async fn streamed(announced: u64) -> (Upload, UploadBody, UploadProgress) {
+        let (upload, mut body, progress) = new(announced, true);
+        body.accept(Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap());
+        (upload, body, progress)
+    }
+
+    #[tokio::test]
+    async fn a_body_without_a_length_ends_with_its_last_piece() {
+        for order in [[1, 2, 3], [3, 1, 2], [2, 3, 1]] {
+            let (upload, body, progress) = streamed(limits::UNKNOWN_LENGTH).await;
+            for seq in order {
+                upload.push(seq, if seq == 3 { Vec::new() } else { b"ab".to_vec() }, seq == 3);
+            }
+            // Whoever has sent all of it may go.
+            drop(upload);
+            assert_eq!(http_body::Body::size_hint(&body).exact(), None);
+            assert_eq!(body.collect().await.unwrap().to_bytes(), "abab");
+            assert!(progress.is_complete() && progress.passed_on() == 4);
+        }
+        let (upload, body, _) = streamed(limits::UNKNOWN_LENGTH).await;
+        upload.push(1, b"ab".to_vec(), false);
+        upload.push(3, b"ef".to_vec(), true);
+        drop(upload);
+        assert_eq!(body.collect().await.unwrap_err(), UploadError::Gone, "a piece in the middle is missing");
+    }
+
+    #[tokio::test]
+    async fn no_more_is_held_of_a_streamed_body_than_its_window() {
+        let (upload, mut body, _) = streamed(limits::UNKNOWN_LENGTH).await;
+        let taken = body.watch_taken();
+        for seq in 1..=limits::UPLOAD_WINDOW {
+            upload.push(seq, b"a".to_vec(), false);
+        }
+        // What was taken makes room, and one piece past the window does not fit.
+        body.frame().await.unwrap().unwrap();
+        assert_eq!((*taken.borrow(), upload.taken()), (1, 1));
+        upload.push(limits::UPLOAD_WINDOW + 1, b"a".to_vec(), false);
+        upload.push(limits::UPLOAD_WINDOW + 2, b"a".to_vec(), false);
+        assert_eq!(body.collect().await.unwrap_err(), UploadError::Range);
     }
 
     #[tokio::test]
@@ -334,7 +452,7 @@ mod tests {
         drop(upload);
         assert!(!progress.is_complete() && progress.failure().is_none(), "the upstream is to blame");
 
-        let (upload, body, _) = new(4);
+        let (upload, body, _) = new(4, false);
         upload.push(1, b"abcd".to_vec(), true);
         assert_eq!(body.collect().await.unwrap_err(), UploadError::Range, "nobody asked for it yet");
     }

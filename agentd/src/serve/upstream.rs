@@ -374,6 +374,7 @@ impl Upstream {
     fn for_http2(&self, mut head: http::request::Parts) -> http::request::Parts {
         // What belongs to one connection is not said in HTTP/2 (RFC 9113 §8.2.2).
         head.headers.remove(header::CONNECTION);
+        head.headers.remove(header::TRANSFER_ENCODING);
         let host = head.headers.remove(header::HOST);
         let mut uri = http::uri::Parts::default();
         uri.scheme = Some(match self.address.scheme() {

@@ -379,6 +379,7 @@ pub(crate) fn request(method: &'static str, target: &str) -> Request<'static> {
         headers: Headers::new(),
         body: None,
         announced: None,
+        streamed: false,
         timeout_ms: 30_000,
         upgrade: None,
         delivery: None,

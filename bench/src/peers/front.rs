@@ -194,6 +194,7 @@ fn message(number: u64, request: http::Request<Incoming>) -> anyhow::Result<Edge
         headers,
         body: None,
         announced: None,
+        streamed: false,
         timeout_ms: 60_000,
         upgrade: None,
         delivery: None,

@@ -387,6 +387,7 @@ async fn pump(
     mut stream: SendStream<Bytes>,
     sent: Arc<Mutex<Option<Vec<Bytes>>>>,
 ) -> UploadBody {
+    let mut kept = 0;
     loop {
         let frame = tokio::select! {
             frame = body.frame() => frame,
@@ -403,8 +404,14 @@ async fn pump(
             }
             Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
         };
-        if let Some(sent) = &mut *sent.lock().unwrap_or_else(PoisonError::into_inner) {
-            sent.push(bytes.clone());
+        {
+            let mut sent = sent.lock().unwrap_or_else(PoisonError::into_inner);
+            kept += bytes.len();
+            match &mut *sent {
+                Some(sent) if kept <= limits::REQUEST_BODY_BYTES => sent.push(bytes.clone()),
+                // A streamed body is not kept whole to be sent again.
+                _ => *sent = None,
+            }
         }
         while !bytes.is_empty() {
             stream.reserve_capacity(bytes.len());
