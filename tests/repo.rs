@@ -118,6 +118,19 @@ fn every_row_of_what_goes_through_is_claimed() {
     }
 }
 
+/// What a front costs is the same on both pages; a test of `cost` holds the one that is computed.
+#[test]
+fn a_front_costs_the_same_on_both_pages() {
+    let (fronts, cost) = (read("docs/aws-fronts.md"), read("docs/cost.md"));
+    let row = fronts.lines().find(|line| line.starts_with("| price of a million small requests |")).unwrap();
+    let prices: Vec<_> = row.split('|').skip(2).take(3).map(str::trim).collect();
+    let computed = ["none", "cloudfront", "httpapi"].map(|front| {
+        let row = cost.lines().find(|line| line.starts_with(&format!("| `{front}` | $"))).unwrap();
+        row.split('|').nth(2).unwrap().trim()
+    });
+    assert_eq!(prices, computed);
+}
+
 /// `docs/aws-fronts.md`: whatever is imitated names the tests that try it.
 #[test]
 fn whatever_is_imitated_of_a_front_has_its_test() {
