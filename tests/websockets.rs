@@ -513,7 +513,10 @@ async fn what_agents_leave_unfinished_shares_one_memory() {
             let frames = AgentFrames { token, seq, through: 0, sent: None, moved: false, frames };
             agent.say(AgentMessage::Frames(frames)).await;
         }
-        while is_awaited {
+        if !is_awaited {
+            return;
+        }
+        loop {
             let text = timeout(PATIENCE, agent.hear()).await.unwrap();
             if let Ok(EdgeMessage::Frames(frames)) = EdgeMessage::decode(&text)
                 && frames.request_id.as_str() == call.request_id
