@@ -503,7 +503,7 @@ async fn what_agents_leave_unfinished_shares_one_memory() {
     }
     let [(mut first, one), (mut second, other)] = opened.try_into().ok().unwrap();
     // Says these pieces, and waits until the relay has them: it acknowledges what it holds.
-    let mut say = async |call: &Call, seqs: std::ops::RangeInclusive<u32>, more, is_awaited| {
+    let mut say = async |call: &Call, seqs: std::ops::RangeInclusive<u32>, more: bool, is_awaited: bool| {
         let last = *seqs.end();
         for seq in seqs {
             let bytes = noise(u64::from(seq), PIECE);
