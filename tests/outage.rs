@@ -8,6 +8,7 @@ use std::{
 };
 
 use rustix::process::Signal;
+use serde_json::json;
 use tests::{
     Local,
     client::{Connection, Request},
@@ -136,4 +137,62 @@ async fn two_hundred_agents_that_lose_the_edge_come_back_spread_out() {
     assert!(took <= Duration::from_secs(60), "the last was back after {took:?}");
     assert!(arrivals.len() >= AGENTS && peak <= AGENTS / 4, "{peak} of {} at once", arrivals.len());
     assert_eq!(status(&local, &names[AGENTS - 1]).await, 200);
+}
+
+/// Each round writes rows from several callers at once and kills the edge in the middle, at a moment that is drawn: what
+/// was answered is there after it, and what was there stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_killed_edge_has_answered_is_there_when_it_is_back() {
+    const ROUNDS: u64 = 4;
+    let _machine = MACHINE.lock().await;
+    let mut local = Local::start(&["--no-agent", "--websockets", "none"]);
+    let mut answered: Vec<String> = Vec::new();
+    for round in 0..ROUNDS {
+        let operator = local.operator();
+        let writers: Vec<_> = (0..4)
+            .map(|writer| {
+                let operator = operator.clone();
+                tokio::spawn(async move {
+                    let mut answered = Vec::new();
+                    for number in 0.. {
+                        let row = format!("{round}-{writer}-{number}");
+                        let item = json!({"tunnel": {"S": "kept"}, "connection_id": {"S": row}, "text": {"S": "x".repeat(500)}});
+                        let put = json!({"TableName": "connections", "Item": item});
+                        if !operator.acknowledged("DynamoDB_20120810.PutItem", &put).await {
+                            return answered;
+                        }
+                        answered.push(row);
+                    }
+                    answered
+                })
+            })
+            .collect();
+        let before = getrandom::u64().unwrap() % 300;
+        tokio::time::sleep(Duration::from_millis(before)).await;
+        local.kill_and_start_again(&["--no-agent", "--websockets", "none"]);
+        let mut count = 0;
+        for writer in writers {
+            let rows = writer.await.unwrap();
+            count += rows.len();
+            answered.extend(rows);
+        }
+        println!("killed after {before} ms and {count} answers");
+        let mut there = std::collections::BTreeSet::new();
+        let mut query = json!({
+            "TableName": "connections", "KeyConditionExpression": "tunnel = :tunnel",
+            "ExpressionAttributeValues": {":tunnel": {"S": "kept"}}, "ProjectionExpression": "connection_id",
+        });
+        loop {
+            let page = local.dynamodb("Query", query.clone()).await;
+            let ids = page["Items"].as_array().unwrap().iter();
+            there.extend(ids.map(|item| item["connection_id"]["S"].as_str().unwrap().to_owned()));
+            match page.get("LastEvaluatedKey") {
+                Some(key) => query["ExclusiveStartKey"] = key.clone(),
+                None => break,
+            }
+        }
+        let lost: Vec<_> = answered.iter().filter(|row| !there.contains(*row)).collect();
+        assert!(lost.is_empty(), "lost {lost:?} of {}", answered.len());
+    }
+    assert!(!answered.is_empty());
 }

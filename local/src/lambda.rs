@@ -503,4 +503,4 @@ pub(crate) fn random_bytes<const N: usize>() -> [u8; N] {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

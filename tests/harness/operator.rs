@@ -1,6 +1,6 @@
 //! What whoever runs the edge can do: issue tokens, call the services as in an account, revoke.
 
-use std::{path::PathBuf, process::Command};
+use std::{net::SocketAddr, path::PathBuf, process::Command};
 
 use agentd::identity::{Claims, Keys};
 use serde_json::{Value, json};
@@ -63,6 +63,21 @@ impl Local {
         serde_json::from_slice(&answer.body).unwrap()
     }
 
+    /// Calls Step Functions.
+    pub async fn states(&self, operation: &str, request: Value) -> Value {
+        let target = format!("AWSStepFunctions.{operation}");
+        let answer = self.call("POST", "/", &[("X-Amz-Target", &target)], &request.to_string()).await;
+        assert_eq!(answer.status, 200, "{operation}: {}", answer.text());
+        serde_json::from_slice(&answer.body).unwrap()
+    }
+
+    /// Whoever runs it, as of now: for calls that go on while it is killed.
+    #[must_use]
+    pub fn operator(&self) -> Operator {
+        let key = std::fs::read_to_string(self.state_dir().join("operator")).unwrap();
+        Operator { endpoint: self.endpoint, key }
+    }
+
     /// Calls SQS.
     pub async fn sqs(&self, operation: &str, request: Value) -> Value {
         let target = format!("AmazonSQS.{operation}");
@@ -121,9 +136,30 @@ impl Local {
     }
 
     async fn call(&self, method: &str, path: &str, fields: &[(&str, &str)], body: &str) -> Answer {
-        let key = std::fs::read_to_string(self.state_dir().join("operator")).unwrap();
+        self.operator().call(method, path, fields, body).await
+    }
+}
+
+/// Whoever runs the edge.
+#[derive(Debug, Clone)]
+pub struct Operator {
+    endpoint: SocketAddr,
+    key: String,
+}
+
+impl Operator {
+    /// Calls a service by the name of an operation. Whether it was carried out; not where the edge is killed meanwhile.
+    pub async fn acknowledged(&self, target: &str, request: &Value) -> bool {
+        let (own, target, body) = (self.clone(), target.to_owned(), request.to_string());
+        // A connection that breaks is a panic there.
+        let call = async move { own.call("POST", "/", &[("X-Amz-Target", &target)], &body).await };
+        tokio::spawn(call).await.is_ok_and(|answer| answer.status == 200 && answer.complete)
+    }
+
+    async fn call(&self, method: &str, path: &str, fields: &[(&str, &str)], body: &str) -> Answer {
         let signature = format!(
-            "AWS4-HMAC-SHA256 Credential={key}/20260101/local-1/service/aws4_request, SignedHeaders=host, Signature=0"
+            "AWS4-HMAC-SHA256 Credential={}/20260101/local-1/service/aws4_request, SignedHeaders=host, Signature=0",
+            self.key
         );
         let mut request = Request::new(method, path)
             .field("Host", &self.endpoint.to_string())

@@ -87,7 +87,7 @@ fn function_process() {
     });
 }
 
-fn start(concurrency: usize, limit: Duration) -> Lambda {
+pub(crate) fn start(concurrency: usize, limit: Duration) -> Lambda {
     start_with(concurrency, limit, BTreeMap::new())
 }
 

@@ -417,6 +417,80 @@ async fn a_function_that_was_cut_off_may_have_run() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_calls_functions_in_their_own_processes() {
+    let call = |more: Value| {
+        let mut state = json!({
+            "Type": "Task", "Resource": "arn:aws:states:::lambda:invoke", "TimeoutSeconds": 60, "End": true,
+            "Arguments": { "FunctionName": "arn:aws:lambda:local:000000000000:function:obedient", "Payload": "{% $states.input.order %}" },
+            "Output": "{% $states.result.Payload %}",
+        });
+        state.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        json!({ "Call": state })
+    };
+    let lambda = crate::lambda::tests::start(1, Duration::from_secs(5));
+    let outcome = async |states: Value, order: Value| {
+        let (service, arn) = service(states).await;
+        service.serve_functions(lambda.downgrade());
+        let run = start(&service, &arn, "d1", &json!({ "order": order }).to_string()).await;
+        ended(&run).await
+    };
+    let failed = |status| match status {
+        Status::Failed(error) => error,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(outcome(call(json!({})), json!({ "Echo": "x" })).await, Status::Succeeded(json!("x")));
+    // What a function says of its failure has its name, and all of it is the cause.
+    let error = failed(outcome(call(json!({})), json!("Fail")).await);
+    let cause: Value = serde_json::from_str(&error.cause).unwrap();
+    assert_eq!(
+        (cause["errorMessage"].as_str(), cause["errorType"].as_str()),
+        (Some("on purpose"), Some(&*error.error))
+    );
+    for (order, wanted) in
+        [(json!("Exit"), "Runtime.ExitError"), (json!({ "Sleep": { "ms": 60_000 } }), "Sandbox.Timedout")]
+    {
+        assert_eq!(failed(outcome(call(json!({})), order).await).error, wanted);
+    }
+    let unknown = call(json!({ "Arguments": { "FunctionName": "nobody", "Payload": {} } }));
+    assert_eq!(failed(outcome(unknown, json!({})).await).error, "Lambda.ResourceNotFoundException");
+    let caught = json!({ "Catch": [{ "ErrorEquals": ["Runtime.ExitError"], "Next": "Caught" }] });
+    let mut states = call(caught);
+    states["Caught"] = json!({ "Type": "Succeed", "Output": "caught" });
+    assert_eq!(outcome(states, json!("Exit")).await, Status::Succeeded(json!("caught")));
+
+    // One that waits for its token: the function gets it, and what it answers is not the task's result.
+    let waiting = json!({ "Wait": {
+        "Type": "Task", "Resource": "arn:aws:states:::lambda:invoke.waitForTaskToken", "End": true,
+        "Arguments": { "FunctionName": "obedient", "Payload": { "Echo": "{% $states.context.Task.Token %}" } },
+        "TimeoutSeconds": "{% $states.input.seconds + 15 %}", "HeartbeatSeconds": "{% $min([40, $states.input.seconds]) %}",
+    } });
+    let (service, arn) = service(waiting).await;
+    service.serve_functions(lambda.downgrade());
+    let run = start(&service, &arn, "d1", "{\"seconds\":30}").await;
+    while run.journal().len() < WAITING {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let submitted = run.journal().page(WAITING - 1..WAITING).remove(0);
+    let output = submitted["taskSubmittedEventDetails"]["output"].as_str().unwrap();
+    let token = serde_json::from_str::<Value>(output).unwrap()["Payload"].as_str().unwrap().to_owned();
+    service.tokens().beat(&token).unwrap();
+    service.tokens().fail(&token, "Tunnel.agent_busy", "c").unwrap();
+    assert_eq!(failed(ended(&run).await), TaskError::new("Tunnel.agent_busy", "c"));
+    assert_eq!(service.tokens().succeed(&token, "1"), Err(AnswerError::TaskTimedOut));
+    lambda.close().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_run_takes_as_much_as_a_state_may_hold() {
+    let (service, arn) = service(json!({ "Only": { "Type": "Succeed" } })).await;
+    let input = |bytes: usize| format!("\"{}\"", "x".repeat(bytes - 2));
+    let run = start(&service, &arn, "d1", &input(limits::STATE_BYTES)).await;
+    assert!(matches!(ended(&run).await, Status::Succeeded(_)));
+    let over = service.start("operator", &arn, Some("d2"), &input(limits::STATE_BYTES + 1)).await;
+    assert!(matches!(over, Err(StartError::InputTooLarge(bytes)) if bytes == limits::STATE_BYTES + 1));
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_fast_clock_shortens_pauses_and_long_times_only() {
     for (state, seconds) in [
