@@ -145,7 +145,7 @@ async fn two_hundred_agents_that_lose_the_edge_come_back_spread_out() {
 async fn what_a_killed_edge_has_answered_is_there_when_it_is_back() {
     const ROUNDS: u64 = 4;
     let _machine = MACHINE.lock().await;
-    let mut local = Local::start(&["--no-agent", "--websockets", "none"]);
+    let mut local = Local::start(&[]);
     let mut answered: Vec<String> = Vec::new();
     for round in 0..ROUNDS {
         let operator = local.operator();
@@ -169,7 +169,7 @@ async fn what_a_killed_edge_has_answered_is_there_when_it_is_back() {
             .collect();
         let before = getrandom::u64().unwrap() % 300;
         tokio::time::sleep(Duration::from_millis(before)).await;
-        local.kill_and_start_again(&["--no-agent", "--websockets", "none"]);
+        local.kill_and_start_again(&["--no-agent"]);
         let mut count = 0;
         for writer in writers {
             let rows = writer.await.unwrap();
