@@ -63,7 +63,7 @@ async fn main() -> anyhow::Result<()> {
             sum += took;
             best = best.min(took);
             outgoing.try_recv()?;
-            anyhow::ensure!(matches!(result.outcome, local::states::interpreter::Outcome::Succeeded(_)));
+            anyhow::ensure!(matches!(result.outcome, local::states::outcome::Outcome::Succeeded(_)));
             services.sqs.purge(&mailbox)?;
         }
         println!("{bytes:>7} bytes each way: mean {:?}, best {best:?}", sum / RUNS);

@@ -23,6 +23,7 @@ pub mod executions;
 pub mod interpreter;
 pub mod journal;
 pub mod jsonata;
+pub mod outcome;
 pub mod tasks;
 pub mod tokens;
 pub mod trace;
@@ -34,8 +35,9 @@ mod standard;
 
 use definition::{Definition, MachineType};
 use executions::{Executions, Left, RunError, StandardRun};
-use interpreter::{Execution, Outcome, TaskError};
+use interpreter::Execution;
 use journal::Record;
+use outcome::{Outcome, TaskError};
 use tasks::{ServiceTasks, Standard};
 use tokens::TaskTokens;
 use trace::{RunStatus, Trace, TraceSnapshot, Traces};

@@ -11,7 +11,7 @@ use crate::{
     connections::ConnectionInfo,
     lambda::InvokeError,
     sqs::{SqsError, SqsErrorKind},
-    states::{RunResult, interpreter::Outcome},
+    states::{RunResult, outcome::Outcome},
 };
 
 /// What an answer is made of.

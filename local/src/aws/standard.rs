@@ -9,8 +9,8 @@ use crate::{
     clock,
     states::{
         States,
-        executions::{StandardRun, Status},
-        interpreter::TaskError,
+        executions::StandardRun,
+        outcome::{Status, TaskError},
         tokens::AnswerError,
     },
 };

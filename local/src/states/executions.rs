@@ -7,14 +7,14 @@ use std::{
     time::Duration,
 };
 
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use super::{
     Machine, StartError,
-    interpreter::{Execution, Outcome, Recorded, TaskError, Tasks, run_standard},
+    interpreter::{Execution, Recorded, Tasks, run_standard},
     journal::{Checkpoint, Event, Journal, Record, failure, text},
+    outcome::{Outcome, Status, TaskError},
     tokens::{TaskTokens, tail},
     trace::{RunStatus, Traces},
 };
@@ -28,41 +28,6 @@ const REDRIVABLE: Duration = Duration::from_secs(14 * 24 * 60 * 60);
 
 /// How many closed runs are remembered. AWS remembers them for 90 days.
 pub(super) const CLOSED: usize = 10_000;
-
-/// Where a STANDARD run stands.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Status {
-    /// It is still going.
-    Running,
-    /// It ended with this output.
-    Succeeded(Value),
-    /// It ended with this error.
-    Failed(TaskError),
-    /// It ran out of time.
-    TimedOut(TaskError),
-    /// Somebody stopped it.
-    Aborted(TaskError),
-}
-
-impl Status {
-    /// The status in the words of Step Functions.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Running => "RUNNING",
-            Self::Succeeded(_) => "SUCCEEDED",
-            Self::Failed(_) => "FAILED",
-            Self::TimedOut(_) => "TIMED_OUT",
-            Self::Aborted(_) => "ABORTED",
-        }
-    }
-
-    /// Whether a run that stands there may be redriven.
-    fn is_redrivable(&self) -> bool {
-        matches!(self, Self::Failed(_) | Self::TimedOut(_) | Self::Aborted(_))
-    }
-}
 
 /// A STANDARD run.
 #[derive(Debug)]

@@ -4,7 +4,7 @@
 use std::{borrow::Cow, collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
 use proto::limits;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -14,30 +14,11 @@ use super::{
     },
     journal::{Begun, Checkpoint, Journal, Position, failure, text},
     jsonata::{Evaluated, Expression, Scope},
+    outcome::{Outcome, TaskError, error_name},
     tokens::PendingTask,
     trace::Trace,
 };
 use crate::clock::{self, Clock};
-
-/// Step Functions' own error names.
-pub mod error_name {
-    /// Matches every error but [`DATA_LIMIT_EXCEEDED`] and [`RUNTIME`].
-    pub const ALL: &str = "States.ALL";
-    /// A state or the whole run took too long.
-    pub const TIMEOUT: &str = "States.Timeout";
-    /// Nobody gave a sign of life about a task in time; also matched as [`TIMEOUT`].
-    pub const HEARTBEAT_TIMEOUT: &str = "States.HeartbeatTimeout";
-    /// Matches every error of a task but [`TIMEOUT`].
-    pub const TASK_FAILED: &str = "States.TaskFailed";
-    /// The run did something that the machine does not define.
-    pub const RUNTIME: &str = "States.Runtime";
-    /// A value is over 256 KiB.
-    pub const DATA_LIMIT_EXCEEDED: &str = "States.DataLimitExceeded";
-    /// An expression failed or had no value.
-    pub const QUERY_EVALUATION_ERROR: &str = "States.QueryEvaluationError";
-    /// No choice held, and there was no default.
-    pub const NO_CHOICE_MATCHED: &str = "States.NoChoiceMatched";
-}
 
 /// The most bytes of all variables together (Step Functions: 10 MiB).
 const VARIABLES_BYTES: usize = 10 * 1024 * 1024;
@@ -102,33 +83,6 @@ impl Serialize for Arguments<'_> {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_map(self.0.iter().map(|(name, value)| (name, value.get())))
     }
-}
-
-/// Why a task failed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TaskError {
-    /// The name that `ErrorEquals` is compared with.
-    pub error: Cow<'static, str>,
-    /// Words for people.
-    pub cause: String,
-}
-
-impl TaskError {
-    /// An error with this name and these words.
-    pub fn new(error: impl Into<Cow<'static, str>>, cause: impl Into<String>) -> Self {
-        Self { error: error.into(), cause: cause.into() }
-    }
-}
-
-/// How a run ended.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Outcome {
-    /// With an output.
-    Succeeded(Value),
-    /// With an error.
-    Failed(TaskError),
-    /// Out of time.
-    TimedOut(TaskError),
 }
 
 /// Who a run is.

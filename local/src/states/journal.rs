@@ -10,10 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::{
-    executions::Status,
-    interpreter::{TaskError, error_name},
-};
+use super::outcome::{Status, TaskError, error_name};
 use crate::{
     clock,
     store::{Kept, Service},

@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 
 use super::{
     definition::Definition,
-    interpreter::{Call, Execution, Outcome, TaskError, Tasks, run},
+    interpreter::{Call, Execution, Tasks, run},
+    outcome::{Outcome, TaskError},
     trace::Traces,
 };
 use crate::clock;

@@ -14,9 +14,9 @@ use tokio::time::Instant;
 use super::{
     StartError, States,
     definition::{Definition, MachineType},
-    executions::{CLOSED, RunError, StandardRun, Status},
-    interpreter::TaskError,
+    executions::{CLOSED, RunError, StandardRun},
     journal::EVENTS,
+    outcome::{Status, TaskError},
     tokens::AnswerError,
 };
 use crate::{

@@ -9,7 +9,8 @@ use serde_json::{Map, Value, json};
 
 use super::{
     definition::Resource,
-    interpreter::{Arguments, Call, TaskError, Tasks},
+    interpreter::{Arguments, Call, Tasks},
+    outcome::{TaskError, error_name},
     tokens::{PendingTask, TaskTokens},
 };
 use crate::{
@@ -295,7 +296,7 @@ fn whole(arguments: &Arguments<'_>, name: &str) -> Result<Option<u64>> {
 
 /// The arguments do not fit the call: Step Functions fails the run.
 fn not_valid(what: &str) -> TaskError {
-    TaskError::new(super::interpreter::error_name::RUNTIME, format!("the arguments are not valid: {what}"))
+    TaskError::new(error_name::RUNTIME, format!("the arguments are not valid: {what}"))
 }
 
 fn sqs_error(prefix: &str, error: SqsError) -> TaskError {

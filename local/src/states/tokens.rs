@@ -16,7 +16,7 @@ use serde_json::Value;
 use sha2::Sha256;
 use tokio::sync::{Notify, oneshot};
 
-use super::{interpreter::TaskError, journal::Record};
+use super::{journal::Record, outcome::TaskError};
 use crate::store::{Kept, Service};
 
 /// The bytes of a token that are random. With the signature they make 712 characters, as many as a token of AWS has.

@@ -8,7 +8,7 @@ use std::{
 use serde::Serialize;
 use tokio::time::Instant;
 
-use super::interpreter::Outcome;
+use super::outcome::Outcome;
 use crate::clock;
 
 /// How many runs are remembered.
