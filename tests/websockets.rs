@@ -377,7 +377,9 @@ async fn what_an_upstream_answers_instead_is_handed_on_or_named() {
     })
     .await;
     let local = with_relay(&[]);
-    let _agent = local.agent("web", &upstream.to_string());
+    let table =
+        format!("[[tunnel]]\nname = \"web\"\nupstream = \"{upstream}\"\nwebsocket_idle_timeout = \"2s\"\n");
+    let _agent = local.agent_with(&table, &["web"]);
     let refused = async |target: &str| match try_connect(&local, target, &[]).await {
         Err(tokio_tungstenite::tungstenite::Error::Http(response)) => *response,
         other => panic!("{:?}", other.map(|_| ())),
@@ -396,6 +398,8 @@ async fn what_an_upstream_answers_instead_is_handed_on_or_named() {
     // One that never answers has its own deadline.
     let silent = refused("/silent").await;
     assert_eq!(silent.headers()["x-tunnel-error"], "upstream_timed_out");
+    // Nor has the one from before been allowed to say nothing for so long.
+    assert_eq!(close_code(&mut socket).await, Some(1001));
 
     // Handshakes that are none are answered by the relay, with HTTP.
     let mut line = client::Connection::open(local.public).await;
