@@ -1,5 +1,5 @@
 //! A TCP proxy between an agent and its edge that can do to them what networks do: fall silent, or break
-//! every connection and take no other.
+//! every connection and take no other. It can also make the edge one that answers no WebSocket pings.
 
 use std::{
     net::SocketAddr,
@@ -46,6 +46,15 @@ pub struct Proxy {
 impl Proxy {
     /// Starts forwarding to `target`.
     pub async fn start(target: SocketAddr) -> Self {
+        Self::start_as(target, None).await
+    }
+
+    /// Starts forwarding to `target`, all but the pongs of its WebSockets.
+    pub async fn without_pongs(target: SocketAddr) -> Self {
+        Self::start_as(target, Some(Pongless::Head(Vec::new()))).await
+    }
+
+    async fn start_as(target: SocketAddr, filter: Option<Pongless>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (mode, modes) = watch::channel(Mode::Open);
@@ -61,7 +70,7 @@ impl Proxy {
                     continue;
                 }
                 acceptances.lock().unwrap().push(Instant::now());
-                tokio::spawn(forward(stream, target, modes));
+                tokio::spawn(forward(stream, target, modes, filter.clone()));
             }
         });
         Self { address, mode, refused, accepted, task }
@@ -106,7 +115,12 @@ fn reset(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
-async fn forward(agent: TcpStream, target: SocketAddr, mut modes: watch::Receiver<Mode>) {
+async fn forward(
+    agent: TcpStream,
+    target: SocketAddr,
+    mut modes: watch::Receiver<Mode>,
+    filter: Option<Pongless>,
+) {
     let Ok(edge) = TcpStream::connect(target).await else { return reset(&agent) };
     for stream in [&agent, &edge] {
         let _ = stream.set_nodelay(true);
@@ -120,14 +134,19 @@ async fn forward(agent: TcpStream, target: SocketAddr, mut modes: watch::Receive
         let _ = modes.wait_for(|mode| *mode == Mode::Broken).await;
     };
     tokio::select! {
-        () = copy(from_agent, to_edge, other.clone()) => {}
-        () = copy(from_edge, to_agent, other) => {}
+        () = copy(from_agent, to_edge, other.clone(), None) => {}
+        () = copy(from_edge, to_agent, other, filter) => {}
         () = broken => {}
     }
 }
 
 /// Copies while the proxy is open.
-async fn copy(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut modes: watch::Receiver<Mode>) {
+async fn copy(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    mut modes: watch::Receiver<Mode>,
+    mut filter: Option<Pongless>,
+) {
     let mut buffer = vec![0; 16 * 1024];
     loop {
         if modes.wait_for(|mode| *mode == Mode::Open).await.is_err() {
@@ -137,9 +156,73 @@ async fn copy(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut modes: watch:
             read = from.read(&mut buffer) => read,
             _ = modes.changed() => continue,
         };
-        match read {
-            Ok(count) if count > 0 && to.write_all(&buffer[..count]).await.is_ok() => {}
+        let bytes = match read {
+            Ok(count) if count > 0 => &buffer[..count],
             _ => return,
+        };
+        let written = match &mut filter {
+            None => to.write_all(bytes).await,
+            Some(filter) => to.write_all(&filter.pass(bytes)).await,
+        };
+        if written.is_err() {
+            return;
         }
+    }
+}
+
+/// Takes the pongs out of what a WebSocket's server sends.
+#[derive(Debug, Clone)]
+enum Pongless {
+    /// So much of the handshake's answer has come.
+    Head(Vec<u8>),
+    /// So much of a frame's head has come.
+    Frame(Vec<u8>),
+    /// So many bytes of a frame are to come, which passes or does not.
+    Payload(u64, bool),
+}
+
+impl Pongless {
+    fn pass(&mut self, bytes: &[u8]) -> Vec<u8> {
+        let mut passed = Vec::with_capacity(bytes.len());
+        for &byte in bytes {
+            match self {
+                Self::Head(head) => {
+                    passed.push(byte);
+                    head.push(byte);
+                    if head.ends_with(b"\r\n\r\n") {
+                        *self = Self::Frame(Vec::new());
+                    }
+                }
+                Self::Frame(head) => {
+                    head.push(byte);
+                    let Some(length) = payload_length(head) else { continue };
+                    let passes = head[0] & 0x0f != 0xa;
+                    if passes {
+                        passed.extend_from_slice(head);
+                    }
+                    *self = if length == 0 { Self::Frame(Vec::new()) } else { Self::Payload(length, passes) };
+                }
+                Self::Payload(left, passes) => {
+                    if *passes {
+                        passed.push(byte);
+                    }
+                    *left -= 1;
+                    if *left == 0 {
+                        *self = Self::Frame(Vec::new());
+                    }
+                }
+            }
+        }
+        passed
+    }
+}
+
+/// The length of a frame's payload, once its head is whole: a server's is not masked (RFC 6455 §5.2).
+fn payload_length(head: &[u8]) -> Option<u64> {
+    match (*head.get(1)?, &head[2..]) {
+        (126, &[a, b]) => Some(u16::from_be_bytes([a, b]).into()),
+        (127, &[a, b, c, d, e, f, g, h]) => Some(u64::from_be_bytes([a, b, c, d, e, f, g, h])),
+        (126 | 127, _) => None,
+        (length, _) => Some(length.into()),
     }
 }
