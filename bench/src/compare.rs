@@ -38,6 +38,52 @@ pub(crate) struct Options {
     built: Option<String>,
 }
 
+/// What a figure is to be.
+#[derive(Debug, Clone, Copy)]
+enum Bound {
+    /// No more than so many times what it was.
+    Most(f64),
+    /// At least so many times what it was.
+    Least(f64),
+    /// No more than that.
+    Below(f64),
+}
+
+/// What is aimed at: how the name of a figure begins.
+const BOUNDS: [(&str, Bound); 8] = [
+    ("latency: 13 B, one after the other p50", Bound::Most(0.7)),
+    ("load: 32 clients", Bound::Least(2.0)),
+    ("memory: local, idle at the end", Bound::Most(0.6)),
+    // After a download of 100 MiB.
+    ("memory: ingress, idle at the end", Bound::Below(20.0)),
+    ("agent: memory for an open stream", Bound::Below(16.0)),
+    ("agent: memory, connected", Bound::Below(7.0)),
+    ("download: 10 MiB", Bound::Least(1.5)),
+    ("upload: 4.", Bound::Least(1.3)),
+];
+
+impl Bound {
+    fn of(name: &str) -> Option<Self> {
+        BOUNDS.iter().find(|(begin, _)| name.starts_with(begin)).map(|(_, bound)| *bound)
+    }
+
+    fn is_met(self, was: f64, is: f64) -> bool {
+        match self {
+            Self::Most(part) => is <= was * part,
+            Self::Least(part) => is >= was * part,
+            Self::Below(most) => is <= most,
+        }
+    }
+
+    fn text(self) -> String {
+        match self {
+            Self::Most(part) => format!("≤ × {part}"),
+            Self::Least(part) => format!("≥ × {part}"),
+            Self::Below(most) => format!("≤ {most}"),
+        }
+    }
+}
+
 /// What `--json` writes, as far as it is looked at.
 #[derive(Debug, Deserialize)]
 struct Figures {
@@ -56,8 +102,8 @@ struct Figure {
 /// Figures by name and unit, one for each round.
 type Rounds = BTreeMap<(String, String), Vec<f64>>;
 
-/// Builds, measures and prints.
-pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
+/// Builds, measures and prints. False where a bound is not met.
+pub(crate) fn run(options: &Options) -> anyhow::Result<bool> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the project has no folder")?;
     let before = bench(&options.before, options)?;
     let after = bench(here, options)?;
@@ -83,8 +129,9 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
         }
     }
     let [(_, before), (_, after)] = &sides;
-    print!("{}", table(before, after));
-    Ok(())
+    let (table, is_met) = table(before, after);
+    print!("{table}");
+    Ok(is_met)
 }
 
 /// The `bench` of a checkout, built as that one ships.
@@ -121,16 +168,27 @@ fn add(rounds: &mut Rounds, figures: Figures) {
     }
 }
 
-fn table(before: &Rounds, after: &Rounds) -> String {
-    let mut text = String::from("| | unit | before | after | after by before |\n|---|---|---:|---:|---:|\n");
+fn table(before: &Rounds, after: &Rounds) -> (String, bool) {
+    let mut text = String::from(
+        "| | unit | before | after | after by before | bound | |\n|---|---|---:|---:|---:|---:|---|\n",
+    );
+    let mut all_met = true;
     for ((name, unit), rounds) in before {
         let Some(now) = after.get(&(name.clone(), unit.clone())) else { continue };
         let (was, is) = (median(rounds.clone()), median(now.clone()));
         // Of nothing, as errors should be, there is no ratio.
         let ratio = if was > 0.0 { format!("× {:.2}", is / was) } else { String::new() };
-        let _ = writeln!(text, "| {name} | {unit} | {was:.3} | {is:.3} | {ratio} |");
+        let (bound, verdict) = match Bound::of(name) {
+            None => (String::new(), ""),
+            Some(bound) => {
+                let is_met = bound.is_met(was, is);
+                all_met &= is_met;
+                (bound.text(), if is_met { "within" } else { "EXCEEDED" })
+            }
+        };
+        let _ = writeln!(text, "| {name} | {unit} | {was:.3} | {is:.3} | {ratio} | {bound} | {verdict} |");
     }
-    text
+    (text, all_met)
 }
 
 #[cfg(test)]
@@ -158,8 +216,8 @@ mod tests {
             add(&mut after, figures(measured, Some(measured - 2.0)));
         }
         after.insert(("latency: new".into(), "ms".into()), vec![1.0]);
-        let table = table(&before, &after);
-        assert!(table.contains("| latency: x | ms | 4.000 | 1.500 | × 0.38 |"), "{table}");
+        let (table, is_met) = table(&before, &after);
+        assert!(is_met && table.contains("| latency: x | ms | 4.000 | 1.500 | × 0.38 |"), "{table}");
         assert!(table.contains("| load: x | ms | 60.000 | 35.000 | × 0.58 |"), "{table}");
         assert!(!table.contains("new"), "{table}");
     }
@@ -167,6 +225,21 @@ mod tests {
     #[test]
     fn of_nothing_there_is_no_ratio() {
         let none = BTreeMap::from([(("load: errors".to_owned(), "errors".to_owned()), vec![0.0])]);
-        assert!(table(&none, &none).ends_with("| load: errors | errors | 0.000 | 0.000 |  |\n"));
+        assert!(table(&none, &none).0.ends_with("| load: errors | errors | 0.000 | 0.000 |  |  |  |\n"));
+    }
+
+    #[test]
+    fn a_bound_is_met_at_it_and_not_past_it() {
+        for (name, was, met, missed) in [
+            ("memory: local, idle at the end", 10.0, 6.0, 6.01),
+            ("load: 32 clients", 10.0, 20.0, 19.9),
+            ("memory: ingress, idle at the end", 1.0, 20.0, 20.1),
+        ] {
+            let one = |value| Rounds::from([((name.to_owned(), "x".to_owned()), vec![value])]);
+            for (now, is_met) in [(met, true), (missed, false)] {
+                let (table, verdict) = table(&one(was), &one(now));
+                assert_eq!((verdict, table.contains("EXCEEDED")), (is_met, !is_met), "{table}");
+            }
+        }
     }
 }
