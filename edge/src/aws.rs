@@ -19,7 +19,7 @@ use aws_smithy_runtime_api::{
     client::{
         connection::{CaptureSmithyConnection, ConnectionMetadata},
         interceptors::{
-            Intercept,
+            Intercept, OverriddenHooks, SharedInterceptor,
             context::{BeforeTransmitInterceptorContextMut, FinalizerInterceptorContextRef},
         },
         result::SdkError,
@@ -112,10 +112,10 @@ impl Aws {
     }
 
     fn sqs_with(&self, attempt: Duration) -> aws_sdk_sqs::Client {
-        let config = aws_sdk_sqs::config::Builder::from(&self.shared)
+        let mut config = aws_sdk_sqs::config::Builder::from(&self.shared)
             .timeout_config(timeouts(attempt))
-            .push_auth_scheme(Signature::new("sqs", self.region.clone()))
-            .interceptor(ShortName);
+            .push_auth_scheme(Signature::new("sqs", self.region.clone()));
+        config.push_interceptor(SharedInterceptor::permanent(ShortName));
         aws_sdk_sqs::Client::from_conf(config.build())
     }
 
@@ -125,11 +125,12 @@ impl Aws {
             // so it is never started again.
             .retry_config(RetryConfig::disabled())
             .timeout_config(timeouts(proto::limits::RUN_DURATION + Duration::from_secs(5)))
-            .push_auth_scheme(Signature::new("states", self.region.clone()))
-            .interceptor(ShortName)
-            .interceptor(FreshConnection::new(CONNECTION_IDLE));
+            .push_auth_scheme(Signature::new("states", self.region.clone()));
+        // Permanent: whether one is switched off would be looked up for each of its hooks, a few hundred times a request.
+        config.push_interceptor(SharedInterceptor::permanent(ShortName));
+        config.push_interceptor(SharedInterceptor::permanent(FreshConnection::new(CONNECTION_IDLE)));
         if self.custom_endpoint {
-            config = config.interceptor(WithoutSyncPrefix);
+            config.push_interceptor(SharedInterceptor::permanent(WithoutSyncPrefix));
         }
         aws_sdk_sfn::Client::from_conf(config.build())
     }
@@ -168,6 +169,10 @@ impl FreshConnection {
 impl Intercept for FreshConnection {
     fn name(&self) -> &'static str {
         "FreshConnection"
+    }
+
+    fn overridden_hooks(&self) -> OverriddenHooks {
+        OverriddenHooks::MODIFY_BEFORE_TRANSMIT | OverriddenHooks::READ_AFTER_ATTEMPT
     }
 
     fn modify_before_transmit(
@@ -230,6 +235,10 @@ pub struct WithoutSyncPrefix;
 impl Intercept for WithoutSyncPrefix {
     fn name(&self) -> &'static str {
         "WithoutSyncPrefix"
+    }
+
+    fn overridden_hooks(&self) -> OverriddenHooks {
+        OverriddenHooks::MODIFY_BEFORE_SIGNING
     }
 
     fn modify_before_signing(

@@ -23,7 +23,7 @@ use aws_smithy_runtime_api::{
         auth::{AuthScheme, AuthSchemeEndpointConfig, AuthSchemeId, Sign},
         identity::{Identity, SharedIdentityResolver},
         interceptors::{
-            Intercept,
+            Intercept, OverriddenHooks,
             context::{BeforeSerializationInterceptorContextRef, BeforeTransmitInterceptorContextMut},
             disable_interceptor,
         },
@@ -247,6 +247,10 @@ pub struct ShortName;
 impl Intercept for ShortName {
     fn name(&self) -> &'static str {
         "ShortName"
+    }
+
+    fn overridden_hooks(&self) -> OverriddenHooks {
+        OverriddenHooks::READ_BEFORE_EXECUTION | OverriddenHooks::MODIFY_BEFORE_SIGNING
     }
 
     fn read_before_execution(

@@ -12,7 +12,7 @@
 //! asked how far it is (`probe`), because nothing would show that the last piece was lost. What is known
 //! to have been sent and does not come breaks the response off.
 
-use std::{borrow::Cow, cell::Cell, collections::VecDeque, rc::Rc, time::Duration};
+use std::{borrow::Cow, cell::Cell, collections::VecDeque, pin::pin, rc::Rc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use edge::{
@@ -545,7 +545,7 @@ impl<'a, M: Mail> Exchange<'a, M> {
                     // Nobody will read it, but Lambda wants an answer to every event.
                     Stop::ClientGone => ErrorCode::Cancelled,
                 };
-                let finish = self.finish(stop, receiving);
+                let finish = pin!(self.finish(stop, receiving));
                 tokio::join!(answering.fail(code), finish);
                 if stop == Stop::ClientGone {
                     record.outcome.set(outcome::CLIENT_GONE);
@@ -565,7 +565,8 @@ impl<'a, M: Mail> Exchange<'a, M> {
         if reply.end {
             // Sent while messages are being deleted, where there are enough of them.
             let end = async { drop(pieces.send(Piece::End).await) };
-            tokio::join!(end, self.settle());
+            let settle = pin!(self.settle());
+            tokio::join!(end, settle);
             return;
         }
 
@@ -636,7 +637,8 @@ impl<'a, M: Mail> Exchange<'a, M> {
             // Closes the answer's body either way.
             drop(pieces);
         };
-        tokio::join!(broken, self.finish(stop, receiving));
+        let finish = pin!(self.finish(stop, receiving));
+        tokio::join!(broken, finish);
     }
 
     /// Whether every piece has arrived, in whatever order.

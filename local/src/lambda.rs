@@ -492,7 +492,7 @@ pub(crate) fn random_hex<const N: usize>() -> String {
 /// A random UUID (version 4), as AWS names requests.
 pub(crate) fn random_uuid() -> String {
     let hex = random_hex::<16>();
-    format!("{}-{}-4{}-a{}-{}", &hex[..8], &hex[8..12], &hex[13..16], &hex[17..20], &hex[20..])
+    [&hex[..8], "-", &hex[8..12], "-4", &hex[13..16], "-a", &hex[17..20], "-", &hex[20..]].concat()
 }
 
 /// `N` random bytes.

@@ -1,6 +1,6 @@
 //! One event of Lambda, answered through an exchange.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use edge::unix_now_ms;
 use exchange::{
@@ -54,10 +54,13 @@ pub async fn serve(
     let record = Record::begin();
     let mut public = LambdaAnswer { request_id: &request_id, config, html: false, head_only: false, answers };
     let request = read(&invocation.event, services, &mut public);
-    let mail = Own { inbox: &inbox, mailboxes: services.pool.mailboxes() };
-    let exchange = carry(services, &mail, &request_id, request, ends_at, public, &record);
-    let exchange = inbox.tidy_beside(services.pool.mailboxes(), exchange);
-    tokio::join!(exchange, respond);
+    {
+        let mail = Own { inbox: &inbox, mailboxes: services.pool.mailboxes() };
+        let exchange = carry(services, &mail, &request_id, request, ends_at, public, &record);
+        // Kept where it is: joined as it is, all of it would be moved when it ends.
+        let exchange = pin!(inbox.tidy_beside(services.pool.mailboxes(), exchange));
+        tokio::join!(exchange, respond);
+    }
     record.write(&request_id);
     Ok(inbox)
 }

@@ -728,11 +728,14 @@ impl Pool {
 /// knows of, looks whether it still holds, and is woken only when it knows of none.
 async fn supervise(pool: Arc<Pool>, id: EnvironmentId, mut child: Child, wake: Arc<Notify>) {
     let mut deadline = pool.check_deadline(&id);
+    let mut exit = pin!(child.wait());
     let how = loop {
         let until = deadline.map(time::Instant::from_std);
         tokio::select! {
-            status = child.wait() => break describe(status),
+            // Each look at a process takes longer than the rest, and most often it is not that.
+            biased;
             () = wake.notified() => deadline = pool.check_deadline(&id),
+            status = &mut exit => break describe(status),
             () = sleep_until(until), if until.is_some() => deadline = pool.check_deadline(&id),
         }
     };

@@ -1,6 +1,6 @@
 //! Messages, and what the service makes of one before it takes it.
 
-use std::{collections::BTreeMap, fmt::Write as _, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use md5::{Digest as _, Md5};
 use serde::{Deserialize, Serialize};
@@ -214,11 +214,9 @@ pub(super) fn attributes_md5(attributes: &BTreeMap<Box<str>, Attribute>) -> Opti
 }
 
 pub(super) fn hex(bytes: &[u8]) -> Box<str> {
-    let mut text = String::with_capacity(bytes.len() * 2);
-    for byte in bytes {
-        let _ = write!(text, "{byte:02x}");
-    }
-    text.into()
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digit = |nibble: u8| char::from(DIGITS[usize::from(nibble)]);
+    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }
 
 #[cfg(test)]
