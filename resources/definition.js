@@ -1,9 +1,10 @@
 'use strict';
 
-// The state machine's file as text: as an object, osls would leave every `null` out of it.
+// The state machines' files as text: as objects, osls would leave every `null` out of them.
 
 const fs = require('node:fs');
 const path = require('node:path');
 
-module.exports = () =>
-  fs.readFileSync(path.join(__dirname, '..', 'statemachines', 'public_request.asl.json'), 'utf8');
+const text = (name) => fs.readFileSync(path.join(__dirname, '..', 'statemachines', `${name}.asl.json`), 'utf8');
+
+module.exports = () => ({ publicRequest: text('public_request'), delivery: text('delivery') });

@@ -8,6 +8,9 @@ const crypto = require('node:crypto');
 const fs = require('node:fs');
 const path = require('node:path');
 // Of osls, which is what deploys.
+const { InvokeCommand, LambdaClient } = require(
+  require.resolve('@aws-sdk/client-lambda', { paths: [require.resolve('osls')] })
+);
 const { ListObjectsV2Command, PutObjectCommand, S3Client } = require(
   require.resolve('@aws-sdk/client-s3', { paths: [require.resolve('osls')] })
 );
@@ -60,6 +63,7 @@ class Tunnel {
       'before:package:createDeploymentArtifacts': () => this.build(),
       'after:aws:package:finalize:mergeCustomProviderResources': () => this.nameRelay(),
       'before:aws:deploy:deploy:uploadArtifacts': () => this.uploadRelay(),
+      'before:remove:remove': () => this.tellLoss(),
       'after:aws:info:displayStackOutputs': () => this.tell(),
     };
   }
@@ -145,6 +149,21 @@ class Tunnel {
     await s3.send(new PutObjectCommand({ Bucket, Key, Body: relay.program }));
   }
 
+  /** Before the stack goes: how many deliveries go with it. Asked of `sweep`, which counts them anyway. */
+  async tellLoss() {
+    const provider = this.serverless.getProvider('aws');
+    const FunctionName = this.serverless.service.getFunction('sweep').name;
+    let waiting;
+    try {
+      const lambda = new LambdaClient(await provider.getAwsSdkV3Config());
+      const { FunctionError, Payload } = await lambda.send(new InvokeCommand({ FunctionName, Payload: '{}' }));
+      if (!FunctionError) ({ waiting } = JSON.parse(Buffer.from(Payload).toString()));
+    } catch (error) {
+      this.log.info(`${FunctionName}: ${error.message}`);
+    }
+    this.log.warning(lossOf(waiting));
+  }
+
   /** Agents' address, public address, next command: the outputs of the stack. */
   tell() {
     const info = this.serverless.pluginManager.plugins.find(({ constructor }) => constructor.name === 'AwsInfo');
@@ -155,6 +174,13 @@ class Tunnel {
       if (outputs.has(name)) this.serverless.addServiceOutputSection(name, outputs.get(name));
     }
   }
+}
+
+/** What is said before the stack goes; `waiting` is what `sweep` has counted, if it could be asked. */
+function lossOf(waiting) {
+  if (waiting === 0) return 'No delivery waits for an agent; those between two attempts are lost, and so are the dead ones';
+  const count = waiting === undefined ? 'Deliveries that wait' : `At least ${waiting} deliveries that wait`;
+  return `${count} for an agent are lost with the stack: their senders were told that they are kept`;
 }
 
 /** What was built. */
@@ -181,6 +207,7 @@ async function pack(files, zip) {
 }
 
 module.exports = Tunnel;
+module.exports.lossOf = lossOf;
 module.exports.check = check;
 module.exports.runtimes = runtimes;
 module.exports.TOOLS = TOOLS;

@@ -18,12 +18,13 @@ use edge::{
 };
 use local::{
     stack::{Permission, Resource, Rows, stack},
-    states::definition::Definition,
+    states::definition::{Definition, MachineType},
 };
 use proto::limits;
 use serde_json::Value;
 
 const MACHINE: &str = include_str!("../statemachines/public_request.asl.json");
+const DELIVERY: &str = include_str!("../statemachines/delivery.asl.json");
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
@@ -87,6 +88,8 @@ fn asked(function: &str) -> BTreeSet<String> {
             authorizer::config::Config::from_env(&env).map(drop).map_err(|error| error.to_string())
         }
         "connect" => connect::Connect::from_env(&env).map(drop).map_err(|error| error.to_string()),
+        "deliver" => deliver::Deliver::from_env(&env).map(drop).map_err(|error| error.to_string()),
+        "deliveries" => deliveries::Deliveries::from_env(&env).map(drop).map_err(|error| error.to_string()),
         "disconnect" => disconnect::Disconnect::from_env(&env).map(drop).map_err(|error| error.to_string()),
         "ingress" => ingress::Ingress::from_env(&env).map(drop).map_err(|error| error.to_string()),
         "response" => response::Response::from_env(&env).map(drop).map_err(|error| error.to_string()),
@@ -159,6 +162,12 @@ const OPERATIONS: &[(&str, &str)] = &[
     ("delete_queue", "sqs:DeleteQueue"),
     ("list_queues", "sqs:ListQueues"),
     ("get_queue_attributes", "sqs:GetQueueAttributes"),
+    ("start_execution", "states:StartExecution"),
+    ("describe_execution", "states:DescribeExecution"),
+    ("stop_execution", "states:StopExecution"),
+    ("send_task_success", "states:SendTaskSuccess"),
+    ("send_task_failure", "states:SendTaskFailure"),
+    ("send_task_heartbeat", "states:SendTaskHeartbeat"),
     ("start_sync_execution", "states:StartSyncExecution"),
     ("post_to_connection", "POST"),
     ("get_connection", "GET"),
@@ -264,9 +273,17 @@ fn reachable(function: &str, code: &BTreeMap<String, Vec<Code>>) -> BTreeSet<Per
             {
                 let resource = match (action.split(':').next().unwrap(), module) {
                     ("dynamodb", "mailbox.rs" | "caretaker.rs") => Resource::Mailboxes,
+                    ("dynamodb", "deliveries.rs") => Resource::Deliveries,
                     ("dynamodb", _) => Resource::Connections,
                     ("sqs", _) if *action == "sqs:ListQueues" => Resource::Any,
+                    ("sqs", "deliveries.rs") if *action == "sqs:SendMessage" => Resource::DeadLetters,
+                    ("sqs", "deliveries.rs") => Resource::Redeliveries,
                     ("sqs", _) => Resource::Queues,
+                    ("states", "deliveries.rs") if action.ends_with("eExecution") => Resource::DeliveryRuns,
+                    ("states", "deliveries.rs") if *action == "states:StopExecution" => {
+                        Resource::DeliveryRuns
+                    }
+                    ("states", "deliveries.rs") => Resource::Delivery,
                     ("states", _) => Resource::PublicRequest,
                     ("application-autoscaling", _) => Resource::Tasks,
                     (method, _) => Resource::Link(method.to_owned()),
@@ -323,12 +340,21 @@ fn allowed(action: String, resource: Resource) -> Permission {
 fn needed(task: &Value) -> Permission {
     let arguments = &task["Arguments"];
     let resource = task["Resource"].as_str().unwrap();
+    let resource = resource.trim_end_matches(".waitForTaskToken");
     let (service, operation) = resource.trim_start_matches("arn:aws:states:::").rsplit_once(':').unwrap();
     let operation = format!("{}{}", operation[..1].to_uppercase(), &operation[1..]);
     match service.trim_start_matches("aws-sdk:") {
         "dynamodb" => {
-            assert_eq!(arguments["TableName"], "${ConnectionsTable}");
-            allowed(format!("dynamodb:{operation}"), Resource::Connections)
+            let table = match arguments["TableName"].as_str().unwrap() {
+                "${ConnectionsTable}" => Resource::Connections,
+                "${DeliveriesTable}" => Resource::Deliveries,
+                other => panic!("{other} is no table"),
+            };
+            allowed(format!("dynamodb:{operation}"), table)
+        }
+        "lambda" => {
+            assert_eq!(arguments["FunctionName"], "${DeliverFunction}");
+            allowed("lambda:InvokeFunction".into(), Resource::Function("deliver".into()))
         }
         "sqs" => allowed(format!("sqs:{operation}"), Resource::Queues),
         "apigateway" => allowed(
@@ -343,21 +369,70 @@ fn machine() -> Value {
     serde_json::from_str(MACHINE).unwrap()
 }
 
+fn delivery() -> Value {
+    serde_json::from_str(DELIVERY).unwrap()
+}
+
 fn tasks(machine: &Value) -> impl Iterator<Item = (&String, &Value)> {
     machine["States"].as_object().unwrap().iter().filter(|(_, state)| state["Type"] == "Task")
 }
 
 #[test]
-fn the_state_machine_may_do_what_its_tasks_do() {
-    let needed: BTreeSet<_> = tasks(&machine()).map(|(_, task)| needed(task)).collect();
-    let allowed: BTreeSet<_> = stack().workflow.permissions.iter().cloned().collect();
-    let own = |permission: &&Permission| permission.resource != Resource::Any;
-    assert_eq!(allowed.iter().filter(own).cloned().collect::<BTreeSet<_>>(), needed);
-    let any = allowed.iter().filter(|permission| permission.resource == Resource::Any);
-    for permission in any {
-        let service = permission.action.split(':').next();
-        assert!(matches!(service, Some("logs" | "xray")), "{permission:?}");
+fn the_state_machines_may_do_what_their_tasks_do() {
+    for (machine, deployed) in [(machine(), &stack().workflow), (delivery(), &stack().delivery)] {
+        let needed: BTreeSet<_> = tasks(&machine).map(|(_, task)| needed(task)).collect();
+        let any_row = |one: &Permission| Permission { rows: Rows::Any, ..one.clone() };
+        let allowed: BTreeSet<_> = deployed.permissions.iter().map(any_row).collect();
+        let own = |permission: &&Permission| permission.resource != Resource::Any;
+        assert_eq!(allowed.iter().filter(own).cloned().collect::<BTreeSet<_>>(), needed);
+        let any = allowed.iter().filter(|permission| permission.resource == Resource::Any);
+        for permission in any {
+            let service = permission.action.split(':').next();
+            assert!(matches!(service, Some("logs" | "xray")), "{permission:?}");
+        }
     }
+}
+
+#[test]
+fn a_delivery_runs_as_long_as_it_has_to_and_keeps_nothing_of_the_request() {
+    let supplied: BTreeMap<_, _> =
+        stack().delivery.substitutions.iter().map(|name| (name.clone(), "x".to_owned())).collect();
+    for name in supplied.keys() {
+        assert!(DELIVERY.contains(&format!("${{{name}}}")), "{name} is supplied for nothing");
+    }
+    Definition::parse_as(MachineType::Standard, DELIVERY, &supplied).unwrap();
+    assert_eq!(stack().delivery.kind, "STANDARD");
+    let machine = delivery();
+    // A delivery lasts up to 14 days: a machine's own time-out would end it unseen, a task's is judged.
+    assert!(machine["TimeoutSeconds"].is_null());
+    for (name, task) in tasks(&machine) {
+        assert!(!task["TimeoutSeconds"].is_null(), "{name} could hang for a year");
+        // Its function ends before its task does.
+        if let Some(secs) = task["TimeoutSeconds"].as_u64()
+            && task["Resource"].as_str().unwrap().contains("lambda")
+        {
+            assert!(Duration::from_secs(secs) > stack().functions["deliver"].timeout, "{name}");
+        }
+        // No state hands on what a task was answered as it is.
+        assert!(!task["Output"].is_null(), "{name}");
+    }
+    // The history keeps what tasks are given and give for 90 days.
+    for word in ["head", "body", "headers", "target"] {
+        assert!(!DELIVERY.contains(&format!("\"{word}\"")), "{word}");
+    }
+    // Its way at the first try: six transitions are paid.
+    let states = &machine["States"];
+    let mut at = machine["StartAt"].as_str().unwrap();
+    let mut way = vec![at];
+    while states[at]["Type"] != "Succeed" {
+        at = match at {
+            "ChooseDelivery" => states[at]["Default"].as_str().unwrap(),
+            "ChooseNext" => states[at]["Choices"][0]["Next"].as_str().unwrap(),
+            _ => states[at]["Next"].as_str().unwrap(),
+        };
+        way.push(at);
+    }
+    assert!(way.len() <= 6, "{way:?}");
 }
 
 #[test]
@@ -544,8 +619,9 @@ fn the_keys_are_read_by_those_alone_who_need_them() {
                 statements[0]["Principal"]["AWS"].to_string().contains(":root"),
                 "{name}: IAM says who else may"
             );
-            let decrypts = serde_json::json!([{"Fn::GetAtt": ["IngressRole", "Arn"]}, {"Fn::GetAtt": ["ResponseRole", "Arn"]}]);
-            assert_eq!(statements[1]["Principal"]["AWS"], decrypts, "{name}");
+            let decrypts = ["IngressRole", "ResponseRole", "DeliverRole"];
+            let decrypts = decrypts.map(|role| serde_json::json!({"Fn::GetAtt": [role, "Arn"]})).to_vec();
+            assert_eq!(statements[1]["Principal"]["AWS"], Value::from(decrypts), "{name}");
             assert_eq!(statements[1]["Action"], "kms:Decrypt", "{name}");
         }
         // Every variable that holds a key is encrypted with it.
@@ -554,7 +630,8 @@ fn the_keys_are_read_by_those_alone_who_need_them() {
             let holds = variables.contains("{{resolve:secretsmanager");
             assert_eq!(
                 holds,
-                ["IngressLambdaFunction", "ResponseLambdaFunction"].contains(&id.as_str()),
+                ["DeliverLambdaFunction", "IngressLambdaFunction", "ResponseLambdaFunction"]
+                    .contains(&id.as_str()),
                 "{name}: {id}"
             );
             let own = serde_json::json!({"Fn::GetAtt": ["VariablesKey", "Arn"]});
@@ -709,15 +786,20 @@ fn the_packaged_function_url_streams_and_may_be_called() {
 #[test]
 fn the_packaged_state_machine_is_the_file() {
     for (name, template) in templates() {
-        let machines: Vec<_> = of_type(&template, "AWS::StepFunctions::StateMachine").collect();
-        assert_eq!(machines.len(), 1, "{name}");
-        let packaged = machines[0].1;
-        assert_eq!(packaged["StateMachineType"], "EXPRESS", "{name}");
-        // Byte for byte: osls drops every `null` of an object, and a run would fail for want of it.
-        assert!(packaged["DefinitionString"] == MACHINE, "{name}: osls changed the definition");
-        assert_eq!(names_in(&packaged["DefinitionSubstitutions"]), stack().workflow.substitutions);
-        let logging = &packaged["LoggingConfiguration"];
-        assert_eq!((&logging["Level"], &logging["IncludeExecutionData"]), (&"ERROR".into(), &false.into()));
+        let machines: BTreeMap<_, _> = of_type(&template, "AWS::StepFunctions::StateMachine").collect();
+        assert_eq!(machines.len(), 2, "{name}");
+        for (id, text, deployed) in
+            [("PublicRequest", MACHINE, &stack().workflow), ("Delivery", DELIVERY, &stack().delivery)]
+        {
+            let packaged = machines[&id.to_owned()];
+            assert_eq!(packaged["StateMachineType"], *deployed.kind, "{name}");
+            // Byte for byte: osls drops every `null` of an object, and a run would fail for want of it.
+            assert!(packaged["DefinitionString"] == text, "{name}: osls changed the definition of {id}");
+            assert_eq!(names_in(&packaged["DefinitionSubstitutions"]), deployed.substitutions);
+            let logging = &packaged["LoggingConfiguration"];
+            let expected = (&"ERROR".into(), &false.into());
+            assert_eq!((&logging["Level"], &logging["IncludeExecutionData"]), expected);
+        }
     }
 }
 
@@ -763,8 +845,8 @@ fn packaged_roles_name_what_they_allow() {
         let relay = if has_relay(&template) { 2 } else { 0 };
         assert_eq!(
             roles,
-            stack().functions.len() + 1 + relay,
-            "{name}: a role each, and the state machine's"
+            stack().functions.len() + 2 + relay,
+            "{name}: a role each, and the state machines'"
         );
     }
 }

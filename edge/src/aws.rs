@@ -135,6 +135,16 @@ impl Aws {
         aws_sdk_sfn::Client::from_conf(config.build())
     }
 
+    /// For STANDARD runs: starting one by its name twice starts it once, and a token is used once, so calls are tried again.
+    pub(crate) fn runs(&self) -> aws_sdk_sfn::Client {
+        let config = aws_sdk_sfn::config::Builder::from(&self.shared)
+            .timeout_config(timeouts(Duration::from_secs(5)))
+            .push_auth_scheme(Signature::new("states", self.region.clone()))
+            .interceptor(ShortName)
+            .interceptor(FreshConnection::new(CONNECTION_IDLE));
+        aws_sdk_sfn::Client::from_conf(config.build())
+    }
+
     pub(crate) fn agent_link(&self, endpoint: &str) -> aws_sdk_apigatewaymanagement::Client {
         let config = aws_sdk_apigatewaymanagement::config::Builder::from(&self.shared).endpoint_url(endpoint);
         aws_sdk_apigatewaymanagement::Client::from_conf(config.build())

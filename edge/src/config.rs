@@ -31,6 +31,14 @@ pub mod env {
     pub const MAILBOX_LEASE_SECS: &str = "TUNNEL_MAILBOX_LEASE_SECS";
     /// ARN of the state machine `public_request`.
     pub const STATE_MACHINE_ARN: &str = "TUNNEL_STATE_MACHINE_ARN";
+    /// Name of the table of deliveries; without it nothing is kept for later.
+    pub const DELIVERIES_TABLE: &str = "TUNNEL_DELIVERIES_TABLE";
+    /// ARN of the state machine `delivery`.
+    pub const DELIVERY_MACHINE_ARN: &str = "TUNNEL_DELIVERY_MACHINE_ARN";
+    /// URL of the queue that names the deliveries that are dead.
+    pub const DEAD_LETTERS_URL: &str = "TUNNEL_DEAD_LETTERS_URL";
+    /// URL of the queue that names deliveries to be made once more.
+    pub const REDELIVERIES_URL: &str = "TUNNEL_REDELIVERIES_URL";
     /// Where `@connections` is: the WebSocket API's endpoint and stage, with `https://`.
     pub const AGENT_ENDPOINT: &str = "TUNNEL_AGENT_ENDPOINT";
     /// The keys of task tokens in base64: the signing one and, after a comma, the one it replaced.
@@ -123,7 +131,13 @@ impl<'a> Env<'a> {
     ///
     /// When it is missing or empty.
     pub fn required(&self, name: &'static str) -> Result<String, ConfigError> {
-        self.optional(name).ok_or(ConfigError { name, problem: "is not set" })
+        self.optional(name).ok_or_else(|| self.missing(name))
+    }
+
+    /// What is said where a variable has no value.
+    #[must_use]
+    pub const fn missing(&self, name: &'static str) -> ConfigError {
+        ConfigError { name, problem: "is not set" }
     }
 
     /// A number of whole seconds between 1 and `max`.

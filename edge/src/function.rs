@@ -66,6 +66,10 @@ where
                 metrics::flush();
                 answer.map_err(|error| {
                     let aws_request_id = event.context.request_id;
+                    if let Error::Named { name } = error {
+                        tracing::info!(name, aws_request_id, "the run is told");
+                        return Diagnostic { error_type: name.into(), error_message: String::new() };
+                    }
                     tracing::error!(%error, aws_request_id, "event was not handled");
                     // The name, not the text, is for whoever invoked the function.
                     Diagnostic {

@@ -2,7 +2,7 @@
 //!
 //! This is the only crate that names an AWS SDK. It knows the [`registry`] of tunnels and connections, the
 //! [`revocation`] list, the [`agent_link`] to a connected agent (all three are [`admission`]), the [`mailbox`]es through which answers
-//! come back, the [`workflow`] of one public request, and the [`limit`]s of owners and tunnels. What to do
+//! come back, the [`workflow`] of one public request, the [`deliveries`] that are kept for later, and the [`limit`]s of owners and tunnels. What to do
 //! with them is decided in the functions.
 //!
 //! [`config`] reads the environment of a function, [`event`] is what API Gateway hands to the functions
@@ -15,6 +15,7 @@ pub mod agent_link;
 pub mod aws;
 pub mod caretaker;
 pub mod config;
+pub mod deliveries;
 pub mod event;
 pub mod fleet;
 pub mod function;
@@ -43,6 +44,12 @@ pub enum Error {
         call: &'static str,
         /// What AWS said.
         source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// What a run of Step Functions has to tell apart: it is told this name.
+    #[error("{name}")]
+    Named {
+        /// The name.
+        name: &'static str,
     },
     /// Anything else: permission, network, a fault of AWS.
     #[error("{call} failed: {source}")]

@@ -51,7 +51,7 @@ macro_rules! metrics {
 }
 
 metrics! {
-    /// A public request, by how it ended: `answered`, `broken` (the response ended before its end),
+    /// A public request, by how it ended: `answered`, `accepted` (kept, to be delivered later), `broken` (the response ended before its end),
     /// `client_gone`, or the code in `x-tunnel-error`. Written by `ingress`.
     Requests, "Requests", "Count", Some(OUTCOME);
     /// From the event to the head of the upstream's response. Written by `ingress`.
@@ -79,6 +79,10 @@ metrics! {
     ColdStarts, "ColdStarts", "Count", None;
     /// How many agents serve a tunnel now. Written by `sweep`, each time it runs.
     AgentsConnected, "AgentsConnected", "Count", None;
+    /// How many deliveries wait for an agent, up to 1,000 of each tunnel. Written by `sweep` where there are any.
+    DeliveriesWaiting, "DeliveriesWaiting", "Count", None;
+    /// How long the oldest delivery has waited for an agent. Written by `sweep` where there is one.
+    OldestDelivery, "OldestDelivery", "Seconds", None;
     /// How many mailboxes nobody has leased. Written by `sweep`, each time it runs.
     MailboxesFree, "MailboxesFree", "Count", None;
 }
@@ -90,6 +94,8 @@ pub const OUTCOME: &str = "Outcome";
 pub mod outcome {
     /// The upstream's response was delivered.
     pub const ANSWERED: &str = "answered";
+    /// The request was kept, to be delivered later.
+    pub const ACCEPTED: &str = "accepted";
     /// The response ended before its end.
     pub const BROKEN: &str = "broken";
     /// The public client went away before the response's end.

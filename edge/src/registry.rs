@@ -3,7 +3,7 @@
 //!
 //! | row | `tunnel` | `connection_id` | other attributes |
 //! |---|---|---|---|
-//! | name | `web` | `#name` | `owner`, `expires_at` (when the name is free again) |
+//! | name | `web` | `#name` | `owner`, `expires_at` (when the name is free again), `delivery` (what its owner wants kept, as JSON), `durable` (the methods that are always kept), `paused` (while deliveries are held) |
 //! | connection | `web` | the connection | `owner`, `agent`, `connected_at`, `expires_at`, `websockets` |
 //! | reverse | `#` + the connection | `#tunnels` | `tunnels`, `expires_at`: finds the rows of a connection without a scan |
 //! | owner | `#owner#` + the owner | the connection | `agent`, `token_id`, `since_ms`, `tunnels`, `expires_at`: finds the connections of an owner |
@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use aws_sdk_dynamodb::types::{AttributeValue, ReturnValue};
 use proto::{
+    delivery::Mode,
     id::{AgentId, ConnectionId, Owner, TunnelName},
     limits,
     message::Refusal,
@@ -21,8 +22,9 @@ use proto::{
 
 use crate::{
     Error,
-    aws::{Aws, classify, holds, number, text},
+    aws::{Aws, classify, number, text},
     config::{ConfigError, Env, env},
+    deliveries::Terms,
     limit::Limits,
 };
 
@@ -47,6 +49,16 @@ pub struct Connection {
     /// Whether the agent takes public WebSockets.
     pub websockets: bool,
 }
+
+/// A tunnel that a connection has opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Opened {
+    /// Whether deliveries may wait for it: it keeps some, or did before, and they are not held.
+    pub wakes: bool,
+}
+
+/// What became of each tunnel of a `hello`.
+pub type Outcomes = Vec<(TunnelName, Result<Opened, Refusal>)>;
 
 /// How many agents serve a tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -165,7 +177,8 @@ impl Registry {
 
     /// Makes `connection` serve exactly `tunnels`, and says for each one whether it does.
     ///
-    /// A name that nobody has, or whose time is over, becomes the connection's owner's. `since_ms` is what
+    /// A name that nobody has, or whose time is over, becomes the connection's owner's. `terms` are of those tunnels that
+    /// keep requests; the last `hello` counts. `since_ms` is what
     /// [`Registry::enter`] gave.
     ///
     /// # Errors
@@ -176,9 +189,10 @@ impl Registry {
         &self,
         connection: &Connection,
         tunnels: &BTreeSet<TunnelName>,
+        terms: &BTreeMap<TunnelName, Terms>,
         since_ms: u64,
         now: u64,
-    ) -> Result<Vec<(TunnelName, Result<(), Refusal>)>, Error> {
+    ) -> Result<Outcomes, Error> {
         let before = self.tunnels_of(&connection.id).await?;
         let (tunnels, mut outcomes) = self.within_limits(connection, &before, tunnels, since_ms, now).await?;
         let tunnels = &tunnels;
@@ -189,7 +203,7 @@ impl Registry {
         }
         outcomes.reserve(tunnels.len());
         for name in tunnels {
-            let outcome = match self.open(connection, name, now).await {
+            let outcome = match self.open(connection, name, terms.get(name), now).await {
                 Ok(outcome) => outcome,
                 Err(error) => {
                     tracing::warn!(tunnel_id = %name, %error, "tunnel could not be registered");
@@ -220,7 +234,7 @@ impl Registry {
         tunnels: &BTreeSet<TunnelName>,
         since_ms: u64,
         now: u64,
-    ) -> Result<(BTreeSet<TunnelName>, Vec<(TunnelName, Result<(), Refusal>)>), Error> {
+    ) -> Result<(BTreeSet<TunnelName>, Outcomes), Error> {
         let of_owner = self.limits.owner;
         let mut allowed = tunnels.clone();
         let mut outcomes = Vec::new();
@@ -316,6 +330,41 @@ impl Registry {
         Ok(tunnels)
     }
 
+    /// Whether an agent serves the tunnel now, and its deliveries are not held.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn takes_deliveries(&self, tunnel: &TunnelName, now: u64) -> Result<bool, Error> {
+        let output = self
+            .client
+            .query()
+            .table_name(&self.table)
+            .key_condition_expression("tunnel = :tunnel")
+            .filter_expression("expires_at > :now")
+            .projection_expression("connection_id, paused")
+            .expression_attribute_values(":tunnel", text(tunnel.as_str()))
+            .expression_attribute_values(":now", number(now))
+            .consistent_read(true)
+            .send()
+            .await
+            .map_err(|error| classify("Query", error))?;
+        let is_name = |row: &HashMap<String, AttributeValue>| {
+            row.get("connection_id").is_some_and(|id| id.as_s().is_ok_and(|id| id == NAME_ROW))
+        };
+        let rows = output.items();
+        Ok(rows.iter().any(|row| !is_name(row)) && !rows.iter().any(|row| row.contains_key("paused")))
+    }
+
+    /// Removes the row of one tunnel and a connection that has gone.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; a row that stays expires.
+    pub async fn forget_row(&self, tunnel: &TunnelName, connection: &ConnectionId) -> Result<(), Error> {
+        self.delete(tunnel.as_str(), connection.as_str()).await
+    }
+
     /// How many agents serve a tunnel now. Reads the whole table.
     ///
     /// # Errors
@@ -359,23 +408,52 @@ impl Registry {
         &self,
         connection: &Connection,
         name: &TunnelName,
+        terms: Option<&Terms>,
         now: u64,
-    ) -> Result<Result<(), Refusal>, Error> {
-        let held_until = connection.expires_at + limits::NAME_HELD.as_secs();
-        let claim = self
+    ) -> Result<Result<Opened, Refusal>, Error> {
+        let kept_until = terms.map_or(0, |terms| connection.expires_at + terms.policy.max_age_s);
+        let held_until = (connection.expires_at + limits::NAME_HELD.as_secs()).max(kept_until);
+        let mut change = "SET #owner = :owner, expires_at = :held_until".to_owned();
+        let durable = terms.filter(|terms| terms.policy.mode == Mode::Durable);
+        let durable = durable.filter(|terms| !terms.policy.methods.is_empty());
+        match (terms.is_some(), durable.is_some()) {
+            (true, true) => change.push_str(", delivery = :delivery, durable = :durable"),
+            (true, false) => change.push_str(", delivery = :delivery REMOVE durable"),
+            (false, _) => change.push_str(" REMOVE delivery, durable"),
+        }
+        let mut claim = self
             .client
             .update_item()
             .table_name(&self.table)
             .set_key(Some(key(name.as_str(), NAME_ROW)))
-            .update_expression("SET #owner = :owner, expires_at = :held_until")
+            .update_expression(change)
             .condition_expression("attribute_not_exists(#owner) OR #owner = :owner OR expires_at <= :now")
             .expression_attribute_names("#owner", "owner")
             .expression_attribute_values(":owner", text(connection.owner.as_str()))
             .expression_attribute_values(":held_until", number(held_until))
             .expression_attribute_values(":now", number(now));
-        if !holds(claim).await? {
-            return Ok(Err(Refusal::NameTaken));
+        if let Some(terms) = terms {
+            let terms = serde_json::to_string(terms).unwrap_or_default();
+            claim = claim.expression_attribute_values(":delivery", text(&terms));
         }
+        if let Some(terms) = durable {
+            let methods: BTreeSet<String> = terms.policy.methods.iter().cloned().collect();
+            let methods = AttributeValue::Ss(methods.into_iter().collect());
+            claim = claim.expression_attribute_values(":durable", methods);
+        }
+        let before = match claim.return_values(ReturnValue::AllOld).send().await {
+            Ok(output) => output.attributes.unwrap_or_default(),
+            Err(error)
+                if error
+                    .as_service_error()
+                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
+            {
+                return Ok(Err(Refusal::NameTaken));
+            }
+            Err(error) => return Err(classify("UpdateItem", error)),
+        };
+        let keeps = terms.is_some() || before.contains_key("delivery");
+        let opened = Opened { wakes: keeps && !before.contains_key("paused") };
         self.client
             .put_item()
             .table_name(&self.table)
@@ -389,7 +467,7 @@ impl Registry {
             .send()
             .await
             .map_err(|error| classify("PutItem", error))?;
-        Ok(Ok(()))
+        Ok(Ok(opened))
     }
 
     async fn tunnels_of(&self, connection: &ConnectionId) -> Result<BTreeSet<TunnelName>, Error> {

@@ -2,7 +2,7 @@
 
 use aws_sdk_sfn::types::SyncExecutionStatus;
 use proto::{
-    error::{ErrorCode, OUTCOME_DISPATCHED, OUTCOME_REPLIED},
+    error::{ErrorCode, OUTCOME_ACCEPTED, OUTCOME_DISPATCHED, OUTCOME_REPLIED},
     id::{ConnectionId, RequestId, TunnelName},
     message::EdgeMessage,
 };
@@ -12,6 +12,7 @@ use crate::{
     Error,
     aws::{Aws, classify, is_unsent},
     config::{ConfigError, Env, env},
+    deliveries::Terms,
 };
 
 /// What a run is given.
@@ -28,6 +29,8 @@ pub struct RunInput<'a> {
     pub mailbox: &'a str,
     /// Uniform in `[0, 1)`: which of several connections is tried first.
     pub pick: f64,
+    /// Its method; empty where it is not to be kept for later.
+    pub method: &'a str,
     /// The `request` message for the agent.
     pub message: &'a EdgeMessage<'a>,
 }
@@ -51,6 +54,11 @@ pub enum RunOutcome {
         /// The connection it was dispatched to.
         connection: ConnectionId,
     },
+    /// The request is to be kept and delivered later. Nobody has got it.
+    Accepted {
+        /// What the tunnel's owner wants.
+        terms: Box<Terms>,
+    },
     /// There is no answer.
     Failed {
         /// Why.
@@ -59,6 +67,8 @@ pub enum RunOutcome {
         connection: Option<ConnectionId>,
         /// To delete the message from the mailbox with, if it was one that ended the run.
         receipt: Option<String>,
+        /// What the tunnel's owner wants of requests like this, where it was not answered for want of an agent.
+        terms: Option<Box<Terms>>,
     },
 }
 
@@ -73,6 +83,8 @@ struct Output {
     receipt: Option<String>,
     #[serde(default)]
     sent_ms: Option<Vec<String>>,
+    #[serde(default)]
+    policy: Vec<String>,
 }
 
 /// The state machine.
@@ -144,9 +156,20 @@ fn decode(output: &str) -> Result<RunOutcome, Error> {
         let connection = connection.ok_or_else(|| invalid("run's output lacks the connection".into()))?;
         return Ok(RunOutcome::Dispatched { connection });
     }
+    let terms = output.policy.first().and_then(|policy| match serde_json::from_str(policy) {
+        Ok(terms) => Some(Box::new(terms)),
+        Err(error) => {
+            tracing::warn!(%error, "a tunnel's policy of deliveries is not understood");
+            None
+        }
+    });
+    if output.outcome == OUTCOME_ACCEPTED {
+        let terms = terms.ok_or_else(|| invalid("run's output lacks the policy".into()))?;
+        return Ok(RunOutcome::Accepted { terms });
+    }
     let code = ErrorCode::from_outcome(&output.outcome)
         .ok_or_else(|| invalid(format!("run's outcome {:?} is unknown", output.outcome)))?;
-    Ok(RunOutcome::Failed { code, connection: output.connection_id, receipt: output.receipt })
+    Ok(RunOutcome::Failed { code, connection: output.connection_id, receipt: output.receipt, terms })
 }
 
 #[cfg(test)]
@@ -176,9 +199,27 @@ mod tests {
             );
             assert_eq!(
                 decode(&output).unwrap(),
-                RunOutcome::Failed { code, connection: None, receipt: None }
+                RunOutcome::Failed { code, connection: None, receipt: None, terms: None }
             );
         }
+    }
+
+    #[test]
+    fn what_is_to_be_kept_comes_with_its_policy() {
+        let output =
+            |outcome: &str, policy: &str| format!(r#"{{"outcome":"{outcome}","policy":[{policy}]}}"#);
+        let policy = r#""{\"owner\":\"alice\",\"policy\":{\"mode\":\"auto\"}}""#;
+        let policy_of = |output: &str| match decode(output).unwrap() {
+            RunOutcome::Accepted { terms } => Some(terms),
+            RunOutcome::Failed { terms, .. } => terms,
+            other => panic!("{other:?}"),
+        };
+        for outcome in ["Accepted", "TunnelOffline", "AgentLost"] {
+            assert_eq!(policy_of(&output(outcome, policy)).unwrap().owner.as_str(), "alice", "{outcome}");
+        }
+        assert_eq!(policy_of(&output("TunnelOffline", "")), None);
+        assert_eq!(policy_of(&output("TunnelOffline", "\"later\"")), None);
+        assert!(decode(&output("Accepted", "")).is_err());
     }
 
     #[test]

@@ -18,6 +18,7 @@ use bytes::{Bytes, BytesMut};
 use edge::{
     Error,
     agent_link::{AgentLink, Posted},
+    deliveries::Terms,
     limit::Denied,
     mailbox::Letter,
     metrics::{self, Counted, outcome},
@@ -46,6 +47,7 @@ use tokio::{sync::watch, time::Instant};
 use crate::{
     Services, answer,
     inbox::Mail,
+    keep,
     public::{Head, Piece, Pieces, PublicSide, Upload},
     record::Record,
     route::PublicRequest,
@@ -116,6 +118,18 @@ impl<P: PublicSide> Answering<'_, P> {
         self.public.fail(code).await;
     }
 
+    /// Has the request kept, to be delivered later, and says so; or asks for another try.
+    async fn keep(self, services: &Services, request: &PublicRequest, terms: &Terms, attempt: u32) {
+        let Some(deliveries) = &services.deliveries else { return self.fail(ErrorCode::TunnelOffline).await };
+        match keep::keep(deliveries, self.request_id, request, terms, attempt).await {
+            Ok((head, body)) => {
+                self.record.outcome.set(outcome::ACCEPTED);
+                drop(self.public.begin(head, body).send(Piece::End).await);
+            }
+            Err(code) => self.fail(code).await,
+        }
+    }
+
     fn begin(self, head: Head, first: Vec<u8>) -> Pieces {
         self.record.answered();
         self.public.begin(head, first)
@@ -157,13 +171,24 @@ async fn relay<P: PublicSide, M: Mail>(
         tunnel: request.tunnel.clone(),
         expires_at,
     });
-    // Boxed: an AWS call is kilobytes of state, which would be moved with everything around it.
-    let outcome = Box::pin(dispatch(services, mail, request_id, request, &token, reply_by));
-    let Ok(outcome) = tokio::time::timeout_at(reply_by + RUN_GRACE, outcome).await else {
-        metrics::count(Counted::RunFailures);
-        tracing::error!(%request_id, tunnel_id = %request.tunnel, "run did not end in its time");
-        answering.fail(ErrorCode::UpstreamTimedOut).await;
-        return None;
+    // Only what is here as a whole can be stored before anything else is done.
+    let may_be_kept =
+        services.deliveries.is_some() && request.upgrade.is_none() && request.upload.borrow().is_none();
+    let mut method = if may_be_kept { request.method.as_str() } else { "" };
+    let outcome = loop {
+        // Boxed: an AWS call is kilobytes of state, which would be moved with everything around it.
+        let outcome = Box::pin(dispatch(services, mail, request_id, request, &token, reply_by, method));
+        let Ok(outcome) = tokio::time::timeout_at(reply_by + RUN_GRACE, outcome).await else {
+            metrics::count(Counted::RunFailures);
+            tracing::error!(%request_id, tunnel_id = %request.tunnel, "run did not end in its time");
+            answering.fail(ErrorCode::UpstreamTimedOut).await;
+            return None;
+        };
+        match outcome {
+            // Nobody has got it: its path is one that is served live.
+            Ok(RunOutcome::Accepted { terms }) if !keep::covers(request, &terms) => method = "",
+            outcome => break outcome,
+        }
     };
     let (connection, first) = match outcome {
         Ok(RunOutcome::Replied { connection, reply, receipt, sent_ms }) => {
@@ -179,7 +204,21 @@ async fn relay<P: PublicSide, M: Mail>(
             (connection, vec![letter])
         }
         Ok(RunOutcome::Dispatched { connection }) => (connection, Vec::new()),
-        Ok(RunOutcome::Failed { code, connection, receipt }) => {
+        Ok(RunOutcome::Accepted { terms }) => {
+            Box::pin(answering.keep(services, request, &terms, 0)).await;
+            return None;
+        }
+        Ok(RunOutcome::Failed { code, receipt, terms: Some(terms), .. })
+            if may_be_kept && keep::attempts_behind(request, &terms, code).is_some() =>
+        {
+            if let Some(receipts) = mail.discard(receipt.into_iter().collect()) {
+                mail.delete(receipts).await;
+            }
+            let attempt = keep::attempts_behind(request, &terms, code).unwrap_or_default();
+            Box::pin(answering.keep(services, request, &terms, attempt)).await;
+            return None;
+        }
+        Ok(RunOutcome::Failed { code, connection, receipt, terms: _ }) => {
             let clean = async {
                 if let Some(receipts) = mail.discard(receipt.into_iter().collect()) {
                     mail.delete(receipts).await;
@@ -239,6 +278,7 @@ async fn dispatch<M: Mail>(
     request: &PublicRequest,
     token: &str,
     reply_by: Instant,
+    method: &str,
 ) -> Result<RunOutcome, Error> {
     let timeout = reply_by.saturating_duration_since(Instant::now());
     let deadline_ms = unix_now_ms() + u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX / 2);
@@ -277,6 +317,7 @@ async fn dispatch<M: Mail>(
         deadline_ms,
         mailbox: mail.queue_url().unwrap_or_default(),
         pick: pick(request_id),
+        method,
         message: &message,
     };
     services.workflow.run(&input).await

@@ -7,14 +7,17 @@
 //! [`inbox`], [`socket`] does so for the messages of a WebSocket,
 //! [`answer`] makes heads and error pages (pure).
 //!
+//! [`keep`] has a request kept that is to be delivered later.
+//!
 //! Permissions it needs: start the state machine, receive and delete in mailboxes, create them, read
 //! and write the mailboxes table, post to `@connections`; where requests are limited, read names and write
-//! counters in the connections table.
+//! counters in the connections table; where requests are kept, write rows of the table of deliveries and start their runs.
 
 pub mod answer;
 pub mod budget;
 pub mod http;
 pub mod inbox;
+pub mod keep;
 pub mod public;
 pub mod record;
 pub mod route;
@@ -26,6 +29,7 @@ use edge::{
     agent_link::AgentLink,
     aws::Aws,
     config::{ConfigError, Env, env},
+    deliveries::Deliveries,
     limit::Limiter,
     mailbox::Pool,
     workflow::Workflow,
@@ -95,6 +99,8 @@ pub struct Services {
     pub link: AgentLink,
     /// Counts requests, where they are limited.
     pub limiter: Limiter,
+    /// What is kept for later; nothing where that is not deployed.
+    pub deliveries: Option<Deliveries>,
     /// Who is told which WebSockets are held, if anybody is.
     pub holdings: Option<UnboundedSender<socket::Holding>>,
 }
@@ -113,6 +119,7 @@ impl Services {
             pool: Pool::from_env(&aws, env)?,
             link: AgentLink::from_env(&aws, env)?,
             limiter: Limiter::from_env(&aws, env)?,
+            deliveries: Deliveries::from_env(&aws, env)?,
             holdings: None,
         })
     }

@@ -114,6 +114,8 @@ pub struct Options {
     pub connections_table: String,
     /// The name of the table of mailboxes.
     pub mailboxes_table: String,
+    /// The name of the table of deliveries.
+    pub deliveries_table: String,
 }
 
 /// The services with their server. The server stops when this is dropped.
@@ -134,6 +136,7 @@ struct Shared {
     port: u16,
     connections_table: String,
     mailboxes_table: String,
+    deliveries_table: String,
     lambda: OnceLock<WeakLambda>,
     tasks: watch::Sender<u32>,
 }
@@ -160,6 +163,7 @@ impl Aws {
             port: address.port(),
             connections_table: options.connections_table,
             mailboxes_table: options.mailboxes_table,
+            deliveries_table: options.deliveries_table,
             lambda: OnceLock::new(),
             // As ECS makes a service of which nobody says how many tasks it has.
             tasks: watch::Sender::new(1),
@@ -461,6 +465,7 @@ impl Shared {
         match named {
             Some(named) if named.table_name == *self.connections_table => Table::Connections,
             Some(named) if named.table_name == *self.mailboxes_table => Table::Mailboxes,
+            Some(named) if named.table_name == *self.deliveries_table => Table::Deliveries,
             _ => Table::Other,
         }
     }

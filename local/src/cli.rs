@@ -148,6 +148,10 @@ pub enum Function {
     Authorizer,
     /// Opens a connection and registers its tunnels.
     Connect,
+    /// Does what the run of a delivery asks for.
+    Deliver,
+    /// Answers questions about deliveries.
+    Deliveries,
     /// Cleans up after a connection.
     Disconnect,
     /// Takes a public request.
@@ -162,9 +166,11 @@ pub enum Function {
 
 impl Function {
     /// Every function.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Authorizer,
         Self::Connect,
+        Self::Deliver,
+        Self::Deliveries,
         Self::Disconnect,
         Self::Ingress,
         Self::Response,
@@ -178,6 +184,8 @@ impl Function {
         match self {
             Self::Authorizer => "authorizer",
             Self::Connect => "connect",
+            Self::Deliver => "deliver",
+            Self::Deliveries => "deliveries",
             Self::Disconnect => "disconnect",
             Self::Ingress => "ingress",
             Self::Response => "response",

@@ -49,9 +49,9 @@ use crate::{
     public::{self, Arrivals, Front, fronts::Imitation},
     relay,
     services::Services,
-    sqs::QueueAttributes,
-    stack::{Keys, stack},
-    states::definition::Definition,
+    sqs::{DeadLetters, QueueAttributes},
+    stack::{Keys, Workflow, stack},
+    states::definition::{Definition, MachineType},
     store::{self, Change, Service, Store},
 };
 
@@ -64,8 +64,15 @@ const TABLES_FILE: &str = "tables.json";
 
 const CONNECTIONS_TABLE: &str = "connections";
 const MAILBOXES_TABLE: &str = "mailboxes";
+const DELIVERIES_TABLE: &str = "deliveries";
 const MACHINE: &str = "public_request";
 const MACHINE_DEFINITION: &str = include_str!("../../statemachines/public_request.asl.json");
+const DELIVERY: &str = "delivery";
+const DELIVERY_DEFINITION: &str = include_str!("../../statemachines/delivery.asl.json");
+
+/// The queues of deliveries that are dead, and of those that are to be made once more.
+const DEAD_LETTERS: &str = "tunnel-local-dead-letters";
+const REDELIVERIES: &str = "tunnel-local-redeliveries";
 
 /// What precedes a mailbox's id in the name of its queue.
 const MAILBOX_PREFIX: &str = "tunnel-local-mailbox-";
@@ -130,6 +137,8 @@ pub fn function(function: Function) -> ExitCode {
     match function {
         Function::Authorizer => authorizer::run(),
         Function::Connect => connect::run(),
+        Function::Deliver => deliver::run(),
+        Function::Deliveries => deliveries::run(),
         Function::Disconnect => disconnect::run(),
         Function::Ingress => ingress::run(),
         Function::Response => response::run(),
@@ -261,7 +270,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     };
     let aws = start_aws(&options, &folder, &changes).await?;
     std::fs::write(folder.path().join("endpoint"), aws.endpoint()).context("writing the endpoint's file")?;
-    let machine = create_machine(&aws)?;
+    let (machine, delivery) = create_machines(&aws)?;
+    create_queues(&aws)?;
     if let Some(path) = folder.state() {
         keep_state(&aws, &path, &changes).await.context("keeping the state")?;
     }
@@ -274,6 +284,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         aws: &aws,
         identity: &identity,
         machine: &machine,
+        delivery: &delivery,
         front_secret: &front_secret,
         public_url: &public_url,
         domain: &options.domain,
@@ -436,6 +447,7 @@ async fn start_aws(options: &Options, folder: &Folder, changes: &[Change]) -> an
         latency: Profile::find(&options.latency)?,
         connections_table: CONNECTIONS_TABLE.to_owned(),
         mailboxes_table: MAILBOXES_TABLE.to_owned(),
+        deliveries_table: DELIVERIES_TABLE.to_owned(),
     });
     let aws = Arc::new(aws.await.context("starting the services")?);
     let tables = &aws.services().dynamodb;
@@ -458,30 +470,55 @@ async fn start_aws(options: &Options, folder: &Folder, changes: &[Change]) -> an
     };
     let connections = table(CONNECTIONS_TABLE, &stack().connections);
     let mailboxes = table(MAILBOXES_TABLE, &stack().mailboxes);
-    for table in [connections, mailboxes] {
+    let deliveries = table(DELIVERIES_TABLE, &stack().deliveries);
+    for table in [connections, mailboxes, deliveries] {
         tables.create_table(table).await.context("creating the tables")?;
     }
     Ok(aws)
 }
 
-/// Creates the state machine; gives its ARN.
-fn create_machine(aws: &Aws) -> anyhow::Result<Arc<str>> {
+/// Creates the state machines; gives the ARN of each, that of a public request's first.
+fn create_machines(aws: &Aws) -> anyhow::Result<(Arc<str>, Arc<str>)> {
     let endpoint = aws.endpoint();
     let host = endpoint.strip_prefix("http://").unwrap_or(&endpoint);
     let values = BTreeMap::from([
         ("ConnectionsTable", CONNECTIONS_TABLE),
+        ("DeliveriesTable", DELIVERIES_TABLE),
+        ("DeliverFunction", Function::Deliver.name()),
         ("AgentApiEndpoint", host),
         ("AgentApiStage", agents::STAGE),
     ]);
-    let mut substitutions = BTreeMap::new();
-    for name in &stack().workflow.substitutions {
-        let value = values.get(name.as_str());
-        let value = value.with_context(|| format!("{MACHINE} is deployed with the unknown {name}"))?;
-        substitutions.insert(name.clone(), (*value).to_owned());
+    let create = |kind, name, text, deployed: &'static Workflow| -> anyhow::Result<Arc<str>> {
+        let mut substitutions = BTreeMap::new();
+        for variable in &deployed.substitutions {
+            let value = values.get(variable.as_str());
+            let value = value.with_context(|| format!("{name} is deployed with the unknown {variable}"))?;
+            substitutions.insert(variable.clone(), (*value).to_owned());
+        }
+        let definition = Definition::parse_as(kind, text, &substitutions)
+            .with_context(|| format!("reading the state machine {name}"))?;
+        Ok(aws.states().create(name, definition))
+    };
+    Ok((
+        create(MachineType::Express, MACHINE, MACHINE_DEFINITION, &stack().workflow)?,
+        create(MachineType::Standard, DELIVERY, DELIVERY_DEFINITION, &stack().delivery)?,
+    ))
+}
+
+/// Creates the queues through which operators give deliveries up and have them made again.
+fn create_queues(aws: &Aws) -> anyhow::Result<()> {
+    let retention = Duration::from_secs(14 * 24 * 60 * 60);
+    let dead = QueueAttributes { retention, ..QueueAttributes::default() };
+    let again = QueueAttributes {
+        retention,
+        visibility: Duration::from_secs(120),
+        dead_letters: Some(DeadLetters { queue: DEAD_LETTERS.into(), max_receives: 10 }),
+        ..QueueAttributes::default()
+    };
+    for (name, attributes) in [(DEAD_LETTERS, dead), (REDELIVERIES, again)] {
+        aws.services().sqs.create_kept(name, attributes).with_context(|| format!("creating {name}"))?;
     }
-    let definition = Definition::parse(MACHINE_DEFINITION, &substitutions)
-        .with_context(|| format!("reading the state machine {MACHINE}"))?;
-    Ok(aws.states().create(MACHINE, definition))
+    Ok(())
 }
 
 /// What the functions are told in their environments.
@@ -489,6 +526,7 @@ struct Settings<'a> {
     aws: &'a Arc<Aws>,
     identity: &'a Identity,
     machine: &'a str,
+    delivery: &'a str,
     front_secret: &'a str,
     public_url: &'a str,
     domain: &'a str,
@@ -584,7 +622,7 @@ impl Settings<'_> {
             ],
             Function::Disconnect => vec![lease()],
             Function::Ingress => [vec![lease()], self.choices.clone()].concat(),
-            Function::Response | Function::Revoke => Vec::new(),
+            Function::Deliver | Function::Deliveries | Function::Response | Function::Revoke => Vec::new(),
             Function::Sweep => vec![
                 lease(),
                 (env::MAILBOXES_KEPT, self.mailboxes.to_string()),
@@ -602,6 +640,8 @@ impl Settings<'_> {
                 Function::Ingress => clock.scale(deployed.timeout).max(SHORTEST_RESPONSE),
                 Function::Authorizer
                 | Function::Connect
+                | Function::Deliver
+                | Function::Deliveries
                 | Function::Disconnect
                 | Function::Response
                 | Function::Revoke
@@ -661,6 +701,10 @@ impl Settings<'_> {
             (env::MAILBOX_URL_PREFIX, self.aws.services().sqs.url(MAILBOX_PREFIX)),
             (env::TOKEN_KEYS, self.token_key.clone()),
             (env::STATE_MACHINE_ARN, self.machine.to_owned()),
+            (env::DELIVERIES_TABLE, DELIVERIES_TABLE.to_owned()),
+            (env::DELIVERY_MACHINE_ARN, self.delivery.to_owned()),
+            (env::DEAD_LETTERS_URL, self.aws.services().sqs.url(DEAD_LETTERS)),
+            (env::REDELIVERIES_URL, self.aws.services().sqs.url(REDELIVERIES)),
             (env::AGENT_ENDPOINT, self.aws.connections_endpoint()),
             (env::DOMAIN, self.domain.to_owned()),
             (env::PUBLIC_URL, self.public_url.to_owned()),

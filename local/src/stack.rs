@@ -14,11 +14,12 @@ use saphyr::{LoadableYamlNode as _, Scalar, Yaml};
 use serde_json::{Map, Value};
 
 /// The files, `serverless.yml` first.
-const FILES: [&str; 5] = [
+const FILES: [&str; 6] = [
     include_str!("../../serverless.yml"),
     include_str!("../../resources/tables.yml"),
     include_str!("../../resources/roles.yml"),
     include_str!("../../resources/workflow.yml"),
+    include_str!("../../resources/delivery.yml"),
     include_str!("../../resources/relay.yml"),
 ];
 
@@ -45,8 +46,12 @@ pub struct Stack {
     pub connections: Keys,
     /// Key of the table of mailboxes.
     pub mailboxes: Keys,
-    /// The state machine.
+    /// Key and time to live of the table of deliveries.
+    pub deliveries: Keys,
+    /// The state machine of a public request.
     pub workflow: Workflow,
+    /// The state machine of a delivery.
+    pub delivery: Workflow,
     /// The task of `relay`.
     pub relay: Task,
 }
@@ -76,7 +81,7 @@ pub struct Task {
 /// The state machine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Workflow {
-    /// `EXPRESS`.
+    /// `EXPRESS` or `STANDARD`.
     pub kind: String,
     /// The names that the definition leaves open.
     pub substitutions: BTreeSet<String>,
@@ -147,10 +152,22 @@ pub enum Resource {
     Connections,
     /// The table of mailboxes.
     Mailboxes,
+    /// The table of deliveries.
+    Deliveries,
     /// Every mailbox's queue.
     Queues,
-    /// The state machine.
+    /// The queue that names the deliveries that are dead.
+    DeadLetters,
+    /// The queue that names deliveries to be made once more.
+    Redeliveries,
+    /// The state machine of a public request.
     PublicRequest,
+    /// The state machine of a delivery.
+    Delivery,
+    /// Its runs.
+    DeliveryRuns,
+    /// This function.
+    Function(String),
     /// A method of `@connections`.
     Link(String),
     /// The log of this function.
@@ -215,16 +232,21 @@ impl Stack {
         let task = resource("RelayTask", "AWS::ECS::TaskDefinition")?;
         let container = &task["ContainerDefinitions"][0];
         let environment = list(&container["Environment"]).iter().chain(list(&container["Secrets"]));
-        let workflow = resource("PublicRequest", "AWS::StepFunctions::StateMachine")?;
+        let workflow = |name: &str, role: &str| {
+            let machine = resource(name, "AWS::StepFunctions::StateMachine")?;
+            Ok(Workflow {
+                kind: text(machine, "StateMachineType")?,
+                substitutions: object(machine, "DefinitionSubstitutions")?.keys().cloned().collect(),
+                permissions: permissions(role)?,
+            })
+        };
         Ok(Self {
             functions,
             connections: table("ConnectionsTable")?,
             mailboxes: table("MailboxesTable")?,
-            workflow: Workflow {
-                kind: text(workflow, "StateMachineType")?,
-                substitutions: object(workflow, "DefinitionSubstitutions")?.keys().cloned().collect(),
-                permissions: permissions("PublicRequestRole")?,
-            },
+            deliveries: table("DeliveriesTable")?,
+            workflow: workflow("PublicRequest", "PublicRequestRole")?,
+            delivery: workflow("Delivery", "DeliveryRole")?,
             relay: Task {
                 variables: environment.map(|one| text(one, "Name")).collect::<Result<_, _>>()?,
                 permissions: permissions("RelayRole")?,
@@ -266,7 +288,8 @@ fn statements(policy: &Value, name: &str) -> Result<Vec<Permission>, StackError>
             for resource in list(&statement["Resource"]) {
                 let resource = named(resource)
                     .ok_or_else(|| StackError(format!("{name} names the unknown resource {resource}")))?;
-                let is_table = matches!(resource, Resource::Connections | Resource::Mailboxes);
+                let is_table =
+                    matches!(resource, Resource::Connections | Resource::Mailboxes | Resource::Deliveries);
                 if rows != Rows::Any && !(is_table && ON_ONE_ROW.contains(&action)) {
                     return Err(StackError(format!("{name} has rows for {action}, which names none")));
                 }
@@ -330,11 +353,22 @@ fn named(expression: &Value) -> Option<Resource> {
         return match attribute.strip_suffix(".Arn")? {
             "ConnectionsTable" => Some(Resource::Connections),
             "MailboxesTable" => Some(Resource::Mailboxes),
-            log => log.strip_suffix("LogGroup").map(|function| Resource::Log(function.to_lowercase())),
+            "DeliveriesTable" => Some(Resource::Deliveries),
+            "DeadLetters" => Some(Resource::DeadLetters),
+            "Redeliveries" => Some(Resource::Redeliveries),
+            other => match other.strip_suffix("LambdaFunction") {
+                Some(function) => Some(Resource::Function(function.to_lowercase())),
+                None => other.strip_suffix("LogGroup").map(|function| Resource::Log(function.to_lowercase())),
+            },
         };
     }
     let arn = expression["Fn::Sub"].as_str()?;
     let arn = arn.strip_prefix("arn:${AWS::Partition}:")?;
+    match arn.strip_prefix("states:${AWS::Region}:${AWS::AccountId}:") {
+        Some("stateMachine:${self:custom.names.delivery}") => return Some(Resource::Delivery),
+        Some("execution:${self:custom.names.delivery}:*") => return Some(Resource::DeliveryRuns),
+        _ => {}
+    }
     if let Some(queue) = arn.strip_prefix("sqs:${AWS::Region}:${AWS::AccountId}:") {
         return (queue == "${self:custom.names.mailboxes}*").then_some(Resource::Queues);
     }

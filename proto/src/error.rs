@@ -189,6 +189,9 @@ error_codes! {
 /// The `outcome` of a run that ends with a reply from the agent.
 pub const OUTCOME_REPLIED: &str = "Replied";
 
+/// The outcome of a run whose request is to be kept and delivered later.
+pub const OUTCOME_ACCEPTED: &str = "Accepted";
+
 /// The outcome of a run that waits for no reply.
 pub const OUTCOME_DISPATCHED: &str = "Dispatched";
 

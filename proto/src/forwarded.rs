@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use http::{HeaderName, HeaderValue, header};
 
-use crate::{header::Headers, id::RequestId};
+use crate::{delivery, header::Headers, id::RequestId};
 
 /// Whether fields that arrive with the request are believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -90,7 +90,8 @@ pub fn apply(headers: &mut Headers, hop: &Hop<'_>, trust: Trust, request_id: &Re
     let chain_forwarded = earlier(headers, header::FORWARDED);
     headers.retain(|name, _| {
         !(name.as_str().starts_with("x-forwarded-") || *name == header::FORWARDED || *name == X_REAL_IP)
-            && *name != REQUEST_ID
+            && !(name.as_str().starts_with("x-tunnel-")
+                && [REQUEST_ID, delivery::ID, delivery::ATTEMPT, delivery::RECEIVED].contains(name))
     });
 
     let client = hop.client.map_or_else(|| "unknown".to_owned(), |ip| ip.to_string());

@@ -243,6 +243,7 @@ impl Account {
             deadline_ms: u64::try_from(deadline.as_millis()).expect("it is not that late"),
             mailbox,
             pick: 0.0,
+            method: "",
             message: &message,
         };
         let input = serde_json::to_string(&input).expect("it has string keys");

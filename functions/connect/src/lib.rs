@@ -8,18 +8,25 @@
 //! Whoever revokes an identity puts it on the list and then closes its connections. Here a connection is
 //! entered among its owner's and then the list is read, so that at least one of the two sees the other.
 //!
-//! The first tunnel of an agent that wants `relay` wakes it.
+//! The first tunnel of an agent that wants `relay` wakes it. Deliveries that wait for a tunnel go on once it is open, one at
+//! first.
 //!
-//! Permissions it needs: read, query, write and delete rows of the connections table, close connections; where there is a
+//! Permissions it needs: read, query, write and delete rows of the connections table, close connections; query and delete
+//! parked rows of the table of deliveries and answer their runs; where there is a
 //! `relay`, register how many of it run.
 
-use std::{collections::BTreeSet, process::ExitCode, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::ExitCode,
+    time::Duration,
+};
 
 use edge::{
     Error,
     admission::Admission,
     aws::Aws,
     config::{ConfigError, Env, env},
+    deliveries::{Deliveries, Lane, Terms},
     event::{AgentEvent, Authorized},
     fleet::Fleet,
     function::Answer,
@@ -28,7 +35,7 @@ use edge::{
 };
 use proto::{
     body::Codecs,
-    id::{ConnectionId, IdError, TunnelName},
+    id::{ConnectionId, IdError, Owner, TunnelName},
     limits,
     message::{AgentMessage, EdgeMessage, Hello, OpenTunnel, Refusal, RefusedTunnel, VERSION, Welcome},
 };
@@ -43,6 +50,7 @@ pub struct Connect {
     reply_timeout: Duration,
     websockets: bool,
     fleet: Option<Fleet>,
+    deliveries: Option<Deliveries>,
 }
 
 /// Runs the function until Lambda ends its process.
@@ -71,6 +79,7 @@ impl Connect {
             )?,
             websockets: env.flag(env::WEBSOCKETS)?,
             fleet: Fleet::from_env(&aws, env)?,
+            deliveries: Deliveries::from_env(&aws, env)?,
         })
     }
 
@@ -87,7 +96,7 @@ impl Connect {
             reply_timeout_ms: Some(millis(self.reply_timeout)),
             codecs: Codecs::default(),
             websockets: self.websockets,
-            deliveries: false,
+            deliveries: self.deliveries.is_some(),
             owner: None,
             may_open: Vec::new(),
             identity_ms: None,
@@ -152,11 +161,19 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         return Ok(Answer::status(403));
     }
     let (allowed, mut refused) = sort_names(&hello, &authorized);
-    let outcomes = connect.admission.registry.serve(&connection, &allowed, since_ms, now).await?;
+    let terms = match connect.deliveries {
+        Some(_) => terms(&hello, &allowed, &connection.owner),
+        None => BTreeMap::new(),
+    };
+    let outcomes = connect.admission.registry.serve(&connection, &allowed, &terms, since_ms, now).await?;
     let mut tunnels = Vec::with_capacity(outcomes.len());
+    let mut wakes = Vec::new();
     for (name, outcome) in outcomes {
         match outcome {
-            Ok(()) => {
+            Ok(opened) => {
+                if opened.wakes {
+                    wakes.push(name.clone());
+                }
                 tunnels.push(OpenTunnel { url: connect.public_url.replace("{name}", name.as_str()), name })
             }
             Err(reason) => refused.push(RefusedTunnel { name: name.to_string(), reason }),
@@ -173,6 +190,17 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
             Err(error) => tracing::warn!(%error, "relay was not woken"),
         }
     }
+    if let Some(deliveries) = &connect.deliveries {
+        for name in &wakes {
+            // One of them, whose end wakes the next: an app that has slept is not flooded.
+            match deliveries.wake(name, &[Lane::FIRST]).await {
+                Ok(0) => {}
+                Ok(_) => tracing::info!(tunnel_id = %name, "deliveries go on"),
+                // The next `hello` or sweep wakes them.
+                Err(error) => tracing::warn!(tunnel_id = %name, %error, "deliveries were not woken"),
+            }
+        }
+    }
     tracing::info!(
         connection_id = %connection.id, owner = %connection.owner, agent = %connection.agent,
         tunnels = tunnels.len(), refused = refused.len(), "agent registered"
@@ -186,6 +214,21 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         ..connect.welcome(hello.seq, connection.id, refused)
     });
     Ok(Answer::message(welcome.encode()))
+}
+
+/// What the owner wants of those tunnels that keep requests. A policy that is not understood is none: the tunnel is live.
+fn terms(hello: &Hello, allowed: &BTreeSet<TunnelName>, owner: &Owner) -> BTreeMap<TunnelName, Terms> {
+    let mut terms = BTreeMap::new();
+    for name in allowed {
+        let Some(policy) = hello.deliveries.get(name.as_str()) else { continue };
+        match policy.clone().clamped() {
+            Some(policy) => drop(terms.insert(name.clone(), Terms { owner: owner.clone(), policy })),
+            None => {
+                tracing::warn!(tunnel_id = %name, "the tunnel's policy of deliveries is not valid: it is live")
+            }
+        }
+    }
+    terms
 }
 
 /// The name as the agent gave it, but not at any length.
@@ -224,6 +267,8 @@ fn sort_names(hello: &Hello, authorized: &Authorized) -> (BTreeSet<TunnelName>, 
 
 #[cfg(test)]
 mod tests {
+    use proto::delivery::{DeliveryPolicy, Mode};
+
     use super::*;
 
     fn hello(tunnels: &[&str]) -> Hello {
@@ -235,7 +280,7 @@ mod tests {
             tunnels: tunnels.iter().map(|&name| name.to_owned()).collect(),
             codecs: Codecs::default(),
             websockets: false,
-            deliveries: std::collections::BTreeMap::new(),
+            deliveries: BTreeMap::new(),
         }
     }
 
@@ -266,6 +311,26 @@ mod tests {
                 ("pr-", Refusal::InvalidName),
             ]
         );
+    }
+
+    #[test]
+    fn policies_are_kept_within_bounds_for_tunnels_that_are_allowed() {
+        let mut hello = hello(&["web", "pr-1"]);
+        let mut wild = DeliveryPolicy::new(Mode::Durable);
+        wild.attempts = 1_000;
+        let mut broken = DeliveryPolicy::new(Mode::Auto);
+        broken.paths = vec!["x".into()];
+        hello.deliveries = [
+            ("web".into(), wild),
+            ("pr-1".into(), broken),
+            ("foreign".into(), DeliveryPolicy::new(Mode::Auto)),
+        ]
+        .into_iter()
+        .collect();
+        let (allowed, _) = sort_names(&hello, &authorized("*"));
+        let terms = terms(&hello, &allowed, &"alice".parse().unwrap());
+        let kept: Vec<_> = terms.iter().map(|(name, terms)| (name.as_str(), terms.policy.attempts)).collect();
+        assert_eq!(kept, [("web", 50)]);
     }
 
     #[test]

@@ -8,7 +8,10 @@
 //! A connection whose token has ended is closed with the next thing it says: a heartbeat at the latest. No
 //! request has been dispatched to it since the end, and nothing it says is taken.
 //!
-//! Permissions it needs: send to mailboxes, close connections.
+//! What an agent says about a delivery goes to the run that waits for it. The token alone tells: a live request's is never
+//! taken for a delivery's.
+//!
+//! Permissions it needs: send to mailboxes, answer runs of deliveries, close connections.
 
 use std::process::ExitCode;
 
@@ -17,6 +20,7 @@ use edge::{
     agent_link::AgentLink,
     aws::Aws,
     config::{ConfigError, Env},
+    deliveries::{Answered, Deliveries},
     event::AgentEvent,
     function::Answer,
     mailbox::Mailboxes,
@@ -35,6 +39,7 @@ pub struct Response {
     keys: TokenKeys,
     mailboxes: Mailboxes,
     link: AgentLink,
+    deliveries: Option<Deliveries>,
 }
 
 /// What to do with a message.
@@ -87,6 +92,7 @@ impl Response {
             keys: env.token_keys()?,
             mailboxes: Mailboxes::from_env(&aws, env)?,
             link: AgentLink::from_env(&aws, env)?,
+            deliveries: Deliveries::from_env(&aws, env)?,
         })
     }
 }
@@ -113,8 +119,10 @@ pub async fn handle(mut event: AgentEvent, response: &Response) -> Result<Answer
             response.link.close(connection).await?;
             Ok(Answer::status(403))
         }
-        // No edge hands such tokens out yet.
-        Decision::Settle(_) => Ok(Answer::status(200)),
+        Decision::Settle(claims) => {
+            let Some(deliveries) = &response.deliveries else { return Ok(Answer::status(200)) };
+            Box::pin(settle(deliveries, &claims, &text)).await
+        }
         Decision::Return(claims) => {
             let connection = &event.request_context.connection_id;
             tracing::trace!(request_id = %claims.request_id, tunnel_id = %claims.tunnel, body_bytes = text.len(), "agent's message was returned");
@@ -131,6 +139,70 @@ pub async fn handle(mut event: AgentEvent, response: &Response) -> Result<Answer
             Ok(Answer::status(200))
         }
     }
+}
+
+/// Returns an agent's word about a delivery to the run that waits for it.
+async fn settle(deliveries: &Deliveries, claims: &DeliveryClaims, text: &str) -> Result<Answer, Error> {
+    let token = claims.task_token.as_str();
+    let answered = match word(text, unix_now()) {
+        Word::Answered { status, retry_after_s } => {
+            let output = format!(r#"{{"status":{status},"retry_after_s":{retry_after_s}}}"#);
+            deliveries.succeed(token, &output).await?
+        }
+        Word::Failed(code) => deliveries.fail(token, &format!("Tunnel.{code}")).await?,
+        Word::Working => deliveries.beat(token).await?,
+        Word::Nothing => return Ok(Answer::status(200)),
+    };
+    if answered == Answered::Late {
+        // Said twice, or after its time: the run has gone on.
+        tracing::debug!(delivery_id = %claims.delivery, attempt = claims.attempt, "the run waits no more");
+    }
+    Ok(Answer::status(200))
+}
+
+/// What an agent says about a delivery.
+#[derive(Debug, PartialEq, Eq)]
+enum Word {
+    /// Its upstream has answered.
+    Answered {
+        /// With this status.
+        status: u16,
+        /// And wants to be left alone for so many seconds.
+        retry_after_s: u64,
+    },
+    /// Its upstream has not answered.
+    Failed(ErrorCode),
+    /// Its upstream has not answered yet.
+    Working,
+    /// Nothing that a run waits for.
+    Nothing,
+}
+
+/// Reads an agent's message about a delivery. Pure.
+fn word(text: &str, now: u64) -> Word {
+    match AgentMessage::decode(text) {
+        Ok(AgentMessage::Reply(reply)) => {
+            let retry_after = reply.headers.get("retry-after").and_then(|value| value.to_str().ok());
+            let retry_after_s = retry_after.map_or(0, |text| seconds(text, now));
+            Word::Answered { status: reply.status, retry_after_s }
+        }
+        Ok(AgentMessage::Failed(failed)) => Word::Failed(failed.code),
+        // An agent that does not know the delivery any more will say nothing else about it.
+        Ok(AgentMessage::Progress(progress)) if progress.ended => Word::Failed(ErrorCode::AgentLost),
+        Ok(AgentMessage::Progress(_)) => Word::Working,
+        Ok(_) => Word::Nothing,
+        Err(_) => Word::Failed(ErrorCode::AgentInvalid),
+    }
+}
+
+/// `Retry-After` in seconds: a number of them, or a date (RFC 9110 §10.2.3).
+fn seconds(text: &str, now: u64) -> u64 {
+    if let Ok(seconds) = text.trim().parse() {
+        return seconds;
+    }
+    let date = httpdate::parse_http_date(text.trim()).ok();
+    let date = date.and_then(|date| date.duration_since(std::time::UNIX_EPOCH).ok());
+    date.map_or(0, |date| date.as_secs().saturating_sub(now))
 }
 
 /// Decides about one message. Pure.
@@ -192,6 +264,62 @@ mod tests {
 
     fn chunk(token: &str) -> String {
         format!(r#"{{"type":"chunk","token":"{token}","seq":1,"end":true}}"#)
+    }
+
+    fn delivery() -> DeliveryClaims {
+        DeliveryClaims {
+            delivery: proto::id::DeliveryId::new(1, [1; 10]),
+            attempt: 1,
+            tunnel: "web".parse().unwrap(),
+            expires_at: 100,
+            task_token: proto::token::TaskToken::new("AQ+/=").unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_delivery_goes_to_its_run_and_never_to_a_mailbox() {
+        let text = chunk(&keys().mint_delivery(&delivery()));
+        let wanted = Decision::Settle(Box::new(delivery()));
+        assert_eq!(decide(&may_serve("web"), &text, &keys(), 99), wanted);
+        let refused = Decision::Drop(Refused::ForeignTunnel);
+        assert_eq!(decide(&may_serve("other"), &text, &keys(), 99), refused);
+        // The run's own token, bare or as a live request's, is none of ours.
+        for token in ["AQ+/=", "AQ"] {
+            let refused = Decision::Drop(Refused::Token(TokenError::Malformed));
+            assert_eq!(decide(&may_serve("web"), &chunk(token), &keys(), 99), refused, "{token}");
+        }
+    }
+
+    #[test]
+    fn a_run_is_told_what_it_waits_for_and_nothing_else() {
+        let reply = |fields: &str| {
+            format!(r#"{{"type":"reply","token":"t","status":503,"headers":[{fields}],"end":true}}"#)
+        };
+        for (fields, retry_after_s) in [
+            ("", 0),
+            (r#"["retry-after","120"]"#, 120),
+            (r#"["retry-after","Thu, 01 Jan 1970 00:01:40 GMT"]"#, 90),
+            (r#"["retry-after","Thu, 01 Jan 1970 00:00:01 GMT"]"#, 0),
+            (r#"["retry-after","soon"]"#, 0),
+        ] {
+            assert_eq!(word(&reply(fields), 10), Word::Answered { status: 503, retry_after_s }, "{fields}");
+        }
+        for (text, wanted) in [
+            (
+                r#"{"type":"failed","token":"t","seq":0,"code":"agent_busy"}"#,
+                Word::Failed(ErrorCode::AgentBusy),
+            ),
+            (r#"{"type":"progress","token":"t","sent":0}"#, Word::Working),
+            (r#"{"type":"progress","token":"t","sent":0,"ended":true}"#, Word::Failed(ErrorCode::AgentLost)),
+            (r#"{"type":"chunk","token":"t","seq":1,"end":true}"#, Word::Nothing),
+            (r#"{"type":"continue","token":"t"}"#, Word::Nothing),
+            (
+                r#"{"type":"failed","token":"t","seq":0,"code":"later"}"#,
+                Word::Failed(ErrorCode::AgentInvalid),
+            ),
+        ] {
+            assert_eq!(word(text, 0), wanted, "{text}");
+        }
     }
 
     #[test]

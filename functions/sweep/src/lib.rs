@@ -1,4 +1,4 @@
-//! Lambda `sweep`: looks after the mailboxes, counts the agents, and puts `relay` to sleep.
+//! Lambda `sweep`: looks after the mailboxes and the deliveries that wait, counts the agents, and puts `relay` to sleep.
 //!
 //! Enters, on a schedule, any event: the pool gets what it lacks, loses its surplus, and agrees with
 //! the queues there are; the numbers go to the dashboard. Enters, when the stack is made or deleted, an event
@@ -9,7 +9,8 @@
 //! that nobody renews ends by itself.
 //!
 //! Permissions it needs: read the connections table; read, write and delete rows of the mailboxes table;
-//! list queues, make and delete mailboxes and ask when one was made; where there is a `relay`, write its row of the
+//! list queues, make and delete mailboxes and ask when one was made; read and write the table of deliveries, start their runs,
+//! answer them and ask whether there is one, receive from the queue of redeliveries; where there is a `relay`, write its row of the
 //! connections table and register how many of it run.
 
 mod stack;
@@ -21,6 +22,7 @@ use edge::{
     aws::Aws,
     caretaker::{Caretaker, Row},
     config::{ConfigError, Env, env},
+    deliveries::{Deliveries, Lane},
     fleet::Fleet,
     metrics::{Line, Metric},
     registry::{Agents, Registry},
@@ -36,6 +38,12 @@ const PARALLEL: usize = 10;
 /// The most mailboxes made, and the most deleted, in one sweep. The rest is for the next one.
 const MOST: usize = 200;
 
+/// How many batches of deliveries that were moved back are started in one sweep.
+const MOST_REDELIVERIES: usize = 10;
+
+/// Up to how many deliveries of a tunnel are counted.
+pub const MOST_COUNTED: usize = 1000;
+
 /// Everything a sweep needs.
 #[derive(Debug)]
 pub struct Sweep {
@@ -43,6 +51,7 @@ pub struct Sweep {
     registry: Registry,
     rules: Rules,
     fleet: Option<Fleet>,
+    deliveries: Option<Deliveries>,
 }
 
 /// What the pool should look like.
@@ -92,6 +101,8 @@ pub struct Report {
     pub made: usize,
     /// How many were deleted.
     pub deleted: usize,
+    /// How many deliveries wait for an agent, up to [`MOST_COUNTED`] of each tunnel.
+    pub waiting: usize,
 }
 
 /// Runs the function until Lambda ends its process.
@@ -112,6 +123,7 @@ impl Sweep {
             caretaker: Caretaker::from_env(&aws, env)?,
             registry: Registry::from_env(&aws, env)?,
             fleet: Fleet::from_env(&aws, env)?,
+            deliveries: Deliveries::from_env(&aws, env)?,
             rules: Rules {
                 kept: env.count(env::MAILBOXES_KEPT, limits::MAILBOXES_KEPT, MOST)?,
                 idle: env.secs(
@@ -133,7 +145,12 @@ impl Sweep {
 pub async fn handle(event: Event, sweep: &Sweep) -> Result<Report, Error> {
     match event {
         Event::Schedule(_) => {
+            let waiting = match &sweep.deliveries {
+                Some(deliveries) => Box::pin(see_to(deliveries, &sweep.registry)).await,
+                None => 0,
+            };
             let (report, agents) = tidy(sweep).await?;
+            let report = Report { waiting, ..report };
             if let Some(fleet) = &sweep.fleet {
                 look_after(fleet, agents).await;
             }
@@ -154,6 +171,60 @@ pub async fn handle(event: Event, sweep: &Sweep) -> Result<Report, Error> {
             }))
         }
     }
+}
+
+/// Lets deliveries go on whose agent is there, which `connect` did not see or whose turn was lost; starts what operators
+/// have moved back; says how much waits. What does not work is for the next sweep.
+async fn see_to(deliveries: &Deliveries, registry: &Registry) -> usize {
+    let now = unix_now();
+    for _ in 0..MOST_REDELIVERIES {
+        match deliveries.redeliver().await {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, "deliveries were not made again");
+                break;
+            }
+        }
+    }
+    let tunnels = match deliveries.waiting(now).await {
+        Ok(tunnels) => tunnels,
+        Err(error) => {
+            tracing::warn!(%error, "deliveries were not looked after");
+            return 0;
+        }
+    };
+    let (mut parked, mut oldest_ms) = (0, None::<u64>);
+    for tunnel in &tunnels {
+        let looked = async {
+            if registry.takes_deliveries(tunnel, now).await? {
+                deliveries.wake(tunnel, &[Lane::FIRST]).await?;
+            }
+            deliveries.backlog(tunnel, MOST_COUNTED).await
+        };
+        match Box::pin(looked).await {
+            Ok(backlog) => {
+                if backlog.parked > 0 {
+                    tracing::info!(tunnel_id = %tunnel, parked = backlog.parked, "deliveries wait");
+                }
+                parked += backlog.parked;
+                oldest_ms = oldest_ms.into_iter().chain(backlog.oldest_ms).min();
+            }
+            Err(error) => tracing::warn!(tunnel_id = %tunnel, %error, "deliveries were not looked after"),
+        }
+    }
+    if let Some(oldest_ms) = oldest_ms {
+        let mut line = Line::begin();
+        let age_ms = (now * 1000).saturating_sub(oldest_ms);
+        #[expect(clippy::cast_precision_loss, reason = "thousands of deliveries and days at most")]
+        for (metric, value) in
+            [(Metric::DeliveriesWaiting, parked as f64), (Metric::OldestDelivery, age_ms as f64 / 1000.0)]
+        {
+            line.add(metric, value);
+        }
+        line.write();
+    }
+    parked
 }
 
 /// Has `relay` run as long as an agent wants it, and sleep once none has for a while.
@@ -187,7 +258,7 @@ async fn tidy(sweep: &Sweep) -> Result<(Report, Agents), Error> {
     let free = plan.free;
     let (made, deleted) = act(&sweep.caretaker, plan, sweep.rules, now).await;
     tracing::info!(agents = agents.all, free, made, deleted, "mailboxes were swept");
-    Ok((Report { agents: agents.all, free, made, deleted }, agents))
+    Ok((Report { agents: agents.all, free, made, deleted, waiting: 0 }, agents))
 }
 
 /// Decides what to do about the pool. Pure.

@@ -46,6 +46,7 @@ pub(super) fn random_connection() -> ConnectionId {
 pub(super) enum Route {
     Hello,
     Heartbeat,
+    Deliveries,
     Default,
 }
 
@@ -54,6 +55,7 @@ impl Route {
         match self {
             Self::Hello => "hello",
             Self::Heartbeat => "heartbeat",
+            Self::Deliveries => "deliveries",
             Self::Default => "$default",
         }
     }
@@ -62,6 +64,7 @@ impl Route {
     pub(super) const fn function(self) -> &'static str {
         match self {
             Self::Hello => "connect",
+            Self::Deliveries => "deliveries",
             Self::Heartbeat | Self::Default => "response",
         }
     }
@@ -69,7 +72,7 @@ impl Route {
     /// Whether what the function answers is sent back.
     pub(super) const fn is_two_way(self) -> bool {
         match self {
-            Self::Hello | Self::Heartbeat => true,
+            Self::Hello | Self::Heartbeat | Self::Deliveries => true,
             Self::Default => false,
         }
     }
@@ -86,13 +89,14 @@ impl Route {
         if let Some(rest) = message.strip_prefix("{\"type\":\"")
             && let Some(end) = rest.find(['"', '\\'])
             && rest.as_bytes()[end] == b'"'
-            && !matches!(&rest[..end], "hello" | "heartbeat")
+            && !matches!(&rest[..end], "hello" | "heartbeat" | "deliveries")
         {
             return Self::Default;
         }
         match serde_json::from_str::<Tag<'_>>(message) {
             Ok(Tag { kind: Some(kind) }) if kind == "hello" => Self::Hello,
             Ok(Tag { kind: Some(kind) }) if kind == "heartbeat" => Self::Heartbeat,
+            Ok(Tag { kind: Some(kind) }) if kind == "deliveries" => Self::Deliveries,
             Ok(_) | Err(_) => Self::Default,
         }
     }
@@ -487,6 +491,7 @@ mod tests {
     fn messages_are_routed_by_their_type() {
         for (message, route) in [
             (r#"{"type":"hello"}"#, Route::Hello),
+            (r#"{"type":"deliveries","seq":1}"#, Route::Deliveries),
             (r#" { "x" : [1], "type" : "heartbeat" } "#, Route::Heartbeat),
             (r#"{"type":"he\u006clo"}"#, Route::Hello),
             (r#"{"type":"reply","type":"hello"}"#, Route::Default),

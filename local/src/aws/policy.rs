@@ -18,6 +18,8 @@ pub enum Table {
     Connections,
     /// Leases of mailboxes.
     Mailboxes,
+    /// Deliveries.
+    Deliveries,
     /// None of them.
     Other,
 }
@@ -48,6 +50,9 @@ impl fmt::Display for Action<'_> {
             }
             Self::DynamoDb(operation, Table::Mailboxes) => {
                 write!(f, "dynamodb:{operation} on resource: table of mailboxes")
+            }
+            Self::DynamoDb(operation, Table::Deliveries) => {
+                write!(f, "dynamodb:{operation} on resource: table of deliveries")
             }
             Self::DynamoDb(operation, Table::Other) => write!(f, "dynamodb:{operation}"),
             Self::States(action) => write!(f, "states:{action}"),
@@ -99,7 +104,12 @@ pub fn allows_on(function: &str, action: Action<'_>, row: impl FnOnce() -> Optio
         None if function == RELAY => &stack().relay.permissions,
         None => return false,
     };
-    let is_meant = |one: &&Permission| one.action == action && one.resource == resource;
+    // Which queue is meant is not looked at.
+    let is_queue =
+        |one: &Resource| matches!(one, Resource::Queues | Resource::DeadLetters | Resource::Redeliveries);
+    let is_meant = |one: &&Permission| {
+        one.action == action && (one.resource == resource || (is_queue(&resource) && is_queue(&one.resource)))
+    };
     let allowed: Vec<&Rows> = permissions.iter().filter(is_meant).map(|one| &one.rows).collect();
     allowed.contains(&&Rows::Any)
         || (!allowed.is_empty() && {
@@ -121,6 +131,7 @@ fn needed(action: Action<'_>) -> Option<(String, Resource)> {
             let resource = match table {
                 Table::Connections => Resource::Connections,
                 Table::Mailboxes => Resource::Mailboxes,
+                Table::Deliveries => Resource::Deliveries,
                 Table::Other => return None,
             };
             (format!("dynamodb:{operation}"), resource)
@@ -128,7 +139,16 @@ fn needed(action: Action<'_>) -> Option<(String, Resource)> {
         // Only operators invoke and configure functions.
         Action::Lambda(_) => return None,
         Action::Scaling(action) => (format!("application-autoscaling:{action}"), Resource::Tasks),
-        Action::States(action) => (format!("states:{action}"), Resource::PublicRequest),
+        Action::States(action) => {
+            let resource = match action {
+                "StartSyncExecution" => Resource::PublicRequest,
+                "DescribeExecution" | "GetExecutionHistory" | "StopExecution" | "RedriveExecution" => {
+                    Resource::DeliveryRuns
+                }
+                _ => Resource::Delivery,
+            };
+            (format!("states:{action}"), resource)
+        }
         Action::ManageConnections(method) => {
             ("execute-api:ManageConnections".to_owned(), Resource::Link(method.to_owned()))
         }

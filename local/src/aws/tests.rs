@@ -76,6 +76,7 @@ impl Edge {
             chaos: ChaosConfig::default(),
             connections_table: "connections".into(),
             mailboxes_table: "mailboxes".into(),
+            deliveries_table: "deliveries".into(),
         })
         .await
         .unwrap();

@@ -1,0 +1,1032 @@
+//! Deliveries: requests that were accepted and wait to be brought to their upstream. DynamoDB's table `deliveries`, key
+//! `pk` + `sk`, and the STANDARD machine `delivery`, one run for each:
+//!
+//! | row | `pk` | `sk` | other attributes |
+//! |---|---|---|---|
+//! | delivery | `t#` + the tunnel | its id | `owner` `state` `received_ms` `attempt` `head` `body_bytes` `pieces` `policy` `order_key` `run` `last` |
+//! | piece | `b#` + the id | `0001`… | `bytes` |
+//! | parked | `p#` + the tunnel | the id | `token`, `run`: written by the machine's `AwaitAgent` |
+//! | turn | `o#` + the tunnel + `#` + a hash | the id | `token`: one for each unfinished delivery of a key; the oldest has its turn |
+//! | repetition | `u#` + the tunnel + `#` + a hash | `#` | `id` |
+//! | waiting | `#waiting` | the tunnel | tunnels that may have parked rows |
+//!
+//! Every row has `expires_at`, the table's TTL. Bodies stand in pieces and nowhere else. A delivery that was accepted has a
+//! row and a run; what is left behind by an acceptance that was cut off has no run, is never delivered and expires.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use aws_sdk_dynamodb::{primitives::Blob, types::AttributeValue};
+use proto::{
+    delivery::{DeliveryPolicy, Last, State},
+    header::Headers,
+    id::{DeliveryId, Owner, TunnelName},
+    limits,
+    token::TaskToken,
+};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::{
+    Error,
+    aws::{Aws, classify, number, text},
+    config::{ConfigError, Env, env},
+    unix_now_ms,
+};
+
+/// How much longer than it is tried a delivery is kept, in seconds: so that one that was given up can be looked at and
+/// tried once more.
+const KEPT_AFTER_S: u64 = 24 * 60 * 60;
+
+/// How long an acceptance takes at most, in milliseconds. What is older and has no run has been cut off.
+const ACCEPTED_WITHIN_MS: u64 = 30_000;
+
+/// How many rows one query reads beyond those that are wanted: some belong to runs that are over.
+const SPARE: usize = 8;
+
+/// The name that a run is told when it has to ask for its turn again.
+pub const TURN_UNCLEAR: &str = "TurnUnclear";
+
+/// What the owner's last `hello` said about a tunnel, as the registry's name row keeps it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terms {
+    /// Whose the tunnel is.
+    pub owner: Owner,
+    /// What is kept, and how it is delivered.
+    pub policy: DeliveryPolicy,
+}
+
+/// The head of a request as it goes to the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Head {
+    /// The method.
+    pub method: String,
+    /// The target for the upstream.
+    pub target: String,
+    /// The fields for the upstream, in their order.
+    pub headers: Headers,
+}
+
+/// A request that is to be accepted.
+#[derive(Debug)]
+pub struct Offer<'a> {
+    /// The tunnel.
+    pub tunnel: &'a TunnelName,
+    /// What its owner wants.
+    pub terms: &'a Terms,
+    /// The head.
+    pub head: &'a Head,
+    /// The body.
+    pub body: &'a [u8],
+    /// How many attempts there have been.
+    pub attempt: u32,
+}
+
+/// What became of an [`Offer`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Accepted {
+    /// It is kept and has a run.
+    New(DeliveryId),
+    /// The same was accepted before.
+    Before(DeliveryId),
+    /// The same is being accepted at this moment; it is not known yet whether it will be.
+    Unclear,
+}
+
+/// A delivery as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    /// Its name.
+    pub id: DeliveryId,
+    /// Its tunnel.
+    pub tunnel: TunnelName,
+    /// Whose it is.
+    pub owner: Owner,
+    /// How far it is.
+    pub state: State,
+    /// When it was accepted, in milliseconds since 1970.
+    pub received_ms: u64,
+    /// Until when it is kept, in seconds since 1970.
+    pub expires_at: u64,
+    /// How many attempts have begun, those of earlier runs among them.
+    pub attempt: u32,
+    /// The request's head.
+    pub head: Head,
+    /// The length of its body.
+    pub body_bytes: u64,
+    /// In how many pieces its body is kept.
+    pub pieces: u32,
+    /// How it is delivered.
+    pub policy: DeliveryPolicy,
+    /// What it is ordered by, as a hash.
+    pub order_key: Option<String>,
+    /// The name of its run.
+    pub run: String,
+    /// What became of the last attempt.
+    pub last: Option<Last>,
+    /// How often the run that buried it had been redriven by then.
+    pub buried: Option<u64>,
+}
+
+/// One of the deliveries of a tunnel that are under way at the same time after its agent has come back. The first one opens
+/// others, one after the other, so that the upstream is not flooded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lane {
+    /// Its number; negative for a run that is in none.
+    pub lane: i64,
+    /// How many there are.
+    pub lanes: u32,
+}
+
+impl Lane {
+    /// The first one.
+    pub const FIRST: Self = Self { lane: 0, lanes: 1 };
+    /// None.
+    pub const NONE: Self = Self { lane: -1, lanes: 0 };
+
+    /// The lanes that go on when a run of this one has ended.
+    #[must_use]
+    pub fn next(self, most: u32) -> Vec<Self> {
+        match self.lane {
+            ..0 => Vec::new(),
+            0 if self.lanes < most => {
+                let lanes = self.lanes + 1;
+                vec![Self { lane: 0, lanes }, Self { lane: i64::from(self.lanes), lanes }]
+            }
+            _ => vec![self],
+        }
+    }
+}
+
+/// What became of an answer to a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answered {
+    /// The run goes on.
+    Taken,
+    /// It does not wait for that any more.
+    Late,
+}
+
+/// How long the runs of a tunnel have waited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Backlog {
+    /// How many wait, up to the bound that was given.
+    pub parked: usize,
+    /// When the oldest of them was accepted, in milliseconds since 1970.
+    pub oldest_ms: Option<u64>,
+}
+
+/// The table of deliveries and their runs.
+#[derive(Debug, Clone)]
+pub struct Deliveries {
+    client: aws_sdk_dynamodb::Client,
+    runs: aws_sdk_sfn::Client,
+    queues: aws_sdk_sqs::Client,
+    table: String,
+    machine: Option<String>,
+    dead_letters: Option<String>,
+    redeliveries: Option<String>,
+    /// Until when the tunnels are noted as waiting, as far as this process has written it.
+    noted: Arc<Mutex<HashMap<TunnelName, u64>>>,
+}
+
+type Row = HashMap<String, AttributeValue>;
+
+impl Deliveries {
+    /// Reads the names of table, machine and queues from the environment; nothing where there is no table.
+    ///
+    /// # Errors
+    ///
+    /// Never at present.
+    pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Option<Self>, ConfigError> {
+        let Some(table) = env.optional(env::DELIVERIES_TABLE) else { return Ok(None) };
+        Ok(Some(Self {
+            client: aws.dynamodb(),
+            runs: aws.runs(),
+            queues: aws.sqs(),
+            table,
+            machine: env.optional(env::DELIVERY_MACHINE_ARN),
+            dead_letters: env.optional(env::DEAD_LETTERS_URL),
+            redeliveries: env.optional(env::REDELIVERIES_URL),
+            noted: Arc::default(),
+        }))
+    }
+
+    /// Keeps a request and starts its run. Only then may anybody be told that it was accepted.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; it may be delivered nevertheless where the start is what failed.
+    pub async fn accept(&self, offer: &Offer<'_>) -> Result<Accepted, Error> {
+        let now_ms = unix_now_ms();
+        let id = new_id(now_ms);
+        let policy = &offer.terms.policy;
+        let path = offer.head.target.split('?').next().unwrap_or_default();
+        let order_key = policy.order_key(path, &offer.head.headers).map(|key| hash(&key));
+        let expires_at = now_ms / 1000 + policy.max_age_s + KEPT_AFTER_S;
+        if let Some(key) = policy.dedupe_key(&offer.head.headers)
+            && let Some(before) = self.repeats(offer.tunnel, &hash(key), &id, expires_at, now_ms).await?
+        {
+            return Ok(before);
+        }
+        let kept = Kept {
+            id,
+            tunnel: offer.tunnel.clone(),
+            owner: offer.terms.owner.clone(),
+            state: State::Waiting,
+            received_ms: now_ms,
+            expires_at,
+            attempt: offer.attempt,
+            head: offer.head.clone(),
+            body_bytes: offer.body.len() as u64,
+            pieces: u32::try_from(offer.body.chunks(limits::DELIVERY_PIECE_BYTES).len()).unwrap_or(u32::MAX),
+            policy: policy.clone(),
+            order_key,
+            run: String::new(),
+            last: None,
+            buried: None,
+        };
+        let kept = Kept { run: kept.id.to_string(), ..kept };
+        let stored = async {
+            self.keep_body(&kept, offer.body).await?;
+            if let Some(key) = &kept.order_key {
+                let row = item(&turn_key(&kept.tunnel, key), kept.id.as_str(), expires_at);
+                self.put(row, None).await?;
+            }
+            self.note_waiting(&kept.tunnel, expires_at).await?;
+            self.put(row_of(&kept), Some("attribute_not_exists(pk)")).await
+        };
+        let started = match Box::pin(stored).await {
+            Ok(_) => self.start(&kept, offer.attempt, kept.order_key.is_none()).await,
+            Err(error) => {
+                // Nobody has been told. What stays expires.
+                let _ = self.drop_all(&kept).await;
+                Err(error)
+            }
+        };
+        started?;
+        Ok(Accepted::New(kept.id))
+    }
+
+    /// What was accepted under the same key; nothing where this is the first, or where the first was cut off.
+    async fn repeats(
+        &self,
+        tunnel: &TunnelName,
+        key: &str,
+        id: &DeliveryId,
+        expires_at: u64,
+        now_ms: u64,
+    ) -> Result<Option<Accepted>, Error> {
+        let pk = format!("u#{tunnel}#{key}");
+        let mut row = item(&pk, "#", expires_at);
+        row.insert("id".into(), text(id.as_str()));
+        let now_s = (":now".to_owned(), number(now_ms / 1000));
+        if self.put_if(row.clone(), "attribute_not_exists(pk) OR expires_at <= :now", [now_s]).await? {
+            return Ok(None);
+        }
+        let before = self.get(&pk, "#").await?;
+        let before: Option<DeliveryId> =
+            before.as_ref().and_then(|row| row.get("id")?.as_s().ok()?.parse().ok());
+        let Some(before) = before else { return Ok(Some(Accepted::Unclear)) };
+        let is_kept = match self.find(tunnel, &before).await? {
+            Some(kept) => kept.state.is_final() || self.has_run(&kept.run).await?,
+            None => false,
+        };
+        if is_kept {
+            return Ok(Some(Accepted::Before(before)));
+        }
+        if now_ms < before.received_ms() + ACCEPTED_WITHIN_MS {
+            return Ok(Some(Accepted::Unclear));
+        }
+        let same = (":before".to_owned(), text(before.as_str()));
+        Ok(if self.put_if(row, "id = :before", [same]).await? { None } else { Some(Accepted::Unclear) })
+    }
+
+    async fn keep_body(&self, kept: &Kept, body: &[u8]) -> Result<(), Error> {
+        for (at, piece) in body.chunks(limits::DELIVERY_PIECE_BYTES).enumerate() {
+            let mut row = item(&piece_key(&kept.id), &format!("{:04}", at + 1), kept.expires_at);
+            row.insert("bytes".into(), AttributeValue::B(Blob::new(piece)));
+            self.put(row, None).await?;
+        }
+        Ok(())
+    }
+
+    /// Notes that runs of the tunnel may wait, for the sweep to find. Once in a day and process.
+    async fn note_waiting(&self, tunnel: &TunnelName, until: u64) -> Result<(), Error> {
+        let noted = |by: &Self| by.noted.lock().unwrap_or_else(PoisonError::into_inner).get(tunnel).copied();
+        if noted(self).is_some_and(|noted| noted >= until) {
+            return Ok(());
+        }
+        let until = until + KEPT_AFTER_S;
+        self.put(item("#waiting", tunnel.as_str(), until), None).await?;
+        self.noted.lock().unwrap_or_else(PoisonError::into_inner).insert(tunnel.clone(), until);
+        Ok(())
+    }
+
+    async fn start(&self, kept: &Kept, attempt: u32, turn: bool) -> Result<(), Error> {
+        const CALL: &str = "StartExecution";
+        let deadline_ms = kept.received_ms.max(if kept.run == kept.id.as_str() { 0 } else { unix_now_ms() })
+            + kept.policy.max_age_s * 1000;
+        let input = json!({
+            "delivery": kept.id, "tunnel": kept.tunnel, "timeout_s": kept.policy.timeout_s,
+            "deadline_ms": deadline_ms.min(kept.expires_at * 1000),
+            "attempt": attempt, "turn": turn, "lane": Lane::NONE.lane, "lanes": Lane::NONE.lanes,
+        });
+        let start = self.runs.start_execution().set_state_machine_arn(self.machine.clone());
+        match start.name(&kept.run).input(input.to_string()).send().await {
+            Ok(_) => Ok(()),
+            // The name is taken by this very run: an earlier try has started it.
+            Err(error)
+                if error.as_service_error().is_some_and(|error| error.is_execution_already_exists()) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(classify(CALL, error)),
+        }
+    }
+
+    /// Whether a run of this name was started.
+    async fn has_run(&self, run: &str) -> Result<bool, Error> {
+        let machine = self.machine.as_deref().unwrap_or_default();
+        let arn = format!("{}:{run}", machine.replacen(":stateMachine:", ":execution:", 1));
+        match self.runs.describe_execution().execution_arn(arn).send().await {
+            Ok(_) => Ok(true),
+            Err(error)
+                if error.as_service_error().is_some_and(|error| error.is_execution_does_not_exist()) =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(classify("DescribeExecution", error)),
+        }
+    }
+
+    /// Starts another run of a delivery that has ended; false where it has not, or its body is gone.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; it may be repeated.
+    pub async fn restart(&self, tunnel: &TunnelName, id: &DeliveryId) -> Result<bool, Error> {
+        let Some(kept) = self.find(tunnel, id).await? else { return Ok(false) };
+        if !kept.state.is_final() {
+            // A restart that was cut off is finished.
+            if self.has_run(&kept.run).await? {
+                return Ok(false);
+            }
+            return self.start(&kept, 0, true).await.map(|()| true);
+        }
+        if kept.body_bytes > 0 && kept.state != State::Dead {
+            return Ok(false);
+        }
+        let run = format!("{id}-{}", &new_id(unix_now_ms()).as_str()[24..]);
+        let begun = self
+            .client
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key(&tunnel_key(tunnel), id.as_str())))
+            .update_expression("SET #state = :waiting, run = :run REMOVE buried")
+            .condition_expression("#state = :ended")
+            .expression_attribute_names("#state", "state")
+            .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
+            .expression_attribute_values(":ended", text(kept.state.as_str()))
+            .expression_attribute_values(":run", text(&run));
+        if !crate::aws::holds(begun).await? {
+            return Ok(false);
+        }
+        self.note_waiting(tunnel, kept.expires_at).await?;
+        self.start(&Kept { run, ..kept }, 0, true).await?;
+        Ok(true)
+    }
+
+    /// The delivery with this name.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn find(&self, tunnel: &TunnelName, id: &DeliveryId) -> Result<Option<Kept>, Error> {
+        Ok(self.get(&tunnel_key(tunnel), id.as_str()).await?.and_then(|row| read_row(&row)))
+    }
+
+    /// Begins an attempt: counts it and gives what is to be delivered. Nothing where the delivery has ended or gone.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn begin(&self, tunnel: &TunnelName, id: &DeliveryId) -> Result<Option<Kept>, Error> {
+        let request = self
+            .client
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key(&tunnel_key(tunnel), id.as_str())))
+            .update_expression("SET #state = :delivering, attempt = attempt + :one")
+            .condition_expression("#state IN (:waiting, :delivering)")
+            .expression_attribute_names("#state", "state")
+            .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
+            .expression_attribute_values(":delivering", text(State::Delivering.as_str()))
+            .expression_attribute_values(":one", number(1))
+            .return_values(aws_sdk_dynamodb::types::ReturnValue::AllNew);
+        match request.send().await {
+            Ok(output) => Ok(output.attributes().and_then(read_row)),
+            Err(error)
+                if error
+                    .as_service_error()
+                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(classify("UpdateItem", error)),
+        }
+    }
+
+    /// The whole body.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`], also when a piece of it is missing.
+    pub async fn body(&self, kept: &Kept) -> Result<Vec<u8>, Error> {
+        let mut body = Vec::with_capacity(usize::try_from(kept.body_bytes).unwrap_or_default());
+        if kept.pieces == 0 {
+            return Ok(body);
+        }
+        let mut pages = self
+            .client
+            .query()
+            .table_name(&self.table)
+            .key_condition_expression("pk = :pk")
+            .expression_attribute_values(":pk", text(&piece_key(&kept.id)))
+            .consistent_read(true)
+            .into_paginator()
+            .items()
+            .send();
+        while let Some(row) = pages.next().await {
+            let row = row.map_err(|error| classify("Query", error))?;
+            if let Some(bytes) = row.get("bytes").and_then(|bytes| bytes.as_b().ok()) {
+                body.extend_from_slice(bytes.as_ref());
+            }
+        }
+        if body.len() as u64 == kept.body_bytes {
+            return Ok(body);
+        }
+        Err(Error::Failed { call: "Query", source: "a piece of the body is missing".into() })
+    }
+
+    /// Notes how an attempt has ended, and that the delivery goes on with that. `counted` is false for an attempt that
+    /// was none: its number is used again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn note(&self, kept: &Kept, to: State, last: &Last, counted: bool) -> Result<(), Error> {
+        let last = serde_json::to_string(last).unwrap_or_default();
+        let mut change = "SET #state = :to, #last = :last".to_owned();
+        if !counted {
+            change.push_str(", attempt = attempt - :one");
+        }
+        let mut request = self
+            .client
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key(&tunnel_key(&kept.tunnel), kept.id.as_str())))
+            .update_expression(change)
+            .condition_expression("#state IN (:waiting, :delivering)")
+            .expression_attribute_names("#state", "state")
+            .expression_attribute_names("#last", "last")
+            .expression_attribute_values(":to", text(to.as_str()))
+            .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
+            .expression_attribute_values(":delivering", text(State::Delivering.as_str()))
+            .expression_attribute_values(":last", text(&last));
+        if !counted {
+            request = request.expression_attribute_values(":one", number(1));
+        }
+        // One that has ended meanwhile stays as it is.
+        crate::aws::holds(request).await.map(drop)
+    }
+
+    /// Ends a delivery: its row says how, what waits for its turn is woken, and what is not needed any more goes. It may
+    /// be repeated. `redrives` is how often the run that gives it up was redriven.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn end(&self, kept: &Kept, to: State, last: &Last, redrives: u64) -> Result<(), Error> {
+        let last = serde_json::to_string(last).unwrap_or_default();
+        let request = self
+            .client
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key(&tunnel_key(&kept.tunnel), kept.id.as_str())))
+            .update_expression("SET #state = :to, #last = :last, buried = :redrives")
+            .condition_expression("#state IN (:waiting, :delivering)")
+            .expression_attribute_names("#state", "state")
+            .expression_attribute_names("#last", "last")
+            .expression_attribute_values(":to", text(to.as_str()))
+            .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
+            .expression_attribute_values(":delivering", text(State::Delivering.as_str()))
+            .expression_attribute_values(":redrives", number(redrives))
+            .expression_attribute_values(":last", text(&last));
+        crate::aws::holds(request).await?;
+        self.release(kept, to != State::Dead).await
+    }
+
+    /// What goes with the end of a delivery: its turn, and its body unless it may be wanted again.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; it may be repeated.
+    pub async fn release(&self, kept: &Kept, with_body: bool) -> Result<(), Error> {
+        if with_body {
+            for piece in 1..=kept.pieces {
+                self.delete(&piece_key(&kept.id), &format!("{piece:04}")).await?;
+            }
+        }
+        if let Some(order_key) = &kept.order_key {
+            let pk = turn_key(&kept.tunnel, order_key);
+            self.delete(&pk, kept.id.as_str()).await?;
+            if let Some((_, Some(token))) = self.first_turn(&pk).await? {
+                self.succeed(&token, "{}").await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a dead delivery wait once more, for a run that was redriven.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn revive(&self, kept: &Kept) -> Result<bool, Error> {
+        let request = self
+            .client
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key(&tunnel_key(&kept.tunnel), kept.id.as_str())))
+            .update_expression("SET #state = :waiting")
+            .condition_expression("#state = :dead")
+            .expression_attribute_names("#state", "state")
+            .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
+            .expression_attribute_values(":dead", text(State::Dead.as_str()));
+        crate::aws::holds(request).await
+    }
+
+    /// Has a run wait for its turn. It is answered at once where it has it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; [`TURN_UNCLEAR`] where it is not known whether the one before it will ever be delivered.
+    pub async fn await_turn(&self, kept: &Kept, token: &TaskToken) -> Result<(), Error> {
+        let Some(order_key) = &kept.order_key else {
+            return self.succeed(token.as_str(), "{}").await.map(drop);
+        };
+        let pk = turn_key(&kept.tunnel, order_key);
+        let mut row = item(&pk, kept.id.as_str(), kept.expires_at);
+        row.insert("token".into(), text(token.as_str()));
+        self.put(row, None).await?;
+        // Whoever ends before this is read leaves the first place to this one, whoever ends later finds the token.
+        while let Some((first, _)) = self.first_turn(&pk).await? {
+            if first >= kept.id {
+                break;
+            }
+            let before = self.find(&kept.tunnel, &first).await?;
+            let goes_on = match &before {
+                Some(before) if before.state.is_final() => false,
+                Some(before) => self.has_run(&before.run).await?,
+                None => false,
+            };
+            if goes_on {
+                return Ok(());
+            }
+            if before.is_none_or(|before| !before.state.is_final())
+                && unix_now_ms() < first.received_ms() + ACCEPTED_WITHIN_MS
+            {
+                return Err(Error::Named { name: TURN_UNCLEAR });
+            }
+            self.delete(&pk, first.as_str()).await?;
+        }
+        self.succeed(token.as_str(), "{}").await.map(drop)
+    }
+
+    /// The oldest of a key, and the token of its run if that waits for its turn.
+    async fn first_turn(&self, pk: &str) -> Result<Option<(DeliveryId, Option<String>)>, Error> {
+        let rows = self.oldest(pk, 1).await?;
+        Ok(rows.first().and_then(|row| {
+            let id = row.get("sk")?.as_s().ok()?.parse().ok()?;
+            Some((id, row.get("token").and_then(|token| token.as_s().ok()).cloned()))
+        }))
+    }
+
+    /// Lets parked runs of a tunnel go on, the oldest first, one for each lane. Gives how many there were.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; some may go on nevertheless.
+    pub async fn wake(&self, tunnel: &TunnelName, lanes: &[Lane]) -> Result<usize, Error> {
+        let pk = parked_key(tunnel);
+        let mut woken = 0;
+        while woken < lanes.len() {
+            let wanted = lanes.len() - woken + SPARE;
+            let rows = self.oldest(&pk, wanted).await?;
+            for row in &rows {
+                let Some(lane) = lanes.get(woken) else { break };
+                let part = |name: &str| row.get(name).and_then(|value| value.as_s().ok());
+                let (Some(id), Some(token)) = (part("sk"), part("token")) else { continue };
+                let output = serde_json::to_string(lane).unwrap_or_default();
+                // Answered first: a process that ends between the two leaves a row, not a run that waits for ever.
+                if self.succeed(token, &output).await? == Answered::Taken {
+                    woken += 1;
+                }
+                // A row that was written anew meanwhile stays.
+                self.delete_parked(&pk, id, token).await?;
+            }
+            if rows.len() < wanted {
+                break;
+            }
+        }
+        Ok(woken)
+    }
+
+    async fn delete_parked(&self, pk: &str, id: &str, token: &str) -> Result<(), Error> {
+        let request = self
+            .client
+            .delete_item()
+            .table_name(&self.table)
+            .set_key(Some(key(pk, id)))
+            .condition_expression("#token = :token")
+            .expression_attribute_names("#token", "token")
+            .expression_attribute_values(":token", text(token));
+        match request.send().await {
+            Ok(_) => Ok(()),
+            Err(error)
+                if error
+                    .as_service_error()
+                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(classify("DeleteItem", error)),
+        }
+    }
+
+    /// The tunnels of which runs may wait at the Unix time `now`, in seconds.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn waiting(&self, now: u64) -> Result<Vec<TunnelName>, Error> {
+        let mut pages = self
+            .client
+            .query()
+            .table_name(&self.table)
+            .key_condition_expression("pk = :pk")
+            .filter_expression("expires_at > :now")
+            .expression_attribute_values(":pk", text("#waiting"))
+            .expression_attribute_values(":now", number(now))
+            .into_paginator()
+            .items()
+            .send();
+        let mut tunnels = Vec::new();
+        while let Some(row) = pages.next().await {
+            let row = row.map_err(|error| classify("Query", error))?;
+            tunnels.extend(row.get("sk").and_then(|name| name.as_s().ok()?.parse().ok()));
+        }
+        Ok(tunnels)
+    }
+
+    /// How many runs of a tunnel wait for its agent, counted up to `most`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn backlog(&self, tunnel: &TunnelName, most: usize) -> Result<Backlog, Error> {
+        let rows = self.oldest(&parked_key(tunnel), most).await?;
+        let oldest = rows.first().and_then(|row| row.get("sk")?.as_s().ok()?.parse::<DeliveryId>().ok());
+        Ok(Backlog { parked: rows.len(), oldest_ms: oldest.map(|id| id.received_ms()) })
+    }
+
+    /// Answers a run.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when it is not known whether the run was told.
+    pub async fn succeed(&self, token: &str, output: &str) -> Result<Answered, Error> {
+        match self.runs.send_task_success().task_token(token).output(output).send().await {
+            Ok(_) => Ok(Answered::Taken),
+            Err(error)
+                if error.as_service_error().is_some_and(|error| {
+                    error.is_task_timed_out() || error.is_task_does_not_exist() || error.is_invalid_token()
+                }) =>
+            {
+                Ok(Answered::Late)
+            }
+            Err(error) => Err(classify("SendTaskSuccess", error)),
+        }
+    }
+
+    /// Tells a run that its task has failed, by a name of at most 256 bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when it is not known whether the run was told.
+    pub async fn fail(&self, token: &str, name: &str) -> Result<Answered, Error> {
+        match self.runs.send_task_failure().task_token(token).error(name).send().await {
+            Ok(_) => Ok(Answered::Taken),
+            Err(error)
+                if error.as_service_error().is_some_and(|error| {
+                    error.is_task_timed_out() || error.is_task_does_not_exist() || error.is_invalid_token()
+                }) =>
+            {
+                Ok(Answered::Late)
+            }
+            Err(error) => Err(classify("SendTaskFailure", error)),
+        }
+    }
+
+    /// Tells a run that its task goes on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when it is not known whether the run was told.
+    pub async fn beat(&self, token: &str) -> Result<Answered, Error> {
+        match self.runs.send_task_heartbeat().task_token(token).send().await {
+            Ok(_) => Ok(Answered::Taken),
+            Err(error)
+                if error.as_service_error().is_some_and(|error| {
+                    error.is_task_timed_out() || error.is_task_does_not_exist() || error.is_invalid_token()
+                }) =>
+            {
+                Ok(Answered::Late)
+            }
+            Err(error) => Err(classify("SendTaskHeartbeat", error)),
+        }
+    }
+
+    /// Puts a pointer to a delivery that was given up where operators find it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn bury(&self, kept: &Kept, reason: &str) -> Result<(), Error> {
+        let Some(queue) = &self.dead_letters else { return Ok(()) };
+        let pointer = json!({ "delivery": kept.id, "tunnel": kept.tunnel, "reason": reason });
+        let sent = self.queues.send_message().queue_url(queue).message_body(pointer.to_string()).send().await;
+        sent.map_err(|error| classify("SendMessage", error))?;
+        Ok(())
+    }
+
+    /// Starts what operators have moved back from the dead letters, a batch of ten at most; gives how many messages there
+    /// were. A message about something that cannot be delivered again goes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; what was not done is received again.
+    pub async fn redeliver(&self) -> Result<usize, Error> {
+        #[derive(Deserialize)]
+        struct Pointer {
+            delivery: DeliveryId,
+            tunnel: TunnelName,
+        }
+        let Some(queue) = &self.redeliveries else { return Ok(0) };
+        let received = self.queues.receive_message().queue_url(queue).max_number_of_messages(10).send().await;
+        let received = received.map_err(|error| classify("ReceiveMessage", error))?;
+        for message in received.messages() {
+            match serde_json::from_str::<Pointer>(message.body().unwrap_or_default()) {
+                Ok(pointer) => {
+                    let restarted = self.restart(&pointer.tunnel, &pointer.delivery).await?;
+                    tracing::info!(delivery_id = %pointer.delivery, tunnel_id = %pointer.tunnel, restarted, "delivery was moved back");
+                }
+                Err(error) => tracing::warn!(%error, "a message of the queue of redeliveries is none"),
+            }
+            let delete = self.queues.delete_message().queue_url(queue);
+            let deleted = delete.set_receipt_handle(message.receipt_handle.clone()).send().await;
+            deleted.map_err(|error| classify("DeleteMessage", error))?;
+        }
+        Ok(received.messages().len())
+    }
+
+    /// Removes everything of a delivery that nobody was told about.
+    async fn drop_all(&self, kept: &Kept) -> Result<(), Error> {
+        self.delete(&tunnel_key(&kept.tunnel), kept.id.as_str()).await?;
+        self.release(kept, true).await
+    }
+
+    async fn oldest(&self, pk: &str, most: usize) -> Result<Vec<Row>, Error> {
+        let output = self
+            .client
+            .query()
+            .table_name(&self.table)
+            .key_condition_expression("pk = :pk")
+            .expression_attribute_values(":pk", text(pk))
+            .consistent_read(true)
+            .limit(i32::try_from(most).unwrap_or(i32::MAX))
+            .send()
+            .await
+            .map_err(|error| classify("Query", error))?;
+        Ok(output.items.unwrap_or_default())
+    }
+
+    async fn get(&self, pk: &str, sk: &str) -> Result<Option<Row>, Error> {
+        let request = self.client.get_item().table_name(&self.table).set_key(Some(key(pk, sk)));
+        let output =
+            request.consistent_read(true).send().await.map_err(|error| classify("GetItem", error))?;
+        Ok(output.item)
+    }
+
+    async fn put(&self, row: Row, condition: Option<&str>) -> Result<bool, Error> {
+        match condition {
+            Some(condition) => self.put_if(row, condition, []).await,
+            None => {
+                let request = self.client.put_item().table_name(&self.table).set_item(Some(row));
+                request.send().await.map_err(|error| classify("PutItem", error))?;
+                Ok(true)
+            }
+        }
+    }
+
+    /// Writes, and says whether the condition held.
+    async fn put_if(
+        &self,
+        row: Row,
+        condition: &str,
+        values: impl IntoIterator<Item = (String, AttributeValue)>,
+    ) -> Result<bool, Error> {
+        let values: HashMap<_, _> = values.into_iter().collect();
+        let request = self
+            .client
+            .put_item()
+            .table_name(&self.table)
+            .set_item(Some(row))
+            .condition_expression(condition)
+            .set_expression_attribute_values((!values.is_empty()).then_some(values));
+        match request.send().await {
+            Ok(_) => Ok(true),
+            Err(error)
+                if error
+                    .as_service_error()
+                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(classify("PutItem", error)),
+        }
+    }
+
+    async fn delete(&self, pk: &str, sk: &str) -> Result<(), Error> {
+        let request = self.client.delete_item().table_name(&self.table).set_key(Some(key(pk, sk)));
+        request.send().await.map_err(|error| classify("DeleteItem", error))?;
+        Ok(())
+    }
+}
+
+fn new_id(now_ms: u64) -> DeliveryId {
+    let mut random = [0; 10];
+    aws_lc_rs::rand::fill(&mut random).expect("the system has random numbers");
+    DeliveryId::new(now_ms, random)
+}
+
+/// 32 hexadecimal digits that stand for a key: senders choose it, and at any length.
+fn hash(key: &[u8]) -> String {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, key);
+    digest.as_ref()[..16].iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn tunnel_key(tunnel: &TunnelName) -> String {
+    format!("t#{tunnel}")
+}
+
+fn parked_key(tunnel: &TunnelName) -> String {
+    format!("p#{tunnel}")
+}
+
+fn piece_key(id: &DeliveryId) -> String {
+    format!("b#{id}")
+}
+
+fn turn_key(tunnel: &TunnelName, key: &str) -> String {
+    format!("o#{tunnel}#{key}")
+}
+
+fn key(pk: &str, sk: &str) -> Row {
+    HashMap::from([("pk".to_owned(), text(pk)), ("sk".to_owned(), text(sk))])
+}
+
+fn item(pk: &str, sk: &str, expires_at: u64) -> Row {
+    let mut row = key(pk, sk);
+    row.insert("expires_at".into(), number(expires_at));
+    row
+}
+
+fn row_of(kept: &Kept) -> Row {
+    let mut row = item(&tunnel_key(&kept.tunnel), kept.id.as_str(), kept.expires_at);
+    let head = serde_json::to_vec(&kept.head).unwrap_or_default();
+    let policy = serde_json::to_string(&kept.policy).unwrap_or_default();
+    for (name, value) in [
+        ("owner", text(kept.owner.as_str())),
+        ("state", text(kept.state.as_str())),
+        ("received_ms", number(kept.received_ms)),
+        ("attempt", number(kept.attempt.into())),
+        ("head", AttributeValue::B(Blob::new(head))),
+        ("body_bytes", number(kept.body_bytes)),
+        ("pieces", number(kept.pieces.into())),
+        ("policy", text(&policy)),
+        ("run", text(&kept.run)),
+    ] {
+        row.insert(name.into(), value);
+    }
+    if let Some(key) = &kept.order_key {
+        row.insert("order_key".into(), text(key));
+    }
+    row
+}
+
+/// Reads a row of a delivery; `None` where it is none.
+fn read_row(row: &Row) -> Option<Kept> {
+    let string = |name: &str| row.get(name).and_then(|value| value.as_s().ok());
+    let whole = |name: &str| row.get(name).and_then(|value| value.as_n().ok()?.parse::<u64>().ok());
+    let head = row.get("head").and_then(|value| value.as_b().ok())?;
+    Some(Kept {
+        id: string("sk")?.parse().ok()?,
+        tunnel: string("pk")?.strip_prefix("t#")?.parse().ok()?,
+        owner: string("owner")?.parse().ok()?,
+        state: string("state")?.parse().ok()?,
+        received_ms: whole("received_ms")?,
+        expires_at: whole("expires_at")?,
+        attempt: u32::try_from(whole("attempt")?).ok()?,
+        head: serde_json::from_slice(head.as_ref()).ok()?,
+        body_bytes: whole("body_bytes")?,
+        pieces: u32::try_from(whole("pieces")?).ok()?,
+        policy: serde_json::from_str(string("policy")?).ok()?,
+        order_key: string("order_key").cloned(),
+        run: string("run")?.clone(),
+        last: string("last").and_then(|last| serde_json::from_str(last).ok()),
+        buried: whole("buried"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::delivery::Mode;
+
+    use super::*;
+
+    #[test]
+    fn a_row_gives_back_what_was_kept() {
+        let kept = Kept {
+            id: new_id(1_790_000_000_123),
+            tunnel: "web".parse().unwrap(),
+            owner: "alice".parse().unwrap(),
+            state: State::Waiting,
+            received_ms: 1_790_000_000_123,
+            expires_at: 1_790_000_999,
+            attempt: 1,
+            head: Head {
+                method: "POST".into(),
+                target: "/a?b".into(),
+                headers: [(
+                    http::HeaderName::from_static("x"),
+                    http::HeaderValue::from_bytes(b"\xff \"").unwrap(),
+                )]
+                .into_iter()
+                .collect(),
+            },
+            body_bytes: 700_001,
+            pieces: 3,
+            policy: DeliveryPolicy::new(Mode::Durable),
+            order_key: Some(hash(b"key")),
+            run: "run".into(),
+            last: None,
+            buried: None,
+        };
+        assert_eq!(read_row(&row_of(&kept)), Some(kept.clone()));
+        assert_eq!(kept.id.received_ms(), kept.received_ms);
+        let mut other = row_of(&kept);
+        other.insert("pk".into(), text("p#web"));
+        assert_eq!(read_row(&other), None);
+    }
+
+    #[test]
+    fn names_sort_by_time_and_keys_are_told_apart() {
+        assert!(new_id(1) < new_id(2) && new_id(255) < new_id(256));
+        assert_ne!(new_id(1), new_id(1));
+        assert_ne!(hash(b"a"), hash(b"b"));
+        assert_eq!(hash(b"a").len(), 32);
+    }
+
+    #[test]
+    fn lanes_open_one_by_one_up_to_the_most() {
+        let mut open = vec![Lane::FIRST];
+        for most in [2, 3, 4, 4] {
+            let mut next = Vec::new();
+            for lane in open {
+                next.extend(lane.next(4));
+            }
+            assert_eq!(next.len(), most);
+            let mut numbers: Vec<_> = next.iter().map(|lane| lane.lane).collect();
+            numbers.sort_unstable();
+            numbers.dedup();
+            assert_eq!(numbers.len(), most);
+            open = next;
+        }
+        assert_eq!(Lane::NONE.next(4), Vec::new());
+        assert_eq!(Lane::FIRST.next(1), vec![Lane::FIRST]);
+    }
+}

@@ -1,0 +1,112 @@
+//! A request that is kept, to be delivered later.
+
+use edge::deliveries::{Accepted, Deliveries, Head, Offer, Terms};
+use http::{HeaderValue, header};
+use proto::{
+    delivery::{self, SenderAnswer},
+    error::ErrorCode,
+    header::Headers,
+    id::{DeliveryId, RequestId},
+};
+
+use crate::{answer, public, route::PublicRequest};
+
+/// Whether the tunnel's owner wants a request kept that was not answered for want of an agent, and how many attempts it has
+/// behind it.
+#[must_use]
+pub fn attempts_behind(request: &PublicRequest, terms: &Terms, code: ErrorCode) -> Option<u32> {
+    let is_covered = request.upgrade.is_none() && covers(request, terms);
+    match code {
+        ErrorCode::TunnelOffline if is_covered => Some(0),
+        // It may have run: whoever says `retry_unknown` wants it made again, and the upstream is told that it is the second.
+        ErrorCode::AgentLost if is_covered && terms.policy.retry_unknown => Some(1),
+        _ => None,
+    }
+}
+
+/// Whether the policy is about this request.
+#[must_use]
+pub fn covers(request: &PublicRequest, terms: &Terms) -> bool {
+    terms.policy.covers(request.method.as_str(), request.target.path())
+}
+
+/// Keeps the request; gives the answer for its sender. Only what is stored and has a run is accepted.
+///
+/// # Errors
+///
+/// The code to answer with: the sender is to try again.
+pub async fn keep(
+    deliveries: &Deliveries,
+    request_id: &RequestId,
+    request: &PublicRequest,
+    terms: &Terms,
+    attempt: u32,
+) -> Result<(public::Head, Vec<u8>), ErrorCode> {
+    let head = Head {
+        method: request.method.as_str().to_owned(),
+        target: request.target.as_str().to_owned(),
+        headers: request.headers.clone(),
+    };
+    let offer = Offer { tunnel: &request.tunnel, terms, head: &head, body: &request.body, attempt };
+    match deliveries.accept(&offer).await {
+        Ok(Accepted::New(id)) => {
+            tracing::info!(%request_id, delivery_id = %id, tunnel_id = %request.tunnel, attempt, "request was kept");
+            Ok(answer_for(&terms.policy.answer, &id, request_id))
+        }
+        Ok(Accepted::Before(id)) => {
+            tracing::info!(%request_id, delivery_id = %id, tunnel_id = %request.tunnel, "request was kept before");
+            Ok(answer_for(&terms.policy.answer, &id, request_id))
+        }
+        Ok(Accepted::Unclear) => {
+            tracing::info!(%request_id, tunnel_id = %request.tunnel, "the same request is being kept at this moment");
+            Err(ErrorCode::EdgeBusy)
+        }
+        Err(error) => {
+            tracing::warn!(%request_id, tunnel_id = %request.tunnel, %error, "request could not be kept");
+            Err(ErrorCode::EdgeBusy)
+        }
+    }
+}
+
+/// What the sender is answered. Pure.
+fn answer_for(wanted: &SenderAnswer, id: &DeliveryId, request_id: &RequestId) -> (public::Head, Vec<u8>) {
+    let (content_type, body) = match &wanted.body {
+        Some(body) => (wanted.content_type.as_deref().unwrap_or("text/plain; charset=utf-8"), body.clone()),
+        None => ("application/json", format!(r#"{{"delivery":"{id}","status":"accepted"}}"#)),
+    };
+    let mut headers = Headers::new();
+    // The policy was checked: its media type is a header value.
+    let content_type = HeaderValue::from_str(content_type);
+    headers.push(header::CONTENT_TYPE, content_type.unwrap_or(HeaderValue::from_static("text/plain")));
+    // 204 and 205 have no body (RFC 9110 §15.3.5, §15.3.6).
+    let body = if matches!(wanted.status, 204 | 205) { Vec::new() } else { body.into_bytes() };
+    if wanted.status != 204 {
+        headers.push(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
+    }
+    headers.push(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    let name = HeaderValue::from_str(id.as_str()).expect("hexadecimal digits are a header value");
+    headers.push(delivery::ID, name);
+    answer::finish(&mut headers, request_id, None, "");
+    (public::Head { status: wanted.status, headers }, body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sender_is_told_the_name_of_its_delivery_and_what_the_policy_says() {
+        let (id, request_id) = (DeliveryId::new(1, [1; 10]), RequestId::from_random([1; 16]));
+        let (head, body) = answer_for(&SenderAnswer::default(), &id, &request_id);
+        assert_eq!(head.status, 202);
+        assert_eq!(head.headers.get("x-tunnel-delivery-id").unwrap(), id.as_str());
+        assert_eq!(head.headers.get("content-length").unwrap(), &body.len().to_string());
+        assert_eq!(body, format!(r#"{{"delivery":"{id}","status":"accepted"}}"#).into_bytes());
+        let own = SenderAnswer { status: 200, body: Some("ok".into()), content_type: None };
+        let (head, body) = answer_for(&own, &id, &request_id);
+        assert_eq!((head.status, &*body), (200, &b"ok"[..]));
+        assert_eq!(head.headers.get("content-type").unwrap(), "text/plain; charset=utf-8");
+        let (head, body) = answer_for(&SenderAnswer { status: 204, ..own }, &id, &request_id);
+        assert!(body.is_empty() && head.headers.get("content-length").is_none());
+    }
+}

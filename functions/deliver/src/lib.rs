@@ -1,0 +1,654 @@
+//! Lambda `deliver`: does what the run of a durable delivery asks for.
+//!
+//! The run has a pointer and never the request: what is delivered is read here, and goes to the agent and nowhere else.
+//! Enters an event of the state machine, one of three:
+//!
+//! * `turn`: the run waits until the deliveries of its key that came before have ended;
+//! * `deliver`: the request is posted to an agent, with the run's task token in the token that the agent returns, and the run
+//!   waits for `response` to bring it back;
+//! * `judge`: an attempt has ended. The delivery is settled, tried again after a pause, or given up: then the run is told
+//!   [`DEAD`], so that it ends as failed and may be redriven.
+//!
+//! Everything may be repeated: a run that does not know what became of a call makes it again.
+//!
+//! Permissions it needs: read and write the table of deliveries, delete rows of the connections table, post to
+//! `@connections`, answer runs and ask whether there is one, send to the queue of dead letters.
+
+use std::process::ExitCode;
+
+use edge::{
+    Error,
+    agent_link::{AgentLink, Posted},
+    aws::Aws,
+    config::{ConfigError, Env, env},
+    deliveries::{Deliveries, Kept, Lane},
+    registry::Registry,
+    unix_now, unix_now_ms,
+};
+use proto::{
+    body::Body,
+    delivery::{self, Attempt, DeliveryPolicy, Last, State},
+    error::ErrorCode,
+    forwarded,
+    header::Headers,
+    id::{ConnectionId, DeliveryId, RequestId, TunnelName},
+    limits,
+    message::{Cancel, EdgeMessage, Request, RequestChunk},
+    target::Target,
+    token::{DeliveryClaims, TaskToken, TokenKeys},
+};
+use serde::{Deserialize, Serialize};
+
+/// What a run is told whose delivery was given up.
+pub const DEAD: &str = "DeliveryDead";
+
+/// What a run is told where no agent took the request: certainly none has it.
+pub const NO_CONNECTION: &str = "NoConnection";
+
+/// What a run is told where AWS throttled: certainly no agent has the request.
+pub const EDGE_BUSY: &str = "EdgeBusy";
+
+/// What a run is told where only a part of the request may have reached an agent.
+pub const BROKEN: &str = "DeliveryBroken";
+
+/// What a run judges by where its delivery was not made in time.
+pub const EXPIRED: &str = "Expired";
+
+/// How much longer than its upstream has the token of an attempt is valid, in seconds.
+const TOKEN_GRACE_S: u64 = 60;
+
+/// The longest pause after an attempt that was none, in seconds.
+const BUSY_PAUSE_S: u64 = 4;
+
+/// Everything an event needs.
+#[derive(Debug)]
+pub struct Deliver {
+    deliveries: Deliveries,
+    registry: Registry,
+    link: AgentLink,
+    keys: TokenKeys,
+}
+
+/// What the run of a delivery asks for.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum Event {
+    /// To be told when it is its turn.
+    Turn {
+        /// The delivery.
+        delivery: DeliveryId,
+        /// Its tunnel.
+        tunnel: TunnelName,
+        /// What the run waits with.
+        token: String,
+    },
+    /// To have the request posted.
+    Deliver {
+        /// The delivery.
+        delivery: DeliveryId,
+        /// Its tunnel.
+        tunnel: TunnelName,
+        /// What the run waits with.
+        token: String,
+        /// The connections of the tunnel's agents.
+        connections: Vec<ConnectionId>,
+    },
+    /// To know what comes next.
+    Judge(Judged),
+}
+
+/// An attempt that has ended, or did not come about.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Judged {
+    /// The delivery.
+    pub delivery: DeliveryId,
+    /// Its tunnel.
+    pub tunnel: TunnelName,
+    /// How many attempts this run has made, this one among them.
+    pub attempt: u32,
+    /// When there will be no more, in milliseconds since 1970.
+    pub deadline_ms: u64,
+    /// The upstream's status; 0 where there is none.
+    pub status: u16,
+    /// Why there is none: `Tunnel.` and a code of [`ErrorCode`], or the name of an error of the run.
+    pub code: String,
+    /// How long the upstream wants to be left alone, in seconds.
+    pub retry_after_s: u64,
+    /// The run's lane.
+    #[serde(flatten)]
+    pub lane: Lane,
+    /// How often the run was redriven.
+    pub redrives: u64,
+}
+
+/// What comes next.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+pub struct Verdict {
+    /// `done`, or `again` after the pause.
+    pub next: &'static str,
+    /// How long the pause is, in seconds.
+    pub pause_s: u64,
+    /// How many attempts the run has made.
+    pub attempt: u32,
+    /// The lane it goes on in.
+    #[serde(flatten)]
+    pub lane: Lane,
+}
+
+/// What an attempt's end means.
+#[derive(Debug, PartialEq, Eq)]
+enum Means {
+    Delivered,
+    /// It is made again after so many seconds.
+    Again(u64),
+    /// It was none, and is made again after so many seconds.
+    NotMade(u64),
+    Dead,
+}
+
+/// What the run is answered. One that waits for its token reads nothing.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub enum Answer {
+    /// To [`Event::Judge`].
+    Verdict(Verdict),
+    /// To the others.
+    Nothing {},
+}
+
+/// Runs the function until Lambda ends its process.
+#[must_use]
+pub fn run() -> ExitCode {
+    edge::function::run(Deliver::from_env, |event, deliver| async move { handle(event, &deliver).await })
+}
+
+impl Deliver {
+    /// Reads the environment and makes the clients.
+    ///
+    /// # Errors
+    ///
+    /// When a variable is missing or wrong.
+    pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
+        let aws = Aws::from_env(env)?;
+        let deliveries = Deliveries::from_env(&aws, env)?;
+        Ok(Self {
+            deliveries: deliveries.ok_or_else(|| env.missing(env::DELIVERIES_TABLE))?,
+            registry: Registry::from_env(&aws, env)?,
+            link: AgentLink::from_env(&aws, env)?,
+            keys: env.token_keys()?,
+        })
+    }
+}
+
+/// Handles one event.
+///
+/// # Errors
+///
+/// A name for the run, or [`Error`] when a table or a queue cannot be used.
+pub async fn handle(event: Event, deliver: &Deliver) -> Result<Answer, Error> {
+    match event {
+        Event::Turn { delivery, tunnel, token } => {
+            let token = task_token(&token)?;
+            match deliver.deliveries.find(&tunnel, &delivery).await? {
+                Some(kept) => deliver.deliveries.await_turn(&kept, &token).await?,
+                None => drop(deliver.deliveries.succeed(token.as_str(), "{}").await?),
+            }
+            Ok(Answer::Nothing {})
+        }
+        Event::Deliver { delivery, tunnel, token, connections } => {
+            let token = task_token(&token)?;
+            let kept = match deliver.deliveries.begin(&tunnel, &delivery).await {
+                Ok(Some(kept)) => kept,
+                // It has ended, or its time is over: the judge sees that too.
+                Ok(None) => return Err(Error::Named { name: EXPIRED }),
+                Err(error) => return Err(before_dispatch(&error)),
+            };
+            post(deliver, &kept, token, &connections).await?;
+            Ok(Answer::Nothing {})
+        }
+        Event::Judge(judged) => judge(deliver, &judged).await.map(Answer::Verdict),
+    }
+}
+
+fn task_token(text: &str) -> Result<TaskToken, Error> {
+    TaskToken::new(text).map_err(|error| Error::Refused { call: "an event", source: error.into() })
+}
+
+/// The name for a failure before anything was posted.
+fn before_dispatch(error: &Error) -> Error {
+    tracing::warn!(%error, "delivery was not posted");
+    Error::Named { name: EDGE_BUSY }
+}
+
+/// Posts the request to the first connection that takes it.
+async fn post(
+    deliver: &Deliver,
+    kept: &Kept,
+    task_token: TaskToken,
+    connections: &[ConnectionId],
+) -> Result<(), Error> {
+    let body = deliver.deliveries.body(kept).await.map_err(|error| before_dispatch(&error))?;
+    let request_id = RequestId::from_random(random());
+    let timeout_s = u64::from(kept.policy.timeout_s);
+    let token = deliver.keys.mint_delivery(&DeliveryClaims {
+        delivery: kept.id.clone(),
+        attempt: kept.attempt,
+        tunnel: kept.tunnel.clone(),
+        expires_at: unix_now() + timeout_s + TOKEN_GRACE_S,
+        task_token,
+    });
+    let (text, whole) = head(kept, &request_id, &token, &body)?;
+    // Several agents share the load.
+    let begin = usize::from(random()[0]) % connections.len().max(1);
+    for connection in connections.iter().cycle().skip(begin).take(connections.len()) {
+        match deliver.link.post_text(connection, text.clone()).await {
+            Ok(Posted::Accepted) => {
+                tracing::info!(
+                    delivery_id = %kept.id, tunnel_id = %kept.tunnel, %request_id, attempt = kept.attempt,
+                    body_bytes = body.len(), "delivery was posted"
+                );
+                if !whole {
+                    return upload(deliver, connection, &request_id, &body).await;
+                }
+                return Ok(());
+            }
+            // The truth about a connection: it is found again by nobody.
+            Ok(Posted::Gone) => drop(deliver.registry.forget_row(&kept.tunnel, connection).await),
+            Err(Error::Throttled { call }) => return Err(before_dispatch(&Error::Throttled { call })),
+            Err(error) => {
+                tracing::warn!(%error, delivery_id = %kept.id, "nobody knows whether the delivery was posted");
+                return Err(Error::Named { name: BROKEN });
+            }
+        }
+    }
+    Err(Error::Named { name: NO_CONNECTION })
+}
+
+/// The `request` message, and whether the body is in it.
+fn head(kept: &Kept, request_id: &RequestId, token: &str, body: &[u8]) -> Result<(String, bool), Error> {
+    let target = Target::parse(&kept.head.target)
+        .map_err(|error| Error::Refused { call: "a delivery", source: error.into() })?;
+    let mut headers: Headers = kept.head.headers.clone();
+    let fields = [
+        (delivery::ID, kept.id.to_string()),
+        (delivery::ATTEMPT, kept.attempt.to_string()),
+        (delivery::RECEIVED, delivery::rfc3339(kept.received_ms).into_owned()),
+        // What the agent logs.
+        (forwarded::REQUEST_ID, request_id.to_string()),
+    ];
+    for (name, value) in fields {
+        if let Ok(value) = value.parse() {
+            headers.set(name, value);
+        }
+    }
+    let fits = body.len() <= limits::CHUNK_BYTES;
+    let mut request = Request {
+        request_id: request_id.clone(),
+        token: token.into(),
+        tunnel: kept.tunnel.clone(),
+        method: kept.head.method.as_str().into(),
+        target,
+        headers,
+        body: (fits && !body.is_empty()).then(|| Body::encode(body)),
+        announced: (!fits).then_some(body.len() as u64),
+        timeout_ms: u64::from(kept.policy.timeout_s) * 1000,
+        streamed: false,
+        upgrade: None,
+        delivery: Some(Attempt { id: kept.id.clone(), attempt: kept.attempt, received_ms: kept.received_ms }),
+    };
+    if fits {
+        let text = EdgeMessage::Request(request.clone()).encode();
+        if text.len() <= limits::MESSAGE_BYTES {
+            return Ok((text, true));
+        }
+        request.body = None;
+        request.announced = Some(body.len() as u64);
+    }
+    Ok((EdgeMessage::Request(request).encode(), false))
+}
+
+/// Sends an announced body. The agent has made room for it, or has said that it has none.
+async fn upload(
+    deliver: &Deliver,
+    connection: &ConnectionId,
+    request_id: &RequestId,
+    body: &[u8],
+) -> Result<(), Error> {
+    let mut rest = body;
+    let mut seq = 0;
+    while !rest.is_empty() {
+        let (body, taken) = Body::encode_front(rest, None);
+        rest = &rest[taken..];
+        seq += 1;
+        let chunk = RequestChunk { request_id: request_id.clone(), seq, body, end: rest.is_empty() };
+        let posted = deliver.link.post(connection, &EdgeMessage::RequestChunk(chunk)).await;
+        if !matches!(posted, Ok(Posted::Accepted)) {
+            if let Err(error) = &posted {
+                tracing::warn!(%error, %request_id, "body of a delivery could not be sent on");
+            }
+            let cancel = EdgeMessage::Cancel(Cancel { request_id: request_id.clone() });
+            drop(deliver.link.post(connection, &cancel).await);
+            return Err(Error::Named { name: BROKEN });
+        }
+    }
+    Ok(())
+}
+
+async fn judge(deliver: &Deliver, judged: &Judged) -> Result<Verdict, Error> {
+    let store = &deliver.deliveries;
+    let done = Verdict { next: "done", pause_s: 0, attempt: judged.attempt, lane: Lane::NONE };
+    let Some(kept) = store.find(&judged.tunnel, &judged.delivery).await? else {
+        tracing::warn!(delivery_id = %judged.delivery, "delivery has gone");
+        wake_next(store, judged, 1).await?;
+        return Ok(done);
+    };
+    let most = kept.policy.max_concurrent;
+    match kept.state {
+        // A call that was made before, and whose answer was lost.
+        State::Delivered | State::Cancelled => {
+            store.release(&kept, true).await?;
+            wake_next(store, judged, most).await?;
+            return Ok(done);
+        }
+        State::Dead if judged.redrives > kept.buried.unwrap_or_default() => {
+            tracing::info!(delivery_id = %kept.id, tunnel_id = %kept.tunnel, "delivery was redriven");
+            store.revive(&kept).await?;
+            return Ok(Verdict { next: "again", pause_s: 0, attempt: 0, lane: Lane::NONE });
+        }
+        State::Dead => {
+            store.release(&kept, false).await?;
+            wake_next(store, judged, most).await?;
+            return Err(Error::Named { name: DEAD });
+        }
+        State::Waiting | State::Delivering => {}
+    }
+    let means = means(&kept.policy, judged, unix_now_ms(), unit());
+    let last = last(judged, kept.attempt);
+    tracing::info!(
+        delivery_id = %kept.id, tunnel_id = %kept.tunnel, attempt = kept.attempt, status = judged.status,
+        code = judged.code, means = ?means, "attempt has ended"
+    );
+    match means {
+        Means::Delivered => {
+            store.end(&kept, State::Delivered, &last, judged.redrives).await?;
+            wake_next(store, judged, most).await?;
+            Ok(done)
+        }
+        Means::Again(pause_s) => {
+            store.note(&kept, State::Waiting, &last, true).await?;
+            wake_next(store, judged, most).await?;
+            Ok(Verdict { next: "again", pause_s, attempt: judged.attempt, lane: Lane::NONE })
+        }
+        Means::NotMade(pause_s) => {
+            // Only what `begin` has counted; a second call finds the delivery waiting and leaves it.
+            let counted = kept.state != State::Delivering;
+            store.note(&kept, State::Waiting, &last, counted).await?;
+            let attempt = judged.attempt.saturating_sub(1);
+            Ok(Verdict { next: "again", pause_s, attempt, lane: judged.lane })
+        }
+        Means::Dead => {
+            // The pointer first: a delivery that is dead is always in the queue, if need be twice.
+            store.bury(&kept, &last.reason).await?;
+            store.end(&kept, State::Dead, &last, judged.redrives).await?;
+            wake_next(store, judged, most).await?;
+            Err(Error::Named { name: DEAD })
+        }
+    }
+}
+
+/// The run leaves its lane: the next one takes its place, and the first lane opens another.
+async fn wake_next(store: &Deliveries, judged: &Judged, most: u32) -> Result<(), Error> {
+    let lanes = judged.lane.next(most);
+    if !lanes.is_empty() {
+        store.wake(&judged.tunnel, &lanes).await?;
+    }
+    Ok(())
+}
+
+/// Decides about an attempt. Pure. `random` is uniform in `[0, 1)`.
+fn means(policy: &DeliveryPolicy, judged: &Judged, now_ms: u64, random: f64) -> Means {
+    if (200..=299).contains(&judged.status) {
+        return Means::Delivered;
+    }
+    if now_ms >= judged.deadline_ms || judged.code == EXPIRED {
+        return Means::Dead;
+    }
+    let again = match kind(judged) {
+        Kind::NotMade => return Means::NotMade(1 + (random * BUSY_PAUSE_S as f64) as u64),
+        Kind::Status(status) => policy.retry_on.statuses.iter().any(|rule| rule.covers(status)),
+        Kind::NoConnection => policy.retry_on.no_connection,
+        Kind::Unknown => policy.retry_unknown,
+        Kind::Final => false,
+    };
+    if !again || judged.attempt >= policy.attempts {
+        return Means::Dead;
+    }
+    // Full jitter, so that what failed together is not tried again together.
+    let doubled =
+        f64::from(policy.backoff.base_s) * 2_f64.powi(judged.attempt.saturating_sub(1).min(30) as i32);
+    let pause = (doubled.min(f64::from(policy.backoff.max_s)) * random).ceil() as u64;
+    let left_s = (judged.deadline_ms - now_ms) / 1000;
+    let wanted = judged.retry_after_s.min(delivery::RETRY_AFTER_MAX_S);
+    Means::Again(pause.max(wanted).max(1).min(left_s.max(1)))
+}
+
+enum Kind {
+    /// Certainly no upstream was called.
+    NotMade,
+    /// The upstream answered.
+    Status(u16),
+    /// The upstream could not be reached or gave no answer.
+    NoConnection,
+    /// Nobody knows what became of the attempt.
+    Unknown,
+    /// It would end the same way each time.
+    Final,
+}
+
+fn kind(judged: &Judged) -> Kind {
+    if judged.status != 0 {
+        return Kind::Status(judged.status);
+    }
+    let Some(code) = judged.code.strip_prefix("Tunnel.") else {
+        return match judged.code.as_str() {
+            NO_CONNECTION | EDGE_BUSY | "Lambda.TooManyRequestsException" => Kind::NotMade,
+            // Time-outs of the task, lost heartbeats, a function that ended half way.
+            _ => Kind::Unknown,
+        };
+    };
+    match ErrorCode::from_wire(code) {
+        Some(
+            ErrorCode::AgentBusy
+            | ErrorCode::TooManyRequests
+            | ErrorCode::RateLimited
+            | ErrorCode::CircuitOpen
+            | ErrorCode::Maintenance
+            | ErrorCode::TunnelOffline
+            | ErrorCode::EdgeBusy,
+        ) => Kind::NotMade,
+        Some(
+            ErrorCode::UpstreamUnreachable
+            | ErrorCode::UpstreamTls
+            | ErrorCode::UpstreamUnhealthy
+            | ErrorCode::UpstreamInvalid,
+        ) => Kind::NoConnection,
+        Some(
+            ErrorCode::UpstreamReset
+            | ErrorCode::UpstreamTimedOut
+            | ErrorCode::AgentLost
+            | ErrorCode::Cancelled
+            | ErrorCode::EdgeFailed,
+        )
+        | None => Kind::Unknown,
+        Some(_) => Kind::Final,
+    }
+}
+
+/// What is noted about an attempt.
+fn last(judged: &Judged, attempt: u32) -> Last {
+    let code = judged.code.strip_prefix("Tunnel.").unwrap_or(&judged.code);
+    let known = ErrorCode::from_wire(code).map(ErrorCode::sentence);
+    let reason = match (judged.status, known) {
+        (0, Some(sentence)) => sentence.to_owned(),
+        (0, None) => match code {
+            EXPIRED => "it could not be delivered in the time that the policy gives it".to_owned(),
+            NO_CONNECTION => "no agent was connected".to_owned(),
+            EDGE_BUSY => "the edge was busy".to_owned(),
+            "States.Timeout" | "States.HeartbeatTimeout" => {
+                "the agent did not say what became of it; it may have been delivered".to_owned()
+            }
+            _ => format!("nobody knows what became of it ({code})"),
+        },
+        (status, _) => format!("the upstream answered {status}"),
+    };
+    Last {
+        attempt,
+        at_ms: unix_now_ms(),
+        status: (judged.status != 0).then_some(judged.status),
+        code: (judged.status == 0).then(|| code.to_owned()),
+        reason,
+    }
+}
+
+fn random() -> [u8; 16] {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).expect("the system has random numbers");
+    bytes
+}
+
+/// Uniform in `[0, 1)`.
+fn unit() -> f64 {
+    let [a, b, c, d, ..] = random();
+    f64::from(u32::from_be_bytes([a, b, c, d])) / (f64::from(u32::MAX) + 1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::delivery::{Mode, StatusRule};
+
+    use super::*;
+
+    fn judged(status: u16, code: &str) -> Judged {
+        Judged {
+            delivery: DeliveryId::new(1, [1; 10]),
+            tunnel: "web".parse().unwrap(),
+            attempt: 1,
+            deadline_ms: 1_000_000,
+            status,
+            code: code.into(),
+            retry_after_s: 0,
+            lane: Lane::NONE,
+            redrives: 0,
+        }
+    }
+
+    fn policy() -> DeliveryPolicy {
+        DeliveryPolicy::new(Mode::Auto)
+    }
+
+    #[test]
+    fn every_answer_of_an_upstream_has_its_meaning() {
+        let of = |status| means(&policy(), &judged(status, ""), 0, 0.5);
+        for status in [200, 204, 299] {
+            assert_eq!(of(status), Means::Delivered, "{status}");
+        }
+        for status in [300, 302, 400, 401, 404, 410, 422] {
+            assert_eq!(of(status), Means::Dead, "{status}");
+        }
+        for status in [408, 425, 429, 500, 503, 599] {
+            assert_eq!(of(status), Means::Again(3), "{status}");
+        }
+        let mut other = policy();
+        other.retry_on.statuses = vec![StatusRule::Exact(404)];
+        assert_eq!(means(&other, &judged(404, ""), 0, 0.0), Means::Again(1));
+        assert_eq!(means(&other, &judged(500, ""), 0, 0.0), Means::Dead);
+    }
+
+    #[test]
+    fn what_has_no_answer_is_tried_again_as_the_policy_says() {
+        let of = |policy: &DeliveryPolicy, code| means(policy, &judged(0, code), 0, 0.5);
+        let mut strict = policy();
+        strict.retry_unknown = false;
+        for code in [
+            "States.Timeout",
+            "States.HeartbeatTimeout",
+            "Tunnel.agent_lost",
+            "Tunnel.upstream_reset",
+            BROKEN,
+            "Sandbox.Timedout",
+            "Tunnel.later",
+        ] {
+            assert_eq!(of(&policy(), code), Means::Again(3), "{code}");
+            assert_eq!(of(&strict, code), Means::Dead, "{code}");
+        }
+        let mut once = policy();
+        once.retry_on.no_connection = false;
+        for code in ["Tunnel.upstream_unreachable", "Tunnel.upstream_tls", "Tunnel.upstream_unhealthy"] {
+            assert_eq!(of(&strict, code), Means::Again(3), "{code}");
+            assert_eq!(of(&once, code), Means::Dead, "{code}");
+        }
+        for code in
+            [NO_CONNECTION, EDGE_BUSY, "Tunnel.agent_busy", "Tunnel.too_many_requests", "Tunnel.maintenance"]
+        {
+            let mut last = judged(0, code);
+            last.attempt = policy().attempts;
+            assert!(matches!(means(&strict, &last, 0, 0.999), Means::NotMade(4)), "{code}");
+        }
+        for code in [
+            "Tunnel.webhook_refused",
+            "Tunnel.webhook_too_large",
+            "Tunnel.no_route",
+            "Tunnel.bad_request",
+            EXPIRED,
+        ] {
+            assert_eq!(of(&policy(), code), Means::Dead, "{code}");
+        }
+    }
+
+    #[test]
+    fn attempts_and_time_are_bounds_at_which_it_ends() {
+        let mut at = judged(500, "");
+        at.attempt = policy().attempts - 1;
+        assert!(matches!(means(&policy(), &at, 0, 0.5), Means::Again(_)));
+        at.attempt += 1;
+        assert_eq!(means(&policy(), &at, 0, 0.5), Means::Dead);
+        let at = judged(500, "");
+        assert!(matches!(means(&policy(), &at, at.deadline_ms - 1, 0.5), Means::Again(1)));
+        assert_eq!(means(&policy(), &at, at.deadline_ms, 0.5), Means::Dead);
+        // What is delivered is delivered, however late.
+        assert_eq!(means(&policy(), &judged(200, ""), u64::MAX, 0.5), Means::Delivered);
+        // No agent's absence outlives the delivery.
+        assert_eq!(means(&policy(), &judged(0, NO_CONNECTION), 1_000_000, 0.5), Means::Dead);
+    }
+
+    #[test]
+    fn pauses_double_with_full_jitter_up_to_their_bound_and_retry_after_is_obeyed() {
+        let pause = |attempt, retry_after_s, random| {
+            let judged = Judged { attempt, retry_after_s, deadline_ms: u64::MAX, ..judged(503, "") };
+            let patient = DeliveryPolicy { attempts: 50, ..policy() };
+            match means(&patient, &judged, 0, random) {
+                Means::Again(pause) => pause,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!([1, 2, 3, 10, 49].map(|attempt| pause(attempt, 0, 1.0)), [5, 10, 20, 2560, 3600]);
+        assert_eq!(pause(3, 0, 0.0), 1);
+        assert_eq!(pause(1, 60, 0.5), 60);
+        assert_eq!(pause(1, delivery::RETRY_AFTER_MAX_S, 0.5), 3600);
+        assert_eq!(pause(1, delivery::RETRY_AFTER_MAX_S + 1, 0.5), 3600);
+    }
+
+    #[test]
+    fn events_of_the_machine_are_understood() {
+        let event: Event = serde_json::from_str(
+            r#"{"op":"judge","delivery":"00000000000101010101010101010101","tunnel":"web","attempt":1,"deadline_ms":5,
+            "status":200,"code":"","retry_after_s":0,"lane":-1,"lanes":0,"redrives":0}"#,
+        )
+        .unwrap();
+        assert!(matches!(event, Event::Judge(judged) if judged.status == 200 && judged.lane == Lane::NONE));
+        let verdict = Verdict { next: "again", pause_s: 3, attempt: 2, lane: Lane::FIRST };
+        let text = serde_json::to_string(&Answer::Verdict(verdict)).unwrap();
+        assert_eq!(text, r#"{"next":"again","pause_s":3,"attempt":2,"lane":0,"lanes":1}"#);
+        assert_eq!(serde_json::to_string(&Answer::Nothing {}).unwrap(), "{}");
+    }
+}

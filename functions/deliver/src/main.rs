@@ -1,0 +1,5 @@
+//! Lambda `deliver`. See the crate's documentation.
+
+fn main() -> std::process::ExitCode {
+    deliver::run()
+}
