@@ -284,7 +284,7 @@ enum DeliveryCommand {
         #[command(flatten)]
         wanted: deliveries::Show,
     },
-    /// Delivers again what is dead, cancelled or delivered.
+    /// Delivers again what is dead. What was delivered or cancelled can be where it had no body: those are not kept.
     Retry {
         #[command(flatten)]
         reach: Reach,

@@ -12,6 +12,7 @@ mod compare;
 mod compression;
 mod delays;
 mod designs;
+mod durable;
 mod edge;
 mod figures;
 mod hops;
@@ -118,6 +119,9 @@ enum Command {
         #[arg(long, default_value_t = 3)]
         rounds: usize,
     },
+    /// Measures durable delivery and says whether its bounds are kept: how soon a webhook is kept, how fast those that wait are
+    /// delivered, what each takes, and whether live requests feel it
+    Durable(durable::Options),
     /// Measures `agentd` beside other tunnels, in the same rounds; `bench/peers/run` starts them
     Peers(peers::Options),
     /// The front of `agentd` alone: prints its ports and serves until its input ends
@@ -138,6 +142,7 @@ fn main() -> ExitCode {
                 Some(Command::Upstream) => upstream::serve().await.map(|()| true),
                 Some(Command::Front) => peers::front::serve().await.map(|()| true),
                 Some(Command::Compare(options)) => compare::run(&options),
+                Some(Command::Durable(options)) => durable::run(&options).await,
                 Some(Command::Peers(options)) => peers::run(&options).await.map(|()| true),
                 Some(Command::Budget { agentd, local, budget, write, profiles }) => {
                     let programs = callgrind::Programs { agentd: &agentd, local: &local };

@@ -371,7 +371,7 @@ fn memory(text: &str) -> anyhow::Result<BTreeMap<String, f64>> {
             memory.insert(function.to_owned(), mb.trim().parse::<f64>()? / 1024.0);
         }
     }
-    ensure!(memory.len() == 7, "serverless.yml says the memory of {} functions", memory.len());
+    ensure!(memory.len() == 9, "serverless.yml says the memory of {} functions", memory.len());
     Ok(memory)
 }
 

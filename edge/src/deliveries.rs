@@ -13,6 +13,8 @@
 //! Every row has `expires_at`, the table's TTL. Bodies stand in pieces and nowhere else. A delivery that was accepted has a
 //! row and a run; what is left behind by an acceptance that was cut off has no run, is never delivered and expires.
 
+pub mod pages;
+
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},

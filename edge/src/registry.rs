@@ -470,7 +470,50 @@ impl Registry {
         Ok(Ok(opened))
     }
 
-    async fn tunnels_of(&self, connection: &ConnectionId) -> Result<BTreeSet<TunnelName>, Error> {
+    /// Whose a name is; `None` for one that nobody has.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn owner_of(&self, tunnel: &TunnelName) -> Result<Option<Owner>, Error> {
+        let request = self.client.get_item().table_name(&self.table);
+        let request = request.set_key(Some(key(tunnel.as_str(), NAME_ROW))).consistent_read(true);
+        let output = request.send().await.map_err(|error| classify("GetItem", error))?;
+        Ok(output.item().and_then(|row| row.get("owner")?.as_s().ok()?.parse().ok()))
+    }
+
+    /// Notes whether the deliveries of a tunnel are held; false where the name is not this owner's.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn pause(&self, tunnel: &TunnelName, owner: &Owner, paused: bool) -> Result<bool, Error> {
+        let request = self
+            .client
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key(tunnel.as_str(), NAME_ROW)))
+            // A reserved word.
+            .condition_expression("#owner = :owner")
+            .expression_attribute_names("#owner", "owner")
+            .expression_attribute_values(":owner", text(owner.as_str()));
+        // The runs ask only whether it is there.
+        crate::aws::holds(if paused {
+            request
+                .update_expression("SET paused = :paused")
+                .expression_attribute_values(":paused", AttributeValue::Bool(true))
+        } else {
+            request.update_expression("REMOVE paused")
+        })
+        .await
+    }
+
+    /// The tunnels that a connection serves.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn tunnels_of(&self, connection: &ConnectionId) -> Result<BTreeSet<TunnelName>, Error> {
         let output = self
             .client
             .get_item()

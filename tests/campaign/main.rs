@@ -4,6 +4,7 @@
 //!
 //! A run that fails prints the line that repeats it, and a smaller one that fails too.
 
+mod durable;
 mod load;
 mod oracle;
 mod run;
@@ -54,6 +55,9 @@ struct Options {
     /// Show what the processes of a failed run have said at last
     #[arg(long)]
     printed: bool,
+    /// Webhooks that wait, in place of requests: so many in each run
+    #[arg(long, value_name = "WEBHOOKS", num_args = 0..=1, default_missing_value = "60", conflicts_with = "replay")]
+    durable: Option<usize>,
     /// Do not look for a smaller run that fails too
     #[arg(long)]
     no_shrink: bool,
@@ -77,6 +81,9 @@ async fn main() -> ExitCode {
         );
     }
     let begun = Instant::now();
+    if let Some(webhooks) = options.durable {
+        return deliveries(&options, webhooks).await;
+    }
     let scenarios: VecDeque<Scenario> = match &options.replay {
         Some(scenario) => [scenario.clone()].into(),
         None => (options.seed..options.seed + options.runs)
@@ -94,7 +101,7 @@ async fn main() -> ExitCode {
             while seconds.is_none_or(|seconds| begun.elapsed().as_secs() < seconds) {
                 let next = scenarios.lock().expect("nothing panics under this lock").pop_front();
                 let Some(scenario) = next else { return };
-                let outcome = guarded(scenario.clone()).await;
+                let outcome = guarded(of(scenario.clone())).await;
                 let mut rows = rows.lock().expect("nothing panics under this lock");
                 let row = rows.entry(scenario.fault.to_string()).or_default();
                 row.runs += 1;
@@ -127,9 +134,56 @@ async fn main() -> ExitCode {
     if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
+/// Runs about deliveries.
+async fn deliveries(options: &Options, webhooks: usize) -> ExitCode {
+    let begun = Instant::now();
+    let seeds = Arc::new(Mutex::new((options.seed..options.seed + options.runs).collect::<VecDeque<_>>()));
+    let all = Arc::new(Mutex::new(Row::default()));
+    let mut workers = JoinSet::new();
+    for _ in 0..options.jobs.max(1) {
+        let (seeds, all, seconds, show) =
+            (Arc::clone(&seeds), Arc::clone(&all), options.seconds, options.printed);
+        workers.spawn(async move {
+            while seconds.is_none_or(|seconds| begun.elapsed().as_secs() < seconds) {
+                let Some(seed) = seeds.lock().expect("nothing panics under this lock").pop_front() else {
+                    return;
+                };
+                let outcome = guarded(durable::run(seed, webhooks)).await;
+                if let Some((why, printed)) = &outcome.failure {
+                    println!("FAILED campaign --durable {webhooks} --runs 1 --seed {seed}\n{why}");
+                    if show {
+                        println!("{printed}");
+                    }
+                }
+                let mut all = all.lock().expect("nothing panics under this lock");
+                all.runs += 1;
+                all.failed += u64::from(outcome.failure.is_some());
+                all.slowest = all.slowest.max(outcome.took);
+                all.tally += outcome.tally;
+                if all.runs.is_multiple_of(25) {
+                    println!("{} runs, {:.0} s", all.runs, begun.elapsed().as_secs_f64());
+                }
+            }
+        });
+    }
+    workers.join_all().await;
+    let all = std::mem::take(&mut *all.lock().expect("nothing panics under this lock"));
+    println!(
+        "{} runs, {} accepted and kept, {} of them delivered, {} further attempts, {} failed runs, the slowest {:.1} s; {:.0} s in all",
+        all.runs,
+        all.tally.requests,
+        all.tally.right,
+        all.tally.repeated,
+        all.failed,
+        all.slowest.as_secs_f64(),
+        begun.elapsed().as_secs_f64()
+    );
+    if all.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
 /// A run whose own mistakes, a harness that gave up waiting among them, are failures like others.
-async fn guarded(scenario: Scenario) -> Outcome {
-    match tokio::spawn(async move { run(&scenario).await }).await {
+async fn guarded(run: impl Future<Output = Outcome> + Send + 'static) -> Outcome {
+    match tokio::spawn(run).await {
         Ok(outcome) => outcome,
         Err(error) => Outcome {
             tally: Tally::default(),
@@ -137,6 +191,10 @@ async fn guarded(scenario: Scenario) -> Outcome {
             took: Duration::ZERO,
         },
     }
+}
+
+async fn of(scenario: Scenario) -> Outcome {
+    run(&scenario).await
 }
 
 /// The smallest run found that fails as well. What fails now and then gets two tries.
@@ -149,7 +207,7 @@ async fn shrink(mut scenario: Scenario) -> Scenario {
                     return scenario;
                 }
                 left -= 1;
-                if guarded(simpler.clone()).await.failure.is_some() {
+                if guarded(of(simpler.clone())).await.failure.is_some() {
                     scenario = simpler;
                     continue 'smaller;
                 }

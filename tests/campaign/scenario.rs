@@ -103,7 +103,7 @@ impl fmt::Display for Fault {
 }
 
 /// The faults of the legs between the parts, each with the chance that `local` knows it by.
-const LEGS: [(&str, f64); 6] = [
+pub(crate) const LEGS: [(&str, f64); 6] = [
     ("duplicate", 0.05),
     ("reorder", 0.05),
     ("drop_link", 0.002),
@@ -113,7 +113,7 @@ const LEGS: [(&str, f64); 6] = [
 ];
 
 /// A lost message costs its request the whole time that it may take, so it is rarer.
-const LOSE: (&str, f64) = ("lose", 0.001);
+pub(crate) const LOSE: (&str, f64) = ("lose", 0.001);
 
 /// How strictly a run is judged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

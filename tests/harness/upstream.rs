@@ -181,6 +181,11 @@ impl Upstream {
         self.address.to_string()
     }
 
+    /// Looks at what it got so far, without a copy.
+    pub fn look<T>(&self, look: impl FnOnce(&[Recorded]) -> T) -> T {
+        look(&self.recorded.0.lock().unwrap())
+    }
+
     /// What it got so far.
     #[must_use]
     pub fn recorded(&self) -> Vec<Recorded> {

@@ -300,6 +300,10 @@ async fn answer(
             Places::Socket(place.map_err(|code| refuse(&job, capture, code))?)
         }
     };
+    let _delivery = match &job.delivery {
+        Some(_) => Some(tunnel.enter_delivery().map_err(|code| refuse(&job, capture, code))?),
+        None => None,
+    };
     let signature = match signed {
         Some(webhook) => {
             let signed = Box::pin(signed_body(webhook, &mut job, tunnels, head_due, sender)).await;

@@ -14,6 +14,7 @@ use std::{
 };
 
 use proto::{
+    delivery::bounds,
     error::ErrorCode,
     id::{RequestId, TunnelName},
     limits,
@@ -63,6 +64,8 @@ pub(crate) struct Tunnel {
     pub(crate) request_timeout: Duration,
     health: Arc<Health>,
     metrics: Arc<TunnelMetrics>,
+    /// How many deliveries are served now.
+    deliveries: Arc<AtomicU32>,
     causes: Causes,
     hints: Arc<Given>,
     policy: Option<Policy>,
@@ -79,6 +82,15 @@ pub(crate) struct Tunnel {
 pub(crate) struct Place {
     of_tunnel: Arc<TunnelMetrics>,
     of_all: Arc<AtomicU32>,
+}
+
+/// A delivery's place at its tunnel, given back when it is dropped.
+pub(crate) struct DeliveryPlace(Arc<AtomicU32>);
+
+impl Drop for DeliveryPlace {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// A WebSocket's place at its tunnel, given back when it is dropped.
@@ -342,6 +354,7 @@ impl Tunnel {
             request_timeout: config.request_timeout,
             health,
             metrics: metrics.tunnel(&config.name),
+            deliveries: Arc::default(),
             causes: Causes::default(),
             hints: Arc::default(),
             policy,
@@ -409,6 +422,22 @@ impl Tunnel {
             AbortOnDropHandle::new(tokio::spawn(health::check(settings, asked, Arc::clone(&health), changed)))
         });
         Member { upstream, host, health, _check: check }
+    }
+
+    /// A place for one more delivery, so that however many the edge has woken the service meets no more than it was to.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorCode::AgentBusy`] when there are as many as there may be; the edge tries again soon, and does not count it.
+    pub(crate) fn enter_delivery(&self) -> Result<DeliveryPlace, ErrorCode> {
+        let before = self.deliveries.fetch_add(1, Ordering::Relaxed);
+        let place = DeliveryPlace(Arc::clone(&self.deliveries));
+        let most = self
+            .config
+            .delivery
+            .as_ref()
+            .map_or(*bounds::MAX_CONCURRENT.end(), |policy| policy.max_concurrent);
+        if before >= most { Err(ErrorCode::AgentBusy) } else { Ok(place) }
     }
 
     /// Where this tunnel's requests are counted.

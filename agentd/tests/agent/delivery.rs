@@ -1,9 +1,16 @@
 //! Requests that the edge has kept: only their outcome goes back.
 
-use proto::{delivery::Attempt, error::ErrorCode, limits, message::Request};
+use proto::{
+    delivery::{Attempt, bounds},
+    error::ErrorCode,
+    limits,
+    message::Request,
+};
 use tokio::io::AsyncReadExt as _;
 
-use crate::stage::{OK, Sent, connected, noise, request, with_body, with_header};
+use crate::stage::{
+    Manners, OK, Sent, connected, connected_with, get, noise, request, with_body, with_header,
+};
 
 fn kept(mut request: Request<'static>) -> Request<'static> {
     let delivery = Attempt { id: request.request_id.as_str().parse().unwrap(), attempt: 1, received_ms: 1 };
@@ -82,4 +89,28 @@ async fn the_body_of_a_delivery_comes_unasked_and_what_there_is_no_room_for_is_r
         }
     }
     assert!(matches!(line.answer().await, Sent::Reply { status: 200, .. }));
+}
+
+#[tokio::test]
+async fn no_more_deliveries_than_there_may_be_reach_the_service_and_live_requests_pass_them() {
+    // Nothing is said of deliveries here, so the most that any tunnel may have holds.
+    let (_edge, mut line, upstream, _agent) =
+        connected_with(Manners::default(), &["--max-concurrent", "100"]).await;
+    let most = *bounds::MAX_CONCURRENT.end();
+    let mut peers = Vec::new();
+    for _ in 0..most {
+        line.request(&kept(request("POST", "/held"))).await;
+        let mut peer = upstream.accept().await;
+        peer.head().await;
+        peers.push(peer);
+    }
+    line.request(&kept(request("POST", "/more"))).await;
+    assert_eq!(line.failure().await, (0, ErrorCode::AgentBusy));
+    line.request(&get("/live")).await;
+    assert!(upstream.answer(OK).await.1.starts_with("GET /live "));
+    assert!(line.answer().await.is_end());
+    peers[0].write(OK).await;
+    assert!(matches!(line.answer().await, Sent::Reply { status: 200, end: true, .. }));
+    line.request(&kept(request("POST", "/more"))).await;
+    assert!(upstream.answer(OK).await.1.starts_with("POST /more "));
 }

@@ -1,0 +1,765 @@
+//! Deliveries that wait: what is accepted while nobody is there arrives once, in order and to the byte, as the settings
+//! say, and is nobody else's business. Through the real processes.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use proto::{
+    delivery::{self, Ask, DeliveriesAsk, DeliveryPolicy, Mode},
+    id::TunnelName,
+    limits,
+    message::{AgentMessage, EdgeMessage, Failed, Hello, Progress, Reply, VERSION},
+};
+use serde_json::Value;
+use sha2::Sha256;
+use tests::{
+    Agent, Local,
+    client::{Answer, Connection, Request},
+    eventually, noise,
+    operator::unix_now,
+    raw_agent::RawAgent,
+    upstream::{Conn, Recorded, Upstream},
+};
+
+/// One webhook as its vendor sends it: `{vendor}/{account}` is what its order is kept by.
+struct Hook {
+    number: usize,
+    path: String,
+    fields: Vec<(String, Vec<u8>)>,
+    body: Vec<u8>,
+}
+
+fn mac(key: &[u8], text: &[&[u8]]) -> Vec<u8> {
+    let mut mac = Hmac::<Sha256>::new_from_slice(key).unwrap();
+    for piece in text {
+        mac.update(piece);
+    }
+    mac.finalize().into_bytes().to_vec()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+const SECRET: &[u8] = b"a-secret-of-webhooks-0123456789";
+
+/// Webhooks in the vendors' shapes, each signed; bodies of text, of bytes, empty ones, and some that take several pieces.
+fn hooks(count: usize) -> Vec<Hook> {
+    let now = unix_now().to_string();
+    let hook = |number: usize| {
+        let json = format!("{{\"n\": {number},  \"text\":\"ä\\u00e9 &<\", \"at\":{now}}}\n").into_bytes();
+        let (vendor, fields, body): (&str, Vec<(&str, String)>, Vec<u8>) = match number % 9 {
+            0 => {
+                let id = format!("msg_{number}");
+                let signed = mac(SECRET, &[id.as_bytes(), b".", now.as_bytes(), b".", &json]);
+                let signature = format!("v1,{} v1a,other", STANDARD.encode(signed));
+                let fields = vec![
+                    ("webhook-id", id),
+                    ("webhook-timestamp", now.clone()),
+                    ("webhook-signature", signature),
+                ];
+                ("standard", fields, json)
+            }
+            1 => {
+                let signed = hex(&mac(SECRET, &[now.as_bytes(), b".", &json]));
+                ("stripe", vec![("Stripe-Signature", format!("t={now},v1={signed},v0=x"))], json)
+            }
+            2 => {
+                let signed = hex(&mac(SECRET, &[&json]));
+                let fields = vec![
+                    ("X-Hub-Signature-256", format!("sha256={signed}")),
+                    ("X-GitHub-Event", "push".to_owned()),
+                    ("X-GitHub-Delivery", format!("72d3162e-cc78-11e3-81ab-{number:012}")),
+                ];
+                ("github", fields, json)
+            }
+            3 => {
+                let form = format!("token=a&text=%C3%A4+{number}&payload={{}}").into_bytes();
+                let signed = hex(&mac(SECRET, &[b"v0:", now.as_bytes(), b":", &form]));
+                let fields = vec![
+                    ("X-Slack-Signature", format!("v0={signed}")),
+                    ("X-Slack-Request-Timestamp", now.clone()),
+                    ("content-type", "application/x-www-form-urlencoded".to_owned()),
+                ];
+                ("slack", fields, form)
+            }
+            4 => {
+                let signed = STANDARD.encode(mac(SECRET, &[&json]));
+                let fields = vec![
+                    ("X-Shopify-Hmac-Sha256", signed),
+                    ("X-Shopify-Topic", "orders/create".to_owned()),
+                    ("X-Shopify-Shop-Domain", "shop.example.com".to_owned()),
+                    ("X-Shopify-API-Version", "2026-10".to_owned()),
+                    ("X-Shopify-Webhook-Id", number.to_string()),
+                ];
+                ("shopify", fields, json)
+            }
+            5 => {
+                let form = format!("AccountSid=AC1&Body=hello+{number}").into_bytes();
+                let settings = "key=AB,algorithm=HMAC_SHA256".to_owned();
+                let signed = STANDARD.encode(mac(SECRET, &[&form]));
+                let fields =
+                    vec![("X-Twilio-Signature", signed), ("X-Twilio-Webhooks-Signature-Settings", settings)];
+                ("twilio", fields, form)
+            }
+            6 => (
+                "svix",
+                vec![("svix-id", format!("msg_{number}")), ("svix-timestamp", now.clone())],
+                Vec::new(),
+            ),
+            // Not text, and every now and then longer than one piece of the table, one message, one frame.
+            7 if number % 63 == 7 => {
+                ("bytes", Vec::new(), noise(number as u64, limits::DELIVERY_PIECE_BYTES + 1))
+            }
+            7 => ("bytes", Vec::new(), noise(number as u64, 300)),
+            _ => ("own", vec![("x-twice", "a".to_owned()), ("x-twice", "b, c".to_owned())], json),
+        };
+        let mut fields: Vec<(String, Vec<u8>)> =
+            fields.into_iter().map(|(name, value)| (name.to_owned(), value.into_bytes())).collect();
+        fields.push(("x-number".to_owned(), number.to_string().into_bytes()));
+        fields.push(("x-latin".to_owned(), b"gr\xfc\xdfe".to_vec()));
+        Hook { number, path: format!("/{vendor}/{}?q=%2F&n={number}", number / 9 % 5), fields, body }
+    };
+    (0..count).map(hook).collect()
+}
+
+impl Hook {
+    fn request(&self, tunnel: &str) -> Request {
+        let request = Request::to(tunnel, "POST", &self.path);
+        let request =
+            self.fields.iter().fold(request, |request, (name, value)| request.raw_field(name, value));
+        request.body(self.body.clone())
+    }
+
+    fn key(&self) -> &str {
+        self.path.split('?').next().unwrap()
+    }
+
+    /// Whether everything that the sender has said has come to the service.
+    fn is(&self, came: &Recorded) {
+        assert_eq!(came.line, format!("POST {} HTTP/1.1", self.path));
+        assert!(came.body == self.body, "the body of {}", self.number);
+        let mut last = 0;
+        for (name, value) in &self.fields {
+            let is = |(own, of): &(String, Vec<u8>)| own.eq_ignore_ascii_case(name) && of == value;
+            // Repeated fields may be joined, as HTTP allows.
+            let joined = |(own, of): &(String, Vec<u8>)| {
+                own.eq_ignore_ascii_case(name)
+                    && of.split(|&byte| byte == b',').any(|part| part.trim_ascii() == &value[..])
+            };
+            let at = came.fields.iter().position(is).or_else(|| came.fields.iter().position(joined));
+            let twice = name == "x-twice";
+            let at = at.or_else(|| twice.then_some(last));
+            assert!(at.is_some(), "{name} of {} in {:?}", self.number, came.fields);
+            last = at.unwrap();
+        }
+    }
+}
+
+fn number(came: &Recorded) -> usize {
+    came.all("x-number")[0].parse().unwrap()
+}
+
+fn attempt(came: &Recorded) -> u32 {
+    came.all("x-tunnel-delivery-attempt")[0].parse().unwrap()
+}
+
+/// The id in an answer that says that a request is kept.
+fn accepted(answer: &Answer) -> String {
+    assert_eq!(answer.status, 202, "{:?} {}", answer.field("x-tunnel-error"), answer.text());
+    answer.field("x-tunnel-delivery-id").unwrap()
+}
+
+async fn post(local: &Local, tunnel: &str, target: &str, body: &[u8]) -> Answer {
+    Request::to(tunnel, "POST", target).body(body.to_vec()).send(local.public).await
+}
+
+/// Posts hooks: those of a key one after the other, ten keys at a time. Their ids by number.
+async fn post_all(local: &Local, tunnel: &str, hooks: &[Hook]) -> BTreeMap<usize, String> {
+    let mut by_key: BTreeMap<&str, Vec<&Hook>> = BTreeMap::new();
+    for hook in hooks {
+        by_key.entry(hook.key()).or_default().push(hook);
+    }
+    let keys: Vec<_> = by_key.into_values().collect();
+    let mut lanes: Vec<Vec<&Hook>> = (0..10).map(|_| Vec::new()).collect();
+    for (at, key) in keys.into_iter().enumerate() {
+        lanes[at % 10].extend(key);
+    }
+    let lanes = lanes.into_iter().map(|lane| async move {
+        let mut connection = Connection::open(local.public).await;
+        let mut ids = Vec::new();
+        for hook in lane {
+            ids.push((hook.number, accepted(&connection.exchange(&hook.request(tunnel)).await)));
+        }
+        ids
+    });
+    futures_util::future::join_all(lanes).await.into_iter().flatten().collect()
+}
+
+/// `agentd delivery … --json`, which must come to something.
+fn asked(agent: &Agent, command: &[&str]) -> Value {
+    let (code, printed) = agent.ask(&[&["delivery"], command, &["--json"]].concat());
+    assert_eq!(code, Some(0), "{command:?}: {printed}");
+    serde_json::from_str(printed.trim()).unwrap_or_else(|error| panic!("{error}: {printed}"))
+}
+
+fn list(agent: &Agent, more: &[&str]) -> Vec<Value> {
+    asked(agent, &[&["list", "--limit", "100000"], more].concat()).as_array().unwrap().clone()
+}
+
+fn drained(agent: &Agent) {
+    let (code, printed) = agent.ask(&["delivery", "drain", "--wait", "60s"]);
+    assert_eq!(code, Some(0), "{printed}");
+}
+
+/// An agent that has come and gone: its edge knows what to keep.
+fn introduce(local: &Local, tunnels: &str, names: &[&str]) {
+    let mut agent = local.agent_with(tunnels, names);
+    leave(&mut agent);
+}
+
+fn leave(agent: &mut Agent) {
+    agent.process().signal(rustix::process::Signal::TERM);
+    agent.process_mut().wait();
+}
+
+/// A service that counts how many it has under way.
+async fn counting() -> (Upstream, Arc<(AtomicUsize, AtomicUsize)>) {
+    let counts = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+    let shared = Arc::clone(&counts);
+    let upstream = Upstream::start(move |_, mut conn: Conn| {
+        let counts = Arc::clone(&shared);
+        async move {
+            let now = counts.0.fetch_add(1, Ordering::SeqCst) + 1;
+            counts.1.fetch_max(now, Ordering::SeqCst);
+            tokio::task::yield_now().await;
+            counts.0.fetch_sub(1, Ordering::SeqCst);
+            conn.answer("204 No Content", "", b"").await.then_some(conn)
+        }
+    })
+    .await;
+    (upstream, counts)
+}
+
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_came_while_nobody_was_there_arrives_once_in_order_and_to_the_byte() {
+    let secrets = tempfile::tempdir().unwrap();
+    let file = |name: &str, secret: &[u8]| {
+        let path = secrets.path().join(name);
+        fs::write(&path, secret).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        path.display().to_string()
+    };
+    let plain = file("plain", SECRET);
+    let encoded = file("encoded", format!("whsec_{}", STANDARD.encode(SECRET)).as_bytes());
+    let local = Local::start(&[]);
+    let (upstream, counts) = counting().await;
+    let mut tunnels = format!(
+        "[[tunnel]]\nname = \"hooks\"\nupstream = \"{}\"\ndelivery = \"auto\"\n\
+         durable = {{ order_by = \"path\", max_concurrent = 16 }}\n",
+        upstream.address()
+    );
+    // The agent checks what is signed, as live.
+    for (scheme, secret) in [
+        ("standard", &encoded),
+        ("stripe", &plain),
+        ("github", &plain),
+        ("slack", &plain),
+        ("shopify", &plain),
+    ] {
+        tunnels += &format!(
+            "[[tunnel.verify]]\nscheme = \"{scheme}\"\nsecret_file = \"{secret}\"\npaths = [\"/{scheme}/*\"]\n"
+        );
+    }
+    assert_eq!(post(&local, "hooks", "/", b"").await.status, 404, "nobody has this name yet");
+    introduce(&local, &tunnels, &["hooks"]);
+    let hooks = hooks(500);
+    let ids = post_all(&local, "hooks", &hooks).await;
+    assert_eq!(ids.values().collect::<BTreeSet<_>>().len(), 500, "each has an id of its own");
+    assert_eq!(upstream.look(<[_]>::len), 0);
+
+    let agent = local.agent_with(&tunnels, &["hooks"]);
+    eventually("all have come", async || upstream.look(<[_]>::len) >= 500).await;
+    drained(&agent);
+    let came = upstream.recorded();
+    assert_eq!(came.len(), 500, "each once");
+    let mut last: BTreeMap<&str, usize> = BTreeMap::new();
+    for one in &came {
+        let hook = &hooks[number(one)];
+        hook.is(one);
+        assert_eq!(one.all("x-tunnel-delivery-id"), [ids[&hook.number].clone()]);
+        assert_eq!(attempt(one), 1, "{}", hook.number);
+        let received = &one.all("x-tunnel-received")[0];
+        assert!(received.starts_with("20") && received.ends_with('Z'), "{received}");
+        let before = last.insert(hook.key(), hook.number);
+        assert!(before.is_none_or(|before| before < hook.number), "the order of {}", hook.key());
+    }
+    let most = counts.1.load(Ordering::SeqCst);
+    assert!((2..=16).contains(&most), "{most} at a time");
+    assert_eq!(list(&agent, &["--state", "delivered"]).len(), 500);
+    for state in ["waiting", "delivering", "dead", "cancelled"] {
+        assert_eq!(list(&agent, &["--state", state]).len(), 0, "{state}");
+    }
+    // Their bodies are gone with them.
+    let rows = local
+        .dynamodb("Scan", serde_json::json!({"TableName": "deliveries", "Select": "ALL_ATTRIBUTES"}))
+        .await;
+    let left = rows["Items"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|row| row["pk"]["S"].as_str().unwrap().starts_with("b#"));
+    assert_eq!(left.count(), 0);
+}
+
+/// A service that answers as its path says: `/status/503/…`, `/later/2`, `/hang/…`; anything else with 200.
+async fn as_told() -> Upstream {
+    Upstream::start(|request, mut conn: Conn| async move {
+        let target = request.target().to_owned();
+        let words: Vec<&str> = target.split('/').skip(1).collect();
+        match words[..] {
+            ["status", status, ..] => conn.answer(&format!("{status} Told"), "", b"no").await.then_some(conn),
+            ["later", seconds, ..] if attempt(&request) == 1 => {
+                let field = format!("retry-after: {seconds}\r\n");
+                conn.answer("429 Later", &field, b"").await.then_some(conn)
+            }
+            ["once", status, ..] if attempt(&request) == 1 => {
+                conn.answer(&format!("{status} Told"), "", b"").await.then_some(conn)
+            }
+            ["hang", ..] => {
+                conn.closed().await;
+                None
+            }
+            _ => conn.answer("200 OK", "", b"live").await.then_some(conn),
+        }
+    })
+    .await
+}
+
+fn to(upstream: &Upstream, target: &str) -> Vec<Recorded> {
+    upstream.look(|all| all.iter().filter(|one| one.target() == target).cloned().collect())
+}
+
+fn count(upstream: &Upstream, target: &str) -> usize {
+    upstream.look(|all| all.iter().filter(|one| one.target() == target).count())
+}
+
+/// Waits until a delivery has ended; what is listed of it then.
+async fn ended(agent: &Agent, id: &str) -> Value {
+    let mut found = Value::Null;
+    eventually("it has ended", async || {
+        found = asked(agent, &["show", id]);
+        let is_over = ["delivered", "dead", "cancelled"].contains(&found["state"].as_str().unwrap());
+        if !is_over {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        is_over
+    })
+    .await;
+    found
+}
+
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_setting_does_what_it_says_at_its_bound_and_not_past_it() {
+    let local = Local::start(&[]);
+    let upstream = as_told().await;
+    let nobody = {
+        // A port that was free a moment ago.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap().to_string()
+    };
+    let quick = "backoff = { base = \"1s\", max = \"1s\" }";
+    let mut tunnels = String::new();
+    let mut names = Vec::new();
+    for (name, address, durable) in [
+        ("plain", &upstream.address(), format!("{quick}, attempts = 2")),
+        ("once", &upstream.address(), format!("{quick}, attempts = 1")),
+        ("some", &upstream.address(), "methods = [\"POST\"], paths = [\"/in\"]".to_owned()),
+        (
+            "says",
+            &upstream.address(),
+            "answer = { status = 200, body = \"ok\", content_type = \"text/x-own\" }".to_owned(),
+        ),
+        ("picky", &upstream.address(), format!("{quick}, attempts = 3, retry_on = [404]")),
+        (
+            "brief",
+            &upstream.address(),
+            format!("{quick}, attempts = 2, timeout = \"1s\", retry_unknown = false"),
+        ),
+        ("anew", &upstream.address(), format!("{quick}, attempts = 2, timeout = \"1s\"")),
+        ("order", &upstream.address(), format!("{quick}, attempts = 3, order_by = \"header:x-key\"")),
+        ("dedupe", &upstream.address(), "dedupe_by = \"header:webhook-id\"".to_owned()),
+        ("one", &upstream.address(), "max_concurrent = 1".to_owned()),
+        ("down", &nobody, format!("{quick}, attempts = 2")),
+        ("down-once", &nobody, format!("{quick}, attempts = 2, retry_on = [\"5xx\"]")),
+    ] {
+        names.push(name);
+        tunnels += &format!(
+            "[[tunnel]]\nname = \"{name}\"\nupstream = \"{address}\"\ndelivery = \"durable\"\ndurable = {{ {durable} }}\n"
+        );
+    }
+    let agent = local.agent_with(&tunnels, &names);
+
+    // Which are kept.
+    let answer = post(&local, "plain", "/kept", b"x").await;
+    let id = accepted(&answer);
+    let body: Value = serde_json::from_slice(&answer.body).unwrap();
+    assert_eq!(body, serde_json::json!({"delivery": id, "status": "accepted"}));
+    for method in ["PUT", "PATCH", "DELETE"] {
+        accepted(&Request::to("plain", method, "/kept").body(b"x".to_vec()).send(local.public).await);
+    }
+    let live = Request::to("plain", "GET", "/").send(local.public).await;
+    assert_eq!((live.status, live.text()), (200, "live".to_owned()));
+    for (method, target, is_kept) in [
+        ("POST", "/in", true),
+        ("POST", "/in/x?y", true),
+        ("POST", "/inx", false),
+        ("POST", "/", false),
+        ("PUT", "/in", false),
+    ] {
+        let answer = Request::to("some", method, target).body(Vec::new()).send(local.public).await;
+        assert_eq!(answer.status == 202, is_kept, "{method} {target}: {}", answer.status);
+        assert_eq!(answer.field("x-tunnel-delivery-id").is_some(), is_kept);
+    }
+    // What the sender is told.
+    let answer = post(&local, "says", "/", b"").await;
+    assert_eq!(
+        (answer.status, answer.text(), answer.field("content-type")),
+        (200, "ok".to_owned(), Some("text/x-own".to_owned()))
+    );
+    assert!(answer.field("x-tunnel-delivery-id").is_some());
+    // The longest body, and one byte more.
+    let longest = noise(1, limits::REQUEST_BODY_BYTES);
+    accepted(&post(&local, "plain", "/longest", &longest).await);
+    eventually("it has come", async || count(&upstream, "/longest") == 1).await;
+    assert!(to(&upstream, "/longest")[0].body == longest);
+    let longer = noise(1, limits::REQUEST_BODY_BYTES + 1);
+    assert_eq!(post(&local, "plain", "/longer", &longer).await.status, 413);
+    // Nobody outside says what we say.
+    let spoofed = Request::to("plain", "POST", "/spoofed")
+        .field("X-Tunnel-Delivery-Attempt", "7")
+        .field("x-tunnel-delivery-id", "other")
+        .field("x-tunnel-received", "1999")
+        .body(Vec::new());
+    let id = accepted(&spoofed.send(local.public).await);
+    eventually("it has come", async || count(&upstream, "/spoofed") == 1).await;
+    let came = to(&upstream, "/spoofed").remove(0);
+    assert_eq!((came.all("x-tunnel-delivery-id"), attempt(&came)), (vec![id], 1));
+    assert_eq!(came.all("x-tunnel-received").len(), 1);
+
+    // How often, and after what.
+    let dead = async |tunnel: &str, target: &str, attempts: usize, what: &str| {
+        let id = accepted(&post(&local, tunnel, target, b"x").await);
+        let end = ended(&agent, &id).await;
+        assert_eq!(end["state"], "dead", "{tunnel} {target}: {end}");
+        let come: Vec<u32> = to(&upstream, target).iter().map(attempt).collect();
+        assert_eq!(come, (1..=attempts as u32).collect::<Vec<_>>(), "{tunnel} {target}: {end}");
+        let last = &end["last"];
+        let told = last["status"].as_u64().map(|status| status.to_string());
+        let told = told.or_else(|| last["code"].as_str().map(str::to_owned)).unwrap_or_default();
+        assert_eq!(told, what, "{tunnel} {target}: {end}");
+    };
+    tokio::join!(
+        dead("plain", "/status/503/a", 2, "503"),
+        dead("once", "/status/503/b", 1, "503"),
+        dead("plain", "/status/404/c", 1, "404"),
+        dead("plain", "/status/410/d", 1, "410"),
+        dead("plain", "/status/302/e", 1, "302"),
+        dead("plain", "/status/408/f", 2, "408"),
+        dead("plain", "/status/425/g", 2, "425"),
+        dead("picky", "/status/404/h", 3, "404"),
+        dead("picky", "/status/503/i", 1, "503"),
+        dead("brief", "/hang/j", 1, "upstream_timed_out"),
+        dead("anew", "/hang/k", 2, "upstream_timed_out"),
+        dead("down", "/l", 0, "upstream_unreachable"),
+        dead("down-once", "/m", 0, "upstream_unreachable"),
+    );
+    let tries = |target: &str| {
+        list(&agent, &[]).iter().find(|row| row["target"] == target).unwrap()["attempt"].clone()
+    };
+    assert_eq!((tries("/l"), tries("/m")), (Value::from(2), Value::from(1)));
+    // Retry-After is kept to.
+    let begun = Instant::now();
+    accepted(&post(&local, "plain", "/later/3", b"").await);
+    eventually("it has come again", async || count(&upstream, "/later/3") == 2).await;
+    assert!(begun.elapsed() >= Duration::from_secs(3), "{:?}", begun.elapsed());
+
+    // A key waits for its first, and no other does.
+    let keyed = async |target: &str, key: &str| {
+        let request = Request::to("order", "POST", target).field("x-key", key).body(Vec::new());
+        accepted(&request.send(local.public).await)
+    };
+    let stuck = keyed("/status/503/first", "a").await;
+    let behind = keyed("/second", "a").await;
+    let other = keyed("/other", "b").await;
+    assert_eq!(ended(&agent, &other).await["state"], "delivered");
+    assert_eq!(ended(&agent, &stuck).await["state"], "dead");
+    assert_eq!(ended(&agent, &behind).await["state"], "delivered");
+    let order: Vec<String> = upstream.look(|all| all.iter().map(|one| one.target().to_owned()).collect());
+    let at = |target: &str| order.iter().rposition(|one| one == target).unwrap();
+    assert!(at("/other") < at("/status/503/first") && at("/status/503/first") < at("/second"), "{order:?}");
+
+    // A sender's second try is its first.
+    let tried = async |target: &str, field: Option<&str>| {
+        let request = Request::to("dedupe", "POST", target);
+        let request = field.iter().fold(request, |request, id| request.field("webhook-id", id));
+        accepted(&request.body(Vec::new()).send(local.public).await)
+    };
+    let first = tried("/d", Some("msg_1")).await;
+    assert_eq!(tried("/d", Some("msg_1")).await, first);
+    assert_ne!(tried("/d", Some("msg_2")).await, first);
+    assert_ne!(tried("/d", None).await, tried("/d", None).await);
+    drained(&agent);
+    assert_eq!(count(&upstream, "/d"), 4);
+    assert_eq!(tried("/d", Some("msg_1")).await, first, "also once it is delivered");
+    drained(&agent);
+    assert_eq!(count(&upstream, "/d"), 4);
+}
+
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_delivery_is_looked_after_from_the_command_line() {
+    let local = Local::start(&[]);
+    let upstream = as_told().await;
+    let tunnels = format!(
+        "[[tunnel]]\nname = \"hooks\"\nupstream = \"{}\"\ndelivery = \"durable\"\n\
+         durable = {{ attempts = 1, max_concurrent = 1 }}\n",
+        upstream.address()
+    );
+    let mut agent = local.agent_with(&tunnels, &["hooks"]);
+    let info = agent.ask(&["tunnel", "info", "hooks"]).1;
+    assert!(info.lines().any(|line| line.starts_with("delivery") && line.ends_with("durable")), "{info}");
+    // What is held waits, and what is live passes.
+    assert_eq!(agent.ask(&["delivery", "pause", "hooks"]).0, Some(0));
+    let body = noise(3, 700_000);
+    let held = accepted(&post(&local, "hooks", "/held?a=1", &body).await);
+    let given_up = accepted(&post(&local, "hooks", "/given-up", b"x").await);
+    assert_eq!(Request::to("hooks", "GET", "/live").send(local.public).await.text(), "live");
+    let waiting = list(&agent, &["--state", "waiting"]);
+    assert_eq!(waiting.len(), 2);
+    assert_eq!(list(&agent, &["--state", "waiting", "--since", "1h", "--tunnel", "hooks"]).len(), 2);
+    let shown = asked(&agent, &["show", &held, "--body"]);
+    assert_eq!((&shown["method"], &shown["target"]), (&"POST".into(), &"/held?a=1".into()));
+    assert_eq!(shown["body_bytes"], 700_000);
+    assert!(STANDARD.decode(shown["body"].as_str().unwrap()).unwrap() == body);
+    assert_eq!(agent.ask(&["delivery", "drain"]).0, Some(1));
+    // What waits is not retried, what has ended not cancelled, what is not there not found.
+    let (code, printed) = agent.ask(&["delivery", "retry", &held]);
+    assert!(code == Some(1) && printed.contains("its state"), "{code:?} {printed}");
+    asked(&agent, &["cancel", &given_up]);
+    assert_eq!(agent.ask(&["delivery", "cancel", &given_up]).0, Some(1));
+    let nothing = "0".repeat(32);
+    let (code, printed) = agent.ask(&["delivery", "show", &nothing]);
+    assert!(code == Some(1) && printed.contains("no such delivery"), "{code:?} {printed}");
+    assert_eq!(agent.ask(&["delivery", "resume", "hooks"]).0, Some(0));
+    assert_eq!(ended(&agent, &held).await["state"], "delivered");
+    drained(&agent);
+    assert!(to(&upstream, "/given-up").is_empty());
+    assert!(to(&upstream, "/held?a=1")[0].body == body);
+    // Delivered again by hand, and it says so.
+    let dead = accepted(&post(&local, "hooks", "/once/500", b"again").await);
+    assert_eq!(ended(&agent, &dead).await["state"], "dead");
+    assert_eq!(list(&agent, &["--state", "dead"]).len(), 1);
+    asked(&agent, &["retry", "--dead"]);
+    eventually("it has come again", async || count(&upstream, "/once/500") == 2).await;
+    assert_eq!(ended(&agent, &dead).await["state"], "delivered");
+    let came = to(&upstream, "/once/500");
+    assert_eq!((came[1].body.clone(), came[1].all("x-tunnel-delivery-id")), (b"again".to_vec(), vec![dead]));
+    assert!(attempt(&came[1]) > 1);
+    assert_eq!(list(&agent, &["--state", "dead"]).len(), 0);
+    // Without an edge to ask there is a code of its own.
+    drop(local);
+    eventually("the link is gone", async || agent.ask(&["delivery", "list"]).0 == Some(69)).await;
+    leave(&mut agent);
+}
+
+/// An agent that says what it is told, with a tunnel that keeps everything.
+async fn raw(local: &Local, token: &str, tunnel: &str) -> RawAgent {
+    let mut agent = RawAgent::with(local, token).await;
+    let policy = DeliveryPolicy { max_concurrent: 2, ..DeliveryPolicy::new(Mode::Durable) };
+    agent
+        .say(AgentMessage::Hello(Hello {
+            seq: 1,
+            version: VERSION,
+            agent: "raw".parse().unwrap(),
+            software: "test".into(),
+            tunnels: vec![tunnel.to_owned()],
+            codecs: proto::body::Codecs::default(),
+            websockets: false,
+            deliveries: [(tunnel.to_owned(), policy)].into_iter().collect(),
+        }))
+        .await;
+    let welcome = agent.welcome().await;
+    assert!(welcome.deliveries && welcome.tunnels.len() == 1, "{welcome:?}");
+    agent
+}
+
+/// Asks about deliveries; what is answered.
+async fn ask(agent: &mut RawAgent, ask: Ask) -> delivery::Answer<'static> {
+    agent.say(AgentMessage::Deliveries(DeliveriesAsk { seq: 7, ask })).await;
+    loop {
+        let text = agent.hear().await;
+        if let EdgeMessage::Deliveries(told) = EdgeMessage::decode(&text).unwrap() {
+            assert_eq!(told.seq, 7);
+            return told.answer.into_owned();
+        }
+    }
+}
+
+fn reply(token: &str) -> AgentMessage<'_> {
+    let headers = proto::header::Headers::new();
+    AgentMessage::Reply(Reply { token: token.into(), status: 200, headers, body: None, end: true })
+}
+
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_else_learns_of_a_delivery_or_answers_it() {
+    let local = Local::start(&[]);
+    let alice = local.issue("alice", &["hooks", "live"]);
+    // Bob's token covers the name as well, and another's does not.
+    let (bob, carol) = (local.issue("bob", &["hooks", "bobs"]), local.issue("carol", &["carols"]));
+    let mut owner = raw(&local, &alice, "hooks").await;
+    let id = accepted(&post(&local, "hooks", "/secret", b"secret").await);
+    let call = owner.request().await;
+    assert_eq!(call.target, "/secret");
+
+    let hooks: TunnelName = "hooks".parse().unwrap();
+    let (known, unknown) = (id.parse().unwrap(), "0".repeat(32).parse().unwrap());
+    for (token, tunnel) in [(&bob, "bobs"), (&carol, "carols")] {
+        let mut other = raw(&local, token, tunnel).await;
+        for id in [&known, &unknown] {
+            let id: &proto::id::DeliveryId = id;
+            for question in [
+                Ask::Show { tunnel: hooks.clone(), id: id.clone(), body_from: Some(0) },
+                Ask::Retry { tunnel: hooks.clone(), id: id.clone() },
+                Ask::Cancel { tunnel: hooks.clone(), id: id.clone() },
+                Ask::List { tunnel: Some(hooks.clone()), state: None, since_ms: None, cursor: None },
+                Ask::RetryDead { tunnel: hooks.clone(), cursor: None },
+                Ask::Pause { tunnel: hooks.clone() },
+                Ask::Resume { tunnel: hooks.clone() },
+                Ask::Show { tunnel: tunnel.parse().unwrap(), id: id.clone(), body_from: Some(0) },
+            ] {
+                let answer = ask(&mut other, question.clone()).await;
+                let nothing = delivery::Answer::Refused { reason: delivery::Refused::NotFound };
+                assert_eq!(answer, nothing, "{question:?}");
+            }
+        }
+        let all =
+            ask(&mut other, Ask::List { tunnel: None, state: None, since_ms: None, cursor: None }).await;
+        assert!(matches!(all, delivery::Answer::Deliveries { list, .. } if list.is_empty()));
+        // Its task token is known, and of no use: Carol's connection may not serve the tunnel.
+        if tunnel == "carols" {
+            other.say(reply(&call.token)).await;
+            let failed = Failed {
+                token: call.token.as_str().into(),
+                seq: 0,
+                code: proto::error::ErrorCode::WebhookRefused,
+            };
+            other.say(AgentMessage::Failed(failed)).await;
+        }
+        // It hears of its own questions still: what was said before has been looked at.
+        ask(&mut other, Ask::Pause { tunnel: tunnel.parse().unwrap() }).await;
+    }
+    let state = async |owner: &mut RawAgent| {
+        let show = Ask::Show { tunnel: hooks.clone(), id: known.clone(), body_from: None };
+        match ask(owner, show).await {
+            delivery::Answer::Delivery { summary, .. } => summary.state,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(state(&mut owner).await, delivery::State::Delivering);
+
+    // A live request's token says nothing about a delivery, and a delivery's nothing about a live request.
+    let mut live = Connection::open(local.public).await;
+    live.begin(&Request::to("hooks", "GET", "/live")).await;
+    let live_call = loop {
+        let next = owner.request().await;
+        if next.target == "/live" {
+            break next;
+        }
+    };
+    let progress = |token: &str| {
+        AgentMessage::Progress(Progress { token: token.to_owned().into(), sent: 0, ended: false, taken: 0 })
+    };
+    owner.say(progress(&live_call.token)).await;
+    owner.say(progress(&call.token)).await;
+    // With the kind changed, each is forged.
+    for (token, kind) in [(&call.token, 1), (&live_call.token, 2)] {
+        let mut bytes = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(token).unwrap();
+        bytes[0] = kind;
+        owner.say(reply(&base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(bytes))).await;
+    }
+    owner.say(live_call.reply("live", true)).await;
+    assert_eq!(live.answer("GET").await.text(), "live");
+    assert_eq!(state(&mut owner).await, delivery::State::Delivering);
+    owner.say(reply(&call.token)).await;
+    eventually("its owner has answered it", async || state(&mut owner).await == delivery::State::Delivered)
+        .await;
+    // A used token is dropped.
+    owner.say(reply(&call.token)).await;
+    assert_eq!(state(&mut owner).await, delivery::State::Delivered);
+}
+
+/// What was counted since.
+fn since(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> BTreeMap<String, u64> {
+    let grown = |(call, &count): (&String, &u64)| {
+        let more = count - before.get(call).copied().unwrap_or(0);
+        (more > 0).then(|| (call.clone(), more))
+    };
+    after.iter().filter_map(grown).collect()
+}
+
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn eight_hours_asleep_cost_no_call_and_lose_nothing() {
+    // Each second is an hour.
+    let local = Local::start(&["--chaos", "clock=3600"]);
+    let (upstream, _) = counting().await;
+    let tunnels = format!(
+        "[[tunnel]]\nname = \"hooks\"\nupstream = \"{}\"\ndelivery = \"auto\"\n\
+         [[tunnel]]\nname = \"short\"\nupstream = \"{}\"\ndelivery = \"auto\"\ndurable = {{ max_age = \"1h\" }}\n",
+        upstream.address(),
+        upstream.address()
+    );
+    introduce(&local, &tunnels, &["hooks", "short"]);
+    for number in 0..20 {
+        accepted(&post(&local, "hooks", &format!("/{number}"), b"x").await);
+    }
+    let parked = async || {
+        let rows = local.dynamodb("Scan", serde_json::json!({"TableName": "deliveries"})).await;
+        let rows = rows["Items"].as_array().unwrap().clone();
+        rows.iter().filter(|row| row["pk"]["S"].as_str().unwrap().starts_with("p#hooks")).count()
+    };
+    eventually("all have parked", async || parked().await == 20).await;
+    let before = local.counters().await;
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    let made = since(&before, &local.counters().await);
+    // The edge's own sweep goes on; it looks once which tunnels wait, however much waits.
+    let of_runs: Vec<_> =
+        made.keys().filter(|call| call.starts_with("states:") || call.contains("Item")).collect();
+    assert!(of_runs.is_empty(), "{made:?}");
+    println!("8 h asleep with 20 deliveries parked, calls made meanwhile: {made:?}");
+    // What is too old by then is not delivered.
+    accepted(&post(&local, "short", "/late", b"x").await);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let agent = local.agent_with(&tunnels, &["hooks", "short"]);
+    eventually("all have come", async || upstream.look(<[_]>::len) >= 20).await;
+    drained(&agent);
+    assert_eq!(upstream.look(<[_]>::len), 20);
+    let late = list(&agent, &["--tunnel", "short"]);
+    assert!(late.is_empty() || late[0]["state"] == "dead", "{late:?}");
+}
