@@ -365,12 +365,21 @@ async fn pending(agent: &mut Agent, of: &Tunnel) -> Result<(usize, bool), AskErr
     let mut count = 0;
     let mut is_more = false;
     for state in [State::Waiting, State::Delivering] {
-        let ask = Ask::List { tunnel: of.tunnel.clone(), state: Some(state), since_ms: None, cursor: None };
-        let Answer::Deliveries { list, cursor } = question(agent, &ask).await? else {
-            return Err(misunderstood("a list was asked for"));
-        };
-        count += list.len();
-        is_more |= cursor.is_some();
+        let mut next = None;
+        loop {
+            let ask =
+                Ask::List { tunnel: of.tunnel.clone(), state: Some(state), since_ms: None, cursor: next };
+            let Answer::Deliveries { list, cursor } = question(agent, &ask).await? else {
+                return Err(misunderstood("a list was asked for"));
+            };
+            count += list.len();
+            is_more |= cursor.is_some() && !list.is_empty();
+            // A page without anything need not be the last.
+            next = cursor.filter(|_| list.is_empty());
+            if next.is_none() {
+                break;
+            }
+        }
     }
     Ok((count, is_more))
 }
