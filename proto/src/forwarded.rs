@@ -89,9 +89,12 @@ pub fn apply(headers: &mut Headers, hop: &Hop<'_>, trust: Trust, request_id: &Re
     let chain_for = earlier(headers, X_FORWARDED_FOR);
     let chain_forwarded = earlier(headers, header::FORWARDED);
     headers.retain(|name, _| {
-        !(name.as_str().starts_with("x-forwarded-") || *name == header::FORWARDED || *name == X_REAL_IP)
-            && !(name.as_str().starts_with("x-tunnel-")
-                && [REQUEST_ID, delivery::ID, delivery::ATTEMPT, delivery::RECEIVED].contains(name))
+        let is_ours = name.as_str().starts_with("x-tunnel-")
+            && [REQUEST_ID, delivery::ID, delivery::ATTEMPT, delivery::RECEIVED].contains(name);
+        !(is_ours
+            || name.as_str().starts_with("x-forwarded-")
+            || *name == header::FORWARDED
+            || *name == X_REAL_IP)
     });
 
     let client = hop.client.map_or_else(|| "unknown".to_owned(), |ip| ip.to_string());
