@@ -297,7 +297,8 @@ pub async fn bodies_of_every_awkward_size(stack: &Stack) {
     }
 }
 
-/// The largest body passes; one byte more is refused before the upstream hears of it.
+/// The largest body passes; one byte more is refused before the upstream hears of it, or streamed as any other where the
+/// front has no largest.
 pub async fn a_body_of_the_ceiling(stack: &Stack) {
     let upstream = Upstream::echo().await;
     let web = stack.tunnel("ceiling");
@@ -307,7 +308,11 @@ pub async fn a_body_of_the_ceiling(stack: &Stack) {
     assert_eq!(answer.status, 200, "{}", answer.text());
     assert!(answer.complete && answer.body == body);
     let more = [body, vec![0]].concat();
-    let answer = web.send(&web.request("POST", "/").body(more)).await;
+    let answer = web.send(&web.request("POST", "/").body(more.clone())).await;
+    if stack.front() == Front::Relay {
+        assert!(answer.status == 200 && answer.complete && answer.body == more, "{}", answer.status);
+        return;
+    }
     assert_problem(&answer, 413, "request_too_large");
     assert!(answer.text().contains(&limits::REQUEST_BODY_BYTES.to_string()), "{}", answer.text());
     assert_eq!(upstream.recorded().len(), 1, "what is refused goes nowhere");
