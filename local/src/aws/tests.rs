@@ -217,9 +217,9 @@ async fn standard_runs_are_operated_through_the_sdk() {
     assert!(taken.is_execution_already_exists(), "{taken}");
     let sync = sfn.start_sync_execution().state_machine_arn(&*machine).send().await.unwrap_err();
     assert!(sync.into_service_error().is_state_machine_type_not_supported());
-    // Nothing that runs as a function may: no role allows it.
+    // Who accepts requests may; no other role allows it.
     let denied =
-        edge.sfn("KEYingress").start_execution().state_machine_arn(&*machine).send().await.unwrap_err();
+        edge.sfn("KEYresponse").start_execution().state_machine_arn(&*machine).send().await.unwrap_err();
     assert_eq!(denied.into_service_error().meta().code(), Some("AccessDeniedException"));
 
     let token = loop {

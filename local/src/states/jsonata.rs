@@ -697,7 +697,9 @@ mod tests {
     #[test]
     fn what_the_machine_asks_for_is_plain() {
         let names = [
+            "accept",
             "attempt",
+            "policy",
             "connections",
             "connection_id",
             "deadline_ms",
@@ -709,7 +711,9 @@ mod tests {
         let assigned = names.into_iter().map(Into::into).collect();
         let scope = Fixture {
             variables: BTreeMap::from([
+                ("accept", json!(false)),
                 ("attempt", json!(1)),
+                ("policy", json!([])),
                 ("connections", json!(["a=", "b=", "c="])),
                 ("connection_id", json!("a=")),
                 ("deadline_ms", json!(9_007_199_254_740_000_i64)),

@@ -6,7 +6,7 @@ use std::{
     sync::Mutex,
 };
 
-use proto::error::{ErrorCode, OUTCOME_DISPATCHED, OUTCOME_REPLIED};
+use proto::error::{ErrorCode, OUTCOME_ACCEPTED, OUTCOME_DISPATCHED, OUTCOME_REPLIED};
 use serde_json::{Value, json};
 
 use super::{
@@ -190,16 +190,57 @@ async fn a_reply_without_its_time_is_a_reply() {
     assert_eq!((&walk.output()["outcome"], &walk.output()["sent_ms"]), (&OUTCOME_REPLIED.into(), &json!([])));
 }
 
+/// A run's input for a request with this method.
+fn sent(method: &str) -> Value {
+    let mut input = input();
+    input["method"] = json!(method);
+    input
+}
+
+/// The rows of a tunnel with an agent that always keeps requests with these methods.
+fn keeping(methods: &[&str]) -> Value {
+    let mut rows = rows(&["#name", "a="]);
+    rows["Items"][0]["delivery"] = json!({ "S": "{}" });
+    if !methods.is_empty() {
+        rows["Items"][0]["durable"] = json!({ "SS": methods });
+    }
+    rows
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_always_kept_reaches_no_agent_and_all_else_does() {
+    for (methods, method, is_kept) in [
+        (&["DELETE", "POST"][..], "POST", true),
+        (&["POST"], "POST", true),
+        (&["POST"], "GET", false),
+        (&["POST"], "", false),
+        (&[], "POST", false),
+    ] {
+        let walk = walk(sent(method), &|state, before| match state {
+            "LookUpConnections" => Ok(keeping(methods)),
+            _ => well(state, before),
+        })
+        .await;
+        let outcome = if is_kept { OUTCOME_ACCEPTED } else { OUTCOME_REPLIED };
+        assert_eq!(walk.output()["outcome"], outcome, "{methods:?} {method}");
+        if is_kept {
+            assert_eq!(walk.states, ["LookUpConnections", "ChooseConnection", "Accepted"]);
+            assert_eq!(walk.output()["policy"], json!(["{}"]));
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_name_row_tells_offline_from_unknown() {
     for (found, wanted) in
         [(rows(&[]), ErrorCode::NoSuchTunnel), (rows(&["#name"]), ErrorCode::TunnelOffline)]
     {
         let walk = walk(input(), &|_, _| Ok(found.clone())).await;
-        assert_eq!(
-            walk.output(),
-            &json!({ "outcome": wanted.outcome(), "connection_id": null, "reply": null, "receipt": null, "sent_ms": null })
-        );
+        let mut expected = json!({ "outcome": wanted.outcome(), "connection_id": null, "reply": null, "receipt": null, "sent_ms": null });
+        if wanted == ErrorCode::TunnelOffline {
+            expected["policy"] = json!([]);
+        }
+        assert_eq!(walk.output(), &expected);
     }
     // A connection whose name row is gone is as good as any.
     let walk = walk(input(), &|state, before| match state {
@@ -296,7 +337,7 @@ async fn a_lost_connection_ends_the_wait() {
     .await;
     assert_eq!(
         told.output(),
-        &json!({ "outcome": ErrorCode::AgentLost.outcome(), "connection_id": "a=", "reply": null, "receipt": "receipt", "sent_ms": null })
+        &json!({ "outcome": ErrorCode::AgentLost.outcome(), "connection_id": "a=", "reply": null, "receipt": "receipt", "sent_ms": null, "policy": [] })
     );
     let asked = walk(input(), &|state, before| match state {
         "AwaitReply" => Ok(json!({})),
@@ -306,7 +347,7 @@ async fn a_lost_connection_ends_the_wait() {
     .await;
     assert_eq!(
         asked.output(),
-        &json!({ "outcome": ErrorCode::AgentLost.outcome(), "connection_id": "a=", "reply": null, "receipt": null, "sent_ms": null })
+        &json!({ "outcome": ErrorCode::AgentLost.outcome(), "connection_id": "a=", "reply": null, "receipt": null, "sent_ms": null, "policy": [] })
     );
     assert_eq!(asked.arguments("CheckConnection")[1]["Method"], "GET");
     assert_eq!(asked.arguments("AwaitReply").len(), 2);
@@ -405,6 +446,7 @@ async fn every_state_is_reached_and_every_outcome_is_known() {
     let mut unawaited = input();
     unawaited["mailbox"] = json!("");
     reached.extend(walk(unawaited, &well).await.states);
+    reached.extend(walk(sent("POST"), &|_, _| Ok(keeping(&["POST"]))).await.states);
     let definition = definition();
     assert_eq!(reached, definition.state_names().map(str::to_owned).collect());
 
@@ -413,17 +455,17 @@ async fn every_state_is_reached_and_every_outcome_is_known() {
         assert!(state["Comment"].is_string(), "{name} has no comment");
         if state["Type"] == "Succeed" {
             let output = state["Output"].as_object().unwrap();
-            assert_eq!(
-                output.keys().collect::<Vec<_>>(),
-                ["outcome", "connection_id", "reply", "receipt", "sent_ms"],
-                "{name}"
-            );
+            let mut expected = vec!["outcome", "connection_id", "reply", "receipt", "sent_ms"];
+            if ["Accepted", "TunnelOffline", "AgentLost"].contains(&name.as_str()) {
+                expected.push("policy");
+            }
+            assert_eq!(output.keys().collect::<Vec<_>>(), expected, "{name}");
             outcomes.insert(output["outcome"].as_str().unwrap().to_owned());
             assert_eq!(output["outcome"], name.as_str());
         }
     }
     for outcome in &outcomes {
-        let is_known = [OUTCOME_REPLIED, OUTCOME_DISPATCHED].contains(&outcome.as_str())
+        let is_known = [OUTCOME_ACCEPTED, OUTCOME_REPLIED, OUTCOME_DISPATCHED].contains(&outcome.as_str())
             || ErrorCode::from_outcome(outcome).is_some();
         assert!(is_known, "{outcome}");
     }

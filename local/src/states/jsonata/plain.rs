@@ -3,7 +3,7 @@
 //!
 //! The evaluator parses an expression anew each time and binds fifty functions before it looks at it,
 //! eight times in a run. What machines write is mostly this: numbers, texts, selections, `+ - * / %`,
-//! `&`, comparisons, `and`, `or`, lists, one filter or position behind a selection, and a few functions.
+//! `&`, comparisons, `and`, `or`, `in` a list of texts, lists, one filter or position behind a selection, and a few functions.
 //! Whatever is unusual about an expression or about a value in it (another type, nothing where
 //! something is computed) is left to the evaluator, which also finds the words for an error.
 
@@ -49,6 +49,7 @@ pub(super) enum Operator {
     GreaterOrEqual,
     Add,
     Subtract,
+    In,
     Concatenate,
     Multiply,
     Divide,
@@ -62,6 +63,7 @@ impl Operator {
         Some(match word {
             "or" => (Self::Or, 2),
             "and" => (Self::And, 3),
+            "in" => (Self::In, 2),
             _ => match text.as_bytes() {
                 [b'!', b'=', ..] => (Self::NotEqual, 2),
                 [b'<', b'=', ..] => (Self::LessOrEqual, 2),
@@ -90,7 +92,8 @@ impl Operator {
             | Self::Less
             | Self::LessOrEqual
             | Self::Greater
-            | Self::GreaterOrEqual => 3,
+            | Self::GreaterOrEqual
+            | Self::In => 3,
             Self::Add | Self::Subtract | Self::Concatenate => 4,
             Self::Multiply | Self::Divide | Self::Remainder => 5,
         }
@@ -207,6 +210,7 @@ impl Plain {
                     match element.operand(scope, item)? {
                         Operand::Several(several) => list.extend(several),
                         scalar if scalar.is_scalar() => list.push(scalar),
+                        Operand::Undefined => {}
                         _ => return None,
                     }
                 }
@@ -303,6 +307,14 @@ fn binary<'v>(operator: Operator, left: Operand<'v>, right: Operand<'v>) -> Opti
                 _ => None,
             }
         }
+        Operator::In => match (left, right) {
+            (Operand::Undefined, _) | (_, Operand::Undefined) => Some(Operand::Bool(false)),
+            (Operand::Text(left), Operand::Other(Value::Array(items))) => {
+                let texts = items.iter().map(Value::as_str).collect::<Option<Vec<_>>>()?;
+                Some(Operand::Bool(texts.contains(&&*left)))
+            }
+            _ => None,
+        },
         Operator::Less => Some(Operand::Bool(left.number()? < right.number()?)),
         Operator::LessOrEqual => Some(Operand::Bool(left.number()? <= right.number()?)),
         Operator::Greater => Some(Operand::Bool(left.number()? > right.number()?)),
