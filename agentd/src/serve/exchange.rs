@@ -300,7 +300,7 @@ async fn answer(
             Places::Socket(place.map_err(|code| refuse(&job, capture, code))?)
         }
     };
-    let _delivery = match &job.delivery {
+    let delivery = match &job.delivery {
         Some(_) => Some(tunnel.enter_delivery().map_err(|code| refuse(&job, capture, code))?),
         None => None,
     };
@@ -431,7 +431,9 @@ async fn answer(
     if let Some(tap) = tap {
         tap.answer(status, headers.iter(), dialled.map(|at| at.0));
     }
-    if job.delivery.is_some() {
+    if let Some(place) = delivery {
+        // Before the outcome is told: the edge may send the next one at once.
+        drop(place);
         sender.outcome(status, &headers).await?;
         let is_taken = progress.is_none_or(|progress| progress.is_complete());
         Box::pin(read_off(body, is_taken, tap)).await;
