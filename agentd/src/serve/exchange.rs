@@ -5,6 +5,7 @@
 
 use std::{
     cmp::min,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -332,39 +333,44 @@ async fn answer(
         JobBody::Announced(body, progress) if body.is_streamed() => Some(progress.clone()),
         JobBody::Announced(..) | JobBody::Whole(_) => None,
     };
-    let outcome = while_it_flows(streamed, head_due, head_due - began, async {
-        let (body, progress) = match std::mem::replace(&mut job.body, JobBody::Whole(Bytes::new())) {
-            JobBody::Whole(bytes) if bytes.is_empty() => (RequestBody::Empty, None),
-            JobBody::Whole(bytes) => (RequestBody::Whole(bytes), None),
-            JobBody::Announced(mut body, progress) => {
-                body.show(capture.as_ref().map(|capture| capture.tap().clone()));
-                let most = body.announced().min(WINDOW_BYTES);
-                (RequestBody::Upload(ask_for(body, most, tunnels, sender).await?), Some(progress))
+    let answered = while_it_flows(
+        streamed,
+        head_due,
+        head_due - began,
+        std::pin::pin!(async {
+            let (body, progress) = match std::mem::replace(&mut job.body, JobBody::Whole(Bytes::new())) {
+                JobBody::Whole(bytes) if bytes.is_empty() => (RequestBody::Empty, None),
+                JobBody::Whole(bytes) => (RequestBody::Whole(bytes), None),
+                JobBody::Announced(mut body, progress) => {
+                    body.show(capture.as_ref().map(|capture| capture.tap().clone()));
+                    let most = body.announced().min(WINDOW_BYTES);
+                    (RequestBody::Upload(ask_for(body, most, tunnels, sender).await?), Some(progress))
+                }
+            };
+            let mut request = Request::new(body);
+            *request.method_mut() = job.method.clone();
+            *request.uri_mut() = origin_form(way.target(&job)).ok_or(fail(ErrorCode::BadRequest))?;
+            *request.headers_mut() = headers;
+            if job.upgrade.is_some() {
+                // Boxed, as opening a connection is: who asks for no other protocol carries no room for it.
+                return Box::pin(handshake(&job, &tunnel, upstream, request, line))
+                    .await
+                    .map(|answer| (answer, None));
             }
-        };
-        let mut request = Request::new(body);
-        *request.method_mut() = job.method.clone();
-        *request.uri_mut() = origin_form(way.target(&job)).ok_or(fail(ErrorCode::BadRequest))?;
-        *request.headers_mut() = headers;
-        if job.upgrade.is_some() {
-            // Boxed, as opening a connection is: who asks for no other protocol carries no room for it.
-            return Box::pin(handshake(&job, &tunnel, upstream, request, line))
-                .await
-                .map(|answer| (answer, None));
-        }
-        match upstream.send(request).await {
-            Ok(response) => Ok((Answered::Response(response), progress)),
-            Err(error) => {
-                // The body's own failure explains the broken request better than its echo does.
-                let upload = progress.and_then(|progress| progress.failure());
-                let error = upload.map_or(error, UpstreamError::Upload);
-                log_failure(&job, &tunnel, upstream, &error, line);
-                Err(fail(error.code()))
+            match upstream.send(request).await {
+                Ok(response) => Ok((Answered::Response(response), progress)),
+                Err(error) => {
+                    // The body's own failure explains the broken request better than its echo does.
+                    let upload = progress.and_then(|progress| progress.failure());
+                    let error = upload.map_or(error, UpstreamError::Upload);
+                    log_failure(&job, &tunnel, upstream, &error, line);
+                    Err(fail(error.code()))
+                }
             }
-        }
-    })
-    .await
-    .unwrap_or_else(|| {
+        }),
+    )
+    .await;
+    let outcome = answered.unwrap_or_else(|| {
         let cause = format!("{}: no answer in time", upstream.address());
         tunnel.failed(&job.request_id, &cause);
         line.cause(&cause);
@@ -600,16 +606,15 @@ async fn return_credit(
 }
 
 /// Waits for `answer` until `due`, or as long as a streamed body flows and for `patience` after that. `None` where it
-/// was too late.
+/// was too late. It is large, so it is pinned where it is made and not moved.
 async fn while_it_flows<T>(
     streamed: Option<UploadProgress>,
     mut due: Instant,
     patience: Duration,
-    answer: impl Future<Output = T>,
+    mut answer: Pin<&mut impl Future<Output = T>>,
 ) -> Option<T> {
-    let mut answer = std::pin::pin!(answer);
     loop {
-        if let Ok(answer) = timeout_at(due, &mut answer).await {
+        if let Ok(answer) = timeout_at(due, answer.as_mut()).await {
             return Some(answer);
         }
         let later = streamed.as_ref().and_then(UploadProgress::moved_at).map(|at| at + patience);
