@@ -1,8 +1,9 @@
 //! The HTTP side: one exchange for each request of a public connection, HTTP/1.1 or HTTP/2.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     convert::Infallible,
+    future::poll_fn,
     net::SocketAddr,
     pin::Pin,
     rc::Rc,
@@ -54,6 +55,10 @@ pub const HEALTH_PATH: &str = "/_relay/health";
 /// How long a public client may take for a request head, and stay idle between two requests: longer than a balancer
 /// before it keeps a connection (130 s), or that would send a request into one that is just being closed.
 pub const HEAD_TIME: Duration = Duration::from_secs(150);
+
+/// How much of a body is taken after its answer, and for how long.
+const LINGER_BYTES: usize = 4 * 1024 * 1024;
+const LINGER: Duration = Duration::from_secs(5);
 
 /// How long a short request body is waited for before the request goes on without its end.
 const AT_ONCE: Duration = Duration::from_millis(200);
@@ -199,7 +204,8 @@ async fn answer_one(
         answers,
     };
     let upgrade = hyper::upgrade::on(&mut request);
-    let read = read(relay, request, peer, &request_id, upgrade, &mut public).await;
+    let mut rest = None;
+    let read = read(relay, request, peer, &request_id, upgrade, &mut public, &mut rest).await;
     let relay = Rc::clone(relay);
     tasks.spawn_local(async move {
         let record = Record::begin();
@@ -210,6 +216,9 @@ async fn answer_one(
         let ends_at = Instant::now() + limits::RESPONSE_DURATION;
         carry(&relay.services, &slot, &request_id, read, ends_at, public, &record).await;
         record.write(&request_id);
+        if let Some(rest) = rest {
+            rest.linger().await;
+        }
     });
     match answer.await {
         Ok(response) => response,
@@ -228,6 +237,7 @@ async fn read(
     request_id: &RequestId,
     upgrade: OnUpgrade,
     public: &mut HttpAnswer,
+    rest: &mut Option<Rc<Rest>>,
 ) -> Result<PublicRequest, ErrorCode> {
     let (head, body) = request.into_parts();
     let mut headers = Headers::from(&head.headers);
@@ -263,7 +273,10 @@ async fn read(
     }
     match take(body, head.headers.contains_key(header::EXPECT)).await? {
         Taken::Whole(bytes) => routed.body = bytes,
-        Taken::Streamed(upload) => *routed.upload.get_mut() = Some(upload),
+        Taken::Streamed(upload, body) => {
+            *routed.upload.get_mut() = Some(upload);
+            *rest = Some(body);
+        }
     }
     Ok(routed)
 }
@@ -271,7 +284,39 @@ async fn read(
 /// A request's body.
 enum Taken {
     Whole(Vec<u8>),
-    Streamed(Upload),
+    Streamed(Upload, Rc<Rest>),
+}
+
+/// What is still to come of a request's body.
+struct Rest {
+    body: RefCell<Incoming>,
+    /// Whether any of it was asked for. A client that waits for that is not asked in vain.
+    is_begun: Cell<bool>,
+}
+
+impl Rest {
+    fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        self.is_begun.set(true);
+        Pin::new(&mut *self.body.borrow_mut()).poll_frame(cx)
+    }
+
+    /// Takes what a client still sends that was answered before its end: a connection that is closed on unread bytes is
+    /// reset, and takes the answer with it. What is long or slow is not waited for.
+    async fn linger(&self) {
+        if !self.is_begun.get() {
+            return;
+        }
+        let all = async {
+            let mut read = 0;
+            while read <= LINGER_BYTES
+                && let Some(Ok(frame)) = poll_fn(|cx| self.poll_frame(cx)).await
+            {
+                read += frame.data_ref().map_or(0, Bytes::len);
+            }
+        };
+        // Late or not, the body is over.
+        let _ = tokio::time::timeout(LINGER, all).await;
+    }
 }
 
 /// Takes a body that is short and comes at once; any other goes on as its client sends it. What its client sends only
@@ -303,8 +348,17 @@ async fn take(mut body: Incoming, is_asked_for: bool) -> Result<Taken, ErrorCode
         return Ok(Taken::Whole(begun));
     }
     let begun = stream::iter((!begun.is_empty()).then(|| Ok(Bytes::from(begun))));
-    let rest = body.into_data_stream().map(|bytes| bytes.map_err(|_| ErrorCode::BadRequest));
-    Ok(Taken::Streamed(Upload { length, pieces: begun.chain(rest).boxed_local() }))
+    let rest = Rc::new(Rest { body: RefCell::new(body), is_begun: Cell::new(!is_asked_for) });
+    let frames = stream::poll_fn({
+        let rest = Rc::clone(&rest);
+        move |cx| rest.poll_frame(cx)
+    });
+    // Trailers are none of it.
+    let pieces = frames.filter_map(async |frame| match frame {
+        Ok(frame) => frame.into_data().ok().map(Ok),
+        Err(_) => Some(Err(ErrorCode::BadRequest)),
+    });
+    Ok(Taken::Streamed(Upload { length, pieces: begun.chain(pieces).boxed_local() }, rest))
 }
 
 /// The one answer to a request.
