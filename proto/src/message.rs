@@ -375,7 +375,7 @@ pub struct Request<'a> {
     #[serde(default, skip_serializing_if = "Option::is_none", borrow)]
     pub body: Option<Body<'a>>,
     /// The length in bytes of a body that follows after `continue`: it does not fit this message, or is still to
-    /// come. [`limits::UNKNOWN_LENGTH`] where nobody knows yet, which agents of earlier releases refuse as too long.
+    /// come. [`crate::limits::UNKNOWN_LENGTH`] where nobody knows yet, which agents of earlier releases refuse as too long.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub announced: Option<u64>,
     /// Whether the announced body comes as the public client sends it, and only as far as the agent has room for it.
