@@ -260,8 +260,12 @@ def main():
             store.put_object(Bucket=bucket, Key=resource["Properties"]["Code"]["S3Key"], Body=content)
         replaced = replace_integrations(template)
         secrets = list(spell_out(template))
+        # Too long to be sent as it is: from the bucket, as osls does it.
+        store.put_object(Bucket=bucket, Key="template.json", Body=json.dumps(template).encode())
         formation.update_stack(
-            StackName="tunnel-dev", TemplateBody=json.dumps(template), Capabilities=["CAPABILITY_NAMED_IAM"]
+            StackName="tunnel-dev",
+            TemplateURL=f"{endpoint}/{bucket}/template.json",
+            Capabilities=["CAPABILITY_NAMED_IAM"],
         )
         finished("tunnel-dev")
         resources = {
