@@ -27,7 +27,7 @@ use aws_smithy_runtime_api::{
         stalled_stream_protection::StalledStreamProtectionConfig,
     },
 };
-use aws_smithy_types::config_bag::ConfigBag;
+use aws_smithy_types::{config_bag::ConfigBag, error::metadata::ProvideErrorMetadata};
 
 use crate::{
     Error,
@@ -120,15 +120,12 @@ impl Aws {
     }
 
     pub(crate) fn sfn(&self) -> aws_sdk_sfn::Client {
-        let mut config = aws_sdk_sfn::config::Builder::from(&self.shared)
+        let mut config = self
+            .states()
             // A run dispatches a request to an upstream: whether a failed call started one is not known,
             // so it is never started again.
             .retry_config(RetryConfig::disabled())
-            .timeout_config(timeouts(proto::limits::RUN_DURATION + Duration::from_secs(5)))
-            .push_auth_scheme(Signature::new("states", self.region.clone()));
-        // Permanent: whether one is switched off would be looked up for each of its hooks, a few hundred times a request.
-        config.push_interceptor(SharedInterceptor::permanent(ShortName));
-        config.push_interceptor(SharedInterceptor::permanent(FreshConnection::new(CONNECTION_IDLE)));
+            .timeout_config(timeouts(proto::limits::RUN_DURATION + Duration::from_secs(5)));
         if self.custom_endpoint {
             config.push_interceptor(SharedInterceptor::permanent(WithoutSyncPrefix));
         }
@@ -137,12 +134,18 @@ impl Aws {
 
     /// For STANDARD runs: starting one by its name twice starts it once, and a token is used once, so calls are tried again.
     pub(crate) fn runs(&self) -> aws_sdk_sfn::Client {
-        let config = aws_sdk_sfn::config::Builder::from(&self.shared)
-            .timeout_config(timeouts(Duration::from_secs(5)))
-            .push_auth_scheme(Signature::new("states", self.region.clone()))
-            .interceptor(ShortName)
-            .interceptor(FreshConnection::new(CONNECTION_IDLE));
+        let config = self.states().timeout_config(timeouts(Duration::from_secs(5)));
         aws_sdk_sfn::Client::from_conf(config.build())
+    }
+
+    /// What every client of Step Functions has.
+    fn states(&self) -> aws_sdk_sfn::config::Builder {
+        let mut config = aws_sdk_sfn::config::Builder::from(&self.shared)
+            .push_auth_scheme(Signature::new("states", self.region.clone()));
+        // Permanent: whether one is switched off would be looked up for each of its hooks, a few hundred times a request.
+        config.push_interceptor(SharedInterceptor::permanent(ShortName));
+        config.push_interceptor(SharedInterceptor::permanent(FreshConnection::new(CONNECTION_IDLE)));
+        config
     }
 
     pub(crate) fn agent_link(&self, endpoint: &str) -> aws_sdk_apigatewaymanagement::Client {
@@ -264,25 +267,36 @@ impl Intercept for WithoutSyncPrefix {
     }
 }
 
+/// Whether the service answered a call with this error.
+pub(crate) fn is_code<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>, code: &str) -> bool {
+    error.as_service_error().is_some_and(|error| error.code() == Some(code))
+}
+
+/// What a write with a condition gave; `None` where the condition did not hold.
+pub(crate) fn if_held<T, E, R>(
+    call: &'static str,
+    result: Result<T, SdkError<E, R>>,
+) -> Result<Option<T>, Error>
+where
+    E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+    R: std::fmt::Debug + Send + Sync + 'static,
+{
+    match result {
+        Ok(output) => Ok(Some(output)),
+        Err(error) if is_code(&error, "ConditionalCheckFailedException") => Ok(None),
+        Err(error) => Err(classify(call, error)),
+    }
+}
+
 /// Writes, and says whether the condition held.
 pub(crate) async fn holds(update: UpdateItemFluentBuilder) -> Result<bool, Error> {
-    match update.send().await {
-        Ok(_) => Ok(true),
-        Err(error)
-            if error
-                .as_service_error()
-                .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
-        {
-            Ok(false)
-        }
-        Err(error) => Err(classify("UpdateItem", error)),
-    }
+    Ok(if_held("UpdateItem", update.send().await)?.is_some())
 }
 
 /// Sorts an SDK error by what a caller can do about it.
 pub(crate) fn classify<E, R>(call: &'static str, error: SdkError<E, R>) -> Error
 where
-    E: aws_smithy_types::error::metadata::ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+    E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     R: std::fmt::Debug + Send + Sync + 'static,
 {
     let throttled = error.as_service_error().and_then(|error| error.code()).is_some_and(|code| {

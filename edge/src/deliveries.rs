@@ -20,7 +20,11 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use aws_sdk_dynamodb::{primitives::Blob, types::AttributeValue};
+use aws_sdk_dynamodb::{
+    operation::update_item::builders::UpdateItemFluentBuilder, primitives::Blob, types::AttributeValue,
+};
+use aws_smithy_runtime_api::client::result::SdkError;
+use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 use proto::{
     delivery::{DeliveryPolicy, Last, State},
     header::Headers,
@@ -33,8 +37,8 @@ use serde_json::json;
 
 use crate::{
     Error,
-    aws::{Aws, classify, number, text},
-    config::{ConfigError, Env, env},
+    aws::{Aws, classify, holds, if_held, is_code, number, text},
+    config::{Env, env},
     unix_now_ms,
 };
 
@@ -198,13 +202,10 @@ type Row = HashMap<String, AttributeValue>;
 
 impl Deliveries {
     /// Reads the names of table, machine and queues from the environment; nothing where there is no table.
-    ///
-    /// # Errors
-    ///
-    /// Never at present.
-    pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Option<Self>, ConfigError> {
-        let Some(table) = env.optional(env::DELIVERIES_TABLE) else { return Ok(None) };
-        Ok(Some(Self {
+    #[must_use]
+    pub fn from_env(aws: &Aws, env: &Env<'_>) -> Option<Self> {
+        let table = env.optional(env::DELIVERIES_TABLE)?;
+        Some(Self {
             client: aws.dynamodb(),
             runs: aws.runs(),
             queues: aws.sqs(),
@@ -213,7 +214,7 @@ impl Deliveries {
             dead_letters: env.optional(env::DEAD_LETTERS_URL),
             redeliveries: env.optional(env::REDELIVERIES_URL),
             noted: Arc::default(),
-        }))
+        })
     }
 
     /// Keeps a request and starts its run. Only then may anybody be told that it was accepted.
@@ -234,6 +235,7 @@ impl Deliveries {
             return Ok(before);
         }
         let kept = Kept {
+            run: id.to_string(),
             id,
             tunnel: offer.tunnel.clone(),
             owner: offer.terms.owner.clone(),
@@ -246,29 +248,24 @@ impl Deliveries {
             pieces: u32::try_from(offer.body.chunks(limits::DELIVERY_PIECE_BYTES).len()).unwrap_or(u32::MAX),
             policy: policy.clone(),
             order_key,
-            run: String::new(),
             last: None,
             buried: None,
         };
-        let kept = Kept { run: kept.id.to_string(), ..kept };
         let stored = async {
             self.keep_body(&kept, offer.body).await?;
             if let Some(key) = &kept.order_key {
                 let row = item(&turn_key(&kept.tunnel, key), kept.id.as_str(), expires_at);
-                self.put(row, None).await?;
+                self.put(row).await?;
             }
             self.note_waiting(&kept.tunnel, expires_at).await?;
-            self.put(row_of(&kept), Some("attribute_not_exists(pk)")).await
+            self.put_if(row_of(&kept), "attribute_not_exists(pk)", []).await
         };
-        let started = match Box::pin(stored).await {
-            Ok(_) => self.start(&kept, offer.attempt, kept.order_key.is_none()).await,
-            Err(error) => {
-                // Nobody has been told. What stays expires.
-                let _ = self.drop_all(&kept).await;
-                Err(error)
-            }
-        };
-        started?;
+        if let Err(error) = Box::pin(stored).await {
+            // Nobody has been told. What stays expires.
+            let _ = self.drop_all(&kept).await;
+            return Err(error);
+        }
+        self.start(&kept, offer.attempt, kept.order_key.is_none()).await?;
         Ok(Accepted::New(kept.id))
     }
 
@@ -308,27 +305,26 @@ impl Deliveries {
 
     async fn keep_body(&self, kept: &Kept, body: &[u8]) -> Result<(), Error> {
         for (at, piece) in body.chunks(limits::DELIVERY_PIECE_BYTES).enumerate() {
-            let mut row = item(&piece_key(&kept.id), &format!("{:04}", at + 1), kept.expires_at);
+            let mut row = item(&piece_key(&kept.id), &piece_name(at as u64), kept.expires_at);
             row.insert("bytes".into(), AttributeValue::B(Blob::new(piece)));
-            self.put(row, None).await?;
+            self.put(row).await?;
         }
         Ok(())
     }
 
     /// Notes that runs of the tunnel may wait, for the sweep to find. Once in a day and process.
     async fn note_waiting(&self, tunnel: &TunnelName, until: u64) -> Result<(), Error> {
-        let noted = |by: &Self| by.noted.lock().unwrap_or_else(PoisonError::into_inner).get(tunnel).copied();
-        if noted(self).is_some_and(|noted| noted >= until) {
+        let noted = self.noted.lock().unwrap_or_else(PoisonError::into_inner).get(tunnel).copied();
+        if noted.is_some_and(|noted| noted >= until) {
             return Ok(());
         }
         let until = until + KEPT_AFTER_S;
-        self.put(item("#waiting", tunnel.as_str(), until), None).await?;
+        self.put(item("#waiting", tunnel.as_str(), until)).await?;
         self.noted.lock().unwrap_or_else(PoisonError::into_inner).insert(tunnel.clone(), until);
         Ok(())
     }
 
     async fn start(&self, kept: &Kept, attempt: u32, turn: bool) -> Result<(), Error> {
-        const CALL: &str = "StartExecution";
         let deadline_ms = kept.received_ms.max(if kept.run == kept.id.as_str() { 0 } else { unix_now_ms() })
             + kept.policy.max_age_s * 1000;
         let input = json!({
@@ -340,26 +336,21 @@ impl Deliveries {
         match start.name(&kept.run).input(input.to_string()).send().await {
             Ok(_) => Ok(()),
             // The name is taken by this very run: an earlier try has started it.
-            Err(error)
-                if error.as_service_error().is_some_and(|error| error.is_execution_already_exists()) =>
-            {
-                Ok(())
-            }
-            Err(error) => Err(classify(CALL, error)),
+            Err(error) if is_code(&error, "ExecutionAlreadyExists") => Ok(()),
+            Err(error) => Err(classify("StartExecution", error)),
         }
+    }
+
+    fn arn_of(&self, run: &str) -> String {
+        let machine = self.machine.as_deref().unwrap_or_default();
+        format!("{}:{run}", machine.replacen(":stateMachine:", ":execution:", 1))
     }
 
     /// Whether a run of this name was started.
     async fn has_run(&self, run: &str) -> Result<bool, Error> {
-        let machine = self.machine.as_deref().unwrap_or_default();
-        let arn = format!("{}:{run}", machine.replacen(":stateMachine:", ":execution:", 1));
-        match self.runs.describe_execution().execution_arn(arn).send().await {
+        match self.runs.describe_execution().execution_arn(self.arn_of(run)).send().await {
             Ok(_) => Ok(true),
-            Err(error)
-                if error.as_service_error().is_some_and(|error| error.is_execution_does_not_exist()) =>
-            {
-                Ok(false)
-            }
+            Err(error) if is_code(&error, "ExecutionDoesNotExist") => Ok(false),
             Err(error) => Err(classify("DescribeExecution", error)),
         }
     }
@@ -369,35 +360,30 @@ impl Deliveries {
     /// # Errors
     ///
     /// [`Error`]; it may be repeated.
-    pub async fn restart(&self, tunnel: &TunnelName, id: &DeliveryId) -> Result<bool, Error> {
-        let Some(kept) = self.find(tunnel, id).await? else { return Ok(false) };
+    pub async fn restart(&self, kept: &Kept) -> Result<bool, Error> {
         if !kept.state.is_final() {
             // A restart that was cut off is finished.
             if self.has_run(&kept.run).await? {
                 return Ok(false);
             }
-            return self.start(&kept, 0, true).await.map(|()| true);
+            return self.start(kept, 0, true).await.map(|()| true);
         }
         if kept.body_bytes > 0 && kept.state != State::Dead {
             return Ok(false);
         }
-        let run = format!("{id}-{}", &new_id(unix_now_ms()).as_str()[24..]);
+        let run = format!("{}-{}", kept.id, &new_id(unix_now_ms()).as_str()[24..]);
         let begun = self
-            .client
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(key(&tunnel_key(tunnel), id.as_str())))
+            .change(&kept.tunnel, &kept.id)
             .update_expression("SET #state = :waiting, run = :run REMOVE buried")
             .condition_expression("#state = :ended")
-            .expression_attribute_names("#state", "state")
             .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
             .expression_attribute_values(":ended", text(kept.state.as_str()))
             .expression_attribute_values(":run", text(&run));
-        if !crate::aws::holds(begun).await? {
+        if !holds(begun).await? {
             return Ok(false);
         }
-        self.note_waiting(tunnel, kept.expires_at).await?;
-        self.start(&Kept { run, ..kept }, 0, true).await?;
+        self.note_waiting(&kept.tunnel, kept.expires_at).await?;
+        self.start(&Kept { run, ..kept.clone() }, 0, true).await?;
         Ok(true)
     }
 
@@ -417,28 +403,28 @@ impl Deliveries {
     /// [`Error`].
     pub async fn begin(&self, tunnel: &TunnelName, id: &DeliveryId) -> Result<Option<Kept>, Error> {
         let request = self
-            .client
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(key(&tunnel_key(tunnel), id.as_str())))
+            .change_open(tunnel, id)
             .update_expression("SET #state = :delivering, attempt = attempt + :one")
-            .condition_expression("#state IN (:waiting, :delivering)")
-            .expression_attribute_names("#state", "state")
-            .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
-            .expression_attribute_values(":delivering", text(State::Delivering.as_str()))
             .expression_attribute_values(":one", number(1))
             .return_values(aws_sdk_dynamodb::types::ReturnValue::AllNew);
-        match request.send().await {
-            Ok(output) => Ok(output.attributes().and_then(read_row)),
-            Err(error)
-                if error
-                    .as_service_error()
-                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
-            {
-                Ok(None)
-            }
-            Err(error) => Err(classify("UpdateItem", error)),
-        }
+        let begun = if_held("UpdateItem", request.send().await)?;
+        Ok(begun.and_then(|output| output.attributes().and_then(read_row)))
+    }
+
+    /// A change of a delivery's row, with its state by the name `#state`.
+    fn change(&self, tunnel: &TunnelName, id: &DeliveryId) -> UpdateItemFluentBuilder {
+        let change = self.client.update_item().table_name(&self.table);
+        change
+            .set_key(Some(key(&tunnel_key(tunnel), id.as_str())))
+            .expression_attribute_names("#state", "state")
+    }
+
+    /// The same on condition that it has not ended.
+    fn change_open(&self, tunnel: &TunnelName, id: &DeliveryId) -> UpdateItemFluentBuilder {
+        self.change(tunnel, id)
+            .condition_expression("#state IN (:waiting, :delivering)")
+            .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
+            .expression_attribute_values(":delivering", text(State::Delivering.as_str()))
     }
 
     /// The whole body.
@@ -486,23 +472,16 @@ impl Deliveries {
             change.push_str(", attempt = attempt - :one");
         }
         let mut request = self
-            .client
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(key(&tunnel_key(&kept.tunnel), kept.id.as_str())))
+            .change_open(&kept.tunnel, &kept.id)
             .update_expression(change)
-            .condition_expression("#state IN (:waiting, :delivering)")
-            .expression_attribute_names("#state", "state")
             .expression_attribute_names("#last", "last")
             .expression_attribute_values(":to", text(to.as_str()))
-            .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
-            .expression_attribute_values(":delivering", text(State::Delivering.as_str()))
             .expression_attribute_values(":last", text(&last));
         if !counted {
             request = request.expression_attribute_values(":one", number(1));
         }
         // One that has ended meanwhile stays as it is.
-        crate::aws::holds(request).await.map(drop)
+        holds(request).await.map(drop)
     }
 
     /// Ends a delivery: its row says how, what waits for its turn is woken, and what is not needed any more goes. It may
@@ -514,20 +493,13 @@ impl Deliveries {
     pub async fn end(&self, kept: &Kept, to: State, last: &Last, redrives: u64) -> Result<(), Error> {
         let last = serde_json::to_string(last).unwrap_or_default();
         let request = self
-            .client
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(key(&tunnel_key(&kept.tunnel), kept.id.as_str())))
+            .change_open(&kept.tunnel, &kept.id)
             .update_expression("SET #state = :to, #last = :last, buried = :redrives")
-            .condition_expression("#state IN (:waiting, :delivering)")
-            .expression_attribute_names("#state", "state")
             .expression_attribute_names("#last", "last")
             .expression_attribute_values(":to", text(to.as_str()))
-            .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
-            .expression_attribute_values(":delivering", text(State::Delivering.as_str()))
             .expression_attribute_values(":redrives", number(redrives))
             .expression_attribute_values(":last", text(&last));
-        crate::aws::holds(request).await?;
+        holds(request).await?;
         self.release(kept, to != State::Dead).await
     }
 
@@ -538,8 +510,8 @@ impl Deliveries {
     /// [`Error`]; it may be repeated.
     pub async fn release(&self, kept: &Kept, with_body: bool) -> Result<(), Error> {
         if with_body {
-            for piece in 1..=kept.pieces {
-                self.delete(&piece_key(&kept.id), &format!("{piece:04}")).await?;
+            for piece in 0..kept.pieces {
+                self.delete(&piece_key(&kept.id), &piece_name(piece.into())).await?;
             }
         }
         if let Some(order_key) = &kept.order_key {
@@ -559,16 +531,12 @@ impl Deliveries {
     /// [`Error`].
     pub async fn revive(&self, kept: &Kept) -> Result<bool, Error> {
         let request = self
-            .client
-            .update_item()
-            .table_name(&self.table)
-            .set_key(Some(key(&tunnel_key(&kept.tunnel), kept.id.as_str())))
+            .change(&kept.tunnel, &kept.id)
             .update_expression("SET #state = :waiting")
             .condition_expression("#state = :dead")
-            .expression_attribute_names("#state", "state")
             .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
             .expression_attribute_values(":dead", text(State::Dead.as_str()));
-        crate::aws::holds(request).await
+        holds(request).await
     }
 
     /// Has a run wait for its turn. It is answered at once where it has it.
@@ -583,7 +551,7 @@ impl Deliveries {
         let pk = turn_key(&kept.tunnel, order_key);
         let mut row = item(&pk, kept.id.as_str(), kept.expires_at);
         row.insert("token".into(), text(token.as_str()));
-        self.put(row, None).await?;
+        self.put(row).await?;
         // Whoever ends before this is read leaves the first place to this one, whoever ends later finds the token.
         while let Some((first, _)) = self.first_turn(&pk).await? {
             if first >= kept.id {
@@ -656,17 +624,7 @@ impl Deliveries {
             .condition_expression("#token = :token")
             .expression_attribute_names("#token", "token")
             .expression_attribute_values(":token", text(token));
-        match request.send().await {
-            Ok(_) => Ok(()),
-            Err(error)
-                if error
-                    .as_service_error()
-                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
-            {
-                Ok(())
-            }
-            Err(error) => Err(classify("DeleteItem", error)),
-        }
+        if_held("DeleteItem", request.send().await).map(drop)
     }
 
     /// The tunnels of which runs may wait at the Unix time `now`, in seconds.
@@ -711,17 +669,8 @@ impl Deliveries {
     ///
     /// [`Error`] when it is not known whether the run was told.
     pub async fn succeed(&self, token: &str, output: &str) -> Result<Answered, Error> {
-        match self.runs.send_task_success().task_token(token).output(output).send().await {
-            Ok(_) => Ok(Answered::Taken),
-            Err(error)
-                if error.as_service_error().is_some_and(|error| {
-                    error.is_task_timed_out() || error.is_task_does_not_exist() || error.is_invalid_token()
-                }) =>
-            {
-                Ok(Answered::Late)
-            }
-            Err(error) => Err(classify("SendTaskSuccess", error)),
-        }
+        let call = self.runs.send_task_success().task_token(token).output(output);
+        answered("SendTaskSuccess", call.send().await)
     }
 
     /// Tells a run that its task has failed, by a name of at most 256 bytes.
@@ -730,17 +679,8 @@ impl Deliveries {
     ///
     /// [`Error`] when it is not known whether the run was told.
     pub async fn fail(&self, token: &str, name: &str) -> Result<Answered, Error> {
-        match self.runs.send_task_failure().task_token(token).error(name).send().await {
-            Ok(_) => Ok(Answered::Taken),
-            Err(error)
-                if error.as_service_error().is_some_and(|error| {
-                    error.is_task_timed_out() || error.is_task_does_not_exist() || error.is_invalid_token()
-                }) =>
-            {
-                Ok(Answered::Late)
-            }
-            Err(error) => Err(classify("SendTaskFailure", error)),
-        }
+        let call = self.runs.send_task_failure().task_token(token).error(name);
+        answered("SendTaskFailure", call.send().await)
     }
 
     /// Tells a run that its task goes on.
@@ -749,17 +689,8 @@ impl Deliveries {
     ///
     /// [`Error`] when it is not known whether the run was told.
     pub async fn beat(&self, token: &str) -> Result<Answered, Error> {
-        match self.runs.send_task_heartbeat().task_token(token).send().await {
-            Ok(_) => Ok(Answered::Taken),
-            Err(error)
-                if error.as_service_error().is_some_and(|error| {
-                    error.is_task_timed_out() || error.is_task_does_not_exist() || error.is_invalid_token()
-                }) =>
-            {
-                Ok(Answered::Late)
-            }
-            Err(error) => Err(classify("SendTaskHeartbeat", error)),
-        }
+        let call = self.runs.send_task_heartbeat().task_token(token);
+        answered("SendTaskHeartbeat", call.send().await)
     }
 
     /// Puts a pointer to a delivery that was given up where operators find it.
@@ -793,7 +724,10 @@ impl Deliveries {
         for message in received.messages() {
             match serde_json::from_str::<Pointer>(message.body().unwrap_or_default()) {
                 Ok(pointer) => {
-                    let restarted = self.restart(&pointer.tunnel, &pointer.delivery).await?;
+                    let restarted = match self.find(&pointer.tunnel, &pointer.delivery).await? {
+                        Some(kept) => self.restart(&kept).await?,
+                        None => false,
+                    };
                     tracing::info!(delivery_id = %pointer.delivery, tunnel_id = %pointer.tunnel, restarted, "delivery was moved back");
                 }
                 Err(error) => tracing::warn!(%error, "a message of the queue of redeliveries is none"),
@@ -833,15 +767,10 @@ impl Deliveries {
         Ok(output.item)
     }
 
-    async fn put(&self, row: Row, condition: Option<&str>) -> Result<bool, Error> {
-        match condition {
-            Some(condition) => self.put_if(row, condition, []).await,
-            None => {
-                let request = self.client.put_item().table_name(&self.table).set_item(Some(row));
-                request.send().await.map_err(|error| classify("PutItem", error))?;
-                Ok(true)
-            }
-        }
+    async fn put(&self, row: Row) -> Result<(), Error> {
+        let request = self.client.put_item().table_name(&self.table).set_item(Some(row));
+        request.send().await.map_err(|error| classify("PutItem", error))?;
+        Ok(())
     }
 
     /// Writes, and says whether the condition held.
@@ -859,23 +788,27 @@ impl Deliveries {
             .set_item(Some(row))
             .condition_expression(condition)
             .set_expression_attribute_values((!values.is_empty()).then_some(values));
-        match request.send().await {
-            Ok(_) => Ok(true),
-            Err(error)
-                if error
-                    .as_service_error()
-                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
-            {
-                Ok(false)
-            }
-            Err(error) => Err(classify("PutItem", error)),
-        }
+        Ok(if_held("PutItem", request.send().await)?.is_some())
     }
 
     async fn delete(&self, pk: &str, sk: &str) -> Result<(), Error> {
         let request = self.client.delete_item().table_name(&self.table).set_key(Some(key(pk, sk)));
         request.send().await.map_err(|error| classify("DeleteItem", error))?;
         Ok(())
+    }
+}
+
+/// What became of an answer to a run.
+fn answered<T, E, R>(call: &'static str, result: Result<T, SdkError<E, R>>) -> Result<Answered, Error>
+where
+    E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+    R: std::fmt::Debug + Send + Sync + 'static,
+{
+    let late = ["TaskTimedOut", "TaskDoesNotExist", "InvalidToken"];
+    match result {
+        Ok(_) => Ok(Answered::Taken),
+        Err(error) if late.iter().any(|code| is_code(&error, code)) => Ok(Answered::Late),
+        Err(error) => Err(classify(call, error)),
     }
 }
 
@@ -901,6 +834,11 @@ fn parked_key(tunnel: &TunnelName) -> String {
 
 fn piece_key(id: &DeliveryId) -> String {
     format!("b#{id}")
+}
+
+/// The name of the piece with this index.
+fn piece_name(index: u64) -> String {
+    format!("{:04}", index + 1)
 }
 
 fn turn_key(tunnel: &TunnelName, key: &str) -> String {

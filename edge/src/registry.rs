@@ -22,7 +22,7 @@ use proto::{
 
 use crate::{
     Error,
-    aws::{Aws, classify, number, text},
+    aws::{Aws, classify, if_held, number, text},
     config::{ConfigError, Env, env},
     deliveries::Terms,
     limit::Limits,
@@ -441,17 +441,9 @@ impl Registry {
             let methods = AttributeValue::Ss(methods.into_iter().collect());
             claim = claim.expression_attribute_values(":durable", methods);
         }
-        let before = match claim.return_values(ReturnValue::AllOld).send().await {
-            Ok(output) => output.attributes.unwrap_or_default(),
-            Err(error)
-                if error
-                    .as_service_error()
-                    .is_some_and(|error| error.is_conditional_check_failed_exception()) =>
-            {
-                return Ok(Err(Refusal::NameTaken));
-            }
-            Err(error) => return Err(classify("UpdateItem", error)),
-        };
+        let claimed = claim.return_values(ReturnValue::AllOld).send().await;
+        let Some(claimed) = if_held("UpdateItem", claimed)? else { return Ok(Err(Refusal::NameTaken)) };
+        let before = claimed.attributes.unwrap_or_default();
         let keeps = terms.is_some() || before.contains_key("delivery");
         let opened = Opened { wakes: keeps && !before.contains_key("paused") };
         self.client

@@ -119,7 +119,7 @@ impl Services {
             pool: Pool::from_env(&aws, env)?,
             link: AgentLink::from_env(&aws, env)?,
             limiter: Limiter::from_env(&aws, env)?,
-            deliveries: Deliveries::from_env(&aws, env)?,
+            deliveries: Deliveries::from_env(&aws, env),
             holdings: None,
         })
     }

@@ -6,10 +6,10 @@ use proto::{
     limits,
 };
 
-use super::{Deliveries, Kept, parked_key, piece_key, read_row, tunnel_key};
+use super::{Deliveries, Kept, parked_key, piece_key, piece_name, read_row, tunnel_key};
 use crate::{
     Error,
-    aws::{classify, number, text},
+    aws::{classify, is_code, number, text},
     unix_now_ms,
 };
 
@@ -114,7 +114,7 @@ impl Deliveries {
             return Ok(Vec::new());
         }
         let piece_bytes = limits::DELIVERY_PIECE_BYTES as u64;
-        let row = self.get(&piece_key(&kept.id), &format!("{:04}", from / piece_bytes + 1)).await?;
+        let row = self.get(&piece_key(&kept.id), &piece_name(from / piece_bytes)).await?;
         let bytes = row.as_ref().and_then(|row| row.get("bytes")?.as_b().ok());
         let Some(bytes) = bytes else { return Ok(Vec::new()) };
         let start = usize::try_from(from % piece_bytes).unwrap_or(usize::MAX);
@@ -144,13 +144,10 @@ impl Deliveries {
             reason: "its owner called it off".to_owned(),
         };
         self.end(kept, State::Cancelled, &last, 0).await?;
-        let machine = self.machine.as_deref().unwrap_or_default();
-        let run = format!("{}:{}", machine.replacen(":stateMachine:", ":execution:", 1), kept.run);
-        match self.runs.stop_execution().execution_arn(run).send().await {
+        match self.runs.stop_execution().execution_arn(self.arn_of(&kept.run)).send().await {
             Ok(_) => {}
             // It has ended by itself.
-            Err(error)
-                if error.as_service_error().is_some_and(|error| error.is_execution_does_not_exist()) => {}
+            Err(error) if is_code(&error, "ExecutionDoesNotExist") => {}
             Err(error) => return Err(classify("StopExecution", error)),
         }
         self.delete(&parked_key(&kept.tunnel), kept.id.as_str()).await?;

@@ -79,7 +79,7 @@ impl Connect {
             )?,
             websockets: env.flag(env::WEBSOCKETS)?,
             fleet: Fleet::from_env(&aws, env)?,
-            deliveries: Deliveries::from_env(&aws, env)?,
+            deliveries: Deliveries::from_env(&aws, env),
         })
     }
 

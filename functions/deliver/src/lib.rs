@@ -170,7 +170,7 @@ impl Deliver {
     /// When a variable is missing or wrong.
     pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
         let aws = Aws::from_env(env)?;
-        let deliveries = Deliveries::from_env(&aws, env)?;
+        let deliveries = Deliveries::from_env(&aws, env);
         Ok(Self {
             deliveries: deliveries.ok_or_else(|| env.missing(env::DELIVERIES_TABLE))?,
             registry: Registry::from_env(&aws, env)?,

@@ -59,7 +59,7 @@ impl Deliveries {
     /// When a variable is missing or wrong.
     pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
         let aws = Aws::from_env(env)?;
-        let store = Store::from_env(&aws, env)?;
+        let store = Store::from_env(&aws, env);
         Ok(Self {
             registry: Registry::from_env(&aws, env)?,
             store: store.ok_or_else(|| env.missing(env::DELIVERIES_TABLE))?,
@@ -130,7 +130,7 @@ impl Asked<'_> {
                 None => Ok(refused(Refused::NotFound)),
             },
             Ask::Retry { tunnel, id } => match self.find(&tunnel, &id).await? {
-                Some(_) if self.deliveries.restart(&tunnel, &id).await? => Ok(done(1)),
+                Some(kept) if self.deliveries.restart(&kept).await? => Ok(done(1)),
                 Some(_) => Ok(refused(Refused::WrongState)),
                 None => Ok(refused(Refused::NotFound)),
             },
@@ -262,7 +262,7 @@ impl Asked<'_> {
                     let cursor = Some(deliveries[at - 1].id.to_string());
                     return Ok(Answer::Done { count, cursor });
                 }
-                count += u32::from(self.deliveries.restart(tunnel, &kept.id).await?);
+                count += u32::from(self.deliveries.restart(kept).await?);
             }
             let Some(last) = last else { return Ok(done(count)) };
             if count > 0 {
