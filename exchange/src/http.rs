@@ -208,21 +208,21 @@ async fn relay<P: PublicSide, M: Mail>(
             Box::pin(answering.keep(services, request, &terms, 0)).await;
             return None;
         }
-        Ok(RunOutcome::Failed { code, receipt, terms: Some(terms), .. })
-            if may_be_kept && keep::attempts_behind(request, &terms, code).is_some() =>
-        {
-            if let Some(receipts) = mail.discard(receipt.into_iter().collect()) {
-                mail.delete(receipts).await;
-            }
-            let attempt = keep::attempts_behind(request, &terms, code).unwrap_or_default();
-            Box::pin(answering.keep(services, request, &terms, attempt)).await;
-            return None;
-        }
-        Ok(RunOutcome::Failed { code, connection, receipt, terms: _ }) => {
-            let clean = async {
+        Ok(RunOutcome::Failed { code, connection, receipt, terms }) => {
+            let discarded = async {
                 if let Some(receipts) = mail.discard(receipt.into_iter().collect()) {
                     mail.delete(receipts).await;
                 }
+            };
+            let terms = terms.filter(|_| may_be_kept);
+            let kept = terms.and_then(|terms| Some((keep::attempts_behind(request, &terms, code)?, terms)));
+            if let Some((attempt, terms)) = kept {
+                discarded.await;
+                Box::pin(answering.keep(services, request, &terms, attempt)).await;
+                return None;
+            }
+            let clean = async {
+                discarded.await;
                 if let (ErrorCode::UpstreamTimedOut, Some(connection)) = (code, connection) {
                     let exchange =
                         Exchange::new(services, mail, request_id, request, connection, &token, record);
@@ -377,12 +377,6 @@ struct Missing {
     since: Instant,
 }
 
-/// How far the agent has taken a streamed body.
-#[derive(Debug, Default, Clone, Copy)]
-struct Taken {
-    through: u32,
-}
-
 /// A body that goes on to the agent while its public client sends it.
 struct Streaming<'a> {
     link: &'a AgentLink,
@@ -395,8 +389,9 @@ struct Streaming<'a> {
 }
 
 impl Streaming<'_> {
-    /// Sends pieces as long as somebody holds the other end of `taken`.
-    async fn run(self, upload: Upload, mut taken: watch::Receiver<Taken>) -> Side {
+    /// Sends pieces as long as somebody holds the other end of `taken`: the number of the last piece that the agent has
+    /// taken.
+    async fn run(self, upload: Upload, mut taken: watch::Receiver<u32>) -> Side {
         let mut source = Source { pieces: upload.pieces, waiting: BytesMut::new(), ended: false };
         let mut posts = FuturesUnordered::new();
         let mut seq = 0;
@@ -405,7 +400,7 @@ impl Streaming<'_> {
             if sent_last && posts.is_empty() {
                 return Side::Nothing;
             }
-            let has_credit = seq < taken.borrow_and_update().through.saturating_add(self.window);
+            let has_credit = seq < taken.borrow_and_update().saturating_add(self.window);
             let may_send = !sent_last && has_credit && posts.len() < limits::UPLOAD_PARALLEL;
             tokio::select! {
                 biased;
@@ -486,7 +481,7 @@ struct Exchange<'a, M> {
     last: Option<u32>,
     uploading: bool,
     /// What a streamed upload goes by, while there is one.
-    flow: Option<watch::Sender<Taken>>,
+    flow: Option<watch::Sender<u32>>,
     /// When a piece of such an upload was sent on last.
     uploaded_at: Rc<Cell<Option<Instant>>>,
     /// When the agent was heard last, or asked.
@@ -557,9 +552,7 @@ impl<'a, M: Mail> Exchange<'a, M> {
             }
             self.receive(&mut receiving);
             let wake_at = self.wake_at();
-            // Whoever is still being told the request has no time yet to answer it.
-            let told_at = self.uploaded_at.get().map(|at| at + self.services.config.reply_timeout);
-            let due = told_at.map_or(reply_by, |at| at.max(reply_by).min(ends_at));
+            let due = self.answer_due(reply_by, ends_at);
             tokio::select! {
                 Some(letters) = OptionFuture::from(receiving.as_mut()) => {
                     receiving = None;
@@ -569,8 +562,8 @@ impl<'a, M: Mail> Exchange<'a, M> {
                 Some(()) = OptionFuture::from(wake_at.map(tokio::time::sleep_until)) => stop = self.wake().err(),
                 () = answering.public.gone() => stop = Some(Stop::ClientGone),
                 () = tokio::time::sleep_until(due) => {
-                    let at = self.uploaded_at.get().map(|at| at + self.services.config.reply_timeout);
-                    if due < ends_at && at.is_some_and(|at| at > due) {
+                    // It may have been put off meanwhile.
+                    if self.answer_due(reply_by, ends_at) > due {
                         continue;
                     }
                     stop = Some(Stop::Broken(ErrorCode::UpstreamTimedOut));
@@ -826,8 +819,8 @@ impl<'a, M: Mail> Exchange<'a, M> {
                 self.sent = self.sent.max(sent);
                 if let Some(flow) = &self.flow {
                     flow.send_if_modified(|taken| {
-                        let is_news = progress.taken > taken.through;
-                        taken.through = taken.through.max(progress.taken);
+                        let is_news = progress.taken > *taken;
+                        *taken = progress.taken.max(*taken);
                         is_news
                     });
                 }
@@ -870,7 +863,7 @@ impl<'a, M: Mail> Exchange<'a, M> {
         let codec = (compress && compressible).then_some(Codec::Zstd);
         let (link, connection, request_id) = (&self.services.link, self.connection.clone(), self.request_id);
         if let Some(upload) = upload {
-            let (flow, taken) = watch::channel(Taken::default());
+            let (flow, taken) = watch::channel(0);
             self.flow = Some(flow);
             let window = window.unwrap_or(u32::MAX);
             let uploading = Streaming {
@@ -933,6 +926,12 @@ impl<'a, M: Mail> Exchange<'a, M> {
             }
             .boxed_local(),
         );
+    }
+
+    /// When the answer has to begin: whoever is still being told the request has no time yet to answer it.
+    fn answer_due(&self, reply_by: Instant, ends_at: Instant) -> Instant {
+        let told_at = self.uploaded_at.get().map(|at| at + self.services.config.reply_timeout);
+        told_at.map_or(reply_by, |at| at.max(reply_by).min(ends_at))
     }
 
     /// Awaits everything on the side. What the client still sends is not wanted any more.

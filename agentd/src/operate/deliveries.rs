@@ -391,10 +391,8 @@ pub(crate) fn drain(places: &[PathBuf], Drain { of, wait }: &Drain) -> ExitCode 
         let begun = tokio::time::Instant::now();
         loop {
             let (left, is_more) = pending(agent, of).await?;
-            if left == 0 && !is_more {
-                return Ok((left, is_more));
-            }
-            if begun.elapsed() + LOOK_AGAIN > patience {
+            let is_drained = left == 0 && !is_more;
+            if is_drained || begun.elapsed() + LOOK_AGAIN > patience {
                 return Ok((left, is_more));
             }
             tokio::time::sleep(LOOK_AGAIN).await;

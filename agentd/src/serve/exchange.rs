@@ -343,7 +343,7 @@ async fn answer(
                 JobBody::Whole(bytes) => (RequestBody::Whole(bytes), None),
                 JobBody::Announced(mut body, progress) => {
                     body.show(capture.as_ref().map(|capture| capture.tap().clone()));
-                    let most = body.announced().min(WINDOW_BYTES);
+                    let most = body.most_held();
                     (RequestBody::Upload(ask_for(body, most, tunnels, sender).await?), Some(progress))
                 }
             };
@@ -556,9 +556,6 @@ async fn signed_body(
     Ok(checked)
 }
 
-/// The most of a streamed body that is held here.
-const WINDOW_BYTES: u64 = limits::UPLOAD_WINDOW as u64 * limits::CHUNK_BYTES as u64;
-
 /// Asks the edge for an announced body, once there is room for `most` of it.
 async fn ask_for(
     mut body: UploadBody,
@@ -569,8 +566,6 @@ async fn ask_for(
     if body.is_accepted() {
         return Ok(body);
     }
-    // Whoever streams a body that is whole all the same has it counted by its length.
-    let most = if body.is_streamed() { most } else { body.announced() };
     let budget = tunnels.reserve_upload(most).await.ok_or(fail(ErrorCode::RequestTooLarge))?;
     body.accept(budget);
     let window = body.is_streamed().then_some(limits::UPLOAD_WINDOW);

@@ -44,6 +44,9 @@ pub(crate) enum UploadError {
 /// No sender needs smaller pieces than this, so it bounds how many of them can be waiting.
 const SMALLEST_PIECE_BYTES: u64 = 1024;
 
+/// The most of a streamed body that is held here.
+const WINDOW_BYTES: u64 = limits::UPLOAD_WINDOW as u64 * limits::CHUNK_BYTES as u64;
+
 #[derive(Debug)]
 struct State {
     pieces: Reassembler<(Bytes, bool)>,
@@ -197,6 +200,12 @@ impl UploadBody {
         self.budget.is_some()
     }
 
+    /// How many bytes of it are held at a time, at most, where they are passed on as they come.
+    pub(crate) fn most_held(&self) -> u64 {
+        let State { announced, streamed, .. } = *lock(&self.state);
+        if streamed { announced.min(WINDOW_BYTES) } else { announced }
+    }
+
     /// Puts back what was taken, to be taken once more: all of it, in order.
     pub(crate) fn put_back(&mut self, pieces: Vec<Bytes>) {
         let mut state = lock(&self.state);
@@ -331,7 +340,11 @@ mod tests {
     use super::*;
 
     async fn open(announced: u64) -> (Upload, UploadBody, UploadProgress) {
-        let (upload, mut body, progress) = new(announced, false);
+        accepted(announced, false).await
+    }
+
+    async fn accepted(announced: u64, is_streamed: bool) -> (Upload, UploadBody, UploadProgress) {
+        let (upload, mut body, progress) = new(announced, is_streamed);
         body.accept(Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap());
         (upload, body, progress)
     }
@@ -348,9 +361,7 @@ mod tests {
     }
 
     async fn streamed(announced: u64) -> (Upload, UploadBody, UploadProgress) {
-        let (upload, mut body, progress) = new(announced, true);
-        body.accept(Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap());
-        (upload, body, progress)
+        accepted(announced, true).await
     }
 
     #[tokio::test]
