@@ -507,15 +507,15 @@ fn create_machines(aws: &Aws) -> anyhow::Result<(Arc<str>, Arc<str>)> {
 
 /// Creates the queues through which operators give deliveries up and have them made again.
 fn create_queues(aws: &Aws) -> anyhow::Result<()> {
-    let retention = Duration::from_secs(14 * 24 * 60 * 60);
-    let dead = QueueAttributes { retention, ..QueueAttributes::default() };
-    let again = QueueAttributes {
-        retention,
-        visibility: Duration::from_secs(120),
-        dead_letters: Some(DeadLetters { queue: DEAD_LETTERS.into(), max_receives: 10 }),
-        ..QueueAttributes::default()
-    };
-    for (name, attributes) in [(DEAD_LETTERS, dead), (REDELIVERIES, again)] {
+    for (name, deployed) in [(DEAD_LETTERS, &stack().dead_letters), (REDELIVERIES, &stack().redeliveries)] {
+        let default = QueueAttributes::default();
+        let dead_letters = |max_receives| DeadLetters { queue: DEAD_LETTERS.into(), max_receives };
+        let attributes = QueueAttributes {
+            retention: deployed.retention.unwrap_or(default.retention),
+            visibility: deployed.visibility.unwrap_or(default.visibility),
+            dead_letters: deployed.max_receives.map(dead_letters),
+            ..default
+        };
         aws.services().sqs.create_kept(name, attributes).with_context(|| format!("creating {name}"))?;
     }
     Ok(())

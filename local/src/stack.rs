@@ -48,6 +48,10 @@ pub struct Stack {
     pub mailboxes: Keys,
     /// Key and time to live of the table of deliveries.
     pub deliveries: Keys,
+    /// The queue that names the deliveries that are dead.
+    pub dead_letters: Queue,
+    /// The queue that names deliveries to be made once more.
+    pub redeliveries: Queue,
     /// The state machine of a public request.
     pub workflow: Workflow,
     /// The state machine of a delivery.
@@ -98,6 +102,17 @@ pub struct Keys {
     pub sort: String,
     /// The attribute that holds when an item expires.
     pub expiry: Option<String>,
+}
+
+/// A queue, as far as it differs from one that nothing is said of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Queue {
+    /// How long it keeps a message.
+    pub retention: Option<Duration>,
+    /// How long a received message stays hidden.
+    pub visibility: Option<Duration>,
+    /// How often a message is received before it is a dead letter.
+    pub max_receives: Option<u32>,
 }
 
 /// One action on one resource that a role allows.
@@ -240,8 +255,20 @@ impl Stack {
                 permissions: permissions(role)?,
             })
         };
+        let queue = |name: &str| {
+            let queue = resource(name, "AWS::SQS::Queue")?;
+            let seconds = |key: &str| queue[key].as_u64().map(Duration::from_secs);
+            let max_receives = queue["RedrivePolicy"]["maxReceiveCount"].as_u64();
+            Ok(Queue {
+                retention: seconds("MessageRetentionPeriod"),
+                visibility: seconds("VisibilityTimeout"),
+                max_receives: max_receives.and_then(|most| u32::try_from(most).ok()),
+            })
+        };
         Ok(Self {
             functions,
+            dead_letters: queue("DeadLetters")?,
+            redeliveries: queue("Redeliveries")?,
             connections: table("ConnectionsTable")?,
             mailboxes: table("MailboxesTable")?,
             deliveries: table("DeliveriesTable")?,

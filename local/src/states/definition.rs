@@ -176,6 +176,16 @@ const STANDARD_RUN_DURATION: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 /// The longest time that a field in seconds may give.
 pub(super) const SECONDS_MAX: u64 = 99_999_999;
 
+/// What `PutItem` takes, whichever way it is called.
+const PUT_ITEM: &[&str] = &[
+    "TableName",
+    "Item",
+    "ConditionExpression",
+    "ExpressionAttributeNames",
+    "ExpressionAttributeValues",
+    "ReturnValues",
+];
+
 const RESOURCES: &[(&str, Resource, &[&str])] = &[
     (
         "arn:aws:states:::aws-sdk:dynamodb:query",
@@ -199,30 +209,8 @@ const RESOURCES: &[(&str, Resource, &[&str])] = &[
         Resource::DynamoDbGetItem,
         &["TableName", "Key", "ConsistentRead", "ProjectionExpression", "ExpressionAttributeNames"],
     ),
-    (
-        "arn:aws:states:::dynamodb:putItem",
-        Resource::DynamoDbPutItem,
-        &[
-            "TableName",
-            "Item",
-            "ConditionExpression",
-            "ExpressionAttributeNames",
-            "ExpressionAttributeValues",
-            "ReturnValues",
-        ],
-    ),
-    (
-        "arn:aws:states:::aws-sdk:dynamodb:putItem",
-        Resource::DynamoDbSdkPutItem,
-        &[
-            "TableName",
-            "Item",
-            "ConditionExpression",
-            "ExpressionAttributeNames",
-            "ExpressionAttributeValues",
-            "ReturnValues",
-        ],
-    ),
+    ("arn:aws:states:::dynamodb:putItem", Resource::DynamoDbPutItem, PUT_ITEM),
+    ("arn:aws:states:::aws-sdk:dynamodb:putItem", Resource::DynamoDbSdkPutItem, PUT_ITEM),
     (
         "arn:aws:states:::dynamodb:updateItem",
         Resource::DynamoDbUpdateItem,

@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use super::{
     Machine, StartError,
     interpreter::{Execution, Recorded, Tasks, run_standard},
-    journal::{Checkpoint, Event, Journal, Record, failure, text},
+    journal::{Checkpoint, Event, Journal, Position, Record, failure, text},
     outcome::{Outcome, Status, TaskError},
     tokens::{TaskTokens, tail},
     trace::{RunStatus, Traces},
@@ -195,6 +195,13 @@ pub(super) struct Left {
 }
 
 impl Left {
+    /// Notes whose the token is that a task waits with.
+    fn note_token(&mut self, run: &str, position: &Position) {
+        if let Some(token) = position.begun.as_ref().and_then(|begun| begun.token.as_deref()) {
+            self.tokens.insert(tail(token).to_owned(), run.to_owned());
+        }
+    }
+
     /// Takes one change into account. One of a run that was never started means nothing.
     pub(super) fn add(&mut self, record: Record<'_>) {
         match record {
@@ -220,18 +227,15 @@ impl Left {
                 }
             }
             Record::Entered { run, checkpoint } => {
-                let begun = checkpoint.position.as_ref().and_then(|position| position.begun.as_ref());
-                if let Some(token) = begun.and_then(|begun| begun.token.as_deref()) {
-                    self.tokens.insert(tail(token).to_owned(), run.clone().into_owned());
+                if let Some(position) = &checkpoint.position {
+                    self.note_token(&run, position);
                 }
                 if let Some(found) = self.runs.get_mut(&*run) {
                     found.checkpoint = Some(checkpoint.into_owned());
                 }
             }
             Record::At { run, position } => {
-                if let Some(token) = position.begun.as_ref().and_then(|begun| begun.token.as_deref()) {
-                    self.tokens.insert(tail(token).to_owned(), run.clone().into_owned());
-                }
+                self.note_token(&run, &position);
                 if let Some(checkpoint) = self.runs.get_mut(&*run).and_then(|found| found.checkpoint.as_mut())
                 {
                     checkpoint.position = Some(position.into_owned());
