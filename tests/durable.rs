@@ -15,7 +15,6 @@ use std::{
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use hmac::{Hmac, KeyInit as _, Mac as _};
 use proto::{
     delivery::{self, Ask, DeliveriesAsk, DeliveryPolicy, Mode},
     id::TunnelName,
@@ -23,13 +22,13 @@ use proto::{
     message::{AgentMessage, EdgeMessage, Failed, Hello, Progress, Reply, VERSION},
 };
 use serde_json::Value;
-use sha2::Sha256;
 use tests::{
     Agent, Local,
     client::{Answer, Connection, Request},
     eventually, noise,
     operator::unix_now,
     raw_agent::RawAgent,
+    signature::{hex, mac},
     upstream::{Conn, Recorded, Upstream},
 };
 
@@ -39,18 +38,6 @@ struct Hook {
     path: String,
     fields: Vec<(String, Vec<u8>)>,
     body: Vec<u8>,
-}
-
-fn mac(key: &[u8], text: &[&[u8]]) -> Vec<u8> {
-    let mut mac = Hmac::<Sha256>::new_from_slice(key).unwrap();
-    for piece in text {
-        mac.update(piece);
-    }
-    mac.finalize().into_bytes().to_vec()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 const SECRET: &[u8] = b"a-secret-of-webhooks-0123456789";

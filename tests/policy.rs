@@ -16,7 +16,6 @@ use base64::{
     Engine as _,
     engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
 };
-use hmac::{Hmac, KeyInit as _, Mac as _};
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
@@ -24,6 +23,7 @@ use tests::{
     Agent, Local,
     client::{Answer, Connection, Request},
     operator::unix_now,
+    signature::{hex, mac},
     upstream::{Recorded, Upstream},
 };
 
@@ -103,18 +103,6 @@ async fn passes(local: &Local, upstream: &Upstream, request: &Request) -> Record
 
 fn basic(name: &str, password: &str) -> String {
     format!("Basic {}", STANDARD.encode(format!("{name}:{password}")))
-}
-
-fn mac(key: &[u8], text: &[&[u8]]) -> Vec<u8> {
-    let mut mac = Hmac::<Sha256>::new_from_slice(key).unwrap();
-    for piece in text {
-        mac.update(piece);
-    }
-    mac.finalize().into_bytes().to_vec()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[tokio::test]

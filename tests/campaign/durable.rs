@@ -4,10 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -19,7 +16,7 @@ use ::tests::{
 use anyhow::{Context, ensure};
 use fastrand::Rng;
 use rustix::process::{Pid, Signal};
-use tokio::{task::JoinSet, time::sleep};
+use tokio::{sync::watch, task::JoinSet, time::sleep};
 
 use crate::{
     oracle::Tally,
@@ -137,11 +134,13 @@ async fn stage(seed: u64, webhooks: usize, tally: &mut Tally, printed: &mut Stri
     if random.bool() {
         stop(&mut agent);
     }
-    let left = Arc::new(AtomicU64::new(webhooks as u64));
+    let (left, mut remaining) = watch::channel(webhooks as u64);
+    let left = Arc::new(left);
     let mut senders = JoinSet::new();
     for key in 0..KEYS {
         senders.spawn(send(local.public, seed, key, webhooks, Arc::clone(&left)));
     }
+    drop(left);
     let blows: Vec<(u64, Blow)> = (0..random.usize(1..=6))
         .map(|_| (random.u64(..webhooks as u64), Blow::ALL[random.usize(..Blow::ALL.len())]))
         .collect();
@@ -151,9 +150,7 @@ async fn stage(seed: u64, webhooks: usize, tally: &mut Tally, printed: &mut Stri
     let mut failed = None;
     for (at, blow) in blows {
         // Webhooks go on to come while it is made; where they are over, it is made to what is delivered.
-        while left.load(Ordering::Relaxed) > at {
-            sleep(Duration::from_millis(2)).await;
-        }
+        let _ = remaining.wait_for(|left| *left <= at).await;
         make(blow, &mut local, &mut agent, &flags, &tunnels);
     }
     while let Some(ended) = senders.join_next().await {
@@ -229,7 +226,7 @@ async fn send(
     seed: u64,
     key: usize,
     webhooks: usize,
-    left: Arc<AtomicU64>,
+    left: Arc<watch::Sender<u64>>,
 ) -> anyhow::Result<Vec<u64>> {
     let mut kept = Vec::new();
     for number in (key..webhooks).step_by(KEYS) {
@@ -256,7 +253,7 @@ async fn send(
             }
             sleep(Duration::from_millis(20)).await;
         }
-        left.fetch_sub(1, Ordering::Relaxed);
+        left.send_modify(|left| *left -= 1);
     }
     Ok(kept)
 }

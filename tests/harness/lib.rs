@@ -16,6 +16,7 @@ pub mod operator;
 pub mod process;
 pub mod proxy;
 pub mod raw_agent;
+pub mod signature;
 pub mod stack;
 pub mod upstream;
 
