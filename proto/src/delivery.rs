@@ -4,7 +4,7 @@
 //! no agent is there. What the edge keeps is asked for and acted on by [`Ask`] and [`Answer`]. Who else's deliveries they
 //! are is never told: what may not be seen is `not_found`.
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::collections::BTreeMap;
 
 use http::{HeaderName, HeaderValue, Method};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -792,23 +792,6 @@ pub struct DeliveriesAnswer<'a> {
     pub answer: Answer<'a>,
 }
 
-/// The text of [`RECEIVED`]: RFC 3339, UTC, to the millisecond.
-#[must_use]
-pub fn rfc3339(unix_ms: u64) -> Cow<'static, str> {
-    let (days, ms) = (unix_ms / 86_400_000, unix_ms % 86_400_000);
-    // Civil from days since 1970, in the calendar that repeats every 400 years and begins its years in March.
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    let (hour, minute, second) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1_000 % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z", ms % 1_000).into()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -991,17 +974,5 @@ mod tests {
         assert_eq!(some.order_key("/a", &headers), None);
         some.order_by = OrderBy::Header("webhook-id".into());
         assert_eq!(some.order_key("/a", &headers), Some(b"header:msg_1".to_vec()));
-    }
-
-    #[test]
-    fn times_are_written_as_rfc_3339_says() {
-        for (ms, text) in [
-            (0, "1970-01-01T00:00:00.000Z"),
-            (951_782_400_000, "2000-02-29T00:00:00.000Z"),
-            (1_796_083_199_999, "2026-11-30T23:59:59.999Z"),
-            (4_107_542_400_000, "2100-03-01T00:00:00.000Z"),
-        ] {
-            assert_eq!(rfc3339(ms), text);
-        }
     }
 }

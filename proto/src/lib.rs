@@ -5,12 +5,14 @@
 //! nowhere else: the [`message`] formats, the signed [`token`], the numbering and reassembly of
 //! body [`chunk`]s with their credit, the [`error`] table, the [`limits`] with their sources, which
 //! HTTP [`header`]s travel, the reconnect [`backoff`] the agent's [`session`] over time, and
-//! the messages of a public WebSocket over the link ([`socket`]), and what is kept for later ([`delivery`]).
+//! the messages of a public WebSocket over the link ([`socket`]), what is kept for later ([`delivery`]), and
+//! how a point in time is written ([`calendar`]).
 //!
 //! It does not know HTTP clients, AWS, configuration files or logs.
 
 pub mod backoff;
 pub mod body;
+pub mod calendar;
 pub mod chunk;
 pub mod delivery;
 pub mod error;

@@ -3,7 +3,10 @@
 use std::{fmt::Write as _, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use proto::id::{Owner, TunnelPatterns};
+use proto::{
+    calendar,
+    id::{Owner, TunnelPatterns},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -189,27 +192,10 @@ fn line(text: &mut String, name: &str, value: &str, remark: Option<String>) {
 
 /// A Unix time as date and time in UTC (RFC 3339).
 pub(crate) fn utc(time: u64) -> String {
-    let (days, secs) = (time / 86_400, time % 86_400);
-    // Years of 365 days and their leap days, counted from 1970.
-    let is_leap =
-        |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
-    // 400 years have always 146,097 days.
-    let (mut year, mut days) = (1970 + days / 146_097 * 400, days % 146_097);
-    while days >= 365 + u64::from(is_leap(year)) {
-        days -= 365 + u64::from(is_leap(year));
-        year += 1;
-    }
-    let february = 28 + u64::from(is_leap(year));
-    let mut month = 1;
-    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
-        if days < length {
-            break;
-        }
-        days -= length;
-        month += 1;
-    }
+    let (year, month, day) = calendar::date(time / 86_400);
+    let secs = time % 86_400;
     let (hour, minute, second) = (secs / 3600, secs / 60 % 60, secs % 60);
-    format!("{year:04}-{month:02}-{:02}T{hour:02}:{minute:02}:{second:02}Z", days + 1)
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
 #[cfg(test)]

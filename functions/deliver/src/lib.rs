@@ -27,6 +27,7 @@ use edge::{
 };
 use proto::{
     body::Body,
+    calendar,
     delivery::{self, Attempt, DeliveryPolicy, Last, State},
     error::ErrorCode,
     forwarded,
@@ -272,7 +273,7 @@ fn head(kept: &Kept, request_id: &RequestId, token: &str, body: &[u8]) -> Result
     let fields = [
         (delivery::ID, kept.id.to_string()),
         (delivery::ATTEMPT, kept.attempt.to_string()),
-        (delivery::RECEIVED, delivery::rfc3339(kept.received_ms).into_owned()),
+        (delivery::RECEIVED, calendar::rfc3339(kept.received_ms)),
         // What the agent logs.
         (forwarded::REQUEST_ID, request_id.to_string()),
     ];

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::Full;
+use proto::calendar::rfc3339;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -173,27 +174,6 @@ pub(super) fn connection(info: &ConnectionInfo) -> Answer {
         },
     };
     Answer { content_type: JSON, ..Answer::json(serde_json::to_vec(&body).unwrap_or_default()) }
-}
-
-/// A time in the one form that the management API writes.
-pub(super) fn rfc3339(epoch_ms: u64) -> String {
-    let (days, in_day) = (epoch_ms / 86_400_000, epoch_ms % 86_400_000);
-    // The civil calendar from days since 1970, in eras of 400 years that begin in March.
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:03}Z",
-        in_day / 3_600_000,
-        in_day / 60_000 % 60,
-        in_day / 1000 % 60,
-        in_day % 1000
-    )
 }
 
 pub(super) fn sync_execution(machine_arn: &str, result: &RunResult) -> Answer {

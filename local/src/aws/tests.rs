@@ -12,9 +12,10 @@ use aws_smithy_runtime_api::{
     },
 };
 use aws_smithy_types::{config_bag::ConfigBag, error::metadata::ProvideErrorMetadata as _};
+use proto::calendar::rfc3339;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::{answer::rfc3339, *};
+use super::*;
 use crate::{
     connections::{Handle, Identity, Outgoing},
     dynamodb,
