@@ -1,6 +1,7 @@
 // What the edge keeps for tunnels until it can be delivered: shown, delivered again, given up, held.
 
 import { deliveries as ask } from "./api.js";
+import { fromBase64 } from "./body.js";
 import { byId, count, element, fullTime, longText, size, toast, visible } from "./dom.js";
 
 /** How much of a body is shown, in bytes. */
@@ -106,8 +107,7 @@ async function retryDead() {
 /** The beginning of a body, which is text or bytes in base64. */
 function textOf(body) {
   if (body?.text !== undefined) return body.text.slice(0, SHOWN);
-  const bytes = Uint8Array.from(atob(body?.base64 ?? ""), (char) => char.charCodeAt(0)).subarray(0, SHOWN);
-  return new TextDecoder().decode(bytes);
+  return new TextDecoder().decode(fromBase64(body?.base64 ?? "").subarray(0, SHOWN));
 }
 
 async function show(delivery) {
