@@ -336,6 +336,12 @@ pub fn anonymous_bytes(pid: u32) -> Option<u64> {
     proc_status(pid, "RssAnon:")
 }
 
+/// The pages of its program and libraries that a process has resident, in bytes.
+#[must_use]
+pub fn program_bytes(pid: u32) -> Option<u64> {
+    proc_status(pid, "RssFile:")
+}
+
 /// The most memory that a process has had resident, in bytes.
 #[must_use]
 pub fn peak_resident_bytes(pid: u32) -> Option<u64> {
