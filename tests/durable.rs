@@ -574,6 +574,122 @@ async fn a_delivery_is_looked_after_from_the_command_line() {
     leave(&mut agent);
 }
 
+/// The rows of the table of deliveries, by `pk`'s beginning.
+async fn rows_of(local: &Local, of: &str) -> Vec<Value> {
+    let all = local.dynamodb("Scan", serde_json::json!({"TableName": "deliveries"})).await;
+    let all = all["Items"].as_array().unwrap().clone();
+    all.into_iter().filter(|row| row["pk"]["S"].as_str().unwrap().starts_with(of)).collect()
+}
+
+/// Writes a row as a function does that is killed right after.
+async fn write_row(local: &Local, row: Value) {
+    local.dynamodb("PutItem", serde_json::json!({"TableName": "deliveries", "Item": row})).await;
+}
+
+/// What an acceptance has written of a delivery like `kept` when it is killed before it starts the run: everything but that.
+async fn cut_before_its_run(local: &Local, kept: &Value, id: &str, target: &str) {
+    let mut row = kept.clone();
+    let head = STANDARD.decode(kept["head"]["B"].as_str().unwrap()).unwrap();
+    let mut head: Value = serde_json::from_slice(&head).unwrap();
+    head["target"] = target.into();
+    row["head"]["B"] = STANDARD.encode(head.to_string()).into();
+    for name in ["sk", "run"] {
+        row[name]["S"] = id.into();
+    }
+    let received = u64::from_str_radix(&id[..12], 16).unwrap();
+    row["received_ms"]["N"] = received.to_string().into();
+    let pieces = rows_of(local, &format!("b#{}", kept["sk"]["S"].as_str().unwrap())).await;
+    for mut piece in pieces {
+        piece["pk"]["S"] = format!("b#{id}").into();
+        write_row(local, piece).await;
+    }
+    write_row(local, row).await;
+}
+
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_cut_off_while_it_was_accepted_holds_nothing_up() {
+    let local = Local::start(&["--chaos", "clock=10"]);
+    let upstream = as_told().await;
+    let tunnels = format!(
+        "[[tunnel]]\nname = \"hooks\"\nupstream = \"{}\"\ndelivery = \"auto\"\n\
+         durable = {{ order_by = \"header:x-key\", dedupe_by = \"header:x-id\" }}\n\
+         [[tunnel]]\nname = \"alone\"\nupstream = \"{}\"\ndelivery = \"auto\"\n",
+        upstream.address(),
+        upstream.address()
+    );
+    introduce(&local, &tunnels, &["hooks", "alone"]);
+    let send = async |target: &str, id: &str| {
+        let request = Request::to("hooks", "POST", target).field("x-key", "k").field("x-id", id);
+        request.body(b"body".to_vec()).send(local.public).await
+    };
+    let first = accepted(&send("/first", "first").await);
+    let kept = rows_of(&local, "t#hooks").await.remove(0);
+    let turn = rows_of(&local, "o#hooks").await.remove(0);
+    let repetition = rows_of(&local, "u#hooks").await.remove(0);
+    let first_ms = u64::from_str_radix(&first[..12], 16).unwrap();
+    let id = |ms: u64| format!("{ms:012x}{}", "0".repeat(20));
+    let in_turn = async |id: &str| {
+        let mut row = turn.clone();
+        row["sk"]["S"] = id.into();
+        row.as_object_mut().unwrap().remove("token");
+        write_row(&local, row).await;
+    };
+    let tried = async |id: &str, name: &str| {
+        let mut row = repetition.clone();
+        let digest = <sha2::Sha256 as sha2::Digest>::digest(name.as_bytes());
+        row["pk"]["S"] = format!("u#hooks#{}", hex(&digest[..16])).into();
+        row["id"]["S"] = id.into();
+        write_row(&local, row).await;
+    };
+
+    // Cut off before its run; its sender tries again, and is told that it is kept.
+    let again = id(first_ms + 1);
+    in_turn(&again).await;
+    tried(&again, "again").await;
+    cut_before_its_run(&local, &kept, &again, "/again").await;
+    assert_eq!(accepted(&send("/again", "again").await), again);
+    // The same without a sender that tries again: the next of the key finds it.
+    let left = id(first_ms + 2);
+    in_turn(&left).await;
+    cut_before_its_run(&local, &kept, &left, "/left").await;
+    // Cut off before its row, long ago and just now: it is nothing that could be delivered.
+    let old = id(first_ms - 10_000);
+    in_turn(&old).await;
+    tried(&old, "old").await;
+    let new = id(first_ms + 3);
+    in_turn(&new).await;
+    tried(&new, "new").await;
+    let busy = send("/new", "new").await;
+    let is_old = proto::id::DeliveryId::new(first_ms, [0; 10]).received_ms() + 5_000 <= unix_now() * 1000;
+    assert!(busy.status == 503 || is_old, "its acceptance may go on: {}", busy.status);
+    let last = accepted(&send("/last", "last").await);
+    // Its sender tries again: now it is accepted, as another one.
+    let retried = accepted(&send("/old", "old").await);
+    assert_ne!(retried, old);
+    // One that nobody waits for and nobody sends again: whoever looks at what waits finds it.
+    let mut other = kept.clone();
+    other["pk"]["S"] = "t#alone".into();
+    other.as_object_mut().unwrap().remove("order_key");
+    let alone = id(first_ms - 20_000);
+    cut_before_its_run(&local, &other, &alone, "/alone").await;
+
+    let agent = local.agent_with(&tunnels, &["hooks", "alone"]);
+    drained(&agent);
+    let came = upstream.recorded();
+    let of_key: Vec<_> = came.iter().map(Recorded::target).filter(|&target| target != "/alone").collect();
+    let expected = ["/first", "/again", "/left", "/new", "/last", "/old"];
+    let expected: Vec<_> = expected.into_iter().filter(|&one| one != "/new" || busy.status == 202).collect();
+    assert_eq!(of_key, expected);
+    assert_eq!(count(&upstream, "/alone"), 1);
+    let ids: BTreeSet<String> = came.iter().map(|one| one.all("x-tunnel-delivery-id")[0].clone()).collect();
+    assert!([&first, &again, &left, &last, &retried, &alone].iter().all(|&id| ids.contains(id)), "{ids:?}");
+    assert!(came.iter().all(|one| attempt(one) == 1 && one.body == b"body"));
+    for gone in [&old, &new] {
+        assert_eq!(agent.ask(&["delivery", "show", gone]).0, Some(1), "{gone} never was one");
+    }
+}
+
 /// An agent that says what it is told, with a tunnel that keeps everything.
 async fn raw(local: &Local, token: &str, tunnel: &str) -> RawAgent {
     let mut agent = RawAgent::with(local, token).await;

@@ -10,9 +10,14 @@
 //! | repetition | `u#` + the tunnel + `#` + a hash | `#` | `id` |
 //! | waiting | `#waiting` | the tunnel | tunnels that may have parked rows |
 //!
-//! Every row has `expires_at`, the table's TTL. Bodies stand in pieces and nowhere else. A delivery that was accepted has a
-//! row and a run; what is left behind by an acceptance that was cut off has no run, is never delivered and expires.
+//! Every row has `expires_at`, the table's TTL. Bodies stand in pieces and nowhere else.
+//!
+//! A delivery that was accepted has a row and a run. The row is written last, so one that is there is whole: whoever meets it
+//! without a run starts that, under the one name that it can have. Before the row is there nobody delivers anything: whoever
+//! waits for an acceptance that takes too long writes a row of their own in its place, which has no request, and the
+//! acceptance, should it go on, finds that it was cut off.
 
+mod mend;
 pub mod pages;
 
 use std::{
@@ -23,6 +28,7 @@ use std::{
 use aws_sdk_dynamodb::{
     operation::update_item::builders::UpdateItemFluentBuilder, primitives::Blob, types::AttributeValue,
 };
+use aws_sdk_sfn::types::ExecutionStatus;
 use aws_smithy_runtime_api::client::result::SdkError;
 use aws_smithy_types::error::metadata::ProvideErrorMetadata;
 use proto::{
@@ -46,8 +52,8 @@ use crate::{
 /// tried once more.
 const KEPT_AFTER_S: u64 = 24 * 60 * 60;
 
-/// How long an acceptance takes at most, in milliseconds. What is older and has no run has been cut off.
-const ACCEPTED_WITHIN_MS: u64 = 30_000;
+/// How long an acceptance may take, in milliseconds, before whoever waits for it cuts it off.
+const ACCEPTED_WITHIN_MS: u64 = 5_000;
 
 /// How many rows one query reads beyond those that are wanted: some belong to runs that are over.
 const SPARE: usize = 8;
@@ -166,6 +172,28 @@ impl Lane {
     }
 }
 
+/// How the run of a delivery is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Run {
+    /// Nobody has started it.
+    Lacking,
+    /// It will end the delivery.
+    GoesOn,
+    /// It has ended, or was stopped from outside.
+    Over,
+}
+
+/// What there is to be expected of a delivery that has its turn before others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Before {
+    /// It ends, and then passes its turn on.
+    GoesOn,
+    /// It has ended, or never will be accepted.
+    Ended,
+    /// It may be being accepted at this moment.
+    Unclear,
+}
+
 /// What became of an answer to a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answered {
@@ -229,8 +257,10 @@ impl Deliveries {
         let path = offer.head.target.split('?').next().unwrap_or_default();
         let order_key = policy.order_key(path, &offer.head.headers).map(|key| hash(&key));
         let expires_at = now_ms / 1000 + policy.max_age_s + KEPT_AFTER_S;
-        if let Some(key) = policy.dedupe_key(&offer.head.headers)
-            && let Some(before) = self.repeats(offer.tunnel, &hash(key), &id, expires_at, now_ms).await?
+        let repetition =
+            policy.dedupe_key(&offer.head.headers).map(|key| repetition_key(offer.tunnel, &hash(key)));
+        if let Some(pk) = &repetition
+            && let Some(before) = self.repeats(offer.tunnel, pk, &id, expires_at, now_ms).await?
         {
             return Ok(before);
         }
@@ -251,52 +281,77 @@ impl Deliveries {
             last: None,
             buried: None,
         };
-        let stored = async {
-            self.keep_body(&kept, offer.body).await?;
-            if let Some(key) = &kept.order_key {
-                let row = item(&turn_key(&kept.tunnel, key), kept.id.as_str(), expires_at);
-                self.put(row).await?;
-            }
-            self.note_waiting(&kept.tunnel, expires_at).await?;
-            self.put_if(row_of(&kept), "attribute_not_exists(pk)", []).await
-        };
-        if let Err(error) = Box::pin(stored).await {
+        if let Err(error) = Box::pin(self.store(&kept, offer.body)).await {
             // Nobody has been told. What stays expires.
-            let _ = self.drop_all(&kept).await;
+            drop(self.forget(&kept, repetition.as_deref()).await);
             return Err(error);
         }
-        self.start(&kept, offer.attempt, kept.order_key.is_none()).await?;
+        // A row that is there may have been seen. So it stays where this fails, and whoever meets it starts its run.
+        self.start(&kept).await?;
         Ok(Accepted::New(kept.id))
+    }
+
+    /// Writes everything of a delivery, its row last.
+    async fn store(&self, kept: &Kept, body: &[u8]) -> Result<(), Error> {
+        let turn = async {
+            let Some(key) = &kept.order_key else { return Ok(()) };
+            self.put(item(&turn_key(&kept.tunnel, key), kept.id.as_str(), kept.expires_at)).await
+        };
+        let noted = self.note_waiting(&kept.tunnel, kept.expires_at);
+        tokio::try_join!(self.keep_body(kept, body), turn, noted)?;
+        let written = self.put_if(row_of(kept), "attribute_not_exists(pk)", []).await;
+        if matches!(written, Ok(true)) {
+            return Ok(());
+        }
+        // An earlier try may have written it, or somebody has cut this off: then it is not to be written any more.
+        match self.cut_off(&kept.tunnel, &kept.id).await {
+            Ok(false) => Ok(()),
+            Ok(true) => match written {
+                Err(error) => Err(error),
+                Ok(_) => {
+                    Err(Error::Failed { call: "PutItem", source: "it took too long and was cut off".into() })
+                }
+            },
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Has an acceptance end that has not written its row, should it still be under way; false where the row is there.
+    async fn cut_off(&self, tunnel: &TunnelName, id: &DeliveryId) -> Result<bool, Error> {
+        let row = item(&tunnel_key(tunnel), id.as_str(), unix_now_ms() / 1000 + KEPT_AFTER_S);
+        self.put_if(row, "attribute_not_exists(pk) OR attribute_not_exists(received_ms)", []).await
     }
 
     /// What was accepted under the same key; nothing where this is the first, or where the first was cut off.
     async fn repeats(
         &self,
         tunnel: &TunnelName,
-        key: &str,
+        pk: &str,
         id: &DeliveryId,
         expires_at: u64,
         now_ms: u64,
     ) -> Result<Option<Accepted>, Error> {
-        let pk = format!("u#{tunnel}#{key}");
-        let mut row = item(&pk, "#", expires_at);
+        let mut row = item(pk, "#", expires_at);
         row.insert("id".into(), text(id.as_str()));
         let now_s = (":now".to_owned(), number(now_ms / 1000));
         if self.put_if(row.clone(), "attribute_not_exists(pk) OR expires_at <= :now", [now_s]).await? {
             return Ok(None);
         }
-        let before = self.get(&pk, "#").await?;
+        let before = self.get(pk, "#").await?;
         let before: Option<DeliveryId> =
             before.as_ref().and_then(|row| row.get("id")?.as_s().ok()?.parse().ok());
         let Some(before) = before else { return Ok(Some(Accepted::Unclear)) };
-        let is_kept = match self.find(tunnel, &before).await? {
-            Some(kept) => kept.state.is_final() || self.has_run(&kept.run).await?,
-            None => false,
-        };
-        if is_kept {
+        if before == *id {
+            // An earlier try of this call has written it.
+            return Ok(None);
+        }
+        if let Some(kept) = self.find(tunnel, &before).await? {
+            if !kept.state.is_final() && self.run_of(&kept.run).await? == Run::Lacking {
+                self.start(&kept).await?;
+            }
             return Ok(Some(Accepted::Before(before)));
         }
-        if now_ms < before.received_ms() + ACCEPTED_WITHIN_MS {
+        if now_ms < before.received_ms() + ACCEPTED_WITHIN_MS || !self.cut_off(tunnel, &before).await? {
             return Ok(Some(Accepted::Unclear));
         }
         let same = (":before".to_owned(), text(before.as_str()));
@@ -324,9 +379,12 @@ impl Deliveries {
         Ok(())
     }
 
-    async fn start(&self, kept: &Kept, attempt: u32, turn: bool) -> Result<(), Error> {
-        let deadline_ms = kept.received_ms.max(if kept.run == kept.id.as_str() { 0 } else { unix_now_ms() })
-            + kept.policy.max_age_s * 1000;
+    /// Starts the run of a delivery, if there is none: the name is always the same, and so is what the run is given.
+    async fn start(&self, kept: &Kept) -> Result<(), Error> {
+        let is_first = kept.run == kept.id.as_str();
+        let begins_ms = if is_first { kept.received_ms } else { kept.received_ms.max(unix_now_ms()) };
+        let deadline_ms = begins_ms + kept.policy.max_age_s * 1000;
+        let (attempt, turn) = if is_first { (kept.attempt, kept.order_key.is_none()) } else { (0, true) };
         let input = json!({
             "delivery": kept.id, "tunnel": kept.tunnel, "timeout_s": kept.policy.timeout_s,
             "deadline_ms": deadline_ms.min(kept.expires_at * 1000),
@@ -346,11 +404,14 @@ impl Deliveries {
         format!("{}:{run}", machine.replacen(":stateMachine:", ":execution:", 1))
     }
 
-    /// Whether a run of this name was started.
-    async fn has_run(&self, run: &str) -> Result<bool, Error> {
+    /// How a run of this name is.
+    async fn run_of(&self, run: &str) -> Result<Run, Error> {
         match self.runs.describe_execution().execution_arn(self.arn_of(run)).send().await {
-            Ok(_) => Ok(true),
-            Err(error) if is_code(&error, "ExecutionDoesNotExist") => Ok(false),
+            Ok(run) => Ok(match run.status {
+                ExecutionStatus::Running | ExecutionStatus::PendingRedrive => Run::GoesOn,
+                _ => Run::Over,
+            }),
+            Err(error) if is_code(&error, "ExecutionDoesNotExist") => Ok(Run::Lacking),
             Err(error) => Err(classify("DescribeExecution", error)),
         }
     }
@@ -362,11 +423,11 @@ impl Deliveries {
     /// [`Error`]; it may be repeated.
     pub async fn restart(&self, kept: &Kept) -> Result<bool, Error> {
         if !kept.state.is_final() {
-            // A restart that was cut off is finished.
-            if self.has_run(&kept.run).await? {
+            // One that has no run yet gets it.
+            if self.run_of(&kept.run).await? != Run::Lacking {
                 return Ok(false);
             }
-            return self.start(kept, 0, true).await.map(|()| true);
+            return self.start(kept).await.map(|()| true);
         }
         if kept.body_bytes > 0 && kept.state != State::Dead {
             return Ok(false);
@@ -383,7 +444,7 @@ impl Deliveries {
             return Ok(false);
         }
         self.note_waiting(&kept.tunnel, kept.expires_at).await?;
-        self.start(&Kept { run, ..kept.clone() }, 0, true).await?;
+        self.start(&Kept { run, ..kept.clone() }).await?;
         Ok(true)
     }
 
@@ -510,16 +571,12 @@ impl Deliveries {
     /// [`Error`]; it may be repeated.
     pub async fn release(&self, kept: &Kept, with_body: bool) -> Result<(), Error> {
         if with_body {
-            for piece in 0..kept.pieces {
-                self.delete(&piece_key(&kept.id), &piece_name(piece.into())).await?;
-            }
+            self.drop_body(kept).await?;
         }
         if let Some(order_key) = &kept.order_key {
             let pk = turn_key(&kept.tunnel, order_key);
             self.delete(&pk, kept.id.as_str()).await?;
-            if let Some((_, Some(token))) = self.first_turn(&pk).await? {
-                self.succeed(&token, "{}").await?;
-            }
+            Box::pin(self.pass_turn(&kept.tunnel, &pk)).await?;
         }
         Ok(())
     }
@@ -553,36 +610,62 @@ impl Deliveries {
         row.insert("token".into(), text(token.as_str()));
         self.put(row).await?;
         // Whoever ends before this is read leaves the first place to this one, whoever ends later finds the token.
-        while let Some((first, _)) = self.first_turn(&pk).await? {
+        while let Some((first, _)) = self.turns(&pk, 1).await?.pop() {
             if first >= kept.id {
                 break;
             }
-            let before = self.find(&kept.tunnel, &first).await?;
-            let goes_on = match &before {
-                Some(before) if before.state.is_final() => false,
-                Some(before) => self.has_run(&before.run).await?,
-                None => false,
-            };
-            if goes_on {
-                return Ok(());
+            match self.before(&kept.tunnel, &first).await? {
+                Before::GoesOn => return Ok(()),
+                Before::Unclear => return Err(Error::Named { name: TURN_UNCLEAR }),
+                Before::Ended => self.delete(&pk, first.as_str()).await?,
             }
-            if before.is_none_or(|before| !before.state.is_final())
-                && unix_now_ms() < first.received_ms() + ACCEPTED_WITHIN_MS
-            {
-                return Err(Error::Named { name: TURN_UNCLEAR });
-            }
-            self.delete(&pk, first.as_str()).await?;
         }
         self.succeed(token.as_str(), "{}").await.map(drop)
     }
 
-    /// The oldest of a key, and the token of its run if that waits for its turn.
-    async fn first_turn(&self, pk: &str) -> Result<Option<(DeliveryId, Option<String>)>, Error> {
-        let rows = self.oldest(pk, 1).await?;
-        Ok(rows.first().and_then(|row| {
+    /// Gives the turn to the oldest of a key. One that has not asked for it asks by itself once its run is there; what waits
+    /// behind one of which that is not known asks again.
+    async fn pass_turn(&self, tunnel: &TunnelName, pk: &str) -> Result<(), Error> {
+        loop {
+            let turns = self.turns(pk, SPARE).await?;
+            let Some((first, token)) = turns.first() else { return Ok(()) };
+            if let Some(token) = token
+                && self.succeed(token, "{}").await? == Answered::Taken
+            {
+                return Ok(());
+            }
+            match self.before(tunnel, first).await? {
+                Before::GoesOn => return Ok(()),
+                Before::Unclear => {
+                    for token in turns.iter().filter_map(|(_, token)| token.as_deref()) {
+                        if self.fail(token, TURN_UNCLEAR).await? == Answered::Taken {
+                            break;
+                        }
+                    }
+                    return Ok(());
+                }
+                Before::Ended => self.delete(pk, first.as_str()).await?,
+            }
+        }
+    }
+
+    /// What there is to be expected of one that has its turn before others.
+    async fn before(&self, tunnel: &TunnelName, id: &DeliveryId) -> Result<Before, Error> {
+        match self.find(tunnel, id).await? {
+            Some(kept) => Ok(if self.carry_on(&kept).await? { Before::GoesOn } else { Before::Ended }),
+            None if unix_now_ms() < id.received_ms() + ACCEPTED_WITHIN_MS => Ok(Before::Unclear),
+            None => Ok(if self.cut_off(tunnel, id).await? { Before::Ended } else { Before::Unclear }),
+        }
+    }
+
+    /// The oldest of a key, each with the token of its run if that waits for its turn.
+    async fn turns(&self, pk: &str, most: usize) -> Result<Vec<(DeliveryId, Option<String>)>, Error> {
+        let rows = self.oldest(pk, most).await?;
+        let turn = |row: &Row| {
             let id = row.get("sk")?.as_s().ok()?.parse().ok()?;
             Some((id, row.get("token").and_then(|token| token.as_s().ok()).cloned()))
-        }))
+        };
+        Ok(rows.iter().filter_map(turn).collect())
     }
 
     /// Lets parked runs of a tunnel go on, the oldest first, one for each lane. Gives how many there were.
@@ -739,10 +822,26 @@ impl Deliveries {
         Ok(received.messages().len())
     }
 
-    /// Removes everything of a delivery that nobody was told about.
-    async fn drop_all(&self, kept: &Kept) -> Result<(), Error> {
-        self.delete(&tunnel_key(&kept.tunnel), kept.id.as_str()).await?;
-        self.release(kept, true).await
+    /// Removes what belongs to a row that was not written. Nobody waits for it: who would have was told to ask again.
+    async fn forget(&self, kept: &Kept, repetition: Option<&str>) -> Result<(), Error> {
+        if let Some(pk) = repetition {
+            let own = self.client.delete_item().table_name(&self.table).set_key(Some(key(pk, "#")));
+            let own = own
+                .condition_expression("id = :id")
+                .expression_attribute_values(":id", text(kept.id.as_str()));
+            if_held("DeleteItem", own.send().await)?;
+        }
+        if let Some(key) = &kept.order_key {
+            self.delete(&turn_key(&kept.tunnel, key), kept.id.as_str()).await?;
+        }
+        self.drop_body(kept).await
+    }
+
+    async fn drop_body(&self, kept: &Kept) -> Result<(), Error> {
+        for piece in 0..kept.pieces {
+            self.delete(&piece_key(&kept.id), &piece_name(piece.into())).await?;
+        }
+        Ok(())
     }
 
     async fn oldest(&self, pk: &str, most: usize) -> Result<Vec<Row>, Error> {
@@ -839,6 +938,10 @@ fn piece_key(id: &DeliveryId) -> String {
 /// The name of the piece with this index.
 fn piece_name(index: u64) -> String {
     format!("{:04}", index + 1)
+}
+
+fn repetition_key(tunnel: &TunnelName, key: &str) -> String {
+    format!("u#{tunnel}#{key}")
 }
 
 fn turn_key(tunnel: &TunnelName, key: &str) -> String {

@@ -201,7 +201,12 @@ impl Asked<'_> {
         let mut empty = 0;
         while let Some(tunnel) = tunnels.get(at) {
             let wanted = Wanted { tunnel, owner: self.owner(), state, since_ms, after: after.as_ref() };
-            let Page { deliveries, last } = self.deliveries.page(&wanted, unix_now()).await?;
+            let mut page = self.deliveries.page(&wanted, unix_now()).await?;
+            // Nothing is shown as waiting that nothing will ever happen to.
+            if self.deliveries.mend(tunnel, &page.deliveries).await? > 0 {
+                page = self.deliveries.page(&wanted, unix_now()).await?;
+            }
+            let Page { deliveries, last } = page;
             empty = if deliveries.is_empty() { empty + 1 } else { 0 };
             for kept in deliveries {
                 let summary = kept.summary();

@@ -173,8 +173,8 @@ pub async fn handle(event: Event, sweep: &Sweep) -> Result<Report, Error> {
     }
 }
 
-/// Lets deliveries go on whose agent is there, which `connect` did not see or whose turn was lost; starts what operators
-/// have moved back; says how much waits. What does not work is for the next sweep.
+/// Lets deliveries go on whose agent is there, which `connect` did not see or whose turn was lost, and those that have no
+/// run; starts what operators have moved back; says how much waits. What does not work is for the next sweep.
 async fn see_to(deliveries: &Deliveries, registry: &Registry) -> usize {
     let now = unix_now();
     for _ in 0..MOST_REDELIVERIES {
@@ -197,6 +197,7 @@ async fn see_to(deliveries: &Deliveries, registry: &Registry) -> usize {
     let (mut parked, mut oldest_ms) = (0, None::<u64>);
     for tunnel in &tunnels {
         let looked = async {
+            deliveries.mend_recent(tunnel).await?;
             if registry.takes_deliveries(tunnel, now).await? {
                 deliveries.wake(tunnel, &[Lane::FIRST]).await?;
             }
