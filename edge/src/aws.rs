@@ -13,11 +13,18 @@ use aws_config::{
 };
 use aws_credential_types::provider::SharedCredentialsProvider;
 use aws_sdk_dynamodb::{operation::update_item::builders::UpdateItemFluentBuilder, types::AttributeValue};
+use aws_sdk_sfn::operation::start_sync_execution::{
+    StartSyncExecution, StartSyncExecutionError, StartSyncExecutionInput, StartSyncExecutionOutput,
+};
+use aws_sdk_sqs::operation::send_message::{
+    SendMessage, SendMessageError, SendMessageInput, SendMessageOutput,
+};
 use aws_smithy_http_client::tls;
 use aws_smithy_runtime_api::{
     box_error::BoxError,
     client::{
         connection::{CaptureSmithyConnection, ConnectionMetadata},
+        endpoint::{EndpointPrefix, EndpointResolverParams},
         interceptors::{
             Intercept, OverriddenHooks, SharedInterceptor,
             context::{BeforeTransmitInterceptorContextMut, FinalizerInterceptorContextRef},
@@ -31,6 +38,7 @@ use aws_smithy_types::{config_bag::ConfigBag, error::metadata::ProvideErrorMetad
 
 use crate::{
     Error,
+    call::{self, Call, Settings},
     config::{ConfigError, Env},
     metrics::{self, Counted},
     signature::{ShortName, Signature},
@@ -39,6 +47,13 @@ use crate::{
 /// The variables that tell a task of ECS where its credentials are.
 const CONTAINER_CREDENTIALS: [&str; 2] =
     ["AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI"];
+
+/// How long an attempt of a call of SQS may take, a long poll aside.
+const SQS_ATTEMPT: Duration = Duration::from_secs(2);
+
+pub(crate) type SendMessageCall = Call<SendMessageInput, SendMessageOutput, SendMessageError>;
+pub(crate) type StartSyncExecutionCall =
+    Call<StartSyncExecutionInput, StartSyncExecutionOutput, StartSyncExecutionError>;
 
 /// What every client of one function shares.
 #[derive(Debug, Clone)]
@@ -108,7 +123,7 @@ impl Aws {
     /// For everything else. A message that is sent is numbered, so a second copy does no harm; and all
     /// four attempts fit the life of the function that sends, ten seconds.
     pub(crate) fn sqs(&self) -> aws_sdk_sqs::Client {
-        self.sqs_with(Duration::from_secs(2))
+        self.sqs_with(SQS_ATTEMPT)
     }
 
     fn sqs_with(&self, attempt: Duration) -> aws_sdk_sqs::Client {
@@ -119,17 +134,54 @@ impl Aws {
         aws_sdk_sqs::Client::from_conf(config.build())
     }
 
-    pub(crate) fn sfn(&self) -> aws_sdk_sfn::Client {
-        let mut config = self
-            .states()
+    /// Sends one message; as to retries and time-outs see [`Aws::sqs`].
+    pub(crate) fn send_message(&self) -> SendMessageCall {
+        use aws_sdk_sqs::config::endpoint::{DefaultResolver, Params, ResolveEndpoint as _};
+        let params = Params::builder().region(&self.region);
+        let params = params.set_endpoint(self.shared.endpoint_url().map(str::to_owned)).build();
+        let settings = Settings {
+            shared: &self.shared,
+            signed_as: "sqs",
+            signature: Signature::new("sqs", self.region.clone()),
+            endpoint: call::fixed(
+                DefaultResolver::new().into_shared_resolver(),
+                params.map(EndpointResolverParams::new),
+            ),
+            prefix: None,
+            retries: self.shared.retry_config().cloned().unwrap_or_else(RetryConfig::standard),
+            timeouts: timeouts(SQS_ATTEMPT),
+            interceptors: Vec::new(),
+        };
+        Call::new("SQS", "SendMessage", &SendMessage::new(), settings)
+    }
+
+    /// Runs an Express state machine and waits for its end.
+    pub(crate) fn start_sync_execution(&self) -> StartSyncExecutionCall {
+        self.start_sync_execution_idle(CONNECTION_IDLE)
+    }
+
+    fn start_sync_execution_idle(&self, idle: Duration) -> StartSyncExecutionCall {
+        use aws_sdk_sfn::config::endpoint::{DefaultResolver, Params, ResolveEndpoint as _};
+        let params = Params::builder().region(&self.region);
+        let params = params.set_endpoint(self.shared.endpoint_url().map(str::to_owned)).build();
+        let settings = Settings {
+            shared: &self.shared,
+            signed_as: "states",
+            signature: Signature::new("states", self.region.clone()),
+            endpoint: call::fixed(
+                DefaultResolver::new().into_shared_resolver(),
+                params.map(EndpointResolverParams::new),
+            ),
+            // This call has a host of its own at AWS; on a custom endpoint there is none.
+            prefix: (!self.custom_endpoint)
+                .then(|| EndpointPrefix::new("sync-").expect("it is one label of a host's name")),
             // A run dispatches a request to an upstream: whether a failed call started one is not known,
             // so it is never started again.
-            .retry_config(RetryConfig::disabled())
-            .timeout_config(timeouts(proto::limits::RUN_DURATION + Duration::from_secs(5)));
-        if self.custom_endpoint {
-            config.push_interceptor(SharedInterceptor::permanent(WithoutSyncPrefix));
-        }
-        aws_sdk_sfn::Client::from_conf(config.build())
+            retries: RetryConfig::disabled(),
+            timeouts: timeouts(proto::limits::RUN_DURATION + Duration::from_secs(5)),
+            interceptors: vec![SharedInterceptor::permanent(FreshConnection::new(idle))],
+        };
+        Call::new("SFN", "StartSyncExecution", &StartSyncExecution::new(), settings)
     }
 
     /// For STANDARD runs: starting one by its name twice starts it once, and a token is used once, so calls are tried again.
@@ -240,7 +292,7 @@ fn timeouts(attempt: Duration) -> TimeoutConfig {
         .build()
 }
 
-/// Takes back the `sync-` that the SDK puts before the host of `StartSyncExecution`: on a custom endpoint
+/// Takes back the `sync-` that a client of the SDK puts before the host of `StartSyncExecution`: on a custom endpoint
 /// there is no such host.
 #[derive(Debug)]
 pub struct WithoutSyncPrefix;
@@ -331,12 +383,22 @@ pub(crate) fn number(value: u64) -> AttributeValue {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
+    use std::{
+        collections::{BTreeMap, VecDeque},
+        sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering},
+        },
     };
 
-    use aws_sdk_sfn::operation::start_sync_execution::StartSyncExecutionError;
+    use aws_smithy_runtime_api::{
+        client::{
+            http::{HttpConnector, HttpConnectorFuture, SharedHttpConnector, http_client_fn},
+            orchestrator::{HttpRequest, HttpResponse},
+        },
+        http::StatusCode,
+    };
+    use aws_smithy_types::body::SdkBody;
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
         net::TcpListener,
@@ -380,15 +442,14 @@ mod tests {
             "AWS_ENDPOINT_URL" => Some(url.to_owned()),
             _ => None,
         };
-        let aws = Aws::from_env(&Env::new(&lookup)).unwrap();
+        let mut aws = Aws::from_env(&Env::new(&lookup)).unwrap();
         let keys = aws_credential_types::Credentials::new("key", "secret", None, None, "this test");
-        let config = aws_sdk_sfn::config::Builder::from(&aws.shared)
-            .credentials_provider(keys)
-            .retry_config(RetryConfig::disabled())
-            .interceptor(WithoutSyncPrefix)
-            .interceptor(FreshConnection::new(idle));
-        let client = aws_sdk_sfn::Client::from_conf(config.build());
-        let call = || client.start_sync_execution().state_machine_arn("arn").input("x").send();
+        aws.shared =
+            aws.shared.into_builder().credentials_provider(SharedCredentialsProvider::new(keys)).build();
+        let run = aws.start_sync_execution_idle(idle);
+        let call = || {
+            run.send(StartSyncExecutionInput::builder().state_machine_arn("arn").input("x").build().unwrap())
+        };
         drop(call().await);
         drop(call().await);
         call().await.map(drop)
@@ -409,5 +470,135 @@ mod tests {
         let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
         let error = calls(&format!("http://{nobody}"), CONNECTION_IDLE).await.unwrap_err();
         assert!(is_unsent(&error), "{error:?}");
+    }
+
+    /// Answers in turn with what is given, and keeps what was asked.
+    #[derive(Debug, Clone)]
+    struct Script {
+        answers: Arc<Mutex<VecDeque<(u16, &'static str)>>>,
+        asked: Arc<Mutex<Vec<HttpRequest>>>,
+    }
+
+    impl HttpConnector for Script {
+        fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
+            let (status, body) = self.answers.lock().unwrap().pop_front().unwrap();
+            self.asked.lock().unwrap().push(request);
+            let mut answer = HttpResponse::new(StatusCode::try_from(status).unwrap(), SdkBody::from(body));
+            answer.headers_mut().insert("date", "Thu, 01 Jan 2037 00:00:30 GMT");
+            HttpConnectorFuture::ready(Ok(answer))
+        }
+    }
+
+    fn scripted(endpoint: Option<&str>, answers: &[(u16, &'static str)]) -> (Aws, Script) {
+        let lookup = |name: &str| match name {
+            "AWS_REGION" => Some("eu-central-1".to_owned()),
+            "AWS_ENDPOINT_URL" => endpoint.map(str::to_owned),
+            _ => None,
+        };
+        let mut aws = Aws::from_env(&Env::new(&lookup)).unwrap();
+        let answers = Arc::new(Mutex::new(answers.iter().copied().collect()));
+        let script = Script { answers, asked: Arc::default() };
+        let client = script.clone();
+        let client = http_client_fn(move |_, _| SharedHttpConnector::new(client.clone()));
+        let keys =
+            aws_credential_types::Credentials::new("key", "secret", Some("t".into()), None, "this test");
+        let shared = aws.shared.into_builder().http_client(client);
+        aws.shared = shared.credentials_provider(SharedCredentialsProvider::new(keys)).build();
+        (aws, script)
+    }
+
+    const SENT: (u16, &str) = (200, r#"{"MessageId":"m","MD5OfMessageBody":"x"}"#);
+    const RAN: (u16, &str) =
+        (200, r#"{"executionArn":"a","startDate":1,"stopDate":2,"status":"SUCCEEDED","output":"{}"}"#);
+
+    fn message() -> aws_sdk_sqs::operation::send_message::builders::SendMessageInputBuilder {
+        SendMessageInput::builder().queue_url("https://queue").message_body("a \"b\" \u{e9}")
+    }
+
+    fn run() -> aws_sdk_sfn::operation::start_sync_execution::builders::StartSyncExecutionInputBuilder {
+        StartSyncExecutionInput::builder().state_machine_arn("arn").name("n").input("{}")
+    }
+
+    impl Script {
+        /// What the calls had in them, but for what differs from call to call or is only written down at AWS.
+        fn essence(&self) -> Vec<(String, String, BTreeMap<String, String>)> {
+            const OTHER: [&str; 4] =
+                ["amz-sdk-invocation-id", "amz-sdk-request", "authorization", "x-amz-date"];
+            let asked = self.asked.lock().unwrap();
+            let essence = |request: &HttpRequest| {
+                let headers = request.headers().iter().filter(|(name, _)| !OTHER.contains(name));
+                let headers = headers.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+                let body = String::from_utf8(request.body().bytes().unwrap().to_vec()).unwrap();
+                (format!("{} {}", request.method(), request.uri()), body, headers)
+            };
+            asked.iter().map(essence).collect()
+        }
+
+        fn dates(&self) -> Vec<String> {
+            let asked = self.asked.lock().unwrap();
+            asked.iter().map(|request| request.headers().get("x-amz-date").unwrap().to_owned()).collect()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_call_asks_what_a_client_of_the_sdk_asks() {
+        for (endpoint, sqs, states) in [
+            (
+                None,
+                "https://sqs.eu-central-1.amazonaws.com/",
+                "https://sync-states.eu-central-1.amazonaws.com/",
+            ),
+            (Some("http://127.0.0.1:9"), "http://127.0.0.1:9/", "http://127.0.0.1:9/"),
+        ] {
+            let (aws, script) = scripted(endpoint, &[SENT, SENT, RAN, RAN]);
+            let sent = aws.send_message().send(message().build().unwrap()).await.unwrap();
+            assert_eq!(sent.message_id(), Some("m"));
+            message().send_with(&aws.sqs()).await.unwrap();
+            let ran = aws.start_sync_execution().send(run().build().unwrap()).await.unwrap();
+            assert_eq!(ran.output(), Some("{}"));
+            let mut theirs = aws.states();
+            if endpoint.is_some() {
+                theirs.push_interceptor(SharedInterceptor::new(WithoutSyncPrefix));
+            }
+            run().send_with(&aws_sdk_sfn::Client::from_conf(theirs.build())).await.unwrap();
+            let asked = script.essence();
+            assert_eq!((&asked[0], &asked[2]), (&asked[1], &asked[3]));
+            assert_eq!((&*asked[0].0, &*asked[2].0), (&*format!("POST {sqs}"), &*format!("POST {states}")));
+            assert!(asked[0].1.contains(r#""MessageBody":"a \"b\" "#), "{}", asked[0].1);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_message_is_sent_again_and_a_run_is_never_started_again() {
+        let (aws, script) = scripted(None, &[(500, "{}"), (503, "{}"), SENT]);
+        aws.send_message().send(message().build().unwrap()).await.unwrap();
+        assert_eq!(script.dates().len(), 3);
+        let (aws, script) = scripted(None, &[(500, "{}")]);
+        aws.start_sync_execution().send(run().build().unwrap()).await.unwrap_err();
+        assert_eq!(script.dates().len(), 1);
+        // Throttled to the end.
+        let throttled = (400, r#"{"__type":"com.amazonaws.sqs#RequestThrottled","message":"slow"}"#);
+        let (aws, script) = scripted(None, &[throttled; 4]);
+        let error = aws.send_message().send(message().build().unwrap()).await.unwrap_err();
+        assert!(matches!(classify("SendMessage", error), Error::Throttled { .. }));
+        assert_eq!(script.dates().len(), 4);
+    }
+
+    #[tokio::test]
+    async fn errors_of_a_call_are_the_operations_own() {
+        let refused = (400, r#"{"__type":"com.amazonaws.sqs#InvalidMessageContents","message":"no"}"#);
+        let (aws, script) = scripted(None, &[refused]);
+        let error = aws.send_message().send(message().build().unwrap()).await.unwrap_err();
+        assert!(error.as_service_error().unwrap().is_invalid_message_contents(), "{error:?}");
+        assert_eq!(script.dates().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_clock_that_is_wrong_is_put_right_for_the_next_attempt() {
+        let skewed = (403, r#"{"__type":"InvalidSignatureException","message":"expired"}"#);
+        let (aws, script) = scripted(None, &[skewed, SENT]);
+        aws.send_message().send(message().build().unwrap()).await.unwrap();
+        let dates = script.dates();
+        assert!(!dates[0].starts_with("2037") && dates[1].starts_with("20370101T0000"), "{dates:?}");
     }
 }

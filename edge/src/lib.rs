@@ -13,6 +13,7 @@
 pub mod admission;
 pub mod agent_link;
 pub mod aws;
+mod call;
 pub mod caretaker;
 pub mod config;
 pub mod deliveries;

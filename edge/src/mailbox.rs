@@ -6,11 +6,14 @@
 //! leases one when it starts and keeps it while it lives, so that no table is asked while a request is
 //! served; a lease nobody renews ends by itself.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use aws_sdk_sqs::types::{
-    DeleteMessageBatchRequestEntry, MessageAttributeValue, MessageSystemAttributeName, QueueAttributeName,
-    SendMessageBatchRequestEntry,
+use aws_sdk_sqs::{
+    operation::send_message::SendMessageInput,
+    types::{
+        DeleteMessageBatchRequestEntry, MessageAttributeValue, MessageSystemAttributeName,
+        QueueAttributeName, SendMessageBatchRequestEntry,
+    },
 };
 use proto::{
     id::{ConnectionId, MailboxId, RequestId},
@@ -20,7 +23,7 @@ use proto::{
 
 use crate::{
     Error,
-    aws::{Aws, classify, holds, number, text},
+    aws::{Aws, SendMessageCall, classify, holds, number, text},
     config::{ConfigError, Env, env},
     unix_now,
 };
@@ -72,6 +75,7 @@ pub struct Letter {
 pub struct Mailboxes {
     pub(crate) sqs: aws_sdk_sqs::Client,
     receiver: aws_sdk_sqs::Client,
+    send: Arc<SendMessageCall>,
     url_prefix: String,
 }
 
@@ -94,6 +98,7 @@ impl Mailboxes {
         Ok(Self {
             sqs: aws.sqs(),
             receiver: aws.sqs_receiver(),
+            send: Arc::new(aws.send_message()),
             url_prefix: env.required(env::MAILBOX_URL_PREFIX)?,
         })
     }
@@ -119,16 +124,14 @@ impl Mailboxes {
         connection: &ConnectionId,
         message: String,
     ) -> Result<(), Error> {
-        let result = self
-            .sqs
-            .send_message()
+        let input = SendMessageInput::builder()
             .queue_url(self.url(mailbox))
             .message_body(message)
             .message_attributes(notice::REQUEST_ID, attribute(request.as_str()))
             .message_attributes(notice::CONNECTION_ID, attribute(connection.as_str()))
-            .send()
-            .await;
-        match result {
+            .build()
+            .map_err(|error| Error::Refused { call: "SendMessage", source: error.into() })?;
+        match self.send.send(input).await {
             Ok(_) => Ok(()),
             Err(error)
                 if error.as_service_error().is_some_and(|error| error.is_invalid_message_contents()) =>
@@ -195,7 +198,9 @@ impl Mailboxes {
     pub async fn delete(&self, lease: &Lease, receipts: Vec<String>) -> Result<(), Error> {
         if let [receipt] = &receipts[..] {
             let request = self.sqs.delete_message().queue_url(&lease.queue_url).receipt_handle(receipt);
-            request.send().await.map_err(|error| classify("DeleteMessage", error))?;
+            // Boxed, as all that a request seldom waits for: an AWS call is kilobytes of state, and room for them would be
+            // moved with every request.
+            Box::pin(request.send()).await.map_err(|error| classify("DeleteMessage", error))?;
             return Ok(());
         }
         for batch in receipts.chunks(BATCH) {
@@ -208,7 +213,7 @@ impl Mailboxes {
             });
             let request = self.sqs.delete_message_batch().queue_url(&lease.queue_url);
             let request = request.set_entries(Some(entries.collect()));
-            request.send().await.map_err(|error| classify("DeleteMessageBatch", error))?;
+            Box::pin(request.send()).await.map_err(|error| classify("DeleteMessageBatch", error))?;
         }
         Ok(())
     }

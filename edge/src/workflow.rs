@@ -1,6 +1,8 @@
 //! The run of one public request: `StartSyncExecution` of the Express state machine.
 
-use aws_sdk_sfn::types::SyncExecutionStatus;
+use std::sync::Arc;
+
+use aws_sdk_sfn::{operation::start_sync_execution::StartSyncExecutionInput, types::SyncExecutionStatus};
 use proto::{
     error::{ErrorCode, OUTCOME_ACCEPTED, OUTCOME_DISPATCHED, OUTCOME_REPLIED},
     id::{ConnectionId, RequestId, TunnelName},
@@ -10,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error,
-    aws::{Aws, classify, is_unsent},
+    aws::{Aws, StartSyncExecutionCall, classify, is_unsent},
     config::{ConfigError, Env, env},
     deliveries::Terms,
 };
@@ -90,7 +92,7 @@ struct Output {
 /// The state machine.
 #[derive(Debug, Clone)]
 pub struct Workflow {
-    client: aws_sdk_sfn::Client,
+    start: Arc<StartSyncExecutionCall>,
     state_machine_arn: String,
 }
 
@@ -101,7 +103,10 @@ impl Workflow {
     ///
     /// When it is not set.
     pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Self, ConfigError> {
-        Ok(Self { client: aws.sfn(), state_machine_arn: env.required(env::STATE_MACHINE_ARN)? })
+        Ok(Self {
+            start: Arc::new(aws.start_sync_execution()),
+            state_machine_arn: env.required(env::STATE_MACHINE_ARN)?,
+        })
     }
 
     /// Runs it to its end. It is started at most once.
@@ -114,13 +119,15 @@ impl Workflow {
         const CALL: &str = "StartSyncExecution";
         let text = serde_json::to_string(input)
             .map_err(|error| Error::Refused { call: CALL, source: error.into() })?;
-        let start = || {
-            let start = self.client.start_sync_execution().state_machine_arn(&self.state_machine_arn);
-            start.name(input.request_id.as_str()).input(text.as_str()).send()
-        };
-        let result = match start().await {
+        let start = StartSyncExecutionInput::builder()
+            .state_machine_arn(&self.state_machine_arn)
+            .name(input.request_id.as_str())
+            .input(text)
+            .build()
+            .map_err(|error| Error::Refused { call: CALL, source: error.into() })?;
+        let result = match self.start.send(start.clone()).await {
             // Nobody has seen it, so this is not a second run.
-            Err(error) if is_unsent(&error) => start().await,
+            Err(error) if is_unsent(&error) => Box::pin(self.start.send(start)).await,
             result => result,
         };
         let result = result.map_err(|error| classify(CALL, error))?;
