@@ -126,11 +126,12 @@ impl Limiter {
         let until = now + lasts.min(limits::RESPONSE_DURATION).as_secs() + 1;
         // Short, because the row is paid for by its size; that two of a thousand are the same will not happen.
         admission.entry = format!("{until:x}-{}", &request.as_str()[..12]);
-        let taken = self.take_all(table, tunnel, &mut admission, now).await;
+        // Boxed: who limits nothing has no room for it in every request.
+        let taken = Box::pin(self.take_all(table, tunnel, &mut admission, now)).await;
         match taken {
             Ok(()) => Ok(admission),
             Err(denied) => {
-                self.release(admission).await;
+                Box::pin(self.release(admission)).await;
                 Err(denied)
             }
         }
@@ -142,7 +143,8 @@ impl Limiter {
         for row in &admission.rows {
             let request = self.row(table, row).update_expression("DELETE requests :entry");
             let entry = AttributeValue::Ss(vec![admission.entry.clone()]);
-            if let Err(error) = request.expression_attribute_values(":entry", entry).send().await {
+            let request = request.expression_attribute_values(":entry", entry);
+            if let Err(error) = Box::pin(request.send()).await {
                 let error = classify("UpdateItem", error);
                 tracing::warn!(%error, "a request's place was not given back; it is free again when its time is over");
             }

@@ -86,15 +86,14 @@ pub async fn carry<P: PublicSide, M: Mail>(
     }
 
     let lasts = ends_at.saturating_duration_since(Instant::now());
-    // A WebSocket lives as long as this future: what is over before it opens takes no room in it.
-    let admitting = Box::pin(services.limiter.admit(&request.tunnel, request_id, unix_now(), lasts));
-    let admission = match admitting.await {
+    let admission = match services.limiter.admit(&request.tunnel, request_id, unix_now(), lasts).await {
         Ok(admission) => admission,
         Err(denied) => return answering.fail(denial(request_id, &request.tunnel, &denied)).await,
     };
+    // A WebSocket lives as long as this future: what is over before it opens takes no room in it.
     let socket = Box::pin(relay(services, mail, request_id, &request, ends_at, answering)).await;
     // A WebSocket counts as a request until it is open.
-    Box::pin(services.limiter.release(admission)).await;
+    services.limiter.release(admission).await;
     if let Some((socket, public)) = socket {
         let tunnel = request.tunnel.clone();
         drop(request);

@@ -480,7 +480,8 @@ impl Shared {
     }
 
     async fn start_sync_execution(&self, function: &str, access_key: &str, body: &[u8]) -> Answer {
-        let Ok(call) = serde_json::from_slice::<StartSyncExecution<'_>>(body) else {
+        let call = std::str::from_utf8(body).ok().map(serde_json::from_str::<StartSyncExecution<'_>>);
+        let Some(Ok(call)) = call else {
             return Answer::error(StatusCode::BAD_REQUEST, "ValidationException", "the request is not valid");
         };
         let input = call.input.as_deref().unwrap_or("{}");

@@ -56,8 +56,8 @@ pub async fn serve(
     let request = read(&invocation.event, services, &mut public);
     {
         let mail = Own { inbox: &inbox, mailboxes: services.pool.mailboxes() };
-        let exchange = carry(services, &mail, &request_id, request, ends_at, public, &record);
-        // Kept where it is: joined as it is, all of it would be moved when it ends.
+        // Kept where they are: handed on or joined as they are, all of them would be moved.
+        let exchange = pin!(carry(services, &mail, &request_id, request, ends_at, public, &record));
         let exchange = pin!(inbox.tidy_beside(services.pool.mailboxes(), exchange));
         tokio::join!(exchange, respond);
     }
@@ -70,10 +70,13 @@ fn read(
     services: &Services,
     public: &mut LambdaAnswer<'_>,
 ) -> Result<PublicRequest, ErrorCode> {
-    let event: FrontEvent = serde_json::from_slice(event).map_err(|error| {
+    let unknown = |error: &dyn std::fmt::Display| {
         tracing::error!(request_id = %public.request_id, %error, "event is not one of a function URL");
         ErrorCode::EdgeFailed
-    })?;
+    };
+    // As a whole: of bytes each string would be looked at once more.
+    let event = std::str::from_utf8(event).map_err(|error| unknown(&error))?;
+    let event: FrontEvent = serde_json::from_str(event).map_err(|error| unknown(&error))?;
     public.head_only = event.request_context.http.method == "HEAD";
     public.html = event.headers.get("accept").is_some_and(|accept| accept.contains("text/html"));
     let (arrival, body) = event.arrival()?;

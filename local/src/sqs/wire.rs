@@ -389,11 +389,14 @@ impl Sqs {
 }
 
 fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T> {
-    serde_json::from_slice(body).map_err(|error| {
+    let not_json = || SqsError::new(SqsErrorKind::SerializationException, "the body is not JSON");
+    // As a whole: of bytes each string would be looked at once more.
+    let body = std::str::from_utf8(body).map_err(|_| not_json())?;
+    serde_json::from_str(body).map_err(|error| {
         if error.is_data() {
             SqsError::new(SqsErrorKind::MissingParameter, error.to_string())
         } else {
-            SqsError::new(SqsErrorKind::SerializationException, "the body is not JSON")
+            not_json()
         }
     })
 }

@@ -90,7 +90,8 @@ impl ServiceTasks {
             // Without its message: it may quote values of the item.
             return Err(TaskError::new(format!("{prefix}.{name}"), format!("DynamoDB answered {name}")));
         }
-        serde_json::from_slice(&answer.body).map_err(|error| not_valid(&error.to_string()))
+        let answer = std::str::from_utf8(&answer.body).map_err(|error| not_valid(&error.to_string()))?;
+        serde_json::from_str(answer).map_err(|error| not_valid(&error.to_string()))
     }
 
     async fn receive(&self, arguments: &Arguments<'_>) -> Result<Value> {
