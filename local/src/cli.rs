@@ -8,6 +8,7 @@ use proto::limits;
 
 use crate::{
     chaos::ChaosConfig,
+    latency::Choice,
     public::fronts::{Kind as Front, behaviour},
 };
 
@@ -43,9 +44,10 @@ pub struct Options {
     /// Do not start an agent for the tunnel `demo`
     #[arg(long)]
     pub no_agent: bool,
-    /// Let calls take as long as on the named network: none, aws, or a file with a profile of your own
+    /// Let calls take as long as on the named network: none, aws, or a file with a profile of your own; with
+    /// `,cpu=MB` each process of a function gets the part of a core that so much memory buys in Lambda
     #[arg(long, value_name = "PROFILE", default_value = "none")]
-    pub latency: String,
+    pub latency: Choice,
     /// What goes wrong, as key=value,…: seed, clock, duplicate, reorder, drop_link, gone, throttle,
     /// kill_function, lose, delay
     #[arg(long, value_name = "FAULTS", default_value = "")]
@@ -306,7 +308,7 @@ mod tests {
              --state-dir /tmp/x --log-level debug",
         );
         assert_eq!((set.public.port(), set.agents.port()), (0, 9));
-        assert_eq!((set.latency.as_str(), set.log_level), ("aws", LogLevel::Debug));
+        assert_eq!((set.latency.profile.as_str(), set.log_level), ("aws", LogLevel::Debug));
         assert_eq!(set.chaos.clock, 10);
     }
 
@@ -315,6 +317,7 @@ mod tests {
         for (line, expected) in [
             ("local --public 0.0.0.0:8080", "for this machine alone"),
             ("local --agents x", "use a port"),
+            ("local --latency aws,cpu=127", "128 to 10240"),
             ("local --chaos wind=1", "unknown key"),
             ("local --chaos gone=2", "probability"),
             ("local --domain http://x", "use a DNS name"),

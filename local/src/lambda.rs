@@ -8,6 +8,7 @@
 mod pool;
 pub mod process;
 mod runtime_api;
+pub mod share;
 
 use std::{
     collections::BTreeMap,
@@ -82,7 +83,8 @@ pub struct FunctionConfig {
     pub name: &'static str,
     /// How long one invocation may take.
     pub timeout: Duration,
-    /// Its memory, in MB. It is told so; nothing holds it to it.
+    /// Its memory, in MB. It is told so; nothing holds it to it, nor to the part of a core that it buys, but
+    /// [`Launcher::share`].
     pub memory_mb: u32,
     /// How many invocations may run at the same time.
     pub concurrency: usize,

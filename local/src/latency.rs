@@ -7,6 +7,7 @@
 use std::{
     collections::VecDeque,
     path::Path,
+    str::FromStr,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -16,7 +17,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{chaos::mix, clock::epoch_us};
+use crate::{chaos::mix, clock::epoch_us, lambda::share::MEMORY_MB};
 
 /// The profile called `aws`.
 const AWS: &str = include_str!("latency/aws.toml");
@@ -66,6 +67,34 @@ pub enum ProfileError {
     /// A hop's numbers make no sense.
     #[error("the latency profile is not valid: p50 and p95 must be in order, above 0 and up to 10000 ms")]
     Range,
+}
+
+/// What `--latency` asks for: `PROFILE`, or `PROFILE,cpu=MB`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choice {
+    /// The name or the file of a profile, for [`Profile::find`].
+    pub profile: String,
+    /// How many megabytes buy the functions' processes their part of a core; they get all of it without.
+    pub cpu_mb: Option<u32>,
+}
+
+impl FromStr for Choice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (profile, cpu_mb) = match text.rsplit_once(',') {
+            Some((profile, option)) if option.contains('=') => {
+                let mb = option.strip_prefix("cpu=").and_then(|mb| mb.parse().ok());
+                let mb = mb.filter(|mb| MEMORY_MB.contains(mb)).ok_or_else(|| {
+                    let (least, most) = (MEMORY_MB.start(), MEMORY_MB.end());
+                    format!("after the profile there may be cpu=MB with {least} to {most} megabytes, as in aws,cpu=256")
+                })?;
+                (profile, Some(mb))
+            }
+            _ => (text, None),
+        };
+        Ok(Self { profile: profile.to_owned(), cpu_mb })
+    }
 }
 
 /// How long one hop takes, in milliseconds.
@@ -244,6 +273,27 @@ mod tests {
         let lines: Vec<_> = AWS.lines().filter(|line| line.contains('=')).collect();
         assert_eq!(lines.len(), 9);
         assert!(lines.iter().all(|line| line.contains("source = \"")));
+    }
+
+    #[test]
+    fn a_part_of_a_core_is_chosen_beside_the_profile() {
+        let choice = |profile: &str, cpu_mb| Ok(Choice { profile: profile.to_owned(), cpu_mb });
+        for (text, expected) in [
+            ("none", choice("none", None)),
+            ("aws,cpu=128", choice("aws", Some(128))),
+            ("aws,cpu=10240", choice("aws", Some(10_240))),
+            ("none,cpu=256", choice("none", Some(256))),
+            ("of,mine.toml", choice("of,mine.toml", None)),
+            ("of,mine.toml,cpu=1769", choice("of,mine.toml", Some(1769))),
+        ] {
+            assert_eq!(text.parse::<Choice>(), expected, "{text}");
+        }
+        for text in
+            ["aws,cpu=127", "aws,cpu=10241", "aws,cpu=", "aws,cpu=-1", "aws,cpu=256MB", "aws,memory=256"]
+        {
+            let error = text.parse::<Choice>().unwrap_err();
+            assert!(error.contains("128 to 10240") && error.contains("aws,cpu=256"), "{text}: {error}");
+        }
     }
 
     #[test]

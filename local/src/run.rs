@@ -44,7 +44,10 @@ use crate::{
     demo::{self, Demo},
     dynamodb::{Dynamodb, Table},
     identity::{self, Identity},
-    lambda::{self, FunctionConfig, Lambda, LambdaConfig, Launcher, Printed, Register, process},
+    lambda::{
+        self, FunctionConfig, Lambda, LambdaConfig, Launcher, Printed, Register, process,
+        share::{MB_PER_CORE, Share},
+    },
     latency::Profile,
     public::{self, Arrivals, Front, fronts::Imitation},
     relay,
@@ -297,6 +300,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         executions: Executions::new(options.executions, options.reserved_for_response)?,
         mailboxes: options.mailboxes,
         imitation: &imitation,
+        share: options.latency.cpu_mb.map(share_of).transpose()?,
     };
     let lambda = start_lambda(&settings)?;
     aws.serve_functions(&lambda);
@@ -444,7 +448,7 @@ async fn keep_state(aws: &Aws, path: &Path, changes: &[Change]) -> anyhow::Resul
 async fn start_aws(options: &Options, folder: &Folder, changes: &[Change]) -> anyhow::Result<Arc<Aws>> {
     let aws = Aws::start(AwsOptions {
         chaos: options.chaos.clone(),
-        latency: Profile::find(&options.latency)?,
+        latency: Profile::find(&options.latency.profile)?,
         connections_table: CONNECTIONS_TABLE.to_owned(),
         mailboxes_table: MAILBOXES_TABLE.to_owned(),
         deliveries_table: DELIVERIES_TABLE.to_owned(),
@@ -539,6 +543,19 @@ struct Settings<'a> {
     relay_choices: Vec<(&'static str, String)>,
     websockets: Websockets,
     executions: Executions,
+    share: Option<Arc<Share>>,
+}
+
+/// The part of a core that so much memory buys the functions' processes.
+fn share_of(memory_mb: u32) -> anyhow::Result<Arc<Share>> {
+    let share = Share::of(memory_mb).with_context(|| format!("--latency cpu={memory_mb}"))?;
+    let of_a_core = f64::from(memory_mb) / f64::from(MB_PER_CORE);
+    tracing::info!(
+        memory_mb,
+        of_a_core,
+        "each process of a function gets the part of a core that its memory buys"
+    );
+    Ok(Arc::new(share))
 }
 
 /// The account's concurrent executions, where they are counted.
@@ -753,8 +770,10 @@ fn start_lambda(settings: &Settings<'_>) -> anyhow::Result<Lambda> {
     let aws = settings.aws;
     let services = aws.services().clone();
     let (begun, ended) = (aws.clone(), aws.clone());
+    let mut launcher = Launcher::current_program().context("finding this program")?;
+    launcher.share.clone_from(&settings.share);
     let config = LambdaConfig {
-        launcher: Launcher::current_program().context("finding this program")?,
+        launcher,
         aws_endpoint: aws.endpoint(),
         register: Register {
             begun: Arc::new(move |key, function, environment| {

@@ -87,6 +87,7 @@ impl Fixture {
             arguments: ["--exact", "agents::tests::function_process", "--nocapture", "--quiet"]
                 .map(str::to_owned)
                 .to_vec(),
+            share: None,
         };
         let file = folder.path().join("disconnected").to_str().unwrap().to_owned();
         let functions = ["authorizer", "connect", "response", "disconnect"].map(|name| FunctionConfig {

@@ -16,7 +16,6 @@ use std::{
 use bytes::Bytes;
 use rustix::process::Pid;
 use tokio::{
-    process::Child,
     sync::{Notify, OwnedSemaphorePermit, oneshot},
     task::AbortHandle,
     time,
@@ -24,7 +23,7 @@ use tokio::{
 
 use super::{
     FunctionConfig, InvokeError, StreamingResponse,
-    process::{self, Launch, Spawner},
+    process::{self, Launch, Running, Spawner},
 };
 
 /// How long a process may take from its start to its first poll
@@ -638,9 +637,9 @@ impl Pool {
             function: self.config.name,
             environment,
             started: Box::new(move |result| match result {
-                Ok((child, pid)) => {
-                    me.started(&id, pid);
-                    tokio::spawn(supervise(me, id, child, wake));
+                Ok(running) => {
+                    me.started(&id, running.pid);
+                    tokio::spawn(supervise(me, id, running, wake));
                 }
                 Err(error) => me.ended(&id, &format!("not started: {error}")),
             }),
@@ -726,7 +725,8 @@ impl Pool {
 ///
 /// A deadline costs nothing while invocations end in time: the supervisor sleeps until the one it
 /// knows of, looks whether it still holds, and is woken only when it knows of none.
-async fn supervise(pool: Arc<Pool>, id: EnvironmentId, mut child: Child, wake: Arc<Notify>) {
+async fn supervise(pool: Arc<Pool>, id: EnvironmentId, running: Running, wake: Arc<Notify>) {
+    let Running { mut child, pid: _, group } = running;
     let mut deadline = pool.check_deadline(&id);
     let mut exit = pin!(child.wait());
     let how = loop {
@@ -739,6 +739,7 @@ async fn supervise(pool: Arc<Pool>, id: EnvironmentId, mut child: Child, wake: A
             () = sleep_until(until), if until.is_some() => deadline = pool.check_deadline(&id),
         }
     };
+    drop(group);
     pool.ended(&id, &how);
 }
 

@@ -3,7 +3,14 @@
 //! What enters is a `Launch`; what leaves is a running [`Child`] in a process group of its own,
 //! whose output goes to this process's standard error, line by line.
 
-use std::{collections::BTreeMap, io, path::PathBuf, process::Stdio, sync::mpsc, thread};
+use std::{
+    collections::BTreeMap,
+    io,
+    path::PathBuf,
+    process::Stdio,
+    sync::{Arc, mpsc},
+    thread,
+};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::{
@@ -12,7 +19,10 @@ use tokio::{
     runtime::Handle,
 };
 
-use super::Printed;
+use super::{
+    Printed,
+    share::{Group, Share},
+};
 
 /// The most bytes of one line of a function's output; the rest of a longer one is a line of its own.
 const LINE_BYTES: u64 = 16 * 1024;
@@ -24,6 +34,8 @@ pub struct Launcher {
     pub program: PathBuf,
     /// Its arguments; the function's name is added at the end.
     pub arguments: Vec<String>,
+    /// The part of a core that each process gets; all of it without.
+    pub share: Option<Arc<Share>>,
 }
 
 impl Launcher {
@@ -33,12 +45,21 @@ impl Launcher {
     ///
     /// When the path of the running program cannot be found out.
     pub fn current_program() -> io::Result<Self> {
-        Ok(Self { program: std::env::current_exe()?, arguments: vec!["function".to_owned()] })
+        Ok(Self { program: std::env::current_exe()?, arguments: vec!["function".to_owned()], share: None })
     }
 }
 
+/// A process that has been started.
+#[derive(Debug)]
+pub(super) struct Running {
+    pub(super) child: Child,
+    pub(super) pid: Pid,
+    /// What gives it its part of a core; to be dropped when it has ended.
+    pub(super) group: Option<Group>,
+}
+
 /// What becomes of a launch.
-type Launched = io::Result<(Child, Pid)>;
+type Launched = io::Result<Running>;
 
 /// One process to start.
 pub(super) struct Launch {
@@ -105,7 +126,12 @@ fn spawn(
         .and_then(|id| i32::try_from(id).ok())
         .and_then(Pid::from_raw)
         .ok_or_else(|| io::Error::other("the process ended at once"))?;
-    Ok((child, pid))
+    let group = match launcher.share.as_ref().map(|share| share.give(pid)).transpose() {
+        Ok(group) => group,
+        // It is killed with the child that is dropped here: a process with more than its part is none.
+        Err(error) => return Err(io::Error::other(error)),
+    };
+    Ok(Running { child, pid, group })
 }
 
 /// Has what a child writes appear on standard error, each line marked with `name`, but for the lines of

@@ -16,10 +16,19 @@ use super::*;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 enum Order {
     Echo(String),
-    Sleep { ms: u64 },
+    Sleep {
+        ms: u64,
+    },
+    /// Answers how many milliseconds it took.
+    Work {
+        cpu_ms: u64,
+    },
     Fail,
     Exit,
-    Stream { pieces: u32, gap_ms: u64 },
+    Stream {
+        pieces: u32,
+        gap_ms: u64,
+    },
     StreamAndExit,
     Endless,
 }
@@ -42,6 +51,16 @@ async fn obey(event: LambdaEvent<Order>) -> Result<FunctionResponse<String, Chun
         Order::Sleep { ms } => {
             time::sleep(Duration::from_millis(ms)).await;
             FunctionResponse::BufferedResponse("slept".to_owned())
+        }
+        Order::Work { cpu_ms } => {
+            // Nanoseconds of a core, the first of three numbers (proc(5)).
+            let used = || {
+                let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+                Duration::from_nanos(text.split(' ').next().unwrap().parse().unwrap())
+            };
+            let (begun, before) = (Instant::now(), used());
+            while used() - before < Duration::from_millis(cpu_ms) {}
+            FunctionResponse::BufferedResponse(begun.elapsed().as_millis().to_string())
         }
         Order::Fail => return Err("on purpose".into()),
         Order::Exit => std::process::exit(3),
@@ -92,11 +111,21 @@ pub(crate) fn start(concurrency: usize, limit: Duration) -> Lambda {
 }
 
 fn start_with(concurrency: usize, limit: Duration, environment: BTreeMap<String, String>) -> Lambda {
+    start_in(concurrency, limit, environment, None)
+}
+
+fn start_in(
+    concurrency: usize,
+    limit: Duration,
+    environment: BTreeMap<String, String>,
+    share: Option<Arc<share::Share>>,
+) -> Lambda {
     let launcher = Launcher {
         program: std::env::current_exe().unwrap(),
         arguments: ["--exact", "lambda::tests::function_process", "--nocapture", "--quiet"]
             .map(str::to_owned)
             .to_vec(),
+        share,
     };
     let function = FunctionConfig {
         name: "obedient",
@@ -151,6 +180,28 @@ async fn answers_and_freezes_between_invocations() {
     lambda.close().await;
     assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
     assert_eq!(invoke(&lambda, Order::Fail).await, Err(InvokeError::ShuttingDown));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_gets_the_part_of_a_core_that_its_memory_buys() {
+    let share = match share::Share::of(128) {
+        Ok(share) => Arc::new(share),
+        Err(error) => {
+            // Past what the tests' harness keeps to itself.
+            let said = format!("SKIPPED: NO PART OF A CORE CAN BE SET ON THIS MACHINE: {error}\n");
+            return io::Write::write_all(&mut io::stderr(), said.as_bytes()).unwrap();
+        }
+    };
+    let lambda = start_in(1, Duration::from_secs(10), BTreeMap::new(), Some(share));
+    let took = invoke(&lambda, Order::Work { cpu_ms: 40 }).await.unwrap();
+    let took: u64 = String::from_utf8_lossy(&took).trim_matches('"').parse().unwrap();
+    // 128 MB have 1.4 of 20 ms: without the group it would be 40 ms, with it 550 ms, some of which was saved up.
+    assert!(took >= 200, "{took} ms");
+    let pid = lambda.environments()[0].pid;
+    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let own = format!("/local-{}/", std::process::id());
+    assert!(groups.contains(&own), "{groups}");
+    lambda.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -242,7 +293,7 @@ async fn a_function_that_cannot_start_fails_its_invoker() {
         environment: BTreeMap::new(),
     };
     let config = LambdaConfig {
-        launcher: Launcher { program: "/bin/false".into(), arguments: Vec::new() },
+        launcher: Launcher { program: "/bin/false".into(), arguments: Vec::new(), share: None },
         aws_endpoint: String::new(),
         register: Register::default(),
         kill_chance: Arc::new(|| None),
@@ -332,6 +383,7 @@ async fn lost_processes_can_be_injected() {
         launcher: Launcher {
             program: std::env::current_exe().unwrap(),
             arguments: ["--exact", "lambda::tests::function_process", "--quiet"].map(str::to_owned).to_vec(),
+            share: None,
         },
         aws_endpoint: String::new(),
         register: Register::default(),

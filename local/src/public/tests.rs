@@ -202,6 +202,7 @@ impl Fixture {
             arguments: ["--exact", "public::tests::function_process", "--nocapture", "--quiet"]
                 .map(str::to_owned)
                 .to_vec(),
+            share: None,
         };
         let function = FunctionConfig {
             name: FUNCTION,
