@@ -128,14 +128,17 @@ struct Asker {
     replaced: Replaced,
 }
 
-/// Measures one round, `tenths` of ten times as much as each kind's share.
+/// Measures one round, `tenths` of ten times as much as each kind's share. With `cpu` megabytes each process of a function
+/// gets the part of a core that they buy; the replaced designs have no such processes, and are left out then.
 pub(crate) async fn measure(
     program: &Path,
     upstream: &Upstream,
     tenths: usize,
+    cpu: Option<u32>,
     report: &mut Report,
 ) -> anyhow::Result<()> {
-    let local = Local::start(&["--latency", "aws"]);
+    let latency = cpu.map_or_else(|| "aws".to_owned(), |mb| format!("aws,cpu={mb}"));
+    let local = Local::start(&["--latency", &latency]);
     let _agent = local.agent("bench", &format!("127.0.0.1:{}", upstream.port));
     let tunnel = Target { address: local.public, host: "bench.localhost".to_owned() };
     let tables = tables(&local)?;
@@ -154,15 +157,17 @@ pub(crate) async fn measure(
             },
         });
     }
+    let designs = if cpu.is_some() { &DESIGNS[..2] } else { &DESIGNS[..] };
+    let ours = cpu.map_or_else(String::new, |mb| format!(" on {mb} MB"));
     // The first ones start processes and open connections.
-    for design in DESIGNS {
+    for &design in designs {
         ask_all(&mut askers, design, KINDS[0], &[0; CLIENTS * 3]).await?;
     }
     let mut mixed: [Vec<f64>; DESIGNS.len()] = Default::default();
     for kind in KINDS {
         let times = kind.times(tenths);
         let mut direct = Taken::default();
-        for (design, mixed) in DESIGNS.into_iter().zip(&mut mixed) {
+        for (&design, mixed) in designs.iter().zip(&mut mixed) {
             aws.paid.set(0);
             let before = counted(&local).await?;
             let mut taken = ask_all(&mut askers, design, kind, &times).await?;
@@ -176,7 +181,7 @@ pub(crate) async fn measure(
                 direct = taken;
                 continue;
             }
-            let name = |what: &str| format!("aws: {what}, {}", design.name());
+            let name = |what: &str| format!("aws: {what}, {}{ours}", design.name());
             let goals = [None, (design == Design::Ours).then_some(200.0), None];
             report.note_delays(&name(kind.name), &mut direct.whole, &mut taken.whole, goals);
             if kind.flows {
@@ -187,9 +192,9 @@ pub(crate) async fn measure(
             report.note(name, Unit::Count, None, None, calls / times.len() as f64);
         }
     }
-    let [direct, designs @ ..] = &mut mixed;
-    for (design, taken) in DESIGNS[1..].iter().zip(designs) {
-        let name = format!("aws: all of these, {}", design.name());
+    let [direct, replaced @ ..] = &mut mixed;
+    for (design, taken) in designs[1..].iter().zip(replaced) {
+        let name = format!("aws: all of these, {}{ours}", design.name());
         let goals = [None, (*design == Design::Ours).then_some(200.0), None];
         report.note_delays(&name, direct, taken, goals);
     }

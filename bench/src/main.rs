@@ -17,6 +17,7 @@ mod edge;
 mod figures;
 mod hops;
 mod inspect;
+mod keys;
 mod measure;
 mod pace;
 mod parts;
@@ -62,6 +63,9 @@ struct Options {
     /// Draw where the time of one request goes into this SVG file
     #[arg(long, value_name = "FILE")]
     picture: Option<PathBuf>,
+    /// Give each process of a function the part of a core that so much memory buys in Lambda, in the part `aws`
+    #[arg(long, value_name = "MB")]
+    cpu: Option<u32>,
     /// The `agentd` to measure alone, instead of the one of this build
     #[arg(long, value_name = "FILE")]
     agentd: Option<PathBuf>,
@@ -119,10 +123,13 @@ enum Command {
         #[arg(long, default_value_t = 3)]
         rounds: usize,
     },
+    /// Measures what a start would take longer if functions read their keys themselves instead of having them in variables
+    Keys(keys::Options),
     /// Measures durable delivery and says whether its bounds are kept: how soon a webhook is kept, how fast those that wait are
     /// delivered, what each takes, and whether live requests feel it
     Durable(durable::Options),
-    /// Measures `agentd` beside other tunnels, in the same rounds; `bench/peers/run` starts them
+    /// Measures `agentd` beside other tunnels, in the same rounds, and says whether it answers as many requests as is aimed
+    /// at; `bench/peers/run` starts them
     Peers(peers::Options),
     /// The front of `agentd` alone: prints its ports and serves until its input ends
     #[command(hide = true)]
@@ -133,6 +140,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // As `local` and its functions, for `bench keys`.
+    if let Some(code) = keys::stand_in() {
+        return code;
+    }
     let cli = Cli::parse();
     // One thread: whoever measures leaves the cores to what is measured.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -142,8 +153,15 @@ fn main() -> ExitCode {
                 Some(Command::Upstream) => upstream::serve().await.map(|()| true),
                 Some(Command::Front) => peers::front::serve().await.map(|()| true),
                 Some(Command::Compare(options)) => compare::run(&options),
+                Some(Command::Keys(options)) => keys::run(&options).await.map(|()| true),
                 Some(Command::Durable(options)) => durable::run(&options).await,
-                Some(Command::Peers(options)) => peers::run(&options).await.map(|()| true),
+                Some(Command::Peers(options)) => {
+                    let is_met = peers::run(&options).await?;
+                    if !is_met {
+                        eprintln!("bench: `agentd` answers fewer requests than is aimed at");
+                    }
+                    Ok(is_met)
+                }
                 Some(Command::Budget { agentd, local, budget, write, profiles }) => {
                     let programs = callgrind::Programs { agentd: &agentd, local: &local };
                     let is_met = callgrind::check(&programs, &budget, write, profiles.as_deref()).await?;
@@ -192,8 +210,8 @@ async fn run(options: &Options) -> anyhow::Result<bool> {
     let (size, plan) =
         if options.quick { ("quick", Plan::quick()) } else { ("full", Plan::full(options.rounds)) };
     let mut report = Report::new(size, plan.rounds);
-    measure::run(&plan, &options.only, options.agentd.as_deref(), options.picture.as_deref(), &mut report)
-        .await?;
+    let (agentd, picture) = (options.agentd.as_deref(), options.picture.as_deref());
+    measure::run(&plan, &options.only, agentd, picture, options.cpu, &mut report).await?;
     print!("{}", report.table());
     if let Some(path) = &options.json {
         let json = serde_json::to_vec_pretty(&report.json())?;

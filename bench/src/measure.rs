@@ -130,6 +130,7 @@ pub(crate) async fn run(
     only: &[String],
     agentd: Option<&Path>,
     picture: Option<&Path>,
+    cpu: Option<u32>,
     report: &mut Report,
 ) -> anyhow::Result<()> {
     if let Some(unknown) = only.iter().find(|only| PARTS.iter().all(|part| part.0 != **only)) {
@@ -151,7 +152,7 @@ pub(crate) async fn run(
     if wanted("aws") {
         for round in 1..=plan.rounds {
             eprintln!("aws: round {round} of {}", plan.rounds);
-            designs::measure(&program, &upstream, plan.aws, report).await?;
+            designs::measure(&program, &upstream, plan.aws, cpu, report).await?;
         }
     }
     if wanted("scale") {

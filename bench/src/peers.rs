@@ -46,6 +46,10 @@ use crate::{
 const MANY: usize = 64;
 const FEW: usize = 8;
 
+/// How many times the requests of an HTTP-aware tunnel `agentd` is to answer, and what part of the fastest relay's.
+const TIMES_HTTP: f64 = 5.0;
+const PART_OF_RELAY: f64 = 1.0 / 1.5;
+
 /// How long an answer may take before it counts as an error.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -214,8 +218,9 @@ struct Json {
     rows: Vec<Row>,
 }
 
-/// Measures and prints; ends early, with everything it has started, when it is told to stop.
-pub(crate) async fn run(options: &Options) -> anyhow::Result<()> {
+/// Measures and prints; ends early, with everything it has started, when it is told to stop. Whether the goals of requests are
+/// reached.
+pub(crate) async fn run(options: &Options) -> anyhow::Result<bool> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! {
         result = measure(options) => result,
@@ -224,7 +229,7 @@ pub(crate) async fn run(options: &Options) -> anyhow::Result<()> {
     }
 }
 
-async fn measure(options: &Options) -> anyhow::Result<()> {
+async fn measure(options: &Options) -> anyhow::Result<bool> {
     if cfg!(debug_assertions) {
         eprintln!("bench: this is a debug build; its figures mean nothing");
     }
@@ -284,7 +289,8 @@ async fn measure(options: &Options) -> anyhow::Result<()> {
     }
 
     let rows: Vec<_> = ways.iter().map(|way| way.row(&ways[0])).collect();
-    print!("{}", tables(options, &rows));
+    let (verdicts, are_met) = verdicts(&rows);
+    print!("{}", tables(options, &rows, &verdicts));
     for line in left_out {
         println!("{line}");
     }
@@ -296,7 +302,7 @@ async fn measure(options: &Options) -> anyhow::Result<()> {
             .with_context(|| format!("writing {}", path.display()))?;
     }
     ensure!(faults == 0, "{faults} errors on ways of our own");
-    Ok(())
+    Ok(are_met)
 }
 
 /// The names of our own rows.
@@ -532,7 +538,7 @@ async fn ask(way: &Target, connected: &mut Option<Client>, path: &'static str) -
 }
 
 /// Everything, for people.
-fn tables(options: &Options, rows: &[Row]) -> String {
+fn tables(options: &Options, rows: &[Row], verdicts: &[String]) -> String {
     let mut text = format!(
         "{}; medians of {} rounds that took turns, {} ms for each load\n\n",
         usage::machine(),
@@ -598,32 +604,47 @@ fn tables(options: &Options, rows: &[Row]) -> String {
         );
     }
     text.push('\n');
-    for line in verdicts(rows) {
-        text.push_str(&line);
+    for line in verdicts {
+        text.push_str(line);
         text.push('\n');
     }
     text
 }
 
-/// Whether the goals are reached, as far as the rows can tell.
-fn verdicts(rows: &[Row]) -> Vec<String> {
-    let Some(own) = rows.iter().find(|row| row.name == ALONE) else { return Vec::new() };
+/// Whether the goals are reached, as far as the rows can tell: a line for each, and whether those of requests are.
+fn verdicts(rows: &[Row]) -> (Vec<String>, bool) {
+    let Some(own) = rows.iter().find(|row| row.name == ALONE) else { return (Vec::new(), true) };
+    let mut are_met = true;
     let peers =
         |level| rows.iter().filter(move |row| row.level == level && row.name != ALONE && row.name != WHOLE);
     let mut lines = Vec::new();
     for peer in peers(Level::Http) {
         if let (Some(ours), Some(theirs)) = (own.requests_per_second_64, peer.requests_per_second_64) {
-            let word = if ours > theirs { "reached" } else { "missed" };
+            let is_met = ours >= TIMES_HTTP * theirs;
+            are_met &= is_met;
             lines.push(format!(
-                "goal, faster than an HTTP-aware tunnel: {:.1} times the requests of {}: {word}",
+                "goal, {TIMES_HTTP} times the requests of an HTTP-aware tunnel: {:.1} times those of {}: {}",
                 ours / theirs,
-                peer.name
+                peer.name,
+                word(is_met)
             ));
         }
     }
+    let rate = |row: &&Row| row.requests_per_second_64.unwrap_or_default();
+    let fastest = peers(Level::Relay).max_by(|one, other| rate(one).total_cmp(&rate(other)));
+    if let (Some(ours), Some(peer)) = (own.requests_per_second_64, fastest) {
+        let part = ours / rate(&peer);
+        let is_met = part >= PART_OF_RELAY;
+        are_met &= is_met;
+        lines.push(format!(
+            "goal, {PART_OF_RELAY:.2} of the requests of the fastest relay: {part:.2} of those of {}: {}",
+            peer.name,
+            word(is_met)
+        ));
+    }
     for peer in peers(Level::Relay) {
         if let (Some(ours), Some(theirs)) = (own.agent_idle_mb, peer.agent_idle_mb) {
-            let word = if ours <= 2.0 * theirs { "reached" } else { "missed" };
+            let word = word(ours <= 2.0 * theirs);
             let own = own.agent_idle_not_shared_mb.zip(peer.agent_idle_not_shared_mb);
             let own = own.map_or_else(String::new, |(ours, theirs)| {
                 format!(" (not shared: {:.2} times)", ours / theirs)
@@ -635,7 +656,11 @@ fn verdicts(rows: &[Row]) -> Vec<String> {
             ));
         }
     }
-    lines
+    (lines, are_met)
+}
+
+const fn word(is_met: bool) -> &'static str {
+    if is_met { "reached" } else { "missed" }
 }
 
 #[cfg(test)]
@@ -679,17 +704,24 @@ mod tests {
     fn goals_are_about_agents_of_the_same_kind() {
         let rows = [
             row("nginx", Level::Proxy, 9e9, 0.1),
-            row("relay", Level::Relay, 9e9, 4.0),
-            row("small relay", Level::Relay, 9e9, 3.9),
+            row("relay", Level::Relay, 75.0, 4.0),
+            row("small relay", Level::Relay, 9.0, 3.9),
             row("slow", Level::Http, 10.0, 0.1),
-            row(ALONE, Level::Http, 25.0, 8.0),
+            row(ALONE, Level::Http, 50.0, 8.0),
             row(WHOLE, Level::Http, 9e9, 0.1),
         ];
-        let lines = verdicts(&rows);
-        assert_eq!(lines.len(), 3, "{lines:?}");
-        assert!(lines[0].contains("2.5 times the requests of slow: reached"), "{lines:?}");
-        assert!(lines[1].contains("2.00 times that of relay: reached"), "{lines:?}");
-        assert!(lines[2].contains("2.05 times that of small relay: missed"), "{lines:?}");
+        let (lines, are_met) = verdicts(&rows);
+        assert_eq!(lines.len(), 4, "{lines:?}");
+        assert!(lines[0].contains("5.0 times those of slow: reached"), "{lines:?}");
+        assert!(lines[1].contains("0.67 of those of relay: reached"), "{lines:?}");
+        assert!(lines[2].contains("2.00 times that of relay: reached"), "{lines:?}");
+        assert!(lines[3].contains("2.05 times that of small relay: missed"), "{lines:?}");
+        assert!(are_met, "what memory is aimed at is only said");
+        for (level, rate) in [(Level::Http, 10.1), (Level::Relay, 75.1)] {
+            let rows = [row("peer", level, rate, 4.0), row(ALONE, Level::Http, 50.0, 8.0)];
+            let (lines, are_met) = verdicts(&rows);
+            assert!(!are_met && lines[0].ends_with("missed"), "{lines:?}");
+        }
     }
 
     /// An upstream that knows `/peer` only.
