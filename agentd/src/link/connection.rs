@@ -53,6 +53,9 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// twice.
 const REMEMBERED_REQUESTS: usize = 1024;
 
+/// How many pieces that came before their request are kept, of one message each at the most.
+const EARLY_PIECES: usize = 8;
+
 /// The name of one connection within this process.
 pub(crate) use crate::serve::sockets::Serial;
 
@@ -84,6 +87,29 @@ impl Seen {
             self.ids.remove(&oldest);
         }
         true
+    }
+}
+
+/// Pieces of bodies that came before their requests. The edge may post a piece as soon as the request's message was taken, and
+/// nothing promises that the two come in that order.
+#[derive(Debug, Default)]
+struct Early(VecDeque<RequestChunk<'static>>);
+
+impl Early {
+    /// Keeps a piece; the oldest go.
+    fn keep(&mut self, piece: RequestChunk<'_>) {
+        let RequestChunk { request_id, seq, body, end } = piece;
+        if self.0.len() == EARLY_PIECES {
+            self.0.pop_front();
+        }
+        self.0.push_back(RequestChunk { request_id, seq, body: body.into_owned(), end });
+    }
+
+    /// Those of a request, in the order in which they came.
+    fn take(&mut self, request_id: &RequestId) -> VecDeque<RequestChunk<'static>> {
+        let (own, others) = self.0.drain(..).partition(|piece| piece.request_id == *request_id);
+        self.0 = others;
+        own
     }
 }
 
@@ -156,6 +182,7 @@ struct Connection {
     /// What is under way, last words that wait for their turn included.
     exchanges: JoinSet<()>,
     running: HashMap<RequestId, Running>,
+    early: Early,
     by_task: HashMap<tokio::task::Id, RequestId>,
     retirement: Option<Retirement>,
     unanswered: Unanswered,
@@ -194,6 +221,7 @@ pub(crate) async fn run(
         codecs: Codecs::default(),
         exchanges: JoinSet::new(),
         running: HashMap::new(),
+        early: Early::default(),
         by_task: HashMap::new(),
         retirement: None,
         unanswered: Unanswered::default(),
@@ -549,12 +577,23 @@ impl Connection {
         };
         let abort = self.exchanges.spawn(exchange.run());
         self.by_task.insert(abort.id(), request_id.clone());
+        let early = if self.early.0.is_empty() { VecDeque::new() } else { self.early.take(&request_id) };
         self.running.insert(request_id, Running { token, abort, credit, sent, upload });
+        for piece in early {
+            self.upload(piece);
+        }
     }
 
     fn upload(&mut self, chunk: RequestChunk<'_>) {
-        // A piece for a request that has ended is late, not wrong.
-        let Some(Running { upload: Some(upload), .. }) = self.running.get(&chunk.request_id) else { return };
+        let Some(running) = self.running.get(&chunk.request_id) else {
+            let seen = self.shared.seen.lock().unwrap_or_else(PoisonError::into_inner);
+            // A piece for a request that has ended is late, not wrong.
+            if !seen.ids.contains(&chunk.request_id) {
+                self.early.keep(chunk);
+            }
+            return;
+        };
+        let Running { upload: Some(upload), .. } = running else { return };
         match chunk.body.decode() {
             Ok(bytes) => upload.push(chunk.seq, bytes, chunk.end),
             Err(error) => {
@@ -568,6 +607,29 @@ impl Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_piece_that_comes_before_its_request_waits_for_it() {
+        let id = |n: u8| RequestId::from_random([n; 16]);
+        let piece = |n, seq| RequestChunk {
+            request_id: id(n),
+            seq,
+            body: proto::body::Body::encode(b"x"),
+            end: false,
+        };
+        let mut early = Early::default();
+        for (n, seq) in [(1, 2), (2, 1), (1, 1)] {
+            early.keep(piece(n, seq));
+        }
+        assert_eq!(early.take(&id(1)).iter().map(|piece| piece.seq).collect::<Vec<_>>(), [2, 1]);
+        assert!(early.take(&id(1)).is_empty());
+        // As many as there is room for, and one more: the oldest goes.
+        for seq in 1..=u32::try_from(EARLY_PIECES).unwrap() {
+            early.keep(piece(3, seq));
+        }
+        assert!(early.take(&id(2)).is_empty());
+        assert_eq!(early.take(&id(3)).len(), EARLY_PIECES);
+    }
 
     #[test]
     fn a_request_is_remembered_for_a_while() {

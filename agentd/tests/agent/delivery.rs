@@ -55,9 +55,11 @@ async fn the_body_of_a_delivery_comes_unasked_and_what_there_is_no_room_for_is_r
         sent
     };
     let first = announced();
-    line.request(&first).await;
     let pieces: Vec<&[u8]> = body.chunks(limits::CHUNK_BYTES).collect();
-    for (number, piece) in pieces.iter().enumerate() {
+    // Nothing promises that the request comes before its first piece.
+    line.piece(&first, 1, pieces[0], false).await;
+    line.request(&first).await;
+    for (number, piece) in pieces.iter().enumerate().skip(1) {
         line.piece(&first, number as u32 + 1, piece, number + 1 == pieces.len()).await;
     }
     let mut peer = upstream.accept().await;
