@@ -51,6 +51,9 @@ pub(crate) struct Options {
     /// How many wait when their agent comes back
     #[arg(long, default_value_t = 10_000)]
     flood: usize,
+    /// How many of them may be under way at a time. Default: what a tunnel has that says nothing
+    #[arg(long, value_name = "N", default_value_t = proto::delivery::DeliveryPolicy::new(proto::delivery::Mode::Auto).max_concurrent)]
+    at_a_time: u32,
     /// Write the figures here as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -98,7 +101,7 @@ pub(crate) async fn run(options: &Options) -> anyhow::Result<bool> {
             unit: "ms",
         });
     }
-    flooding(options.flood, &mut rows).await?;
+    flooding(options.flood, options.at_a_time, &mut rows).await?;
     println!("| durable delivery | | bound | |\n|---|---:|---:|---|");
     for row in &rows {
         let (bound, verdict) = match row.bound {
@@ -119,10 +122,10 @@ pub(crate) async fn run(options: &Options) -> anyhow::Result<bool> {
     Ok(rows.iter().all(Row::is_kept))
 }
 
-fn tunnels(upstream: &Upstream, mode: &str) -> String {
+fn tunnels(upstream: &Upstream, mode: &str, at_a_time: u32) -> String {
     format!(
         "[[tunnel]]\nname = \"{TUNNEL}\"\nupstream = \"{}\"\ndelivery = \"{mode}\"\nmax_concurrent = 256\n\
-         durable = {{ max_concurrent = 64 }}\n",
+         durable = {{ max_concurrent = {at_a_time} }}\n",
         upstream.address()
     )
 }
@@ -154,7 +157,7 @@ fn webhook(number: usize) -> Request {
 async fn accepting(flags: &[&str], webhooks: usize) -> anyhow::Result<(f64, f64)> {
     let local = Local::start(flags);
     let (upstream, _) = service().await;
-    let _agent = local.agent_with(&tunnels(&upstream, "durable"), &[TUNNEL]);
+    let _agent = local.agent_with(&tunnels(&upstream, "durable", 1), &[TUNNEL]);
     let mut direct = Connection::open(upstream.address().parse()?).await;
     let mut through = Connection::open(local.public).await;
     let (mut own, mut kept) = (Vec::new(), Vec::new());
@@ -192,10 +195,10 @@ async fn live_p95(local: &Local, mut goes_on: impl FnMut(usize) -> bool) -> anyh
 }
 
 /// Lets many wait, then has their agent come back while live requests are made.
-async fn flooding(flood: usize, rows: &mut Vec<Row>) -> anyhow::Result<()> {
+async fn flooding(flood: usize, at_a_time: u32, rows: &mut Vec<Row>) -> anyhow::Result<()> {
     let local = Local::start(&[]);
     let (upstream, count) = service().await;
-    let config = tunnels(&upstream, "auto");
+    let config = tunnels(&upstream, "auto", at_a_time);
     let mut agent = local.agent_with(&config, &[TUNNEL]);
     // Warm, and measured as often as it will be.
     live_p95(&local, |asked| asked < 200).await?;
