@@ -24,10 +24,11 @@ use proto::{
 use serde_json::Value;
 use tests::{
     Agent, Local,
+    calls::{Calls, Fate, Held},
     client::{Answer, Connection, Request},
     eventually, noise,
     operator::unix_now,
-    raw_agent::RawAgent,
+    raw_agent::{Call, RawAgent},
     signature::{hex, mac},
     upstream::{Conn, Recorded, Upstream},
 };
@@ -692,8 +693,12 @@ async fn what_was_cut_off_while_it_was_accepted_holds_nothing_up() {
 
 /// An agent that says what it is told, with a tunnel that keeps everything.
 async fn raw(local: &Local, token: &str, tunnel: &str) -> RawAgent {
-    let mut agent = RawAgent::with(local, token).await;
     let policy = DeliveryPolicy { max_concurrent: 2, ..DeliveryPolicy::new(Mode::Durable) };
+    raw_with(local, token, tunnel, policy).await
+}
+
+async fn raw_with(local: &Local, token: &str, tunnel: &str, policy: DeliveryPolicy) -> RawAgent {
+    let mut agent = RawAgent::with(local, token).await;
     agent
         .say(AgentMessage::Hello(Hello {
             seq: 1,
@@ -873,4 +878,316 @@ async fn eight_hours_asleep_cost_no_call_and_lose_nothing() {
     assert_eq!(upstream.look(<[_]>::len), 20);
     let late = list(&agent, &["--tunnel", "short"]);
     assert!(late.is_empty() || late[0]["state"] == "dead", "{late:?}");
+}
+
+/// The rows of the table, by the first letter of their keys.
+async fn rows(local: &Local, kind: &str) -> Vec<Value> {
+    let rows = local.dynamodb("Scan", serde_json::json!({"TableName": "deliveries"})).await;
+    let of = |row: &Value| row["pk"]["S"].as_str().unwrap().starts_with(kind);
+    rows["Items"].as_array().unwrap().iter().filter(|row| of(row)).cloned().collect()
+}
+
+fn assert_try_again(answer: &Answer, what: &str) {
+    assert_eq!(answer.status, 503, "{what}: {}", answer.text());
+    assert_eq!(answer.field("x-tunnel-error").as_deref(), Some("edge_busy"), "{what}");
+    let after: u64 = answer.field("retry-after").unwrap().parse().unwrap();
+    assert!(after >= 1, "{what}");
+    assert!(answer.field("x-tunnel-delivery-id").is_none(), "{what}");
+}
+
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_kept_is_503_and_leaves_nothing_behind() {
+    let local = Local::start(&[]);
+    let upstream = as_told().await;
+    let tunnels = format!(
+        "[[tunnel]]\nname = \"full\"\nupstream = \"{}\"\ndelivery = \"auto\"\n\
+         durable = {{ order_by = \"path\", dedupe_by = \"header:webhook-id\" }}\n",
+        upstream.address()
+    );
+    introduce(&local, &tunnels, &["full"]);
+    let calls = Calls::of(&local, "ingress").await;
+    let body = noise(5, limits::DELIVERY_PIECE_BYTES + 1);
+    let send = |target: &str, id: &str| {
+        let request = Request::to("full", "POST", target).field("webhook-id", id).body(body.clone());
+        let to = local.public;
+        async move { request.send(to).await }
+    };
+    // Every call that an acceptance makes, in whatever way it fails.
+    const THROTTLED: Fate = Fate::Refused(400, "ProvisionedThroughputExceededException");
+    let mut kept = Vec::new();
+    for (operation, part, fate) in [
+        // Once noted, it is not written again: the first.
+        ("PutItem", r##""#waiting""##, THROTTLED),
+        ("PutItem", r#""u#full#"#, THROTTLED),
+        ("PutItem", r#""0001""#, Fate::Refused(400, "ThrottlingException")),
+        ("PutItem", r#""0002""#, Fate::Refused(400, "RequestLimitExceeded")),
+        ("PutItem", r#""0002""#, Fate::Unanswered),
+        ("PutItem", r#""o#full#"#, Fate::Refused(500, "InternalServerError")),
+        ("PutItem", r#""t#full""#, THROTTLED),
+        ("PutItem", r#""t#full""#, Fate::Broken),
+        ("StartExecution", "delivery", Fate::Refused(400, "ThrottlingException")),
+        ("StartExecution", "delivery", Fate::Refused(400, "ExecutionLimitExceeded")),
+    ] {
+        let what = format!("{operation} {part} {fate:?}");
+        // What is accepted parks meanwhile.
+        let written = async || {
+            let all = rows(&local, "").await;
+            let of = |row: &&Value| {
+                let is_of = |kind: &str| row["pk"]["S"].as_str().unwrap().starts_with(kind);
+                is_of("b#") || is_of("o#") || is_of("u#") || row.get("head").is_some()
+            };
+            all.iter().filter(of).count()
+        };
+        let before = written().await;
+        let is_one = move |call: &str, body: &str| call == operation && body.contains(part);
+        calls.decide(move |call, body| if is_one(call, body) { fate.clone() } else { Fate::Done });
+        let (target, id) = (format!("/{}", kept.len()), format!("msg_{}", kept.len()));
+        assert_try_again(&send(&target, &id).await, &what);
+        assert!(calls.count(is_one) > 0, "{what}");
+        // Only a whole one stays, whose run did not start: that is done by the next who meets it.
+        let stays = if operation == "StartExecution" { 5 } else { 0 };
+        assert_eq!(written().await - before, stays, "{what}");
+        // The sender's next try works, and is one delivery with what was kept.
+        calls.decide(|_, _| Fate::Done);
+        kept.push((target.clone(), accepted(&send(&target, &id).await)));
+        assert_eq!(written().await - before, 5, "{what}");
+    }
+
+    // The same once more, while the first is being kept.
+    for (operation, part) in [("PutItem", r#""t#full""#), ("StartExecution", "delivery")] {
+        let held = Arc::new(Held::default());
+        let mut hold = Some(Arc::clone(&held));
+        calls.decide(move |call, body| {
+            let is_one = call == operation && body.contains(part);
+            hold.take_if(|_| is_one).map_or(Fate::Done, Fate::Held)
+        });
+        let target = format!("/race/{operation}");
+        let first = tokio::spawn(send(&target, operation));
+        held.come.acquire().await.unwrap().forget();
+        let second = send(&target, operation).await;
+        held.go_on.add_permits(1);
+        let first = first.await.unwrap();
+        let id = if operation == "PutItem" {
+            // Nobody knows yet whether it will be kept. Where that takes too long, the second takes its place.
+            let (is, is_not) = if first.status == 202 { (first, second) } else { (second, first) };
+            assert_try_again(&is_not, "of two only one is kept");
+            accepted(&is)
+        } else {
+            assert_eq!(accepted(&first), accepted(&second));
+            accepted(&first)
+        };
+        assert_eq!(accepted(&send(&target, operation).await), id);
+        kept.push((target, id));
+    }
+
+    let agent = local.agent_with(&tunnels, &["full"]);
+    drained(&agent);
+    let came = upstream.recorded();
+    assert_eq!(came.len(), kept.len(), "each once");
+    for (target, id) in kept {
+        let came = to(&upstream, &target);
+        assert_eq!((came.len(), attempt(&came[0])), (1, 1), "{target}");
+        assert_eq!(came[0].all("x-tunnel-delivery-id"), [id], "{target}");
+        assert!(came[0].body == body, "{target}");
+    }
+    for kind in ["b#", "o#", "p#"] {
+        assert_eq!(rows(&local, kind).await.len(), 0, "{kind}");
+    }
+}
+
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_dies_or_comes_back_gets_what_it_should_and_when() {
+    let local = Local::start(&[]);
+    let upstream = as_told().await;
+    let token = fs::read_to_string(&local.token).unwrap().trim().to_owned();
+
+    // Nobody knows whether it ran: kept as the second attempt, or told, as the policy says.
+    for (tunnel, retry_unknown) in [("again", true), ("never", false)] {
+        let policy = DeliveryPolicy { retry_unknown, ..DeliveryPolicy::new(Mode::Auto) };
+        let mut agent = raw_with(&local, &token, tunnel, policy).await;
+        let mut sender = Connection::open(local.public).await;
+        sender.begin(&Request::to(tunnel, "POST", "/lost").body(b"lost".to_vec())).await;
+        assert_eq!(agent.request().await.target, "/lost");
+        drop(agent);
+        let answer = sender.answer("POST").await;
+        if !retry_unknown {
+            assert_eq!(answer.status, 502, "{}", answer.text());
+            assert_eq!(answer.field("x-tunnel-error").as_deref(), Some("agent_lost"));
+            assert_eq!(rows(&local, "t#never").await.len(), 0);
+            continue;
+        }
+        let id = accepted(&answer);
+        let config = format!(
+            "[[tunnel]]\nname = \"again\"\nupstream = \"{}\"\ndelivery = \"auto\"\n",
+            upstream.address()
+        );
+        let mut agent = local.agent_with(&config, &["again"]);
+        drained(&agent);
+        let came = to(&upstream, "/lost");
+        assert_eq!((came.len(), attempt(&came[0]), &came[0].body[..]), (1, 2, &b"lost"[..]));
+        assert_eq!(came[0].all("x-tunnel-delivery-id"), [id]);
+        leave(&mut agent);
+    }
+
+    // What waits comes one at a time at first, and one more with each that ends, up to the most.
+    const MOST: u32 = 3;
+    let policy = || DeliveryPolicy { max_concurrent: MOST, ..DeliveryPolicy::new(Mode::Durable) };
+    drop(raw_with(&local, &token, "ramp", policy()).await);
+    eventually("it has gone", async || {
+        let query = serde_json::json!({
+            "TableName": "connections", "KeyConditionExpression": "tunnel = :t",
+            "ExpressionAttributeValues": {":t": {"S": "ramp"}},
+        });
+        local.dynamodb("Query", query).await["Count"] == 1
+    })
+    .await;
+    let mut waiting = 12;
+    for number in 0..waiting {
+        accepted(&post(&local, "ramp", &format!("/{number:02}"), b"x").await);
+    }
+    eventually("all have parked", async || rows(&local, "p#ramp").await.len() == waiting).await;
+    let mut agent = raw_with(&local, &token, "ramp", policy()).await;
+    let mut order: Vec<String> = Vec::new();
+    for at_once in [1, 2, 3, 3, 3] {
+        let mut under_way = Vec::new();
+        for _ in 0..at_once {
+            let call: Call = agent.request().await;
+            order.push(call.target.clone());
+            under_way.push(call);
+        }
+        waiting -= at_once;
+        // All others wait still.
+        eventually("no more than that", async || rows(&local, "p#ramp").await.len() == waiting).await;
+        for call in under_way {
+            agent.say(reply(&call.token)).await;
+        }
+    }
+    assert_eq!(waiting, 0);
+    assert_eq!(order.iter().collect::<BTreeSet<_>>().len(), 12, "each once");
+    // Of what goes on together any may be the first.
+    let oldest_first = order.iter().enumerate().all(|(at, target)| {
+        let number: usize = target[1..].parse().unwrap();
+        number.abs_diff(at) < MOST as usize
+    });
+    assert!(oldest_first, "{order:?}");
+
+    // A live request's sign of life says nothing to a run, and a delivery's does.
+    let mut live = Connection::open(local.public).await;
+    live.begin(&Request::to("ramp", "GET", "/live")).await;
+    let live_call = agent.request().await;
+    accepted(&post(&local, "ramp", "/kept", b"x").await);
+    let call = agent.request().await;
+    let calls = Calls::of(&local, "response").await;
+    let beats = async || calls.count(|call, _| call == "SendTaskHeartbeat");
+    agent.say(call.progress(0, false)).await;
+    eventually("the run has heard it", async || beats().await == 1).await;
+    agent.say(live_call.progress(0, false)).await;
+    agent.say(live_call.reply("live", true)).await;
+    live.answer("GET").await;
+    agent.say(call.progress(0, false)).await;
+    eventually("the run has heard it", async || beats().await == 2).await;
+    agent.say(reply(&call.token)).await;
+}
+
+const DEAD_LETTERS: &str = "tunnel-local-dead-letters";
+const REDELIVERIES: &str = "tunnel-local-redeliveries";
+
+/// How many messages a queue has.
+async fn messages(local: &Local, queue: &str) -> usize {
+    let url = local.sqs("GetQueueUrl", serde_json::json!({"QueueName": queue})).await["QueueUrl"].clone();
+    let names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"];
+    let asked = serde_json::json!({"QueueUrl": url, "AttributeNames": names});
+    let told = local.sqs("GetQueueAttributes", asked).await;
+    names.iter().map(|name| told["Attributes"][name].as_str().unwrap().parse::<usize>().unwrap()).sum()
+}
+
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_dead_is_delivered_again_in_each_of_four_ways_and_says_so() {
+    let local = Local::start(&[]);
+    let upstream = as_told().await;
+    let tunnels = format!(
+        "[[tunnel]]\nname = \"hooks\"\nupstream = \"{}\"\ndelivery = \"durable\"\n\
+         durable = {{ attempts = 1, order_by = \"path\" }}\n",
+        upstream.address()
+    );
+    let agent = local.agent_with(&tunnels, &["hooks"]);
+    let bury = async |name: &str| {
+        let target = format!("/once/500/{name}");
+        let id = accepted(&post(&local, "hooks", &target, name.as_bytes()).await);
+        assert_eq!(ended(&agent, &id).await["state"], "dead");
+        (target, id)
+    };
+    let again = async |(target, id): (String, String), runs: usize| {
+        eventually("it has come again", async || count(&upstream, &target) == 2).await;
+        let end = ended(&agent, &id).await;
+        assert_eq!((&end["state"], &end["attempt"]), (&"delivered".into(), &2.into()), "{end}");
+        let came = to(&upstream, &target);
+        assert_eq!(came.iter().map(attempt).collect::<Vec<_>>(), [1, 2], "{target}");
+        assert!(came.iter().all(|one| one.all("x-tunnel-delivery-id") == [id.clone()]));
+        assert_eq!(came[0].body, came[1].body);
+        let machine = local.variables("ingress").await["TUNNEL_DELIVERY_MACHINE_ARN"].clone();
+        // A run ends a moment after its delivery.
+        eventually("its runs have ended", async || {
+            let asked = serde_json::json!({"stateMachineArn": machine});
+            let listed = local.states("ListExecutions", asked).await;
+            let all = listed["executions"].as_array().unwrap();
+            let own = all.iter().filter(|run| run["name"].as_str().unwrap().starts_with(&id));
+            let own: Vec<_> = own.map(|run| run["status"].clone()).collect();
+            assert_eq!(own.len(), runs, "{target}: {all:?}");
+            own.iter().all(|status| status != "RUNNING")
+        })
+        .await;
+    };
+    let sweep = async || local.invoke("sweep", &serde_json::json!({})).await;
+
+    // The command.
+    let one = bury("retry").await;
+    asked(&agent, &["retry", &one.1]);
+    again(one, 2).await;
+    let dead = [bury("dead-1").await, bury("dead-2").await];
+    asked(&agent, &["retry", "--dead"]);
+    for one in dead {
+        again(one, 2).await;
+    }
+    // Its run: the same one goes on.
+    let one = bury("redrive").await;
+    let machine = local.variables("ingress").await["TUNNEL_DELIVERY_MACHINE_ARN"].clone();
+    let arn = machine.as_str().unwrap().replace(":stateMachine:", ":execution:");
+    local.states("RedriveExecution", serde_json::json!({"executionArn": format!("{arn}:{}", one.1)})).await;
+    again(one, 1).await;
+    // What was delivered in one of these ways leaves the dead letters, and what is dead stays.
+    let one = bury("queue").await;
+    assert_eq!(messages(&local, DEAD_LETTERS).await, 5);
+    assert_eq!(sweep().await.status, 200);
+    assert_eq!(messages(&local, DEAD_LETTERS).await, 1);
+    assert_eq!(count(&upstream, &one.0), 1);
+    // The queue: moved back, it is delivered with the next sweep.
+    let attributes = serde_json::json!({"QueueName": DEAD_LETTERS});
+    let url = local.sqs("GetQueueUrl", attributes).await["QueueUrl"].clone();
+    let attributes = serde_json::json!({"QueueUrl": url, "AttributeNames": ["QueueArn"]});
+    let source = local.sqs("GetQueueAttributes", attributes).await["Attributes"]["QueueArn"].clone();
+    eventually("it may be moved", async || {
+        local.sqs("StartMessageMoveTask", serde_json::json!({"SourceArn": source})).await;
+        messages(&local, REDELIVERIES).await == 1
+    })
+    .await;
+    assert_eq!(messages(&local, DEAD_LETTERS).await, 0);
+    assert_eq!(sweep().await.status, 200);
+    let id = one.1.clone();
+    again(one, 2).await;
+    // The same pointer once more, as after a move that was made twice: it is delivered, and stays that.
+    let url =
+        local.sqs("GetQueueUrl", serde_json::json!({"QueueName": REDELIVERIES})).await["QueueUrl"].clone();
+    let pointer = serde_json::json!({"delivery": id, "tunnel": "hooks", "reason": "x"}).to_string();
+    local.sqs("SendMessage", serde_json::json!({"QueueUrl": url, "MessageBody": pointer})).await;
+    assert_eq!(sweep().await.status, 200);
+    assert_eq!(messages(&local, REDELIVERIES).await, 0);
+    assert_eq!(upstream.look(<[_]>::len), 10);
+    drained(&agent);
+    for kind in ["b#", "o#", "p#"] {
+        assert_eq!(rows(&local, kind).await.len(), 0, "{kind}");
+    }
 }

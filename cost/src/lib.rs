@@ -39,6 +39,12 @@ pub struct Measured {
     pub disconnect: Calls,
     /// One sweep with nothing to do.
     pub sweep: Calls,
+    /// One small webhook that is kept and delivered while its agent is there.
+    pub delivery: Calls,
+    /// What it takes more to wait for an agent, however long.
+    pub parked: Calls,
+    /// What each further attempt takes.
+    pub retry: Calls,
 }
 
 /// One list price.
@@ -78,6 +84,12 @@ pub const ASSUMED: Assumed = Assumed {
 
 const MONTH_DAYS: f64 = 30.0;
 const MONTH_SECONDS: f64 = MONTH_DAYS * 24.0 * 60.0 * 60.0;
+
+/// What a delivery's row and one piece of its body are written as: 2 KB each.
+const DELIVERY_WRITE_UNITS: f64 = 2.0;
+
+/// How many bytes a waiting delivery takes in the table.
+const DELIVERY_BYTES: f64 = 4_000.0;
 
 /// How public requests come in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,6 +192,12 @@ impl Model {
                 // Asking for a connection is not metered as a message.
                 "apigateway:invoke GET" | "execute-api GET" => {}
                 "states:StartSyncExecution" => usage.add("express_request", count),
+                measure::TRANSITION => usage.add("standard_transition", count),
+                // The runs are paid for by their transitions.
+                call if call.starts_with("states:") => {}
+                call if call.starts_with("lambda:") => {
+                    self.invocation(&mut usage, "deliver", count, ASSUMED.function_ms)
+                }
                 other => panic!("calls.toml has {other}, which has no price here"),
             }
         }
@@ -211,6 +229,50 @@ impl Model {
             }
             Front::HttpApi => usage.add("httpapi_request", 1.0),
         }
+        usage
+    }
+
+    /// What the calls of a delivery are metered as: rows of 2 KB, and an answer of the agent for each attempt.
+    fn of_delivery(&self, calls: &Calls, attempts: f64) -> Usage {
+        let metered = self.calls(calls, 1.0, 1.0);
+        let mut usage = Usage::default();
+        for (price, quantity) in metered.0 {
+            let units = if price == "dynamodb_write" { DELIVERY_WRITE_UNITS } else { 1.0 };
+            usage.add(price, quantity * units);
+        }
+        usage.add("websocket_message", attempts);
+        self.invocation(&mut usage, "response", attempts, ASSUMED.function_ms);
+        usage
+    }
+
+    /// One small webhook that is kept and delivered at the first try.
+    fn delivery(&self) -> Usage {
+        let mut usage = self.of_delivery(&self.measured.delivery, 1.0);
+        self.invocation(&mut usage, "ingress", 1.0, ASSUMED.way_ms);
+        usage.add("express_gb_second", (ASSUMED.way_ms / 100.0).ceil() * 0.1 * 64.0 / 1024.0);
+        usage.add("logs_gb", 3.0 * ASSUMED.log_bytes / 1e9);
+        usage
+    }
+
+    /// The same, after it has waited for an agent for some hours.
+    fn delivery_after(&self, hours: f64) -> Usage {
+        let mut usage = self.delivery();
+        usage.add_all(&self.of_delivery(&self.measured.parked, 0.0), 1.0);
+        usage.add_all(&Self::waiting(hours), 1.0);
+        usage
+    }
+
+    /// The same, with further attempts.
+    fn delivery_with(&self, retries: f64) -> Usage {
+        let mut usage = self.delivery();
+        usage.add_all(&self.of_delivery(&self.measured.retry, 1.0), retries);
+        usage
+    }
+
+    /// One delivery that waits.
+    fn waiting(hours: f64) -> Usage {
+        let mut usage = Usage::default();
+        usage.add("dynamodb_gb_month", DELIVERY_BYTES / 1e9 * hours / (MONTH_DAYS * 24.0));
         usage
     }
 
@@ -485,6 +547,22 @@ pub fn page() -> anyhow::Result<String> {
         model.unit_price("lambda_edge_request") * 1e6,
         model.unit_price("dynamodb_write") * 2e6
     )?;
+    writeln!(
+        out,
+        "A million durable deliveries ([durable.md](durable.md)), each a small webhook, front `none`: **${:.2}** delivered at the first\n\
+         try, ${:.2} after eight hours without an agent, ${:.2} with three further attempts each. Each state that a Standard run enters\n\
+         is paid for: {} at the first try, {} more for each wait for an agent, however long, {} for each further attempt. One that waits makes no call: ${:.2} a\n\
+         day for a million of {} bytes in the table, and ${:.6} once for being parked and woken.\n",
+        model.usd(&model.delivery()) * 1e6,
+        model.usd(&model.delivery_after(8.0)) * 1e6,
+        model.usd(&model.delivery_with(3.0)) * 1e6,
+        model.measured.delivery[measure::TRANSITION],
+        model.measured.parked[measure::TRANSITION],
+        model.measured.retry[measure::TRANSITION],
+        model.usd(&Model::waiting(24.0)) * 1e6,
+        DELIVERY_BYTES,
+        model.usd(&model.of_delivery(&model.measured.parked, 0.0))
+    )?;
     for front in Front::ALL {
         let title = format!("A million small requests, front `{}`", front.name());
         breakdown(out, &model, &title, &model.small_request(front), 1e6)?;
@@ -492,6 +570,13 @@ pub fn page() -> anyhow::Result<String> {
     breakdown(out, &model, "A GB downloaded, front `none`", &model.download_gb(Front::None), 1.0)?;
     let tokens = model.token(Model::tokens_gathered());
     breakdown(out, &model, "A million tokens of a language model", &tokens, 1e6)?;
+    breakdown(
+        out,
+        &model,
+        "A million durable deliveries at the first try, front `none`",
+        &model.delivery(),
+        1e6,
+    )?;
     breakdown(out, &model, "An idle agent, for a month", &model.idle_agent(), 1.0)?;
     breakdown(out, &model, "`relay` asleep, for a month", &model.asleep(), 1.0)?;
     breakdown(out, &model, "`relay` awake and unused, for a month", &model.awake(), 1.0)?;
@@ -574,6 +659,7 @@ mod tests {
         }
         used.add_all(&model.idle_agent(), 1.0);
         used.add_all(&model.busy(), 1.0);
+        used.add_all(&model.delivery_after(8.0), 1.0);
         for named in ["lambda_edge_request", "dashboard_month", "metric_month", "alarm_month", "trace"] {
             used.add(named, 1.0);
         }
@@ -591,6 +677,16 @@ mod tests {
         assert!((16.0..17.0).contains(&asleep), "{asleep}");
         assert!((asleep + 5.0..asleep + 15.0).contains(&awake), "{awake}");
         assert!(task("Cpu: '256'").is_err());
+    }
+
+    #[test]
+    fn a_million_deliveries_are_within_their_budget_and_waiting_costs_next_to_nothing() {
+        let model = Model::load().unwrap();
+        let million = |usage: &Usage| model.usd(usage) * 1e6;
+        let at_once = million(&model.delivery());
+        assert!(at_once <= 150.0, "{at_once}");
+        assert!(model.usd(&model.delivery_after(14.0 * 24.0)) - model.usd(&model.delivery()) <= 1e-4);
+        assert!(model.usd(&Model::waiting(24.0)) <= 1e-4);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Counts calls: runs `local` with an agent and an upstream, and leaves how often which call of AWS was made.
 
 use rustix::process::Signal;
+use serde_json::{Value, json};
 use tests::{Local, client::Request, eventually, noise, upstream::Upstream};
 
 use crate::{Calls, Measured};
@@ -53,7 +54,107 @@ pub async fn measure() -> Measured {
     let disconnect = since(&before, &settled(&local).await, 1.0);
     drop(local);
 
-    Measured { small_request, download_gb, connect, disconnect, sweep: sweep().await }
+    let [delivery, parked, retry] = deliveries().await;
+    Measured {
+        small_request,
+        download_gb,
+        connect,
+        disconnect,
+        sweep: sweep().await,
+        delivery,
+        parked,
+        retry,
+    }
+}
+
+/// Among the calls: a state that a STANDARD run has entered.
+pub const TRANSITION: &str = "states:transition";
+
+/// What a small webhook calls that is kept and delivered at once, what it calls more that waits for its agent, and what each
+/// further attempt calls.
+async fn deliveries() -> [Calls; 3] {
+    const COUNT: u32 = 10;
+    let upstream = Upstream::start(|request, mut conn| async move {
+        let is_first = request.all("x-tunnel-delivery-attempt") == ["1"];
+        let fails = is_first && request.target() == "/twice";
+        let status = if fails { "503 Busy" } else { "200 OK" };
+        conn.answer(status, "", b"").await.then_some(conn)
+    })
+    .await;
+    let local = Local::start(&[]);
+    let tunnel = format!(
+        "[[tunnel]]\nname = \"hooks\"\nupstream = \"{}\"\ndelivery = \"durable\"\n\
+         durable = {{ backoff = {{ base = \"1s\", max = \"1s\" }} }}\n",
+        upstream.address()
+    );
+    let send = async |target: &str| {
+        for _ in 0..COUNT {
+            let webhook = Request::to("hooks", "POST", target).body(noise(1, 1000));
+            assert_eq!(webhook.send(local.public).await.status, 202);
+        }
+    };
+    let delivered = async |times: u32| {
+        let count = (times * COUNT) as usize;
+        eventually("all are delivered", async || upstream.look(<[_]>::len) >= count).await;
+        eventually("their runs have ended", async || {
+            runs(&local).await.iter().all(|run| run["status"] != "RUNNING")
+        })
+        .await;
+        counted(&local).await
+    };
+    let mut agent = local.agent_with(&tunnel, &["hooks"]);
+    // The first ones start processes; and an agent says `hello` once more after two seconds, which is no part of a delivery.
+    send("/once").await;
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    let before = delivered(1).await;
+    send("/once").await;
+    let once = delivered(2).await;
+    let delivery = since(&before, &once, f64::from(COUNT));
+    send("/twice").await;
+    let twice = delivered(4).await;
+    let retry = more(&since(&once, &twice, f64::from(COUNT)), &delivery);
+    agent.process().signal(Signal::TERM);
+    agent.process_mut().wait();
+    let before = counted(&local).await;
+    send("/once").await;
+    counted(&local).await;
+    let _agent = local.agent_with(&tunnel, &["hooks"]);
+    let parked = since(&before, &delivered(5).await, f64::from(COUNT));
+    // An agent's coming is counted apart; it is spread over a few here.
+    [delivery.clone(), more(&parked, &delivery), retry]
+}
+
+async fn runs(local: &Local) -> Vec<Value> {
+    let machine = local.variables("ingress").await["TUNNEL_DELIVERY_MACHINE_ARN"].clone();
+    let asked = json!({"stateMachineArn": machine});
+    let listed = local.states("ListExecutions", asked).await;
+    listed["executions"].as_array().cloned().unwrap_or_default()
+}
+
+/// What has been called once nothing goes on any more, and the states that runs have entered.
+async fn counted(local: &Local) -> std::collections::BTreeMap<String, u64> {
+    let mut counts = settled(local).await;
+    let mut entered = 0;
+    for run in runs(local).await {
+        let asked = json!({"executionArn": run["executionArn"], "maxResults": 1000});
+        let history = local.states("GetExecutionHistory", asked).await;
+        let is_entered =
+            |event: &&Value| event["type"].as_str().is_some_and(|kind| kind.ends_with("StateEntered"));
+        entered += history["events"].as_array().into_iter().flatten().filter(is_entered).count() as u64;
+    }
+    counts.insert(TRANSITION.to_owned(), entered);
+    counts.retain(|call, _| !["states:ListExecutions", "states:GetExecutionHistory"].contains(&&**call));
+    counts
+}
+
+/// By how much each count is larger.
+fn more(all: &Calls, less: &Calls) -> Calls {
+    let grown =
+        all.iter().map(|(call, count)| (call.clone(), count - less.get(call).copied().unwrap_or(0.0)));
+    grown
+        .filter(|(_, count)| *count > 0.005)
+        .map(|(call, count)| (call, (count * 100.0).round() / 100.0))
+        .collect()
 }
 
 /// What a sweep calls that has nothing to do.

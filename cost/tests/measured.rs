@@ -22,6 +22,7 @@ async fn local_still_counts_what_the_page_says() {
     assert_close("a small request", &kept.small_request, &counted.small_request, 0.1);
     assert_close("an agent's coming", &kept.connect, &counted.connect, 0.0);
     assert_close("a sweep", &kept.sweep, &counted.sweep, 0.0);
+    assert_close("a delivery", &kept.delivery, &counted.delivery, 0.3);
     let messages = |measured: &Measured| measured.download_gb["sqs:SendMessage"];
     let few = (messages(&kept) - messages(&counted)).abs() <= 0.25 * messages(&kept);
     assert!(few, "{} messages a GB, and {} in calls.toml", messages(&counted), messages(&kept));

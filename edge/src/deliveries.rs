@@ -17,6 +17,7 @@
 //! waits for an acceptance that takes too long writes a row of their own in its place, which has no request, and the
 //! acceptance, should it go on, finds that it was cut off.
 
+mod letters;
 mod mend;
 pub mod pages;
 
@@ -596,6 +597,18 @@ impl Deliveries {
         holds(request).await
     }
 
+    /// Whether no delivery of the same key came before. Where one did, [`Deliveries::await_turn`] finds out whether it goes on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn has_turn(&self, kept: &Kept) -> Result<bool, Error> {
+        let Some(order_key) = &kept.order_key else { return Ok(true) };
+        let rows = self.oldest(&turn_key(&kept.tunnel, order_key), 1).await?;
+        let first = rows.first().and_then(|row| row.get("sk")?.as_s().ok());
+        Ok(first.is_none_or(|first| first.as_str() >= kept.id.as_str()))
+    }
+
     /// Has a run wait for its turn. It is answered at once where it has it.
     ///
     /// # Errors
@@ -796,20 +809,18 @@ impl Deliveries {
     ///
     /// [`Error`]; what was not done is received again.
     pub async fn redeliver(&self) -> Result<usize, Error> {
-        #[derive(Deserialize)]
-        struct Pointer {
-            delivery: DeliveryId,
-            tunnel: TunnelName,
-        }
         let Some(queue) = &self.redeliveries else { return Ok(0) };
         let received = self.queues.receive_message().queue_url(queue).max_number_of_messages(10).send().await;
         let received = received.map_err(|error| classify("ReceiveMessage", error))?;
         for message in received.messages() {
-            match serde_json::from_str::<Pointer>(message.body().unwrap_or_default()) {
+            match serde_json::from_str::<letters::Pointer>(message.body().unwrap_or_default()) {
                 Ok(pointer) => {
                     let restarted = match self.find(&pointer.tunnel, &pointer.delivery).await? {
-                        Some(kept) => self.restart(&kept).await?,
-                        None => false,
+                        // It may have been delivered since, in another way.
+                        Some(kept) if !matches!(kept.state, State::Delivered | State::Cancelled) => {
+                            self.restart(&kept).await?
+                        }
+                        _ => false,
                     };
                     tracing::info!(delivery_id = %pointer.delivery, tunnel_id = %pointer.tunnel, restarted, "delivery was moved back");
                 }

@@ -330,12 +330,12 @@ impl Registry {
         Ok(tunnels)
     }
 
-    /// Whether an agent serves the tunnel now, and its deliveries are not held.
+    /// The connections that deliveries of the tunnel may go to now: none where its owner holds them.
     ///
     /// # Errors
     ///
     /// [`Error`].
-    pub async fn takes_deliveries(&self, tunnel: &TunnelName, now: u64) -> Result<bool, Error> {
+    pub async fn takers(&self, tunnel: &TunnelName, now: u64) -> Result<Vec<ConnectionId>, Error> {
         let output = self
             .client
             .query()
@@ -349,11 +349,12 @@ impl Registry {
             .send()
             .await
             .map_err(|error| classify("Query", error))?;
-        let is_name = |row: &HashMap<String, AttributeValue>| {
-            row.get("connection_id").is_some_and(|id| id.as_s().is_ok_and(|id| id == NAME_ROW))
-        };
         let rows = output.items();
-        Ok(rows.iter().any(|row| !is_name(row)) && !rows.iter().any(|row| row.contains_key("paused")))
+        if rows.iter().any(|row| row.contains_key("paused")) {
+            return Ok(Vec::new());
+        }
+        let ids = rows.iter().filter_map(|row| row.get("connection_id")?.as_s().ok());
+        Ok(ids.filter(|id| *id != NAME_ROW).filter_map(|id| id.parse().ok()).collect())
     }
 
     /// Removes the row of one tunnel and a connection that has gone.

@@ -463,7 +463,6 @@ fn environment(function: &FunctionConfig, config: &LambdaConfig) -> BTreeMap<Str
         ("AWS_LAMBDA_LOG_GROUP_NAME", function.name),
         ("AWS_REGION", REGION),
         ("AWS_DEFAULT_REGION", REGION),
-        ("AWS_ENDPOINT_URL", &config.aws_endpoint),
         ("LANG", "en_US.UTF-8"),
         ("PATH", "/usr/local/bin:/usr/bin:/bin"),
         ("TZ", ":UTC"),
@@ -471,6 +470,8 @@ fn environment(function: &FunctionConfig, config: &LambdaConfig) -> BTreeMap<Str
     for (name, value) in reserved {
         environment.insert(name.to_owned(), value.to_owned());
     }
+    // Lambda leaves this one to the function.
+    environment.entry("AWS_ENDPOINT_URL".to_owned()).or_insert_with(|| config.aws_endpoint.clone());
     environment.insert(process::ENV_PARENT.to_owned(), std::process::id().to_string());
     environment
 }

@@ -56,6 +56,20 @@ pub mod bounds {
 /// How long `Retry-After` of an upstream is obeyed at most, in seconds.
 pub const RETRY_AFTER_MAX_S: u64 = 3_600;
 
+/// What a run is told whose upstream has answered with another status than 2xx, and wants to be left alone for so many
+/// seconds: the name of an error, which [`answered`] reads.
+#[must_use]
+pub fn answer_name(status: u16, retry_after_s: u64) -> String {
+    format!("Upstream.{status}.{retry_after_s}")
+}
+
+/// Status and seconds of an [`answer_name`].
+#[must_use]
+pub fn answered(name: &str) -> Option<(u16, u64)> {
+    let (status, retry_after_s) = name.strip_prefix("Upstream.")?.split_once('.')?;
+    Some((status.parse().ok()?, retry_after_s.parse().ok()?))
+}
+
 /// The methods that are accepted unless configured otherwise.
 pub const METHODS: [&str; 4] = ["POST", "PUT", "PATCH", "DELETE"];
 
@@ -813,6 +827,19 @@ mod tests {
         assert_eq!(changed.clone().clamped(), Some(changed.clone()));
         let text = serde_json::to_string(&changed).unwrap();
         assert_eq!(serde_json::from_str::<DeliveryPolicy>(&text).unwrap(), changed);
+    }
+
+    #[test]
+    fn the_name_of_an_answer_says_what_it_was() {
+        for (status, retry_after_s) in [(100, 0), (302, 1), (503, u64::MAX)] {
+            let name = answer_name(status, retry_after_s);
+            // An error of a run has a name of at most 256 bytes.
+            assert!(name.len() <= 256);
+            assert_eq!(answered(&name), Some((status, retry_after_s)));
+        }
+        for other in ["Upstream.", "Upstream.503", "Upstream.503.", "Upstream.x.0", "Tunnel.agent_lost", ""] {
+            assert_eq!(answered(other), None, "{other}");
+        }
     }
 
     #[test]

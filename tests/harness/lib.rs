@@ -11,6 +11,7 @@
 )]
 
 pub mod acceptance;
+pub mod calls;
 pub mod client;
 pub mod operator;
 pub mod process;

@@ -1,17 +1,19 @@
 //! Lambda `deliver`: does what the run of a durable delivery asks for.
 //!
 //! The run has a pointer and never the request: what is delivered is read here, and goes to the agent and nowhere else.
-//! Enters an event of the state machine, one of three:
+//! Enters an event of the state machine, one of four:
 //!
-//! * `turn`: the run waits until the deliveries of its key that came before have ended;
 //! * `deliver`: the request is posted to an agent, with the run's task token in the token that the agent returns, and the run
-//!   waits for `response` to bring it back;
-//! * `judge`: an attempt has ended. The delivery is settled, tried again after a pause, or given up: then the run is told
+//!   waits for `response` to bring it back; or the run is told what it has to wait for first, [`NO_AGENT`] or
+//!   [`NOT_ITS_TURN`];
+//! * `turn`: the run waits until the deliveries of its key that came before have ended;
+//! * `settle`: the upstream has answered, and that is the end unless its status says otherwise. The delivery is over;
+//! * `judge`: an attempt has ended otherwise. The delivery is tried again after a pause, or given up: then the run is told
 //!   [`DEAD`], so that it ends as failed and may be redriven.
 //!
 //! Everything may be repeated: a run that does not know what became of a call makes it again.
 //!
-//! Permissions it needs: read and write the table of deliveries, delete rows of the connections table, post to
+//! Permissions it needs: read and write the table of deliveries, read and delete rows of the connections table, post to
 //! `@connections`, answer runs and ask whether there is one, send to the queue of dead letters.
 
 use std::process::ExitCode;
@@ -42,6 +44,18 @@ use serde::{Deserialize, Serialize};
 
 /// What a run is told whose delivery was given up.
 pub const DEAD: &str = "DeliveryDead";
+
+/// What a run is told where no agent is there, or its owner holds what comes. No attempt was begun.
+pub const NO_AGENT: &str = "NoAgent";
+
+/// What a run is told that has to wait until others of its key have ended. No attempt was begun.
+pub const NOT_ITS_TURN: &str = "NotItsTurn";
+
+/// What a run is told whose delivery has ended, or gone.
+pub const OVER: &str = "DeliveryOver";
+
+/// What a run is told where AWS failed before an attempt was begun.
+pub const UNREADY: &str = "EdgeUnready";
 
 /// What a run is told where no agent took the request: certainly none has it.
 pub const NO_CONNECTION: &str = "NoConnection";
@@ -91,9 +105,13 @@ pub enum Event {
         tunnel: TunnelName,
         /// What the run waits with.
         token: String,
-        /// The connections of the tunnel's agents.
-        connections: Vec<ConnectionId>,
+        /// When it is too late for that, in milliseconds since 1970.
+        deadline_ms: u64,
+        /// Whether it has its turn.
+        turn: bool,
     },
+    /// To have the delivery end as its upstream says.
+    Settle(Judged),
     /// To know what comes next.
     Judge(Judged),
 }
@@ -122,12 +140,18 @@ pub struct Judged {
     pub redrives: u64,
 }
 
-/// What comes next.
+impl Judged {
+    /// The same with what an upstream has answered, which `response` puts into the name of the error.
+    fn read(self) -> Self {
+        let Some((status, retry_after_s)) = delivery::answered(&self.code) else { return self };
+        Self { status, retry_after_s, code: String::new(), ..self }
+    }
+}
+
+/// What comes next: another attempt, which finds out where the delivery has ended.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 pub struct Verdict {
-    /// `done`, or `again` after the pause.
-    pub next: &'static str,
-    /// How long the pause is, in seconds.
+    /// After how long a pause, in seconds.
     pub pause_s: u64,
     /// How many attempts the run has made.
     pub attempt: u32,
@@ -139,7 +163,6 @@ pub struct Verdict {
 /// What an attempt's end means.
 #[derive(Debug, PartialEq, Eq)]
 enum Means {
-    Delivered,
     /// It is made again after so many seconds.
     Again(u64),
     /// It was none, and is made again after so many seconds.
@@ -196,23 +219,64 @@ pub async fn handle(event: Event, deliver: &Deliver) -> Result<Answer, Error> {
             }
             Ok(Answer::Nothing {})
         }
-        Event::Deliver { delivery, tunnel, token, connections } => {
+        Event::Deliver { delivery, tunnel, token, deadline_ms, turn } => {
             let token = task_token(&token)?;
-            let kept = match deliver.deliveries.begin(&tunnel, &delivery).await {
-                Ok(Some(kept)) => kept,
-                // It has ended, or its time is over: the judge sees that too.
-                Ok(None) => return Err(Error::Named { name: EXPIRED }),
-                Err(error) => return Err(before_dispatch(&error)),
-            };
-            post(deliver, &kept, token, &connections).await?;
+            match begin(deliver, &tunnel, &delivery, deadline_ms, turn).await {
+                Ok((kept, connections)) => post(deliver, &kept, token, &connections).await?,
+                // A run's usual way: no failure of this function, which alarms would count.
+                Err(Error::Named { name: name @ (NO_AGENT | NOT_ITS_TURN | OVER) }) => {
+                    let told = deliver.deliveries.fail(token.as_str(), name).await;
+                    told.map_err(|error| unready(&error))?;
+                }
+                Err(error) => return Err(error),
+            }
             Ok(Answer::Nothing {})
         }
-        Event::Judge(judged) => judge(deliver, &judged).await.map(Answer::Verdict),
+        Event::Settle(judged) => settle(deliver, &judged).await.map(|()| Answer::Nothing {}),
+        Event::Judge(judged) => judge(deliver, &judged.read()).await.map(Answer::Verdict),
+    }
+}
+
+/// Finds out whether an attempt can be made now and begins it; else the name for what the run has to do first.
+async fn begin(
+    deliver: &Deliver,
+    tunnel: &TunnelName,
+    delivery: &DeliveryId,
+    deadline_ms: u64,
+    turn: bool,
+) -> Result<(Kept, Vec<ConnectionId>), Error> {
+    if unix_now_ms() >= deadline_ms {
+        return Err(Error::Named { name: EXPIRED });
+    }
+    let unready = |error: Error| unready(&error);
+    let over = Error::Named { name: OVER };
+    if !turn {
+        let Some(kept) = deliver.deliveries.find(tunnel, delivery).await.map_err(unready)? else {
+            return Err(over);
+        };
+        if !deliver.deliveries.has_turn(&kept).await.map_err(unready)? {
+            return Err(Error::Named { name: NOT_ITS_TURN });
+        }
+    }
+    let connections = deliver.registry.takers(tunnel, unix_now()).await.map_err(unready)?;
+    if connections.is_empty() {
+        return Err(Error::Named { name: NO_AGENT });
+    }
+    match deliver.deliveries.begin(tunnel, delivery).await {
+        Ok(Some(kept)) => Ok((kept, connections)),
+        Ok(None) => Err(over),
+        Err(error) => Err(before_dispatch(&error)),
     }
 }
 
 fn task_token(text: &str) -> Result<TaskToken, Error> {
     TaskToken::new(text).map_err(|error| Error::Refused { call: "an event", source: error.into() })
+}
+
+/// The name for a failure before an attempt was begun.
+fn unready(error: &Error) -> Error {
+    tracing::warn!(%error, "no attempt was begun");
+    Error::Named { name: UNREADY }
 }
 
 /// The name for a failure before anything was posted.
@@ -335,27 +399,53 @@ async fn upload(
     Ok(())
 }
 
+/// The upstream has taken the delivery, or it has ended otherwise meanwhile.
+async fn settle(deliver: &Deliver, judged: &Judged) -> Result<(), Error> {
+    let store = &deliver.deliveries;
+    let Some(kept) = store.find(&judged.tunnel, &judged.delivery).await? else {
+        tracing::warn!(delivery_id = %judged.delivery, "delivery has gone");
+        return wake_next(store, judged, 1).await;
+    };
+    match kept.state {
+        State::Waiting | State::Delivering if judged.code != OVER => {
+            tracing::info!(
+                delivery_id = %kept.id, tunnel_id = %kept.tunnel, attempt = kept.attempt, status = judged.status,
+                "delivered"
+            );
+            let last = last(judged, kept.attempt);
+            store.end(&kept, State::Delivered, &last, judged.redrives).await?;
+        }
+        // It was begun anew meanwhile: that is another run's.
+        State::Waiting | State::Delivering => {}
+        // A call that was made before, and whose answer was lost; or another run's end.
+        State::Delivered | State::Cancelled => store.release(&kept, true).await?,
+        State::Dead => store.release(&kept, false).await?,
+    }
+    wake_next(store, judged, kept.policy.max_concurrent).await
+}
+
 async fn judge(deliver: &Deliver, judged: &Judged) -> Result<Verdict, Error> {
     let store = &deliver.deliveries;
-    let done = Verdict { next: "done", pause_s: 0, attempt: judged.attempt, lane: Lane::NONE };
+    // The next attempt sees that it has ended.
+    let over = Verdict { pause_s: 0, attempt: judged.attempt, lane: Lane::NONE };
     let Some(kept) = store.find(&judged.tunnel, &judged.delivery).await? else {
         tracing::warn!(delivery_id = %judged.delivery, "delivery has gone");
         wake_next(store, judged, 1).await?;
-        return Ok(done);
+        return Ok(over);
     };
     let most = kept.policy.max_concurrent;
     match kept.state {
-        // A call that was made before, and whose answer was lost.
         State::Delivered | State::Cancelled => {
             store.release(&kept, true).await?;
             wake_next(store, judged, most).await?;
-            return Ok(done);
+            return Ok(over);
         }
         State::Dead if judged.redrives > kept.buried.unwrap_or_default() => {
             tracing::info!(delivery_id = %kept.id, tunnel_id = %kept.tunnel, "delivery was redriven");
             store.revive(&kept).await?;
-            return Ok(Verdict { next: "again", pause_s: 0, attempt: 0, lane: Lane::NONE });
+            return Ok(Verdict { pause_s: 0, attempt: 0, lane: Lane::NONE });
         }
+        // A call that was made before, and whose answer was lost.
         State::Dead => {
             store.release(&kept, false).await?;
             wake_next(store, judged, most).await?;
@@ -370,22 +460,17 @@ async fn judge(deliver: &Deliver, judged: &Judged) -> Result<Verdict, Error> {
         code = judged.code, means = ?means, "attempt has ended"
     );
     match means {
-        Means::Delivered => {
-            store.end(&kept, State::Delivered, &last, judged.redrives).await?;
-            wake_next(store, judged, most).await?;
-            Ok(done)
-        }
         Means::Again(pause_s) => {
             store.note(&kept, State::Waiting, &last, true).await?;
             wake_next(store, judged, most).await?;
-            Ok(Verdict { next: "again", pause_s, attempt: judged.attempt, lane: Lane::NONE })
+            Ok(Verdict { pause_s, attempt: judged.attempt, lane: Lane::NONE })
         }
         Means::NotMade(pause_s) => {
             // Only what `begin` has counted; a second call finds the delivery waiting and leaves it.
-            let counted = kept.state != State::Delivering;
+            let counted = kept.state != State::Delivering || judged.code == UNREADY;
             store.note(&kept, State::Waiting, &last, counted).await?;
             let attempt = judged.attempt.saturating_sub(1);
-            Ok(Verdict { next: "again", pause_s, attempt, lane: judged.lane })
+            Ok(Verdict { pause_s, attempt, lane: judged.lane })
         }
         Means::Dead => {
             // The pointer first: a delivery that is dead is always in the queue, if need be twice.
@@ -408,9 +493,6 @@ async fn wake_next(store: &Deliveries, judged: &Judged, most: u32) -> Result<(),
 
 /// Decides about an attempt. Pure. `random` is uniform in `[0, 1)`.
 fn means(policy: &DeliveryPolicy, judged: &Judged, now_ms: u64, random: f64) -> Means {
-    if (200..=299).contains(&judged.status) {
-        return Means::Delivered;
-    }
     if now_ms >= judged.deadline_ms || judged.code == EXPIRED {
         return Means::Dead;
     }
@@ -452,7 +534,7 @@ fn kind(judged: &Judged) -> Kind {
     }
     let Some(code) = judged.code.strip_prefix("Tunnel.") else {
         return match judged.code.as_str() {
-            NO_CONNECTION | EDGE_BUSY | "Lambda.TooManyRequestsException" => Kind::NotMade,
+            NO_CONNECTION | EDGE_BUSY | UNREADY | "Lambda.TooManyRequestsException" => Kind::NotMade,
             // Time-outs of the task, lost heartbeats, a function that ended half way.
             _ => Kind::Unknown,
         };
@@ -494,7 +576,7 @@ fn last(judged: &Judged, attempt: u32) -> Last {
         (0, None) => match code {
             EXPIRED => "it could not be delivered in the time that the policy gives it".to_owned(),
             NO_CONNECTION => "no agent was connected".to_owned(),
-            EDGE_BUSY => "the edge was busy".to_owned(),
+            EDGE_BUSY | UNREADY => "the edge was busy".to_owned(),
             "States.Timeout" | "States.HeartbeatTimeout" => {
                 "the agent did not say what became of it; it may have been delivered".to_owned()
             }
@@ -550,9 +632,6 @@ mod tests {
     #[test]
     fn every_answer_of_an_upstream_has_its_meaning() {
         let of = |status| means(&policy(), &judged(status, ""), 0, 0.5);
-        for status in [200, 204, 299] {
-            assert_eq!(of(status), Means::Delivered, "{status}");
-        }
         for status in [300, 302, 400, 401, 404, 410, 422] {
             assert_eq!(of(status), Means::Dead, "{status}");
         }
@@ -588,9 +667,14 @@ mod tests {
             assert_eq!(of(&strict, code), Means::Again(3), "{code}");
             assert_eq!(of(&once, code), Means::Dead, "{code}");
         }
-        for code in
-            [NO_CONNECTION, EDGE_BUSY, "Tunnel.agent_busy", "Tunnel.too_many_requests", "Tunnel.maintenance"]
-        {
+        for code in [
+            NO_CONNECTION,
+            EDGE_BUSY,
+            UNREADY,
+            "Tunnel.agent_busy",
+            "Tunnel.too_many_requests",
+            "Tunnel.maintenance",
+        ] {
             let mut last = judged(0, code);
             last.attempt = policy().attempts;
             assert!(matches!(means(&strict, &last, 0, 0.999), Means::NotMade(4)), "{code}");
@@ -616,8 +700,6 @@ mod tests {
         let at = judged(500, "");
         assert!(matches!(means(&policy(), &at, at.deadline_ms - 1, 0.5), Means::Again(1)));
         assert_eq!(means(&policy(), &at, at.deadline_ms, 0.5), Means::Dead);
-        // What is delivered is delivered, however late.
-        assert_eq!(means(&policy(), &judged(200, ""), u64::MAX, 0.5), Means::Delivered);
         // No agent's absence outlives the delivery.
         assert_eq!(means(&policy(), &judged(0, NO_CONNECTION), 1_000_000, 0.5), Means::Dead);
     }
@@ -647,9 +729,12 @@ mod tests {
         )
         .unwrap();
         assert!(matches!(event, Event::Judge(judged) if judged.status == 200 && judged.lane == Lane::NONE));
-        let verdict = Verdict { next: "again", pause_s: 3, attempt: 2, lane: Lane::FIRST };
+        let answered = Judged { code: "Upstream.503.120".into(), ..judged(0, "") }.read();
+        assert_eq!((answered.status, answered.retry_after_s, &*answered.code), (503, 120, ""));
+        assert_eq!(judged(0, "Tunnel.agent_lost").read().code, "Tunnel.agent_lost");
+        let verdict = Verdict { pause_s: 3, attempt: 2, lane: Lane::FIRST };
         let text = serde_json::to_string(&Answer::Verdict(verdict)).unwrap();
-        assert_eq!(text, r#"{"next":"again","pause_s":3,"attempt":2,"lane":0,"lanes":1}"#);
+        assert_eq!(text, r#"{"pause_s":3,"attempt":2,"lane":0,"lanes":1}"#);
         assert_eq!(serde_json::to_string(&Answer::Nothing {}).unwrap(), "{}");
     }
 }

@@ -28,6 +28,7 @@ use edge::{
     unix_now,
 };
 use proto::{
+    delivery,
     error::ErrorCode,
     message::{AgentMessage, EdgeMessage, Envelope, Failed},
     token::{Claims, DeliveryClaims, TokenError, TokenKeys, Verified},
@@ -146,8 +147,12 @@ async fn settle(deliveries: &Deliveries, claims: &DeliveryClaims, text: &str) ->
     let token = claims.task_token.as_str();
     let answered = match word(text, unix_now()) {
         Word::Answered { status, retry_after_s } => {
-            let output = format!(r#"{{"status":{status},"retry_after_s":{retry_after_s}}}"#);
-            deliveries.succeed(token, &output).await?
+            if (200..=299).contains(&status) {
+                deliveries.succeed(token, &format!(r#"{{"status":{status},"retry_after_s":0}}"#)).await?
+            } else {
+                // A run tells errors apart by their names, without a state of its own for that.
+                deliveries.fail(token, &delivery::answer_name(status, retry_after_s)).await?
+            }
         }
         Word::Failed(code) => deliveries.fail(token, &format!("Tunnel.{code}")).await?,
         Word::Working => deliveries.beat(token).await?,
@@ -266,7 +271,7 @@ mod tests {
         format!(r#"{{"type":"chunk","token":"{token}","seq":1,"end":true}}"#)
     }
 
-    fn delivery() -> DeliveryClaims {
+    fn a_delivery() -> DeliveryClaims {
         DeliveryClaims {
             delivery: proto::id::DeliveryId::new(1, [1; 10]),
             attempt: 1,
@@ -278,8 +283,8 @@ mod tests {
 
     #[test]
     fn a_delivery_goes_to_its_run_and_never_to_a_mailbox() {
-        let text = chunk(&keys().mint_delivery(&delivery()));
-        let wanted = Decision::Settle(Box::new(delivery()));
+        let text = chunk(&keys().mint_delivery(&a_delivery()));
+        let wanted = Decision::Settle(Box::new(a_delivery()));
         assert_eq!(decide(&may_serve("web"), &text, &keys(), 99), wanted);
         let refused = Decision::Drop(Refused::ForeignTunnel);
         assert_eq!(decide(&may_serve("other"), &text, &keys(), 99), refused);

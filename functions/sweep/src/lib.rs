@@ -10,7 +10,7 @@
 //!
 //! Permissions it needs: read the connections table; read, write and delete rows of the mailboxes table;
 //! list queues, make and delete mailboxes and ask when one was made; read and write the table of deliveries, start their runs,
-//! answer them and ask whether there is one, receive from the queue of redeliveries; where there is a `relay`, write its row of the
+//! answer them and ask whether there is one, receive from the queues of redeliveries and dead letters; where there is a `relay`, write its row of the
 //! connections table and register how many of it run.
 
 mod stack;
@@ -38,8 +38,8 @@ const PARALLEL: usize = 10;
 /// The most mailboxes made, and the most deleted, in one sweep. The rest is for the next one.
 const MOST: usize = 200;
 
-/// How many batches of deliveries that were moved back are started in one sweep.
-const MOST_REDELIVERIES: usize = 10;
+/// How many batches of deliveries that were moved back are started in one sweep, and how many of dead letters are looked at.
+const MOST_BATCHES: usize = 10;
 
 /// Up to how many deliveries of a tunnel are counted.
 pub const MOST_COUNTED: usize = 1000;
@@ -177,7 +177,17 @@ pub async fn handle(event: Event, sweep: &Sweep) -> Result<Report, Error> {
 /// run; starts what operators have moved back; says how much waits. What does not work is for the next sweep.
 async fn see_to(deliveries: &Deliveries, registry: &Registry) -> usize {
     let now = unix_now();
-    for _ in 0..MOST_REDELIVERIES {
+    for _ in 0..MOST_BATCHES {
+        match deliveries.clear_dead_letters().await {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, "dead letters were not looked at");
+                break;
+            }
+        }
+    }
+    for _ in 0..MOST_BATCHES {
         match deliveries.redeliver().await {
             Ok(0) => break,
             Ok(_) => {}
@@ -198,7 +208,7 @@ async fn see_to(deliveries: &Deliveries, registry: &Registry) -> usize {
     for tunnel in &tunnels {
         let looked = async {
             deliveries.mend_recent(tunnel).await?;
-            if registry.takes_deliveries(tunnel, now).await? {
+            if !registry.takers(tunnel, now).await?.is_empty() {
                 deliveries.wake(tunnel, &[Lane::FIRST]).await?;
             }
             deliveries.backlog(tunnel, MOST_COUNTED).await
