@@ -23,11 +23,14 @@ pub mod pages;
 
 use std::{
     collections::HashMap,
+    str::FromStr,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use aws_sdk_dynamodb::{
-    operation::update_item::builders::UpdateItemFluentBuilder, primitives::Blob, types::AttributeValue,
+    operation::{query::builders::QueryFluentBuilder, update_item::builders::UpdateItemFluentBuilder},
+    primitives::Blob,
+    types::AttributeValue,
 };
 use aws_sdk_sfn::types::ExecutionStatus;
 use aws_smithy_runtime_api::client::result::SdkError;
@@ -305,16 +308,11 @@ impl Deliveries {
             return Ok(());
         }
         // An earlier try may have written it, or somebody has cut this off: then it is not to be written any more.
-        match self.cut_off(&kept.tunnel, &kept.id).await {
-            Ok(false) => Ok(()),
-            Ok(true) => match written {
-                Err(error) => Err(error),
-                Ok(_) => {
-                    Err(Error::Failed { call: "PutItem", source: "it took too long and was cut off".into() })
-                }
-            },
-            Err(error) => Err(error),
+        if !self.cut_off(&kept.tunnel, &kept.id).await? {
+            return Ok(());
         }
+        written?;
+        Err(Error::Failed { call: "PutItem", source: "it took too long and was cut off".into() })
     }
 
     /// Has an acceptance end that has not written its row, should it still be under way; false where the row is there.
@@ -499,16 +497,8 @@ impl Deliveries {
         if kept.pieces == 0 {
             return Ok(body);
         }
-        let mut pages = self
-            .client
-            .query()
-            .table_name(&self.table)
-            .key_condition_expression("pk = :pk")
-            .expression_attribute_values(":pk", text(&piece_key(&kept.id)))
-            .consistent_read(true)
-            .into_paginator()
-            .items()
-            .send();
+        let pieces = self.partition(&piece_key(&kept.id)).consistent_read(true);
+        let mut pages = pieces.into_paginator().items().send();
         while let Some(row) = pages.next().await {
             let row = row.map_err(|error| classify("Query", error))?;
             if let Some(bytes) = row.get("bytes").and_then(|bytes| bytes.as_b().ok()) {
@@ -675,7 +665,7 @@ impl Deliveries {
     async fn turns(&self, pk: &str, most: usize) -> Result<Vec<(DeliveryId, Option<String>)>, Error> {
         let rows = self.oldest(pk, most).await?;
         let turn = |row: &Row| {
-            let id = row.get("sk")?.as_s().ok()?.parse().ok()?;
+            let id = name_of(row)?;
             Some((id, row.get("token").and_then(|token| token.as_s().ok()).cloned()))
         };
         Ok(rows.iter().filter_map(turn).collect())
@@ -729,23 +719,11 @@ impl Deliveries {
     ///
     /// [`Error`].
     pub async fn waiting(&self, now: u64) -> Result<Vec<TunnelName>, Error> {
-        let mut pages = self
-            .client
-            .query()
-            .table_name(&self.table)
-            .key_condition_expression("pk = :pk")
+        let waiting = self
+            .partition("#waiting")
             .filter_expression("expires_at > :now")
-            .expression_attribute_values(":pk", text("#waiting"))
-            .expression_attribute_values(":now", number(now))
-            .into_paginator()
-            .items()
-            .send();
-        let mut tunnels = Vec::new();
-        while let Some(row) = pages.next().await {
-            let row = row.map_err(|error| classify("Query", error))?;
-            tunnels.extend(row.get("sk").and_then(|name| name.as_s().ok()?.parse().ok()));
-        }
-        Ok(tunnels)
+            .expression_attribute_values(":now", number(now));
+        names(waiting).await
     }
 
     /// How many runs of a tunnel wait for its agent, counted up to `most`.
@@ -755,7 +733,7 @@ impl Deliveries {
     /// [`Error`].
     pub async fn backlog(&self, tunnel: &TunnelName, most: usize) -> Result<Backlog, Error> {
         let rows = self.oldest(&parked_key(tunnel), most).await?;
-        let oldest = rows.first().and_then(|row| row.get("sk")?.as_s().ok()?.parse::<DeliveryId>().ok());
+        let oldest = rows.first().and_then(name_of::<DeliveryId>);
         Ok(Backlog { parked: rows.len(), oldest_ms: oldest.map(|id| id.received_ms()) })
     }
 
@@ -855,13 +833,15 @@ impl Deliveries {
         Ok(())
     }
 
+    /// A query for the rows of one partition; whoever narrows it says so in a condition of their own.
+    fn partition(&self, pk: &str) -> QueryFluentBuilder {
+        let query = self.client.query().table_name(&self.table);
+        query.key_condition_expression("pk = :pk").expression_attribute_values(":pk", text(pk))
+    }
+
     async fn oldest(&self, pk: &str, most: usize) -> Result<Vec<Row>, Error> {
         let output = self
-            .client
-            .query()
-            .table_name(&self.table)
-            .key_condition_expression("pk = :pk")
-            .expression_attribute_values(":pk", text(pk))
+            .partition(pk)
             .consistent_read(true)
             .limit(i32::try_from(most).unwrap_or(i32::MAX))
             .send()
@@ -949,6 +929,21 @@ fn piece_key(id: &DeliveryId) -> String {
 /// The name of the piece with this index.
 fn piece_name(index: u64) -> String {
     format!("{:04}", index + 1)
+}
+
+/// The name that a row has within its partition.
+fn name_of<T: FromStr>(row: &Row) -> Option<T> {
+    row.get("sk")?.as_s().ok()?.parse().ok()
+}
+
+/// Those of all rows that a query finds.
+async fn names<T: FromStr>(query: QueryFluentBuilder) -> Result<Vec<T>, Error> {
+    let mut rows = query.into_paginator().items().send();
+    let mut names = Vec::new();
+    while let Some(row) = rows.next().await {
+        names.extend(name_of(&row.map_err(|error| classify("Query", error))?));
+    }
+    Ok(names)
 }
 
 fn repetition_key(tunnel: &TunnelName, key: &str) -> String {

@@ -7,7 +7,7 @@ use proto::{
     id::{DeliveryId, TunnelName},
 };
 
-use super::{ACCEPTED_WITHIN_MS, Deliveries, Kept, Run, parked_key, read_row, tunnel_key, turn_key};
+use super::{ACCEPTED_WITHIN_MS, Deliveries, Kept, Run, names, parked_key, read_row, tunnel_key, turn_key};
 use crate::{
     Error,
     aws::{classify, text},
@@ -104,14 +104,11 @@ impl Deliveries {
         let now_ms = unix_now_ms();
         let since = DeliveryId::new(now_ms.saturating_sub(RECENT_MS), [0; 10]);
         let mut pages = self
-            .client
-            .query()
-            .table_name(&self.table)
+            .partition(&tunnel_key(tunnel))
             .key_condition_expression("pk = :pk AND sk >= :since")
             .filter_expression("#state = :waiting AND attribute_not_exists(#last)")
             .expression_attribute_names("#state", "state")
             .expression_attribute_names("#last", "last")
-            .expression_attribute_values(":pk", text(&tunnel_key(tunnel)))
             .expression_attribute_values(":since", text(since.as_str()))
             .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
             .into_paginator()
@@ -132,25 +129,14 @@ impl Deliveries {
         first: &DeliveryId,
         last: &DeliveryId,
     ) -> Result<BTreeSet<DeliveryId>, Error> {
-        let mut rows = self
-            .client
-            .query()
-            .table_name(&self.table)
+        let parked = self
+            .partition(&parked_key(tunnel))
             .key_condition_expression("pk = :pk AND sk BETWEEN :first AND :last")
             .projection_expression("sk")
-            .expression_attribute_values(":pk", text(&parked_key(tunnel)))
             .expression_attribute_values(":first", text(first.as_str()))
             .expression_attribute_values(":last", text(last.as_str()))
-            .consistent_read(true)
-            .into_paginator()
-            .items()
-            .send();
-        let mut parked = BTreeSet::new();
-        while let Some(row) = rows.next().await {
-            let row = row.map_err(|error| classify("Query", error))?;
-            parked.extend(row.get("sk").and_then(|id| id.as_s().ok()?.parse::<DeliveryId>().ok()));
-        }
-        Ok(parked)
+            .consistent_read(true);
+        Ok(names(parked).await?.into_iter().collect())
     }
 }
 

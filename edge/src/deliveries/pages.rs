@@ -6,7 +6,7 @@ use proto::{
     limits,
 };
 
-use super::{Deliveries, Kept, parked_key, piece_key, piece_name, read_row, tunnel_key};
+use super::{Deliveries, Kept, name_of, parked_key, piece_key, piece_name, read_row, tunnel_key};
 use crate::{
     Error,
     aws::{classify, is_code, number, text},
@@ -70,12 +70,9 @@ impl Deliveries {
     pub async fn page(&self, wanted: &Wanted<'_>, now: u64) -> Result<Page, Error> {
         let mut filter = "#owner = :owner AND expires_at > :now".to_owned();
         let mut request = self
-            .client
-            .query()
-            .table_name(&self.table)
+            .partition(&tunnel_key(wanted.tunnel))
             .expression_attribute_names("#owner", "owner")
             .expression_attribute_values(":owner", text(wanted.owner.as_str()))
-            .expression_attribute_values(":pk", text(&tunnel_key(wanted.tunnel)))
             .expression_attribute_values(":now", number(now))
             .scan_index_forward(false)
             .consistent_read(true)
@@ -86,20 +83,20 @@ impl Deliveries {
                 .expression_attribute_names("#state", "state")
                 .expression_attribute_values(":state", text(state.as_str()));
         }
-        let mut condition = "pk = :pk".to_owned();
         if let Some(since_ms) = wanted.since_ms {
             // Names begin with the time.
-            condition.push_str(" AND sk >= :since");
             let since = DeliveryId::new(since_ms, [0; 10]);
-            request = request.expression_attribute_values(":since", text(since.as_str()));
+            request = request
+                .key_condition_expression("pk = :pk AND sk >= :since")
+                .expression_attribute_values(":since", text(since.as_str()));
         }
         if let Some(after) = wanted.after {
             let key = super::key(&tunnel_key(wanted.tunnel), after.as_str());
             request = request.set_exclusive_start_key(Some(key));
         }
-        let request = request.key_condition_expression(condition).filter_expression(filter);
-        let output = request.send().await.map_err(|error| classify("Query", error))?;
-        let last = output.last_evaluated_key().and_then(|key| key.get("sk")?.as_s().ok()?.parse().ok());
+        let output =
+            request.filter_expression(filter).send().await.map_err(|error| classify("Query", error))?;
+        let last = output.last_evaluated_key().and_then(name_of);
         Ok(Page { deliveries: output.items().iter().filter_map(read_row).collect(), last })
     }
 

@@ -418,8 +418,7 @@ async fn settle(deliver: &Deliver, judged: &Judged) -> Result<(), Error> {
         // It was begun anew meanwhile: that is another run's.
         State::Waiting | State::Delivering => {}
         // A call that was made before, and whose answer was lost; or another run's end.
-        State::Delivered | State::Cancelled => store.release(&kept, true).await?,
-        State::Dead => store.release(&kept, false).await?,
+        ended => store.release(&kept, ended != State::Dead).await?,
     }
     wake_next(store, judged, kept.policy.max_concurrent).await
 }

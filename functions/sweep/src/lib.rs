@@ -177,26 +177,8 @@ pub async fn handle(event: Event, sweep: &Sweep) -> Result<Report, Error> {
 /// run; starts what operators have moved back; says how much waits. What does not work is for the next sweep.
 async fn see_to(deliveries: &Deliveries, registry: &Registry) -> usize {
     let now = unix_now();
-    for _ in 0..MOST_BATCHES {
-        match deliveries.clear_dead_letters().await {
-            Ok(0) => break,
-            Ok(_) => {}
-            Err(error) => {
-                tracing::warn!(%error, "dead letters were not looked at");
-                break;
-            }
-        }
-    }
-    for _ in 0..MOST_BATCHES {
-        match deliveries.redeliver().await {
-            Ok(0) => break,
-            Ok(_) => {}
-            Err(error) => {
-                tracing::warn!(%error, "deliveries were not made again");
-                break;
-            }
-        }
-    }
+    in_batches("dead letters were not looked at", async || deliveries.clear_dead_letters().await).await;
+    in_batches("deliveries were not made again", async || deliveries.redeliver().await).await;
     let tunnels = match deliveries.waiting(now).await {
         Ok(tunnels) => tunnels,
         Err(error) => {
@@ -236,6 +218,21 @@ async fn see_to(deliveries: &Deliveries, registry: &Registry) -> usize {
         line.write();
     }
     parked
+}
+
+/// Goes through a queue until a batch is empty. `failed` is said where one could not be gone through; the rest is for the
+/// next sweep.
+async fn in_batches(failed: &str, next: impl AsyncFn() -> Result<usize, Error>) {
+    for _ in 0..MOST_BATCHES {
+        match next().await {
+            Ok(0) => return,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, "{failed}");
+                return;
+            }
+        }
+    }
 }
 
 /// Has `relay` run as long as an agent wants it, and sleep once none has for a while.
