@@ -126,11 +126,8 @@ fn spawn(
         .and_then(|id| i32::try_from(id).ok())
         .and_then(Pid::from_raw)
         .ok_or_else(|| io::Error::other("the process ended at once"))?;
-    let group = match launcher.share.as_ref().map(|share| share.give(pid)).transpose() {
-        Ok(group) => group,
-        // It is killed with the child that is dropped here: a process with more than its part is none.
-        Err(error) => return Err(io::Error::other(error)),
-    };
+    // Where that fails the child is dropped here and killed by it: a process with more than its part is none.
+    let group = launcher.share.as_ref().map(|share| share.give(pid)).transpose().map_err(io::Error::other)?;
     Ok(Running { child, pid, group })
 }
 
