@@ -16,7 +16,7 @@ use std::{
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use proto::{
-    delivery::{self, Ask, DeliveriesAsk, DeliveryPolicy, Mode},
+    delivery::{self, Ask, DeliveriesAsk, DeliveryPolicy, Holds, Mode},
     id::TunnelName,
     limits,
     message::{AgentMessage, EdgeMessage, Failed, Hello, Progress, Reply, VERSION},
@@ -389,6 +389,8 @@ async fn each_setting_does_what_it_says_at_its_bound_and_not_past_it() {
             format!("{quick}, attempts = 2, timeout = \"1s\", retry_unknown = false"),
         ),
         ("anew", &upstream.address(), format!("{quick}, attempts = 2, timeout = \"1s\"")),
+        ("nothing", &upstream.address(), "answer = { status = 204 }".to_owned()),
+        ("whole", &upstream.address(), format!("{quick}, attempts = 3, order_by = \"tunnel\"")),
         ("order", &upstream.address(), format!("{quick}, attempts = 3, order_by = \"header:x-key\"")),
         ("dedupe", &upstream.address(), "dedupe_by = \"header:webhook-id\"".to_owned()),
         ("one", &upstream.address(), "max_concurrent = 1".to_owned()),
@@ -429,6 +431,9 @@ async fn each_setting_does_what_it_says_at_its_bound_and_not_past_it() {
         (answer.status, answer.text(), answer.field("content-type")),
         (200, "ok".to_owned(), Some("text/x-own".to_owned()))
     );
+    assert!(answer.field("x-tunnel-delivery-id").is_some());
+    let answer = post(&local, "nothing", "/", b"").await;
+    assert_eq!((answer.status, answer.body.len(), answer.field("content-type")), (204, 0, None));
     assert!(answer.field("x-tunnel-delivery-id").is_some());
     // The longest body, and one byte more.
     let longest = noise(1, limits::REQUEST_BODY_BYTES);
@@ -501,6 +506,15 @@ async fn each_setting_does_what_it_says_at_its_bound_and_not_past_it() {
     let at = |target: &str| order.iter().rposition(|one| one == target).unwrap();
     assert!(at("/other") < at("/status/503/first") && at("/status/503/first") < at("/second"), "{order:?}");
 
+    // All of a tunnel wait for its first.
+    let stuck = accepted(&post(&local, "whole", "/status/503/whole", b"").await);
+    let behind = accepted(&post(&local, "whole", "/behind", b"").await);
+    assert_eq!(ended(&agent, &behind).await["state"], "delivered");
+    assert_eq!(ended(&agent, &stuck).await["state"], "dead");
+    let order: Vec<String> = upstream.look(|all| all.iter().map(|one| one.target().to_owned()).collect());
+    let at = |target: &str| order.iter().rposition(|one| one == target).unwrap();
+    assert!(at("/status/503/whole") < at("/behind"), "{order:?}");
+
     // A sender's second try is its first.
     let tried = async |target: &str, field: Option<&str>| {
         let request = Request::to("dedupe", "POST", target);
@@ -516,6 +530,21 @@ async fn each_setting_does_what_it_says_at_its_bound_and_not_past_it() {
     assert_eq!(tried("/d", Some("msg_1")).await, first, "also once it is delivered");
     drained(&agent);
     assert_eq!(count(&upstream, "/d"), 4);
+    // At the end of the time for which it is known, which is a day after `max_age`, it is another.
+    let known = rows_of(&local, "u#dedupe").await;
+    let known = known.iter().find(|row| row["id"]["S"] == first).unwrap();
+    let until: u64 = known["expires_at"]["N"].as_str().unwrap().parse().unwrap();
+    let policy = DeliveryPolicy::new(Mode::Durable);
+    let received = u64::from_str_radix(&first[..12], 16).unwrap() / 1000;
+    assert_eq!(until, received + policy.max_age_s + 24 * 60 * 60);
+    for (left, is_same) in [(60, true), (0, false)] {
+        let mut row = known.clone();
+        row["expires_at"]["N"] = (unix_now() + left).to_string().into();
+        write_row(&local, row).await;
+        assert_eq!(tried("/d", Some("msg_1")).await == first, is_same, "{left} s left");
+    }
+    drained(&agent);
+    assert_eq!(count(&upstream, "/d"), 5);
 }
 
 // A command that is asked holds this thread; the service goes on in another.
@@ -674,15 +703,24 @@ async fn what_was_cut_off_while_it_was_accepted_holds_nothing_up() {
     other.as_object_mut().unwrap().remove("order_key");
     let alone = id(first_ms - 20_000);
     cut_before_its_run(&local, &other, &alone, "/alone").await;
+    // As old as it may become in half a minute, and already that old.
+    let max_age_ms = DeliveryPolicy::new(Mode::Auto).max_age_s * 1000;
+    let oldest = unix_now() * 1000 - max_age_ms;
+    let (young, too_old) = (id(oldest + 30_000), id(oldest));
+    cut_before_its_run(&local, &other, &young, "/young-enough").await;
+    cut_before_its_run(&local, &other, &too_old, "/too-old").await;
 
     let agent = local.agent_with(&tunnels, &["hooks", "alone"]);
     drained(&agent);
     let came = upstream.recorded();
-    let of_key: Vec<_> = came.iter().map(Recorded::target).filter(|&target| target != "/alone").collect();
+    let ordered = |target: &str| !["/alone", "/young-enough"].contains(&target);
+    let of_key: Vec<_> = came.iter().map(Recorded::target).filter(|&target| ordered(target)).collect();
     let expected = ["/first", "/again", "/left", "/new", "/last", "/old"];
     let expected: Vec<_> = expected.into_iter().filter(|&one| one != "/new" || busy.status == 202).collect();
     assert_eq!(of_key, expected);
-    assert_eq!(count(&upstream, "/alone"), 1);
+    assert_eq!((count(&upstream, "/alone"), count(&upstream, "/young-enough")), (1, 1));
+    let end = asked(&agent, &["show", &too_old]);
+    assert_eq!((&end["state"], &end["last"]["code"]), (&"dead".into(), &"Expired".into()), "{end}");
     let ids: BTreeSet<String> = came.iter().map(|one| one.all("x-tunnel-delivery-id")[0].clone()).collect();
     assert!([&first, &again, &left, &last, &retried, &alone].iter().all(|&id| ids.contains(id)), "{ids:?}");
     assert!(came.iter().all(|one| attempt(one) == 1 && one.body == b"body"));
@@ -708,7 +746,7 @@ async fn raw_with(local: &Local, token: &str, tunnel: &str, policy: DeliveryPoli
             tunnels: vec![tunnel.to_owned()],
             codecs: proto::body::Codecs::default(),
             websockets: false,
-            deliveries: [(tunnel.to_owned(), policy)].into_iter().collect(),
+            deliveries: [(tunnel.to_owned(), policy.into())].into_iter().collect(),
         }))
         .await;
     let welcome = agent.welcome().await;
@@ -744,6 +782,27 @@ async fn nobody_else_learns_of_a_delivery_or_answers_it() {
     let id = accepted(&post(&local, "hooks", "/secret", b"secret").await);
     let call = owner.request().await;
     assert_eq!(call.target, "/secret");
+
+    // A policy that the edge does not understand keeps nothing, is told, and harms no other tunnel.
+    let dora = local.issue("dora", &["later", "wild", "known"]);
+    let mut newer = RawAgent::with(&local, &dora).await;
+    let said = |policy: Value| {
+        serde_json::json!({"type": "hello", "seq": 1, "version": VERSION, "agent": "newer", "tunnels": ["later", "wild", "known"],
+            "deliveries": {"later": {"mode": "auto", "order_by": {"sender": "x"}}, "wild": policy, "known": {"mode": "auto"}}})
+        .to_string()
+    };
+    newer.say_text(&said(serde_json::json!({"mode": "auto", "attempts": 51, "later": [1]}))).await;
+    let welcome = newer.welcome().await;
+    assert_eq!((welcome.tunnels.len(), welcome.deliveries), (3, true), "{welcome:?}");
+    let told: Vec<_> = welcome.policies.iter().map(|told| (&*told.name, told.holds, &*told.why)).collect();
+    assert_eq!(told.len(), 2, "{told:?}");
+    assert!(told[0].0 == "later" && told[0].1 == Holds::Live && told[0].2.contains("sender"), "{told:?}");
+    assert_eq!(told[1], ("wild", Holds::Bounds, "attempts must be from 1 to 50, not 51"));
+    drop(newer);
+    eventually("it has gone", async || post(&local, "known", "/", b"").await.status == 202).await;
+    assert_eq!(post(&local, "wild", "/", b"").await.status, 202);
+    let offline = post(&local, "later", "/", b"").await;
+    assert_eq!((offline.status, offline.field("x-tunnel-error").as_deref()), (503, Some("tunnel_offline")));
 
     let hooks: TunnelName = "hooks".parse().unwrap();
     let (known, unknown) = (id.parse().unwrap(), "0".repeat(32).parse().unwrap());
@@ -836,9 +895,10 @@ fn since(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> BTree
 async fn eight_hours_asleep_cost_no_call_and_lose_nothing() {
     // Each second is an hour.
     let local = Local::start(&["--chaos", "clock=3600"]);
-    let (upstream, _) = counting().await;
+    let (upstream, counts) = counting().await;
     let tunnels = format!(
         "[[tunnel]]\nname = \"hooks\"\nupstream = \"{}\"\ndelivery = \"auto\"\n\
+         durable = {{ max_concurrent = 1 }}\n\
          [[tunnel]]\nname = \"short\"\nupstream = \"{}\"\ndelivery = \"auto\"\ndurable = {{ max_age = \"1h\" }}\n",
         upstream.address(),
         upstream.address()
@@ -858,7 +918,7 @@ async fn eight_hours_asleep_cost_no_call_and_lose_nothing() {
     let made = since(&before, &local.counters().await);
     // The edge's own sweep goes on: it looks once which tunnels wait, however much waits, and, on this clock, deletes and makes
     // mailboxes. No run, and no row of a delivery, is touched.
-    assert!(!made.keys().any(|call| call.starts_with("states:")), "{made:?}");
+    assert!(!made.keys().any(|call| call.starts_with("states:") || call.starts_with("lambda:")), "{made:?}");
     for (of_rows, of_queues) in [
         ("dynamodb:PutItem", "sqs:CreateQueue"),
         ("dynamodb:UpdateItem", "sqs:DeleteQueue"),
@@ -876,8 +936,19 @@ async fn eight_hours_asleep_cost_no_call_and_lose_nothing() {
     eventually("all have come", async || upstream.look(<[_]>::len) >= 20).await;
     drained(&agent);
     assert_eq!(upstream.look(<[_]>::len), 20);
+    assert_eq!(counts.1.load(Ordering::SeqCst), 1, "one at a time");
+    // Each was woken, and told how it has ended: such calls are counted.
+    let made = since(&before, &local.counters().await);
+    assert!(made["states:SendTaskSuccess"] >= 40, "{made:?}");
     let late = list(&agent, &["--tunnel", "short"]);
     assert!(late.is_empty() || late[0]["state"] == "dead", "{late:?}");
+}
+
+/// Ends a process at once.
+fn kill(pid: u32) {
+    let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    // One that has just ended by itself is as good.
+    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
 }
 
 /// The rows of the table, by the first letter of their keys.
@@ -981,6 +1052,58 @@ async fn what_cannot_be_kept_is_503_and_leaves_nothing_behind() {
         kept.push((target, id));
     }
 
+    // The process is killed: before the row is there, and between the row and the run. Nobody was told 202, so the sender
+    // tries again, or does not.
+    let mut kept: Vec<(String, Option<String>)> =
+        kept.into_iter().map(|(target, id)| (target, Some(id))).collect();
+    for (operation, part, tries_again) in [
+        ("PutItem", r#""t#full""#, false),
+        ("PutItem", r#""t#full""#, true),
+        ("StartExecution", "delivery", true),
+        ("StartExecution", "delivery", false),
+    ] {
+        let held = Arc::new(Held::default());
+        let mut hold = Some(Arc::clone(&held));
+        calls.decide(move |call, body| {
+            let is_one = call == operation && body.contains(part);
+            hold.take_if(|_| is_one).map_or(Fate::Done, Fate::Held)
+        });
+        let name = format!("killed-{operation}-{tries_again}");
+        let target = format!("/{name}");
+        let first = tokio::spawn(send(&target, &name));
+        held.come.acquire().await.unwrap().forget();
+        for (function, pid) in local.function_processes() {
+            if function == "ingress" {
+                kill(pid);
+            }
+        }
+        held.gone.acquire().await.unwrap().forget();
+        let first = first.await.unwrap();
+        assert!(first.status >= 500, "{name}: {} {}", first.status, first.text());
+        assert!(first.field("x-tunnel-delivery-id").is_none(), "{name}");
+        if tries_again {
+            // What was cut off before its row is in the way for some seconds, as it might go on.
+            let mut id = None;
+            eventually("the next try is kept", async || {
+                let next = send(&target, &name).await;
+                if next.status == 202 {
+                    id = next.field("x-tunnel-delivery-id");
+                } else {
+                    assert_try_again(&next, &name);
+                    tokio::time::sleep(Duration::from_millis(250)).await;
+                }
+                id.is_some()
+            })
+            .await;
+            kept.push((target, id));
+        } else if operation == "StartExecution" {
+            kept.push((target, None));
+        } else {
+            // Nothing of it is delivered, and its key goes on.
+            kept.push((target.clone(), Some(accepted(&send(&target, "of the same key").await))));
+        }
+    }
+
     let agent = local.agent_with(&tunnels, &["full"]);
     drained(&agent);
     let came = upstream.recorded();
@@ -988,12 +1111,18 @@ async fn what_cannot_be_kept_is_503_and_leaves_nothing_behind() {
     for (target, id) in kept {
         let came = to(&upstream, &target);
         assert_eq!((came.len(), attempt(&came[0])), (1, 1), "{target}");
-        assert_eq!(came[0].all("x-tunnel-delivery-id"), [id], "{target}");
+        if let Some(id) = id {
+            assert_eq!(came[0].all("x-tunnel-delivery-id"), [id], "{target}");
+        }
         assert!(came[0].body == body, "{target}");
     }
-    for kind in ["b#", "o#", "p#"] {
+    for kind in ["o#", "p#"] {
         assert_eq!(rows(&local, kind).await.len(), 0, "{kind}");
     }
+    // Of what was killed before its row was there the body stays until it expires: two pieces of each of the two.
+    let left = rows(&local, "b#").await;
+    assert_eq!(left.len(), 4);
+    assert!(left.iter().all(|row| row.get("expires_at").is_some()));
 }
 
 // A command that is asked holds this thread; the service goes on in another.
@@ -1188,6 +1317,85 @@ async fn what_is_dead_is_delivered_again_in_each_of_four_ways_and_says_so() {
     assert_eq!(upstream.look(<[_]>::len), 10);
     drained(&agent);
     for kind in ["b#", "o#", "p#"] {
+        assert_eq!(rows(&local, kind).await.len(), 0, "{kind}");
+    }
+}
+
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_is_stopped_by_hand_ends_its_delivery_and_holds_up_no_other() {
+    let local = Local::start(&[]);
+    let upstream = as_told().await;
+    let tunnels = format!(
+        "[[tunnel]]\nname = \"hooks\"\nupstream = \"{}\"\ndelivery = \"durable\"\n\
+         durable = {{ order_by = \"header:x-key\" }}\n",
+        upstream.address()
+    );
+    introduce(&local, &tunnels, &["hooks"]);
+    let keyed = async |target: &str, key: &str| {
+        let request = Request::to("hooks", "POST", target).field("x-key", key).body(b"x".to_vec());
+        accepted(&request.send(local.public).await)
+    };
+    let machine = local.variables("ingress").await["TUNNEL_DELIVERY_MACHINE_ARN"].clone();
+    let runs = machine.as_str().unwrap().replace(":stateMachine:", ":execution:");
+    let stop = async |id: &str| {
+        let run =
+            serde_json::json!({"executionArn": format!("{runs}:{id}"), "error": "Tired", "cause": "by hand"});
+        local.states("StopExecution", run).await;
+    };
+
+    // While it waits for an agent: it is parked no more, and the next of its key has its turn without anybody's asking.
+    let (first, second, other) =
+        (keyed("/first", "a").await, keyed("/second", "a").await, keyed("/other", "b").await);
+    eventually("both have parked", async || rows(&local, "p#hooks").await.len() == 2).await;
+    stop(&first).await;
+    eventually("the next has parked in its place", async || {
+        let parked = rows(&local, "p#hooks").await;
+        let parked: BTreeSet<_> = parked.iter().map(|row| row["sk"]["S"].as_str().unwrap()).collect();
+        parked == BTreeSet::from([second.as_str(), other.as_str()])
+    })
+    .await;
+    let agent = local.agent_with(&tunnels, &["hooks"]);
+    let stopped = async |id: &str| {
+        let end = ended(&agent, id).await;
+        assert_eq!(
+            (&end["state"], &end["last"]["reason"]),
+            (&"dead".into(), &"its run was stopped".into()),
+            "{end}"
+        );
+    };
+    stopped(&first).await;
+    for id in [&second, &other] {
+        assert_eq!(ended(&agent, id).await["state"], "delivered");
+    }
+
+    // While it is with the agent, and while it waits for its turn behind that.
+    let hangs = keyed("/hang", "c").await;
+    eventually("it has come", async || count(&upstream, "/hang") == 1).await;
+    let (waits, next) = (keyed("/waits", "c").await, keyed("/next", "c").await);
+    eventually("both wait for their turn", async || {
+        let turns = rows(&local, "o#hooks").await;
+        turns.iter().filter(|row| row.get("token").is_some()).count() == 2
+    })
+    .await;
+    stop(&waits).await;
+    stopped(&waits).await;
+    assert_eq!(count(&upstream, "/next"), 0);
+    stop(&hangs).await;
+    assert_eq!(ended(&agent, &next).await["state"], "delivered");
+    stopped(&hangs).await;
+    assert_eq!(list(&agent, &["--state", "dead"]).len(), 3);
+    drained(&agent);
+
+    // Its run can be redriven as any other, and so can the delivery.
+    local.states("RedriveExecution", serde_json::json!({"executionArn": format!("{runs}:{first}")})).await;
+    asked(&agent, &["retry", &waits]);
+    for (id, target) in [(&first, "/first"), (&waits, "/waits")] {
+        eventually("it has come", async || count(&upstream, target) == 1).await;
+        assert_eq!(ended(&agent, id).await["state"], "delivered");
+        assert_eq!(to(&upstream, target)[0].body, b"x");
+    }
+    for kind in ["o#", "p#"] {
         assert_eq!(rows(&local, kind).await.len(), 0, "{kind}");
     }
 }

@@ -813,6 +813,21 @@ fn the_packaged_state_machine_is_the_file() {
             let expected = (&"ERROR".into(), &false.into());
             assert_eq!((&logging["Level"], &logging["IncludeExecutionData"]), expected);
         }
+        // Whoever stops a run of a delivery is heard of, and nobody else's.
+        let rules: BTreeMap<_, _> = of_type(&template, "AWS::Events::Rule").collect();
+        let stopped = rules[&"StoppedDeliveries".to_owned()];
+        let pattern = serde_json::json!({
+            "source": ["aws.states"],
+            "detail-type": ["Step Functions Execution Status Change"],
+            "detail": { "stateMachineArn": [{ "Ref": "Delivery" }], "status": ["ABORTED", "TIMED_OUT"] },
+        });
+        assert_eq!(stopped["EventPattern"], pattern, "{name}");
+        for id in rules.keys() {
+            let source = serde_json::json!({ "Fn::GetAtt": [id, "Arn"] });
+            let mut permissions = of_type(&template, "AWS::Lambda::Permission");
+            let may = permissions.find(|(_, one)| one["SourceArn"] == source).expect("a permission").1;
+            assert_eq!(rules[id]["Targets"][0]["Arn"], may["FunctionName"], "{name}: {id}");
+        }
     }
 }
 
@@ -1055,6 +1070,18 @@ fn packaged_alarms_and_dashboard_go_by_metrics_that_exist() {
         let body: Value = serde_json::from_str(body).unwrap();
         let mut own = 0;
         for widget in body["widgets"].as_array().unwrap() {
+            if widget["type"] == "log" {
+                // What it looks for is what `sweep` writes.
+                let query = widget["properties"]["query"].as_str().unwrap();
+                let line = read("functions/sweep/src/lib.rs");
+                let written = r#"tunnel_id = %tunnel, parked = backlog.parked, "deliveries wait""#;
+                assert!(query.contains("'deliveries wait'") && line.contains(written), "{name}: {query}");
+                assert!(
+                    query.contains("latest(parked)") && query.contains("by tunnel_id"),
+                    "{name}: {query}"
+                );
+                continue;
+            }
             for metric in widget["properties"]["metrics"].as_array().unwrap() {
                 let namespace = metric[0].as_str().unwrap_or_default();
                 if namespace.starts_with("tunnel/") {

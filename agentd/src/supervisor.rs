@@ -12,6 +12,7 @@ mod status;
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use proto::{
+    delivery::PolicyNotice,
     id::{AgentId, TunnelName},
     message::{RefusedTunnel, Welcome},
 };
@@ -35,7 +36,7 @@ use crate::{
         refusal::{advice, is_permanent},
         rotation::{News, Rotation},
     },
-    report::{access::AccessLog, metrics::Metrics, systemd::Notifier, telemetry::Terminal},
+    report::{access::AccessLog, metrics::Metrics, status::noticed, systemd::Notifier, telemetry::Terminal},
     serve::tunnel::Tunnels,
     timer::at,
     tls::TlsError,
@@ -175,6 +176,7 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
         told_unreachable: false,
         ever_open: false,
         told_not_kept: false,
+        told_policies: BTreeMap::new(),
         forget_at: None,
     };
     supervisor.inspect();
@@ -224,6 +226,8 @@ struct Supervisor {
     ever_open: bool,
     /// Whether it was said that the edge keeps no deliveries.
     told_not_kept: bool,
+    /// What was said about the tunnels' policies.
+    told_policies: BTreeMap<TunnelName, PolicyNotice>,
     /// When tunnels that a reload removed are no longer served.
     forget_at: Option<Instant>,
 }
@@ -300,6 +304,12 @@ impl Supervisor {
         self.told_unreachable = false;
         self.ever_open |= !welcome.tunnels.is_empty();
         let none_open = welcome.tunnels.is_empty();
+        // What holds again may be said once more.
+        for tunnel in &welcome.tunnels {
+            if !welcome.policies.iter().any(|notice| notice.name == tunnel.name.as_str()) {
+                self.told_policies.remove(&tunnel.name);
+            }
+        }
         let reply_timeout = welcome.reply_timeout_ms.map(Duration::from_millis);
         for tunnel in welcome.tunnels {
             if let Some(known) = self.tunnels.get(&tunnel.name) {
@@ -320,6 +330,9 @@ impl Supervisor {
         }
         if !welcome.deliveries {
             self.warn_of_loss();
+        }
+        for notice in &welcome.policies {
+            self.warn_of_policy(notice);
         }
         for refused in &welcome.refused {
             self.refused(refused);
@@ -351,6 +364,22 @@ impl Supervisor {
             tracing::warn!(tunnel_id = %tunnel.name, "{text}");
             self.told_not_kept = true;
         }
+    }
+
+    /// Says what of a tunnel's deliveries does not hold as it is configured; once, for each connection hears the same.
+    fn warn_of_policy(&mut self, notice: &PolicyNotice) {
+        let Some(tunnel) = self.config.tunnels.iter().find(|tunnel| tunnel.name.as_str() == notice.name)
+        else {
+            return;
+        };
+        let name = tunnel.name.clone();
+        if self.told_policies.get(&name) == Some(notice) {
+            return;
+        }
+        let text = noticed(notice);
+        tracing::warn!(tunnel_id = %name, holds = ?notice.holds, "deliveries of {name}: {text}");
+        self.tell(|| format!("Deliveries of {name}: {text}."));
+        self.told_policies.insert(name, notice.clone());
     }
 
     fn refused(&self, refused: &RefusedTunnel) {

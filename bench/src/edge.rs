@@ -188,6 +188,7 @@ impl Line {
                     codecs: Codecs::all(),
                     websockets: false,
                     deliveries: false,
+                    policies: Vec::new(),
                     owner: None,
                     may_open: Vec::new(),
                     identity_ms: None,

@@ -91,6 +91,22 @@ const DELIVERY_WRITE_UNITS: f64 = 2.0;
 /// How many bytes a waiting delivery takes in the table.
 const DELIVERY_BYTES: f64 = 4_000.0;
 
+/// What the sweeps read of one delivery's row, of 2 KB: each looks through what was accepted in the last quarter of an hour, so
+/// three of them meet it, and half a unit reads 4 KB.
+const SWEPT_READ_UNITS: f64 = 3.0 * 0.5 * 2.0 / 4.0;
+
+/// What a sweep reads of a tunnel that has anything waiting, whatever that is: whether something is new, whether an agent is
+/// there, and how much waits.
+const WAITING_TUNNEL_READ_UNITS: f64 = 0.5 + 0.5 + 1.0;
+
+/// What it reads of each that waits, up to a thousand: its token and names, of 1,200 bytes.
+const COUNTED_READ_UNITS: f64 = 1.2 / 4.0;
+
+/// How many are counted (`sweep`).
+const MOST_COUNTED: f64 = 1_000.0;
+
+const SWEEPS_A_DAY: f64 = 24.0 * 60.0 / 5.0;
+
 /// How public requests come in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Front {
@@ -251,6 +267,15 @@ impl Model {
         self.invocation(&mut usage, "ingress", 1.0, ASSUMED.way_ms);
         usage.add("express_gb_second", (ASSUMED.way_ms / 100.0).ceil() * 0.1 * 64.0 / 1024.0);
         usage.add("logs_gb", 3.0 * ASSUMED.log_bytes / 1e9);
+        usage.add("dynamodb_read", SWEPT_READ_UNITS);
+        usage
+    }
+
+    /// A day of a tunnel in which so many deliveries wait, apart from their storage.
+    fn waiting_tunnel(waiting: f64) -> Usage {
+        let mut usage = Usage::default();
+        let each = WAITING_TUNNEL_READ_UNITS + (waiting * COUNTED_READ_UNITS).max(1.0) - 1.0;
+        usage.add("dynamodb_read", SWEEPS_A_DAY * each);
         usage
     }
 
@@ -552,7 +577,8 @@ pub fn page() -> anyhow::Result<String> {
         "A million durable deliveries ([durable.md](durable.md)), each a small webhook, front `none`: **${:.2}** delivered at the first\n\
          try, ${:.2} after eight hours without an agent, ${:.2} with three further attempts each. Each state that a Standard run enters\n\
          is paid for: {} at the first try, {} more for each wait for an agent, however long, {} for each further attempt. One that waits makes no call: ${:.2} a\n\
-         day for a million of {} bytes in the table, and ${:.6} once for being parked and woken.\n",
+         day for a million of {} bytes in the table, and ${:.6} once for being parked and woken. Each sweep looks at a tunnel in which\n\
+         anything waits and counts that, up to a thousand: ${:.5} a day for such a tunnel with one, ${:.2} with a thousand or more.\n",
         model.usd(&model.delivery()) * 1e6,
         model.usd(&model.delivery_after(8.0)) * 1e6,
         model.usd(&model.delivery_with(3.0)) * 1e6,
@@ -561,7 +587,9 @@ pub fn page() -> anyhow::Result<String> {
         model.measured.retry[measure::TRANSITION],
         model.usd(&Model::waiting(24.0)) * 1e6,
         DELIVERY_BYTES,
-        model.usd(&model.of_delivery(&model.measured.parked, 0.0))
+        model.usd(&model.of_delivery(&model.measured.parked, 0.0)),
+        model.usd(&Model::waiting_tunnel(1.0)),
+        model.usd(&Model::waiting_tunnel(MOST_COUNTED))
     )?;
     for front in Front::ALL {
         let title = format!("A million small requests, front `{}`", front.name());
@@ -687,6 +715,9 @@ mod tests {
         assert!(at_once <= 150.0, "{at_once}");
         assert!(model.usd(&model.delivery_after(14.0 * 24.0)) - model.usd(&model.delivery()) <= 1e-4);
         assert!(model.usd(&Model::waiting(24.0)) <= 1e-4);
+        // What the sweeps read is a part of the first sum, and of a tunnel that waits for a day not more than a parked delivery.
+        assert!(model.usd(&Model::waiting_tunnel(1.0)) <= 1e-4);
+        assert!(model.usd(&Model::waiting_tunnel(MOST_COUNTED)) / MOST_COUNTED <= 2e-5);
     }
 
     #[test]

@@ -144,6 +144,19 @@ pub struct Kept {
     pub last: Option<Last>,
     /// How often the run that buried it had been redriven by then.
     pub buried: Option<u64>,
+    /// Since when its attempts have come to nothing, none of which counts, in milliseconds since 1970.
+    pub refused_since_ms: Option<u64>,
+}
+
+/// How an attempt has ended after which the delivery goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Noted {
+    /// It was made.
+    Made,
+    /// It was begun and no upstream was called: its number is used again.
+    NotMade,
+    /// It was not even begun.
+    NotBegun,
 }
 
 /// One of the deliveries of a tunnel that are under way at the same time after its agent has come back. The first one opens
@@ -284,6 +297,7 @@ impl Deliveries {
             order_key,
             last: None,
             buried: None,
+            refused_since_ms: None,
         };
         if let Err(error) = Box::pin(self.store(&kept, offer.body)).await {
             // Nobody has been told. What stays expires.
@@ -434,7 +448,7 @@ impl Deliveries {
         let run = format!("{}-{}", kept.id, &new_id(unix_now_ms()).as_str()[24..]);
         let begun = self
             .change(&kept.tunnel, &kept.id)
-            .update_expression("SET #state = :waiting, run = :run REMOVE buried")
+            .update_expression("SET #state = :waiting, run = :run REMOVE buried, refused_since")
             .condition_expression("#state = :ended")
             .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
             .expression_attribute_values(":ended", text(kept.state.as_str()))
@@ -511,25 +525,32 @@ impl Deliveries {
         Err(Error::Failed { call: "Query", source: "a piece of the body is missing".into() })
     }
 
-    /// Notes how an attempt has ended, and that the delivery goes on with that. `counted` is false for an attempt that
-    /// was none: its number is used again.
+    /// Notes how an attempt has ended, and that the delivery goes on with that.
     ///
     /// # Errors
     ///
     /// [`Error`].
-    pub async fn note(&self, kept: &Kept, to: State, last: &Last, counted: bool) -> Result<(), Error> {
-        let last = serde_json::to_string(last).unwrap_or_default();
-        let mut change = "SET #state = :to, #last = :last".to_owned();
-        if !counted {
-            change.push_str(", attempt = attempt - :one");
-        }
+    pub async fn note(&self, kept: &Kept, last: &Last, noted: Noted) -> Result<(), Error> {
+        let last_text = serde_json::to_string(last).unwrap_or_default();
+        let change = match noted {
+            Noted::Made => "SET #state = :waiting, #last = :last REMOVE refused_since",
+            Noted::NotMade => {
+                "SET #state = :waiting, #last = :last, attempt = attempt - :one, \
+                 refused_since = if_not_exists(refused_since, :now)"
+            }
+            Noted::NotBegun => {
+                "SET #state = :waiting, #last = :last, refused_since = if_not_exists(refused_since, :now)"
+            }
+        };
         let mut request = self
             .change_open(&kept.tunnel, &kept.id)
             .update_expression(change)
             .expression_attribute_names("#last", "last")
-            .expression_attribute_values(":to", text(to.as_str()))
-            .expression_attribute_values(":last", text(&last));
-        if !counted {
+            .expression_attribute_values(":last", text(&last_text));
+        if noted != Noted::Made {
+            request = request.expression_attribute_values(":now", number(last.at_ms));
+        }
+        if noted == Noted::NotMade {
             request = request.expression_attribute_values(":one", number(1));
         }
         // One that has ended meanwhile stays as it is.
@@ -1008,6 +1029,7 @@ fn read_row(row: &Row) -> Option<Kept> {
         run: string("run")?.clone(),
         last: string("last").and_then(|last| serde_json::from_str(last).ok()),
         buried: whole("buried"),
+        refused_since_ms: whole("refused_since"),
     })
 }
 
@@ -1044,6 +1066,7 @@ mod tests {
             run: "run".into(),
             last: None,
             buried: None,
+            refused_since_ms: None,
         };
         assert_eq!(read_row(&row_of(&kept)), Some(kept.clone()));
         assert_eq!(kept.id.received_ms(), kept.received_ms);

@@ -75,11 +75,15 @@ fn answer_for(wanted: &SenderAnswer, id: &DeliveryId, request_id: &RequestId) ->
         None => ("application/json", format!(r#"{{"delivery":"{id}","status":"accepted"}}"#)),
     };
     let mut headers = Headers::new();
-    // The policy was checked: its media type is a header value.
-    let content_type = HeaderValue::from_str(content_type);
-    headers.push(header::CONTENT_TYPE, content_type.unwrap_or(HeaderValue::from_static("text/plain")));
     // 204 and 205 have no body (RFC 9110 §15.3.5, §15.3.6).
-    let body = if matches!(wanted.status, 204 | 205) { Vec::new() } else { body.into_bytes() };
+    let body = if matches!(wanted.status, 204 | 205) {
+        Vec::new()
+    } else {
+        // The policy was checked: its media type is a header value.
+        let content_type = HeaderValue::from_str(content_type);
+        headers.push(header::CONTENT_TYPE, content_type.unwrap_or(HeaderValue::from_static("text/plain")));
+        body.into_bytes()
+    };
     if wanted.status != 204 {
         headers.push(header::CONTENT_LENGTH, HeaderValue::from(body.len()));
     }
@@ -108,5 +112,6 @@ mod tests {
         assert_eq!(head.headers.get("content-type").unwrap(), "text/plain; charset=utf-8");
         let (head, body) = answer_for(&SenderAnswer { status: 204, ..own }, &id, &request_id);
         assert!(body.is_empty() && head.headers.get("content-length").is_none());
+        assert!(head.headers.get("content-type").is_none());
     }
 }

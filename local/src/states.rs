@@ -235,6 +235,11 @@ impl States {
         self.check(MachineType::Express, machine_arn, name, input)
     }
 
+    /// Counts a call of somebody.
+    pub(crate) fn count(&self, caller: &str, operation: &str) {
+        self.services.counters.record(caller, STATES, operation);
+    }
+
     /// Starts a STANDARD run. The name of an open run with the same input starts nothing: that run is given.
     ///
     /// # Errors
@@ -274,7 +279,33 @@ impl States {
     ///
     /// A run that is being stopped when the future is dropped does not go on, but need not say that it ended.
     pub async fn stop(&self, execution_arn: &str, reason: TaskError) -> Result<f64, RunError> {
-        self.executions.stop(execution_arn, reason).await
+        let (stopped, at) = self.executions.stop(execution_arn, reason).await?;
+        if let Some(run) = stopped {
+            self.tell_of_stop(&run);
+        }
+        Ok(at)
+    }
+
+    /// What the rule `StoppedDeliveries` of EventBridge does (`resources/sweep.yml`).
+    fn tell_of_stop(&self, run: &StandardRun) {
+        let Some(lambda) = self.lambda.get().and_then(WeakLambda::upgrade) else { return };
+        let event = serde_json::json!({
+            "source": "aws.states",
+            "detail-type": "Step Functions Execution Status Change",
+            "detail": {
+                "executionArn": &*run.execution().arn,
+                "stateMachineArn": &*run.execution().machine_arn,
+                "name": &*run.execution().name,
+                "status": "ABORTED",
+                "input": run.input(),
+                "inputDetails": { "included": true },
+            },
+        });
+        tokio::spawn(async move {
+            if let Err(error) = lambda.invoke("sweep", event.to_string().into()).await {
+                tracing::warn!(%error, "nobody was told of a run that was stopped");
+            }
+        });
     }
 
     /// A STANDARD run, also after its end.

@@ -445,10 +445,12 @@ impl DeliveryPolicy {
         )
     }
 
-    /// The policy with each number within its [`bounds`]; `None` where something else is wrong with it, so that the tunnel
-    /// keeps nothing. For the edge, whose agents may be later or hostile.
-    #[must_use]
-    pub fn clamped(mut self) -> Option<Self> {
+    /// The policy with each number within its [`bounds`]. For the edge, whose agents may be later or hostile.
+    ///
+    /// # Errors
+    ///
+    /// Something else is wrong with it, so that the tunnel keeps nothing.
+    pub fn clamped(mut self) -> Result<Self, PolicyError> {
         let clamp = |value: &mut u32, range: std::ops::RangeInclusive<u32>| {
             *value = (*value).clamp(*range.start(), *range.end());
         };
@@ -460,7 +462,7 @@ impl DeliveryPolicy {
         clamp(&mut self.max_concurrent, bounds::MAX_CONCURRENT);
         self.answer.status =
             self.answer.status.clamp(*bounds::ANSWER_STATUS.start(), *bounds::ANSWER_STATUS.end());
-        self.check().is_ok().then_some(self)
+        self.check().map(|()| self)
     }
 
     /// Whether requests with this method and path are kept. The path is compared as it was sent.
@@ -528,14 +530,76 @@ fn malformed(key: &'static str, value: &str, expected: &'static str) -> PolicyEr
     PolicyError::Malformed { key, value: value.chars().take(64).collect(), expected }
 }
 
-/// Reads the policies of a `hello`. One that this version does not understand is left out: its tunnel keeps nothing, and
-/// the others are not harmed.
-pub(crate) fn policies<'de, D: Deserializer<'de>>(
-    deserializer: D,
-) -> Result<BTreeMap<String, DeliveryPolicy>, D::Error> {
-    let given = BTreeMap::<String, serde_json::Value>::deserialize(deserializer)?;
-    let read = |(name, value)| Some((name, serde_json::from_value(value).ok()?));
-    Ok(given.into_iter().filter_map(read).collect())
+/// What a `hello` says about the deliveries of a tunnel, as far as this version understands it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SaidPolicy {
+    /// It does.
+    Policy(DeliveryPolicy),
+    /// It does not, and why. The tunnel keeps nothing, and the others are not harmed.
+    Unreadable(String),
+}
+
+impl From<DeliveryPolicy> for SaidPolicy {
+    fn from(policy: DeliveryPolicy) -> Self {
+        Self::Policy(policy)
+    }
+}
+
+impl<'de> Deserialize<'de> for SaidPolicy {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = serde_json::Value::deserialize(deserializer)?;
+        Ok(match DeliveryPolicy::deserialize(value) {
+            Ok(policy) => Self::Policy(policy),
+            Err(error) => Self::Unreadable(error.to_string()),
+        })
+    }
+}
+
+/// Writes the policies of a `hello`: those that are one.
+pub(crate) fn write_policies<S: serde::Serializer>(
+    policies: &BTreeMap<String, SaidPolicy>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(policies.iter().filter_map(|(name, said)| match said {
+        SaidPolicy::Policy(policy) => Some((name, policy)),
+        SaidPolicy::Unreadable(_) => None,
+    }))
+}
+
+/// The longest reason of a [`PolicyNotice`], in characters.
+pub const NOTICE_CHARS: usize = 200;
+
+/// A policy of a `hello` that does not hold as it was said. [`crate::message::Welcome::policies`] tells it, which earlier
+/// agents do not read; earlier edges tell nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PolicyNotice {
+    /// The tunnel, as the agent gave it.
+    pub name: String,
+    /// What holds instead.
+    pub holds: Holds,
+    /// What is wrong with it, for people: at most [`NOTICE_CHARS`].
+    pub why: String,
+}
+
+impl PolicyNotice {
+    /// One with a reason of any length.
+    #[must_use]
+    pub fn new(name: &str, holds: Holds, why: &str) -> Self {
+        Self { name: name.to_owned(), holds, why: why.chars().take(NOTICE_CHARS).collect() }
+    }
+}
+
+/// See [`PolicyNotice::holds`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Holds {
+    /// The tunnel is live: nothing is kept.
+    Live,
+    /// The policy with its numbers at their nearest bounds.
+    Bounds,
+    /// What a later edge says.
+    #[serde(other)]
+    Other,
 }
 
 /// What makes a `request` message a delivery.
@@ -824,7 +888,7 @@ mod tests {
         let mut changed = policy();
         change(&mut changed);
         assert_eq!(changed.check(), Ok(()), "{changed:?}");
-        assert_eq!(changed.clone().clamped(), Some(changed.clone()));
+        assert_eq!(changed.clone().clamped(), Ok(changed.clone()));
         let text = serde_json::to_string(&changed).unwrap();
         assert_eq!(serde_json::from_str::<DeliveryPolicy>(&text).unwrap(), changed);
     }
@@ -959,7 +1023,28 @@ mod tests {
         assert_eq!(tamed.answer.status, 299);
         let mut broken = policy();
         broken.paths = vec!["x".into()];
-        assert_eq!(broken.clamped(), None);
+        let why = broken.clamped().unwrap_err().to_string();
+        assert_eq!(why, "paths: \"x\" is not a path that begins with / and has no query");
+    }
+
+    #[test]
+    fn a_policy_that_cannot_be_read_is_told_from_one_that_can() {
+        let said = |text: &str| serde_json::from_str::<SaidPolicy>(text).unwrap();
+        assert_eq!(said(r#"{"mode":"auto","later":[{}]}"#), policy().into());
+        for (text, why) in [
+            (r#"{"mode":"twice"}"#, "twice"),
+            (r#"{"mode":"auto","order_by":"sender"}"#, "sender"),
+            (r#"{"mode":"auto","attempts":-1}"#, "-1"),
+            ("{}", "mode"),
+            ("null", "null"),
+            ("[7]", "7"),
+        ] {
+            let SaidPolicy::Unreadable(reason) = said(text) else { panic!("{text}") };
+            assert!(reason.contains(why), "{text}: {reason}");
+        }
+        assert_eq!(PolicyNotice::new("web", Holds::Live, &"ä".repeat(201)).why, "ä".repeat(200));
+        let later: PolicyNotice = serde_json::from_str(r#"{"name":"x","holds":"later","why":""}"#).unwrap();
+        assert_eq!(later.holds, Holds::Other);
     }
 
     #[test]

@@ -60,7 +60,7 @@ use serde::{Deserialize, Serialize, de::IgnoredAny};
 
 use crate::{
     body::{Body, Codecs},
-    delivery::{self, Attempt, DeliveriesAnswer, DeliveriesAsk, DeliveryPolicy},
+    delivery::{self, Attempt, DeliveriesAnswer, DeliveriesAsk, PolicyNotice, SaidPolicy},
     error::ErrorCode,
     header::Headers,
     id::{AgentId, ConnectionId, Owner, RequestId, TunnelName},
@@ -256,8 +256,13 @@ pub struct Hello {
     #[serde(default, skip_serializing_if = "is_false")]
     pub websockets: bool,
     /// Which of the tunnels keep requests for later, and how. One that is not here is live.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "delivery::policies")]
-    pub deliveries: BTreeMap<String, DeliveryPolicy>,
+    /// Edges of earlier releases take no notice.
+    #[serde(
+        default,
+        skip_serializing_if = "BTreeMap::is_empty",
+        serialize_with = "delivery::write_policies"
+    )]
+    pub deliveries: BTreeMap<String, SaidPolicy>,
 }
 
 /// See [`EdgeMessage::Welcome`].
@@ -290,6 +295,10 @@ pub struct Welcome {
     /// Whether the edge keeps deliveries. Every tunnel is live where it does not.
     #[serde(default, skip_serializing_if = "is_false")]
     pub deliveries: bool,
+    /// What of [`Hello::deliveries`] does not hold as it was said. Edges of earlier releases say nothing: there a policy that
+    /// was not understood is none, as here. Agents of earlier releases take no notice.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub policies: Vec<PolicyNotice>,
     /// Whose the connection is, as the token says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Owner>,
@@ -878,7 +887,7 @@ mod tests {
             // Lists that may be empty may be absent.
             let mut said: serde_json::Value = serde_json::from_str(line).unwrap();
             for_each_object(&mut said, &mut |map| {
-                for optional in ["software", "refused", "codecs", "may_open"] {
+                for optional in ["software", "refused", "codecs", "may_open", "policies"] {
                     if map.get(optional).is_some_and(|value| *value == serde_json::json!([]) || value == "") {
                         map.remove(optional);
                     }

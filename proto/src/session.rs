@@ -158,7 +158,10 @@ impl Session {
             tunnels: self.service.tunnels.iter().map(ToString::to_string).collect(),
             codecs: Codecs::all(),
             websockets: true,
-            deliveries: self.service.deliveries.clone(),
+            deliveries: {
+                let said = |(name, policy): (&String, &DeliveryPolicy)| (name.clone(), policy.clone().into());
+                self.service.deliveries.iter().map(said).collect()
+            },
         }));
     }
 
@@ -370,6 +373,7 @@ mod tests {
             codecs: Codecs::default(),
             websockets: false,
             deliveries: true,
+            policies: Vec::new(),
             owner: None,
             may_open: Vec::new(),
             identity_ms: None,

@@ -25,7 +25,7 @@ pub enum Fate {
     Broken,
     /// It is carried out, and its connection ends without an answer.
     Unanswered,
-    /// It is carried out and answered once there is a permit; this one tells that it has come.
+    /// It is carried out and answered once there is a permit, if its caller is still there; this one tells that it has come.
     Held(Arc<Held>),
 }
 
@@ -36,11 +36,13 @@ pub struct Held {
     pub come: Semaphore,
     /// Gives each that goes on a permit.
     pub go_on: Semaphore,
+    /// Has a permit for each whose caller has gone meanwhile.
+    pub gone: Semaphore,
 }
 
 impl Default for Held {
     fn default() -> Self {
-        Self { come: Semaphore::new(0), go_on: Semaphore::new(0) }
+        Self { come: Semaphore::new(0), go_on: Semaphore::new(0), gone: Semaphore::new(0) }
     }
 }
 
@@ -105,7 +107,14 @@ async fn carry_out(fate: Fate, call: Recorded, mut conn: Conn, endpoint: SocketA
         Fate::Broken => return None,
         Fate::Held(held) => {
             held.come.add_permits(1);
-            held.go_on.acquire().await.unwrap().forget();
+            tokio::select! {
+                permit = held.go_on.acquire() => permit.unwrap().forget(),
+                // Whoever called is dead: as if it had never called.
+                () = conn.closed() => {
+                    held.gone.add_permits(1);
+                    return None;
+                }
+            }
         }
         Fate::Done | Fate::Unanswered => {}
     }

@@ -6,6 +6,7 @@ use std::{
 };
 
 use proto::{
+    delivery::PolicyNotice,
     id::TunnelName,
     message::{Refusal, Welcome},
     session::Rhythm,
@@ -38,6 +39,8 @@ pub(super) struct Known {
     pub(super) rhythm: Option<Rhythm>,
     /// Whether the edge keeps deliveries.
     pub(super) keeps_deliveries: bool,
+    /// What it says about policies that do not hold as they were said.
+    pub(super) policies: Vec<PolicyNotice>,
     pub(super) retiring: bool,
     pub(super) replace: bool,
     pub(super) greet_at: Option<Instant>,
@@ -62,6 +65,7 @@ impl Known {
             welcomed: false,
             rhythm: None,
             keeps_deliveries: false,
+            policies: Vec::new(),
             retiring: false,
             replace: false,
             greet_at: None,
@@ -104,6 +108,7 @@ impl Known {
             .filter_map(|refused| Some((refused.name.parse().ok()?, refused.reason)))
             .collect();
         self.keeps_deliveries = welcome.deliveries;
+        self.policies.clone_from(&welcome.policies);
         self.connection_id = Some(welcome.connection_id.to_string());
         let again = welcome.refused.iter().any(|refused| is_passing(refused.reason));
         self.greet_at = again.then(|| {

@@ -14,6 +14,7 @@ use std::{
 
 use proto::{
     backoff::Backoff,
+    delivery::PolicyNotice,
     id::{AgentId, TunnelName},
     message::Welcome,
     session,
@@ -412,6 +413,11 @@ impl Rotation {
     /// Whether the edge keeps deliveries, once a connection serves.
     pub(crate) fn keeps_deliveries(&self) -> Option<bool> {
         self.current().map(|known| known.keeps_deliveries)
+    }
+
+    /// What the edge that serves says about a tunnel's policy that does not hold as it was said.
+    pub(crate) fn policy_notice(&self, tunnel: &TunnelName) -> Option<&PolicyNotice> {
+        self.current()?.policies.iter().find(|notice| notice.name == tunnel.as_str())
     }
 
     /// Looks for another token before the identity of a connection ends.

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use proto::delivery::Mode;
+use proto::delivery::{Holds, Mode, NOTICE_CHARS, PolicyNotice};
 
 use super::metrics::{self, Figures};
 
@@ -122,21 +122,43 @@ pub(crate) struct ConfigStatus {
 }
 
 /// What of a tunnel is delivered later.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct DeliveryStatus {
     pub(crate) mode: Mode,
-    /// Whether this edge keeps deliveries at all, once a connection is in service.
+    /// Whether this edge keeps deliveries of the tunnel, once a connection is in service.
     pub(crate) kept: Option<bool>,
+    /// What does not hold as the configuration says it, and what holds instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) notice: Option<String>,
 }
 
 impl DeliveryStatus {
-    fn described(self) -> String {
-        let kept = match self.kept {
-            Some(true) => "",
-            Some(false) => ", but this edge keeps none: upgrade it",
-            None => ", if the edge keeps any",
+    /// Of a tunnel at an edge that does or does not keep deliveries, and says this about the tunnel's.
+    pub(crate) fn new(mode: Mode, kept: Option<bool>, notice: Option<&PolicyNotice>) -> Self {
+        let is_live = notice.is_some_and(|notice| notice.holds == Holds::Live);
+        Self { mode, kept: kept.map(|kept| kept && !is_live), notice: notice.map(noticed) }
+    }
+
+    fn described(&self) -> String {
+        let kept = match (self.kept, &self.notice) {
+            (_, Some(notice)) => format!(", but {notice}"),
+            (Some(true), None) => String::new(),
+            (Some(false), None) => ", but this edge keeps none: upgrade it".to_owned(),
+            (None, None) => ", if the edge keeps any".to_owned(),
         };
         format!("{}{kept}", self.mode)
+    }
+}
+
+/// What an edge says about a policy, in words. They are shown as text whatever the edge says.
+pub(crate) fn noticed(notice: &PolicyNotice) -> String {
+    let why: String = notice.why.chars().filter(|c| !c.is_control()).take(NOTICE_CHARS).collect();
+    match notice.holds {
+        Holds::Live => {
+            format!("the edge does not take these settings, so nothing is kept (as with \"live\"): {why}")
+        }
+        Holds::Bounds => format!("the edge takes the nearest settings that it allows: {why}"),
+        Holds::Other => format!("the edge does not take all of these settings: {why}"),
     }
 }
 
@@ -388,7 +410,7 @@ impl TunnelStatus {
         for RouteStatus { route, upstream, health } in &self.routes {
             line("route", format!("{route}  {upstream}  {}", health.described()));
         }
-        if let Some(delivery) = self.delivery {
+        if let Some(delivery) = &self.delivery {
             line("delivery", delivery.described());
         }
         let figures = &self.figures;

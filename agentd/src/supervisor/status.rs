@@ -70,10 +70,10 @@ pub(super) fn tunnels(
             health: tunnel.as_ref().map_or(HealthState::Unchecked, |tunnel| tunnel.health()),
             routes: tunnel.as_ref().map(|tunnel| tunnel.route_health()).unwrap_or_default(),
             max_concurrent: config.max_concurrent,
-            delivery: config
-                .delivery
-                .as_ref()
-                .map(|policy| DeliveryStatus { mode: policy.mode, kept: links.keeps_deliveries() }),
+            delivery: config.delivery.as_ref().map(|policy| {
+                let notice = links.policy_notice(&config.name);
+                DeliveryStatus::new(policy.mode, links.keeps_deliveries(), notice)
+            }),
             figures: tunnel.map(|tunnel| tunnel.metrics().figures()).unwrap_or_default(),
         }
     };

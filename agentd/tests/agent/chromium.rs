@@ -2,6 +2,7 @@
 
 use std::{env, path::PathBuf, process::Stdio, time::Duration};
 
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use futures_util::{SinkExt as _, StreamExt as _};
 use serde_json::{Value, json};
 use tokio::{
@@ -161,6 +162,14 @@ impl Chromium {
             }
             self.command("Input.dispatchKeyEvent", params).await;
         }
+    }
+
+    /// Keeps a picture of the page in the folder that `SCREENSHOTS` names, if it does.
+    pub(crate) async fn picture(&mut self, name: &str) {
+        let Some(folder) = env::var_os("SCREENSHOTS") else { return };
+        let picture = self.command("Page.captureScreenshot", json!({"format": "png"})).await;
+        let bytes = BASE64_STANDARD.decode(picture["data"].as_str().unwrap()).unwrap();
+        std::fs::write(PathBuf::from(folder).join(name), bytes).unwrap();
     }
 
     /// The addresses that were asked for.

@@ -1,13 +1,14 @@
 //! Requests that the edge has kept: only their outcome goes back.
 
 use proto::{
-    delivery::{Attempt, bounds},
+    delivery::{Attempt, Holds, PolicyNotice, bounds},
     error::ErrorCode,
     limits,
     message::Request,
 };
 use tokio::io::AsyncReadExt as _;
 
+use crate::inspector::Inspected;
 use crate::stage::{
     Manners, OK, Sent, connected, connected_with, get, noise, request, with_body, with_header,
 };
@@ -116,4 +117,57 @@ async fn no_more_deliveries_than_there_may_be_reach_the_service_and_live_request
     line.request(&kept(request("POST", "/more"))).await;
     // On the connection that has become free.
     assert!(peers[0].head().await.starts_with("POST /more "));
+}
+
+#[tokio::test]
+async fn what_an_edge_does_not_take_of_a_tunnels_deliveries_is_said_and_breaks_nothing() {
+    // An edge of an earlier release says nothing about policies, and one before that keeps no deliveries.
+    for (deliveries, told, kept, notice) in [
+        (true, None, true, None),
+        (false, None, false, None),
+        (
+            true,
+            Some((Holds::Live, "unknown variant `sender`\u{1b}[31m")),
+            false,
+            Some(
+                "the edge does not take these settings, so nothing is kept (as with \"live\"): unknown variant `sender`[31m",
+            ),
+        ),
+        (
+            true,
+            Some((Holds::Bounds, "attempts must be from 1 to 5, not 10")),
+            true,
+            Some("the edge takes the nearest settings that it allows: attempts must be from 1 to 5, not 10"),
+        ),
+        (
+            true,
+            Some((Holds::Other, "later")),
+            true,
+            Some("the edge does not take all of these settings: later"),
+        ),
+    ] {
+        let policies: Vec<_> = told
+            .map(|(holds, why)| PolicyNotice::new("web", holds, why))
+            .into_iter()
+            // Of a tunnel that is not ours.
+            .chain([PolicyNotice::new("foreign", Holds::Live, "no")])
+            .collect();
+        let manners = Manners { deliveries, policies, ..Manners::default() };
+        let mut stage = Inspected::daemon_at("delivery = \"auto\"", manners).await;
+        let delivery = stage.status().await["tunnels"][0]["delivery"].clone();
+        assert_eq!((&delivery["mode"], &delivery["kept"]), (&"auto".into(), &kept.into()), "{delivery}");
+        assert_eq!(delivery["notice"].as_str(), notice, "{delivery}");
+        if let Some(notice) = notice {
+            // As it is quoted in a line of JSON.
+            let quoted = serde_json::to_string(notice).unwrap();
+            stage.agent.says(quoted.trim_matches('"')).await;
+        }
+        // The tunnel works whatever was said.
+        stage.line.request(&get("/")).await;
+        let mut peer = stage.upstream.accept().await;
+        peer.head().await;
+        peer.write(OK).await;
+        assert!(matches!(stage.line.answer().await, Sent::Reply { status: 200, .. }));
+        assert!(!stage.agent.log().contains("foreign"));
+    }
 }

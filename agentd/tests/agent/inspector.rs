@@ -18,9 +18,9 @@ use crate::stage::{
 /// An agent that is inspected, and how to ask it.
 pub(crate) struct Inspected {
     _edge: Edge,
-    line: Line,
+    pub(crate) line: Line,
     pub(crate) upstream: Upstream,
-    agent: Agent,
+    pub(crate) agent: Agent,
     folder: tempfile::TempDir,
     pub(crate) address: String,
     token: String,
@@ -75,20 +75,31 @@ impl Inspected {
         command.env("AGENTD_CONTROL_SOCKET", folder.path().join("control.sock"));
         command.args(["http", &upstream.port.to_string(), "--name", "web", "--edge", &edge.url]);
         command.args(["--inspect-address", "127.0.0.1:0"]).args(more);
-        Self::of(edge, upstream, folder, Agent::spawn(command)).await
+        Self::of(edge, upstream, folder, Agent::spawn(command), Manners::default()).await
     }
 
     /// The daemon with a configuration; `{upstream}` in it is the upstream's port.
-    async fn daemon(more: &str) -> Self {
+    pub(crate) async fn daemon(more: &str) -> Self {
+        Self::daemon_at(more, Manners::default()).await
+    }
+
+    /// The same at an edge with these manners.
+    pub(crate) async fn daemon_at(more: &str, manners: Manners) -> Self {
         let (edge, upstream) = (Edge::bind().await, Upstream::bind().await);
         let folder = tempfile::tempdir().unwrap();
         configure(&edge, &upstream, folder.path(), more);
         let agent = Agent::run(&folder.path().join("agentd.toml"));
-        Self::of(edge, upstream, folder, agent).await
+        Self::of(edge, upstream, folder, agent, manners).await
     }
 
-    async fn of(edge: Edge, upstream: Upstream, folder: tempfile::TempDir, agent: Agent) -> Self {
-        let line = edge.welcome_with(Manners::default()).await;
+    async fn of(
+        edge: Edge,
+        upstream: Upstream,
+        folder: tempfile::TempDir,
+        agent: Agent,
+        manners: Manners,
+    ) -> Self {
+        let line = edge.welcome_with(manners).await;
         let mut inspected =
             Self { _edge: edge, line, upstream, agent, folder, address: String::new(), token: String::new() };
         let url = inspected.status().await["inspector"].as_str().unwrap_or_default().to_owned();
@@ -111,7 +122,7 @@ impl Inspected {
         exchange(stream, method, target, &[("host", "localhost")], body).await
     }
 
-    async fn status(&self) -> Value {
+    pub(crate) async fn status(&self) -> Value {
         self.control("GET", "/status", b"").await.json()
     }
 

@@ -1,12 +1,22 @@
 //! The inspector's page in a real browser: what passes shows up, is read and sent again, and stays text whatever it is.
 
-use proto::message::Request;
+use std::sync::Mutex;
+
+use futures_util::StreamExt as _;
+use proto::{
+    body::Body,
+    delivery::{Answer, Ask, DeliveriesAnswer, Last, State, Summary},
+    header::Headers,
+    id::DeliveryId,
+    message::{AgentMessage, EdgeMessage, Request},
+};
 use serde_json::json;
+use tokio_tungstenite::tungstenite::Message;
 
 use crate::{
     chromium::Chromium,
     inspector::{Inspected, hostile},
-    stage::{request, with_body, with_header},
+    stage::{Line, request, with_body, with_header},
 };
 
 const JSON: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 20\r\n\r\n{\"ok\":true,\"n\":12.0}";
@@ -159,6 +169,179 @@ async fn requests_show_up_are_read_and_sent_again_and_stay_text() {
     };
     let wrong: Vec<_> = browser.events.iter().filter(wrong).collect();
     assert!(wrong.is_empty(), "{wrong:?}");
+    browser.close().await;
+}
+
+/// An edge that keeps deliveries, and what it was asked to do with them.
+#[derive(Default)]
+struct Shelf {
+    kept: Vec<(Summary, Headers, Vec<u8>)>,
+    done: Vec<String>,
+}
+
+impl Shelf {
+    fn put(&mut self, state: State, target: &str, field: &[u8], body: &[u8]) {
+        let number = self.kept.len() as u64 + 1;
+        let last = Last {
+            attempt: 1,
+            at_ms: 1_790_000_000_000,
+            status: Some(503),
+            code: None,
+            reason: format!("the upstream answered 503 {target}"),
+        };
+        let summary = Summary {
+            id: DeliveryId::new(1_790_000_000_000 + number, [1; 10]),
+            tunnel: "web".parse().unwrap(),
+            state,
+            received_ms: 1_790_000_000_000 + number,
+            expires_at: 1_790_300_000,
+            attempt: 1,
+            method: "POST".into(),
+            target: target.into(),
+            body_bytes: body.len() as u64,
+            run: None,
+            last: Some(last),
+        };
+        let value = http::HeaderValue::from_bytes(field).unwrap();
+        let headers = [(http::HeaderName::from_static("x-hostile"), value)].into_iter().collect();
+        self.kept.push((summary, headers, body.to_vec()));
+    }
+
+    fn becomes(&mut self, what: &str, id: &DeliveryId, state: State) -> Answer<'static> {
+        self.done.push(format!("{what} {id}"));
+        let (summary, ..) = self.kept.iter_mut().find(|(one, ..)| one.id == *id).unwrap();
+        summary.state = state;
+        Answer::Done { count: 1, cursor: None }
+    }
+
+    fn answer(&mut self, ask: Ask) -> Answer<'static> {
+        match ask {
+            Ask::List { state, .. } => {
+                let fits =
+                    |one: &&(Summary, Headers, Vec<u8>)| state.is_none_or(|state| one.0.state == state);
+                let list = self.kept.iter().rev().filter(fits).map(|(summary, ..)| summary.clone()).collect();
+                Answer::Deliveries { list, cursor: None }
+            }
+            Ask::Show { id, .. } => {
+                let (summary, headers, body) = self.kept.iter().find(|(one, ..)| one.id == id).unwrap();
+                let summary = Box::new(summary.clone());
+                let body = Some(Body::encode(body).into_owned());
+                Answer::Delivery { summary, headers: headers.clone(), body, more: None }
+            }
+            Ask::Retry { id, .. } => self.becomes("retry", &id, State::Waiting),
+            Ask::Cancel { id, .. } => self.becomes("cancel", &id, State::Cancelled),
+            other => {
+                self.done.push(serde_json::to_value(&other).unwrap()["op"].as_str().unwrap().to_owned());
+                Answer::Done { count: 0, cursor: None }
+            }
+        }
+    }
+
+    /// Answers for as long as the agent asks.
+    async fn serve(shelf: &Mutex<Self>, line: &mut Line) {
+        while let Some(Ok(message)) = line.ws.next().await {
+            let Message::Text(text) = message else { continue };
+            match AgentMessage::decode(&text).unwrap() {
+                AgentMessage::Deliveries(asked) => {
+                    let answer = shelf.lock().unwrap().answer(asked.ask);
+                    line.send(&EdgeMessage::Deliveries(DeliveriesAnswer { seq: asked.seq, answer })).await;
+                }
+                _ => drop(line.control(&text).await),
+            }
+        }
+        panic!("the agent has gone");
+    }
+}
+
+/// What would be there if something that is kept had become markup, or had run.
+const KEPT_MARKUP: &str = "document.querySelectorAll('#deliveries script, #deliveries style, #deliveries img, #deliveries svg, \
+    #deliveries a, #deliveries object, #deliveries embed, #deliveries iframe, #deliveries video, #deliveries base, \
+    #deliveries meta').length + Number('owned' in window)";
+
+#[tokio::test]
+async fn deliveries_are_listed_read_retried_and_cancelled_and_stay_text() {
+    let Some(mut browser) = Chromium::start().await else { return };
+    let mut stage = Inspected::daemon("delivery = \"durable\"").await;
+    let shelf = Mutex::new(Shelf::default());
+    let cases = hostile();
+    {
+        let mut shelf = shelf.lock().unwrap();
+        for case in &cases {
+            let field: Vec<u8> =
+                case.iter().copied().filter(|byte| *byte >= b' ' && *byte != 0x7f).take(8000).collect();
+            let target = format!("/{}", String::from_utf8_lossy(&field));
+            shelf.put(State::Delivered, &target, &field, case);
+        }
+        shelf.put(State::Waiting, "/waits", b"x", b"{\"waits\":1}");
+        shelf.put(State::Dead, "/dead", b"x", "the body of the dead one: \u{e4}".as_bytes());
+    }
+    let (page, all) = (format!("http://{}/", stage.address), cases.len() + 2);
+    let clicking = async {
+        let rows =
+            |count: usize| format!("document.querySelectorAll('#delivery-rows tr').length === {count}");
+        let click = |row: usize, button: usize| {
+            format!(
+                "document.querySelectorAll('#delivery-rows tr')[{row}].querySelectorAll('button')[{button}].click()"
+            )
+        };
+        let says =
+            |text: &str| format!("document.querySelector('#delivery-rows').innerText.includes('{text}')");
+        let filter = |state: &str| {
+            format!(
+                "{{ const field = document.querySelector('#delivery-state'); field.value = '{state}'; field.dispatchEvent(new Event('change')); }}"
+            )
+        };
+        browser.open(&page).await;
+        browser.wait_for("document.querySelector('#deliveries-button')?.hidden === false").await;
+        browser.press("q").await;
+        browser.wait_for("document.querySelector('#deliveries').open").await;
+        browser.wait_for(&rows(all)).await;
+        // By state; and one is read.
+        browser.evaluate(&filter("dead")).await;
+        browser.wait_for(&rows(1)).await;
+        browser.evaluate(&click(0, 0)).await;
+        browser.wait_for("document.querySelector('#delivery-detail').innerText.includes('the body of the dead one: ä')").await;
+        browser.wait_for("document.querySelector('#delivery-detail').innerText.includes('POST /dead')").await;
+        browser.picture("deliveries.png").await;
+        // Delivered again, and called off.
+        browser.evaluate(&click(0, 1)).await;
+        browser.wait_for(&says("Nothing is kept")).await;
+        browser.evaluate(&filter("waiting")).await;
+        browser.wait_for(&rows(2)).await;
+        assert!(
+            browser.evaluate(&says("/dead")).await == true && browser.evaluate(&says("/waits")).await == true
+        );
+        browser.evaluate(&click(1, 1)).await;
+        browser.wait_for(&rows(1)).await;
+        for button in ["pause", "resume", "dead"] {
+            browser.evaluate(&format!("document.querySelector('#delivery-{button}').click()")).await;
+        }
+        // What is hostile stays text, in the list and read.
+        browser.evaluate(&filter("delivered")).await;
+        browser.wait_for(&rows(cases.len())).await;
+        for row in 0..cases.len() {
+            browser.evaluate("document.querySelector('#delivery-detail').replaceChildren()").await;
+            browser.evaluate(&click(row, 0)).await;
+            browser.wait_for("document.querySelector('#delivery-detail h3') !== null").await;
+            assert_eq!(browser.evaluate(KEPT_MARKUP).await, 0, "case {row}");
+        }
+        browser.picture("deliveries-hostile.png").await;
+        assert_eq!(browser.evaluate("violations").await, json!([]), "the policy had to stop something");
+        let wrong = |event: &&serde_json::Value| {
+            event["method"] == "Runtime.exceptionThrown"
+                || event["method"] == "Log.entryAdded" && event["params"]["entry"]["level"] == "error"
+        };
+        let wrong: Vec<_> = browser.events.iter().filter(wrong).collect();
+        assert!(wrong.is_empty(), "{wrong:?}");
+    };
+    tokio::select! {
+        () = Shelf::serve(&shelf, &mut stage.line) => {}
+        () = clicking => {}
+    }
+    let shelf = shelf.into_inner().unwrap();
+    let id = |target: &str| shelf.kept.iter().find(|(one, ..)| one.target == target).unwrap().0.id.clone();
+    assert_eq!(shelf.done[..2], [format!("retry {}", id("/dead")), format!("cancel {}", id("/waits"))]);
+    assert_eq!(shelf.done[2..], ["pause", "resume", "retry_dead"]);
     browser.close().await;
 }
 

@@ -15,6 +15,7 @@ use futures_util::{SinkExt as _, StreamExt as _};
 use http::{HeaderName, HeaderValue};
 use proto::{
     body::{Body, Codecs},
+    delivery::PolicyNotice,
     error::ErrorCode,
     header::Headers,
     id::RequestId,
@@ -65,11 +66,21 @@ pub(crate) struct Manners {
     pub(crate) reply_timeout_ms: Option<u64>,
     pub(crate) codecs: Codecs,
     pub(crate) refuse: Vec<(String, Refusal)>,
+    /// Whether deliveries are kept, and what is said about the policies of that.
+    pub(crate) deliveries: bool,
+    pub(crate) policies: Vec<PolicyNotice>,
 }
 
 impl Default for Manners {
     fn default() -> Self {
-        Self { heartbeat_ms: 25_000, reply_timeout_ms: None, codecs: Codecs::default(), refuse: Vec::new() }
+        Self {
+            heartbeat_ms: 25_000,
+            reply_timeout_ms: None,
+            codecs: Codecs::default(),
+            refuse: Vec::new(),
+            deliveries: true,
+            policies: Vec::new(),
+        }
     }
 }
 
@@ -251,7 +262,8 @@ impl Line {
                     identity_ms: None,
                     codecs: self.manners.codecs.clone(),
                     websockets: false,
-                    deliveries: false,
+                    deliveries: self.manners.deliveries,
+                    policies: self.manners.policies.clone(),
                 };
                 self.hellos.push(hello);
                 self.send(&EdgeMessage::Welcome(welcome)).await;

@@ -67,6 +67,26 @@ impl Deliveries {
         }
     }
 
+    /// Somebody has stopped a run of this delivery: it is dead, unless it has ended or has another run.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; it may be repeated.
+    pub async fn run_was_stopped(&self, tunnel: &TunnelName, id: &DeliveryId) -> Result<(), Error> {
+        let pk = parked_key(tunnel);
+        // Read before it is asked: what is parked later belongs to a run that goes on.
+        let parked = self.get(&pk, id.as_str()).await?;
+        let goes_on = match self.find(tunnel, id).await? {
+            Some(kept) => self.carry_on(&kept).await?,
+            None => false,
+        };
+        let token = parked.as_ref().and_then(|row| row.get("token")?.as_s().ok());
+        if !goes_on && let Some(token) = token {
+            self.delete_parked(&pk, id.as_str(), token).await?;
+        }
+        Ok(())
+    }
+
     /// Has those of a tunnel's deliveries go on that have no run. Gives how many of them have ended instead.
     ///
     /// # Errors
@@ -167,6 +187,7 @@ mod tests {
             order_key: None,
             last: None,
             buried: None,
+            refused_since_ms: None,
         };
         let at = 1_000 + ACCEPTED_WITHIN_MS;
         assert!(may_lack_run(&kept, at));

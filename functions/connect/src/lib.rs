@@ -35,6 +35,7 @@ use edge::{
 };
 use proto::{
     body::Codecs,
+    delivery::{Holds, PolicyNotice, SaidPolicy},
     id::{ConnectionId, IdError, Owner, TunnelName},
     limits,
     message::{AgentMessage, EdgeMessage, Hello, OpenTunnel, Refusal, RefusedTunnel, VERSION, Welcome},
@@ -97,6 +98,7 @@ impl Connect {
             codecs: Codecs::default(),
             websockets: self.websockets,
             deliveries: self.deliveries.is_some(),
+            policies: Vec::new(),
             owner: None,
             may_open: Vec::new(),
             identity_ms: None,
@@ -161,9 +163,9 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         return Ok(Answer::status(403));
     }
     let (allowed, mut refused) = sort_names(&hello, &authorized);
-    let terms = match connect.deliveries {
+    let (terms, policies) = match connect.deliveries {
         Some(_) => terms(&hello, &allowed, &connection.owner),
-        None => BTreeMap::new(),
+        None => Default::default(),
     };
     let outcomes = connect.admission.registry.serve(&connection, &allowed, &terms, since_ms, now).await?;
     let mut tunnels = Vec::with_capacity(outcomes.len());
@@ -207,6 +209,7 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
     );
     let welcome = EdgeMessage::Welcome(Welcome {
         tunnels,
+        policies,
         codecs: Codecs::all(),
         may_open: authorized.tunnels.0.iter().map(ToString::to_string).collect(),
         identity_ms: authorized.left_ms(unix_now_ms()),
@@ -216,19 +219,35 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
     Ok(Answer::message(welcome.encode()))
 }
 
-/// What the owner wants of those tunnels that keep requests. A policy that is not understood is none: the tunnel is live.
-fn terms(hello: &Hello, allowed: &BTreeSet<TunnelName>, owner: &Owner) -> BTreeMap<TunnelName, Terms> {
+/// What the owner wants of those tunnels that keep requests, and what of that does not hold as it was said. A policy that is
+/// not understood is none: the tunnel is live.
+fn terms(
+    hello: &Hello,
+    allowed: &BTreeSet<TunnelName>,
+    owner: &Owner,
+) -> (BTreeMap<TunnelName, Terms>, Vec<PolicyNotice>) {
     let mut terms = BTreeMap::new();
+    let mut notices = Vec::new();
     for name in allowed {
-        let Some(policy) = hello.deliveries.get(name.as_str()) else { continue };
-        match policy.clone().clamped() {
-            Some(policy) => drop(terms.insert(name.clone(), Terms { owner: owner.clone(), policy })),
-            None => {
-                tracing::warn!(tunnel_id = %name, "the tunnel's policy of deliveries is not valid: it is live")
-            }
+        let Some(said) = hello.deliveries.get(name.as_str()) else { continue };
+        let mut notice = |holds, why: &str| {
+            tracing::warn!(tunnel_id = %name, ?holds, "the tunnel's policy of deliveries does not hold as it was said");
+            notices.push(PolicyNotice::new(name.as_str(), holds, why));
+        };
+        match said {
+            SaidPolicy::Unreadable(why) => notice(Holds::Live, why),
+            SaidPolicy::Policy(said) => match said.clone().clamped() {
+                Ok(policy) => {
+                    if let Err(error) = said.check() {
+                        notice(Holds::Bounds, &error.to_string());
+                    }
+                    terms.insert(name.clone(), Terms { owner: owner.clone(), policy });
+                }
+                Err(error) => notice(Holds::Live, &error.to_string()),
+            },
         }
     }
-    terms
+    (terms, notices)
 }
 
 /// The name as the agent gave it, but not at any length.
@@ -315,22 +334,34 @@ mod tests {
 
     #[test]
     fn policies_are_kept_within_bounds_for_tunnels_that_are_allowed() {
-        let mut hello = hello(&["web", "pr-1"]);
+        let mut hello = hello(&["web", "pr-1", "pr-2", "pr-3", "pr-4"]);
         let mut wild = DeliveryPolicy::new(Mode::Durable);
         wild.attempts = 1_000;
         let mut broken = DeliveryPolicy::new(Mode::Auto);
         broken.paths = vec!["x".into()];
         hello.deliveries = [
-            ("web".into(), wild),
-            ("pr-1".into(), broken),
-            ("foreign".into(), DeliveryPolicy::new(Mode::Auto)),
+            ("web".into(), wild.into()),
+            ("pr-1".into(), broken.into()),
+            ("pr-2".into(), SaidPolicy::Unreadable("unknown variant `twice`".into())),
+            ("pr-3".into(), DeliveryPolicy::new(Mode::Auto).into()),
+            ("foreign".into(), DeliveryPolicy::new(Mode::Auto).into()),
         ]
         .into_iter()
         .collect();
         let (allowed, _) = sort_names(&hello, &authorized("*"));
-        let terms = terms(&hello, &allowed, &"alice".parse().unwrap());
+        let (terms, notices) = terms(&hello, &allowed, &"alice".parse().unwrap());
         let kept: Vec<_> = terms.iter().map(|(name, terms)| (name.as_str(), terms.policy.attempts)).collect();
-        assert_eq!(kept, [("web", 50)]);
+        assert_eq!(kept, [("pr-3", 10), ("web", 50)]);
+        // What does not hold as it was said is told, and why.
+        let told: Vec<_> = notices.iter().map(|notice| (&*notice.name, notice.holds, &*notice.why)).collect();
+        assert_eq!(
+            told,
+            [
+                ("pr-1", Holds::Live, "paths: \"x\" is not a path that begins with / and has no query"),
+                ("pr-2", Holds::Live, "unknown variant `twice`"),
+                ("web", Holds::Bounds, "attempts must be from 1 to 50, not 1000"),
+            ]
+        );
     }
 
     #[test]

@@ -23,7 +23,7 @@ use edge::{
     agent_link::{AgentLink, Posted},
     aws::Aws,
     config::{ConfigError, Env, env},
-    deliveries::{Deliveries, Kept, Lane},
+    deliveries::{Deliveries, Kept, Lane, Noted},
     registry::Registry,
     unix_now, unix_now_ms,
 };
@@ -72,8 +72,13 @@ pub const EXPIRED: &str = "Expired";
 /// How much longer than its upstream has the token of an attempt is valid, in seconds.
 const TOKEN_GRACE_S: u64 = 60;
 
-/// The longest pause after an attempt that was none, in seconds.
+/// The longest pause after an attempt that was none, in seconds, at first. As long as none is made, pauses grow to a quarter
+/// of the time that this has lasted, up to [`REFUSED_PAUSE_S`].
 const BUSY_PAUSE_S: u64 = 4;
+
+/// The longest pause while no attempt is made, in seconds. A run has at most 25,000 events (Step Functions Developer Guide,
+/// "Quotas") and such an attempt takes some 15 of them: at this pause they last for the 14 days that a delivery may wait.
+const REFUSED_PAUSE_S: u64 = 20 * 60;
 
 /// Everything an event needs.
 #[derive(Debug)]
@@ -109,6 +114,8 @@ pub enum Event {
         deadline_ms: u64,
         /// Whether it has its turn.
         turn: bool,
+        /// How often the run was redriven.
+        redrives: u64,
     },
     /// To have the delivery end as its upstream says.
     Settle(Judged),
@@ -219,9 +226,9 @@ pub async fn handle(event: Event, deliver: &Deliver) -> Result<Answer, Error> {
             }
             Ok(Answer::Nothing {})
         }
-        Event::Deliver { delivery, tunnel, token, deadline_ms, turn } => {
+        Event::Deliver { delivery, tunnel, token, deadline_ms, turn, redrives } => {
             let token = task_token(&token)?;
-            match begin(deliver, &tunnel, &delivery, deadline_ms, turn).await {
+            match begin(deliver, &tunnel, &delivery, deadline_ms, turn, redrives).await {
                 Ok((kept, connections)) => post(deliver, &kept, token, &connections).await?,
                 // A run's usual way: no failure of this function, which alarms would count.
                 Err(Error::Named { name: name @ (NO_AGENT | NOT_ITS_TURN | OVER) }) => {
@@ -244,6 +251,7 @@ async fn begin(
     delivery: &DeliveryId,
     deadline_ms: u64,
     turn: bool,
+    redrives: u64,
 ) -> Result<(Kept, Vec<ConnectionId>), Error> {
     if unix_now_ms() >= deadline_ms {
         return Err(Error::Named { name: EXPIRED });
@@ -262,10 +270,33 @@ async fn begin(
     if connections.is_empty() {
         return Err(Error::Named { name: NO_AGENT });
     }
-    match deliver.deliveries.begin(tunnel, delivery).await {
+    let begun = async {
+        let begun = deliver.deliveries.begin(tunnel, delivery).await?;
+        if begun.is_none() && redrives > 0 && is_revived(deliver, tunnel, delivery, redrives).await? {
+            return deliver.deliveries.begin(tunnel, delivery).await;
+        }
+        Ok(begun)
+    };
+    match begun.await {
         Ok(Some(kept)) => Ok((kept, connections)),
         Ok(None) => Err(over),
         Err(error) => Err(before_dispatch(&error)),
+    }
+}
+
+/// Whether a delivery that died when its run was stopped waits again, because the run was redriven since.
+async fn is_revived(
+    deliver: &Deliver,
+    tunnel: &TunnelName,
+    delivery: &DeliveryId,
+    redrives: u64,
+) -> Result<bool, Error> {
+    match deliver.deliveries.find(tunnel, delivery).await? {
+        Some(kept) if kept.state == State::Dead && redrives > kept.buried.unwrap_or_default() => {
+            tracing::info!(delivery_id = %kept.id, tunnel_id = %kept.tunnel, "delivery was redriven");
+            deliver.deliveries.revive(&kept).await
+        }
+        _ => Ok(false),
     }
 }
 
@@ -452,7 +483,9 @@ async fn judge(deliver: &Deliver, judged: &Judged) -> Result<Verdict, Error> {
         }
         State::Waiting | State::Delivering => {}
     }
-    let means = means(&kept.policy, judged, unix_now_ms(), unit());
+    let now_ms = unix_now_ms();
+    let refused_ms = kept.refused_since_ms.map_or(0, |since| now_ms.saturating_sub(since));
+    let means = means(&kept.policy, judged, now_ms, refused_ms, unit());
     let last = last(judged, kept.attempt);
     tracing::info!(
         delivery_id = %kept.id, tunnel_id = %kept.tunnel, attempt = kept.attempt, status = judged.status,
@@ -460,14 +493,14 @@ async fn judge(deliver: &Deliver, judged: &Judged) -> Result<Verdict, Error> {
     );
     match means {
         Means::Again(pause_s) => {
-            store.note(&kept, State::Waiting, &last, true).await?;
+            store.note(&kept, &last, Noted::Made).await?;
             wake_next(store, judged, most).await?;
             Ok(Verdict { pause_s, attempt: judged.attempt, lane: Lane::NONE })
         }
         Means::NotMade(pause_s) => {
             // Only what `begin` has counted; a second call finds the delivery waiting and leaves it.
-            let counted = kept.state != State::Delivering || judged.code == UNREADY;
-            store.note(&kept, State::Waiting, &last, counted).await?;
+            let is_begun = kept.state == State::Delivering && judged.code != UNREADY;
+            store.note(&kept, &last, if is_begun { Noted::NotMade } else { Noted::NotBegun }).await?;
             let attempt = judged.attempt.saturating_sub(1);
             Ok(Verdict { pause_s, attempt, lane: judged.lane })
         }
@@ -490,13 +523,16 @@ async fn wake_next(store: &Deliveries, judged: &Judged, most: u32) -> Result<(),
     Ok(())
 }
 
-/// Decides about an attempt. Pure. `random` is uniform in `[0, 1)`.
-fn means(policy: &DeliveryPolicy, judged: &Judged, now_ms: u64, random: f64) -> Means {
+/// Decides about an attempt. Pure. `random` is uniform in `[0, 1)`; for `refused_ms` no attempt was made.
+fn means(policy: &DeliveryPolicy, judged: &Judged, now_ms: u64, refused_ms: u64, random: f64) -> Means {
     if now_ms >= judged.deadline_ms || judged.code == EXPIRED {
         return Means::Dead;
     }
     let again = match kind(judged) {
-        Kind::NotMade => return Means::NotMade(1 + (random * BUSY_PAUSE_S as f64) as u64),
+        Kind::NotMade => {
+            let left_s = (judged.deadline_ms - now_ms) / 1000;
+            return Means::NotMade(refused_pause(refused_ms / 1000, random).min(left_s.max(1)));
+        }
         Kind::Status(status) => policy.retry_on.statuses.iter().any(|rule| rule.covers(status)),
         Kind::NoConnection => policy.retry_on.no_connection,
         Kind::Unknown => policy.retry_unknown,
@@ -512,6 +548,13 @@ fn means(policy: &DeliveryPolicy, judged: &Judged, now_ms: u64, random: f64) -> 
     let left_s = (judged.deadline_ms - now_ms) / 1000;
     let wanted = judged.retry_after_s.min(delivery::RETRY_AFTER_MAX_S);
     Means::Again(pause.max(wanted).max(1).min(left_s.max(1)))
+}
+
+/// How long a delivery waits of which no attempt was made for `refused_s`, in seconds: at least half of the longest, so that
+/// the events of its run last.
+fn refused_pause(refused_s: u64, random: f64) -> u64 {
+    let grown = (refused_s / 4).min(REFUSED_PAUSE_S) as f64 * (0.5 + random / 2.0);
+    (1 + (random * BUSY_PAUSE_S as f64) as u64).max(grown as u64)
 }
 
 enum Kind {
@@ -630,7 +673,7 @@ mod tests {
 
     #[test]
     fn every_answer_of_an_upstream_has_its_meaning() {
-        let of = |status| means(&policy(), &judged(status, ""), 0, 0.5);
+        let of = |status| means(&policy(), &judged(status, ""), 0, 0, 0.5);
         for status in [300, 302, 400, 401, 404, 410, 422] {
             assert_eq!(of(status), Means::Dead, "{status}");
         }
@@ -639,13 +682,13 @@ mod tests {
         }
         let mut other = policy();
         other.retry_on.statuses = vec![StatusRule::Exact(404)];
-        assert_eq!(means(&other, &judged(404, ""), 0, 0.0), Means::Again(1));
-        assert_eq!(means(&other, &judged(500, ""), 0, 0.0), Means::Dead);
+        assert_eq!(means(&other, &judged(404, ""), 0, 0, 0.0), Means::Again(1));
+        assert_eq!(means(&other, &judged(500, ""), 0, 0, 0.0), Means::Dead);
     }
 
     #[test]
     fn what_has_no_answer_is_tried_again_as_the_policy_says() {
-        let of = |policy: &DeliveryPolicy, code| means(policy, &judged(0, code), 0, 0.5);
+        let of = |policy: &DeliveryPolicy, code| means(policy, &judged(0, code), 0, 0, 0.5);
         let mut strict = policy();
         strict.retry_unknown = false;
         for code in [
@@ -676,7 +719,7 @@ mod tests {
         ] {
             let mut last = judged(0, code);
             last.attempt = policy().attempts;
-            assert!(matches!(means(&strict, &last, 0, 0.999), Means::NotMade(4)), "{code}");
+            assert!(matches!(means(&strict, &last, 0, 0, 0.999), Means::NotMade(4)), "{code}");
         }
         for code in [
             "Tunnel.webhook_refused",
@@ -690,17 +733,38 @@ mod tests {
     }
 
     #[test]
+    fn what_is_refused_for_days_is_asked_for_ever_less_often_and_its_run_has_events_for_that() {
+        assert_eq!([0.0, 0.25, 0.999].map(|random| refused_pause(0, random)), [1, 2, 4]);
+        assert_eq!(refused_pause(16, 0.999), 4);
+        assert_eq!([0.0, 1.0].map(|random| refused_pause(400, random)), [50, 100]);
+        for long in [4 * REFUSED_PAUSE_S, u64::MAX / 1000] {
+            assert_eq!([0.0, 1.0].map(|random| refused_pause(long, random)), [600, 1200]);
+        }
+        // The whole age of a delivery fits into one run: with the shortest draws there are half as many again as on average.
+        let (mut refused_s, mut attempts) = (0, 0);
+        while refused_s < *delivery::bounds::MAX_AGE_S.end() {
+            refused_s += refused_pause(refused_s, 0.0);
+            attempts += 1;
+        }
+        let mean = attempts * 2 / 3;
+        assert!(mean * 15 < 25_000, "{attempts}");
+        // It never lasts beyond the delivery.
+        let pause = means(&policy(), &judged(0, EDGE_BUSY), 995_000, 900_000, 1.0);
+        assert_eq!(pause, Means::NotMade(5));
+    }
+
+    #[test]
     fn attempts_and_time_are_bounds_at_which_it_ends() {
         let mut at = judged(500, "");
         at.attempt = policy().attempts - 1;
-        assert!(matches!(means(&policy(), &at, 0, 0.5), Means::Again(_)));
+        assert!(matches!(means(&policy(), &at, 0, 0, 0.5), Means::Again(_)));
         at.attempt += 1;
-        assert_eq!(means(&policy(), &at, 0, 0.5), Means::Dead);
+        assert_eq!(means(&policy(), &at, 0, 0, 0.5), Means::Dead);
         let at = judged(500, "");
-        assert!(matches!(means(&policy(), &at, at.deadline_ms - 1, 0.5), Means::Again(1)));
-        assert_eq!(means(&policy(), &at, at.deadline_ms, 0.5), Means::Dead);
+        assert!(matches!(means(&policy(), &at, at.deadline_ms - 1, 0, 0.5), Means::Again(1)));
+        assert_eq!(means(&policy(), &at, at.deadline_ms, 0, 0.5), Means::Dead);
         // No agent's absence outlives the delivery.
-        assert_eq!(means(&policy(), &judged(0, NO_CONNECTION), 1_000_000, 0.5), Means::Dead);
+        assert_eq!(means(&policy(), &judged(0, NO_CONNECTION), 1_000_000, 0, 0.5), Means::Dead);
     }
 
     #[test]
@@ -708,7 +772,7 @@ mod tests {
         let pause = |attempt, retry_after_s, random| {
             let judged = Judged { attempt, retry_after_s, deadline_ms: u64::MAX, ..judged(503, "") };
             let patient = DeliveryPolicy { attempts: 50, ..policy() };
-            match means(&patient, &judged, 0, random) {
+            match means(&patient, &judged, 0, 0, random) {
                 Means::Again(pause) => pause,
                 other => panic!("{other:?}"),
             }

@@ -29,7 +29,10 @@ use edge::{
     unix_now,
 };
 use futures_util::{StreamExt as _, stream};
-use proto::{id::MailboxId, limits};
+use proto::{
+    id::{DeliveryId, MailboxId, TunnelName},
+    limits,
+};
 use serde::{Deserialize, Serialize};
 
 /// How many calls are under way at the same time: enough to be quick, few enough not to be throttled.
@@ -86,8 +89,32 @@ pub struct Plan {
 pub enum Event {
     /// CloudFormation, about the custom resource.
     Stack(stack::Event),
+    /// EventBridge, about a run of a delivery that was stopped from outside.
+    Stopped(Stopped),
     /// Anything else: the schedule.
     Schedule(serde::de::IgnoredAny),
+}
+
+/// EventBridge's "Step Functions Execution Status Change", as far as it is read (Step Functions Developer Guide, "Automating
+/// Step Functions event delivery with EventBridge").
+#[derive(Debug, Deserialize)]
+pub struct Stopped {
+    detail: StoppedRun,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct StoppedRun {
+    execution_arn: String,
+    /// What the run was started with, as JSON. It is far shorter than what an event would leave out.
+    input: String,
+}
+
+/// What names a delivery in the input of its run.
+#[derive(Debug, Deserialize)]
+struct Named {
+    delivery: DeliveryId,
+    tunnel: TunnelName,
 }
 
 /// What the function says to whoever invoked it.
@@ -155,6 +182,15 @@ pub async fn handle(event: Event, sweep: &Sweep) -> Result<Report, Error> {
                 look_after(fleet, agents).await;
             }
             Ok(report)
+        }
+        Event::Stopped(Stopped { detail }) => {
+            let named: Named = serde_json::from_str(&detail.input)
+                .map_err(|error| Error::Refused { call: "an event", source: error.into() })?;
+            if let Some(deliveries) = &sweep.deliveries {
+                deliveries.run_was_stopped(&named.tunnel, &named.delivery).await?;
+            }
+            tracing::info!(run = detail.execution_arn, delivery_id = %named.delivery, "run was stopped");
+            Ok(Report::default())
         }
         Event::Stack(event) => {
             let done = match event.request {
@@ -434,6 +470,13 @@ mod tests {
             serde_json::from_str(r#"{"source":"aws.events","detail-type":"Scheduled Event"}"#).unwrap();
         assert!(matches!(scheduled, Event::Schedule(_)));
         assert!(matches!(serde_json::from_str("{}").unwrap(), Event::Schedule(_)));
+        let text = r#"{"source":"aws.states","detail-type":"Step Functions Execution Status Change","detail":{
+            "executionArn":"a:b","stateMachineArn":"a","name":"b","status":"ABORTED","startDate":1,"stopDate":2,
+            "input":"{\"delivery\":\"00000000000101010101010101010101\",\"tunnel\":\"web\",\"turn\":true}",
+            "inputDetails":{"included":true},"output":null,"outputDetails":null}}"#;
+        let Event::Stopped(Stopped { detail }) = serde_json::from_str(text).unwrap() else { panic!() };
+        let named: Named = serde_json::from_str(&detail.input).unwrap();
+        assert_eq!((named.tunnel.as_str(), named.delivery.received_ms()), ("web", 1));
         let text = r#"{"RequestType":"Delete","ResponseURL":"https://x.example/y","StackId":"s","RequestId":"r",
             "LogicalResourceId":"l","PhysicalResourceId":"p","ResourceType":"Custom::Mailboxes",
             "ResourceProperties":{"ServiceToken":"t"}}"#;

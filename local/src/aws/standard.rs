@@ -19,6 +19,18 @@ use crate::{
 /// (Step Functions API Reference, "GetExecutionHistory" and "ListExecutions").
 const PAGE: (usize, usize) = (100, 1000);
 
+/// The operations that are counted as they come.
+const COUNTED: &[&str] = &[
+    "DescribeExecution",
+    "GetExecutionHistory",
+    "ListExecutions",
+    "RedriveExecution",
+    "SendTaskFailure",
+    "SendTaskHeartbeat",
+    "SendTaskSuccess",
+    "StopExecution",
+];
+
 /// The fields of all operations; each takes its own.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -42,6 +54,10 @@ pub(super) async fn answer(states: &States, caller: &str, operation: &str, body:
     let Ok(call) = serde_json::from_slice::<Fields>(body) else {
         return refused("ValidationException", "the request is not valid");
     };
+    // A start counts itself, wherever it comes from.
+    if COUNTED.contains(&operation) {
+        states.count(caller, operation);
+    }
     match operation {
         "StartExecution" => {
             let input = call.input.as_deref().unwrap_or("{}");

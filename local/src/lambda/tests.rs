@@ -313,17 +313,18 @@ async fn streams_each_piece_at_once() {
     assert!(prelude.starts_with(b"{\"statusCode\":201"));
     assert!(access_key.get().unwrap().starts_with("LOCAL"));
     let mut text = Vec::new();
-    let mut longest = Duration::ZERO;
+    let mut gaps = Vec::new();
     let mut last = Instant::now();
     while let Some(piece) = body.next().await.unwrap() {
         text.extend_from_slice(&piece);
-        longest = longest.max(last.elapsed());
+        gaps.push(last.elapsed());
         last = Instant::now();
     }
     let expected: String = (0..30).map(|number| format!("{number};")).collect();
     assert_eq!(text, expected.as_bytes());
-    // Nagle's algorithm against a delayed acknowledgement would show as 40 ms.
-    assert!(longest < Duration::from_millis(35), "{longest:?}");
+    // Nagle's algorithm against a delayed acknowledgement would show as 40 ms in most of them; a busy machine shows in a few.
+    gaps.sort_unstable();
+    assert!(gaps[gaps.len() / 2] < Duration::from_millis(35), "{gaps:?}");
     lambda.close().await;
 }
 

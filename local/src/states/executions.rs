@@ -459,8 +459,12 @@ impl Executions {
         Ok(())
     }
 
-    /// Stops a run; one that has ended stays as it is.
-    pub(super) async fn stop(&self, arn: &str, reason: TaskError) -> Result<f64, RunError> {
+    /// Stops a run; one that has ended stays as it is. Gives the run if this has ended it, and when it ended.
+    pub(super) async fn stop(
+        &self,
+        arn: &str,
+        reason: TaskError,
+    ) -> Result<(Option<Arc<StandardRun>>, f64), RunError> {
         let run = self.find(arn).ok_or(RunError::ExecutionDoesNotExist)?;
         let task = run.progress().task.take();
         if let Some(task) = task {
@@ -468,10 +472,12 @@ impl Executions {
             // Its task token is worth nothing from here on. That it was aborted is no news.
             let _ = task.await;
         }
-        if run.end(Status::Aborted(reason)) {
+        let is_stopped = run.end(Status::Aborted(reason));
+        if is_stopped {
             self.remember(&run);
         }
-        Ok(run.standing().stopped.unwrap_or_default())
+        let at = run.standing().stopped.unwrap_or_default();
+        Ok((is_stopped.then_some(run), at))
     }
 
     /// A run that is remembered.
