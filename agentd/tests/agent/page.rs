@@ -261,7 +261,7 @@ const KEPT_MARKUP: &str = "document.querySelectorAll('#deliveries script, #deliv
 #[tokio::test]
 async fn deliveries_are_listed_read_retried_and_cancelled_and_stay_text() {
     let Some(mut browser) = Chromium::start().await else { return };
-    let mut stage = Inspected::daemon("delivery = \"durable\"").await;
+    let mut stage = Inspected::daemon("inspect = true\ndelivery = \"durable\"").await;
     let shelf = Mutex::new(Shelf::default());
     let cases = hostile();
     {
