@@ -574,6 +574,46 @@ async fn a_delivery_is_looked_after_from_the_command_line() {
     assert_eq!(shown["body_bytes"], 700_000);
     assert!(STANDARD.decode(shown["body"].as_str().unwrap()).unwrap() == body);
     assert_eq!(agent.ask(&["delivery", "drain"]).0, Some(1));
+    // As people read it, and as programs do.
+    let (code, shown) = agent.ask(&["delivery", "show", &given_up]);
+    assert!(code == Some(0) && shown.contains("POST") && shown.contains("/given-up"), "{shown}");
+    assert!(!shown.lines().any(|line| line == "x"), "{shown}");
+    let (code, piped) = agent.ask(&["delivery", "show", &given_up, "--tunnel", "hooks", "--body"]);
+    assert_eq!((code, piped.trim_end()), (Some(0), "x"));
+    let (code, lines) = agent.ask(&["delivery", "list", "--limit", "1"]);
+    assert!(code == Some(0) && lines.trim_end().lines().count() == 1 && lines.contains(&given_up), "{lines}");
+    // What came earlier than is asked for.
+    let mut old = rows_of(&local, "t#hooks").await.remove(0);
+    let received = (unix_now() - 7_200) * 1000;
+    let old_id = format!("{received:012x}{}", "0".repeat(20));
+    (old["sk"]["S"], old["run"]["S"]) = (old_id.clone().into(), old_id.clone().into());
+    (old["state"]["S"], old["received_ms"]["N"]) = ("cancelled".into(), received.to_string().into());
+    write_row(&local, old).await;
+    for (since, is_there) in [("119m", false), ("121m", true)] {
+        let found = list(&agent, &["--since", since]);
+        assert_eq!(
+            (found.len(), found.iter().any(|row| row["id"] == old_id)),
+            (2 + usize::from(is_there), is_there)
+        );
+    }
+    // It is waited for what waits, as long as is said.
+    let (code, printed) = agent.ask(&["delivery", "drain", "--wait", "1s"]);
+    assert!(code == Some(1) && printed.contains("2 deliveries have not ended"), "{code:?} {printed}");
+    for wrong in [
+        &["retry"][..],
+        &["retry", &held, "--dead"],
+        &["list", "--state", "lost"],
+        &["list", "--limit", "0"],
+        &["show", "x"],
+        &["cancel"],
+        &["drain", "--wait", "soon"],
+    ] {
+        assert_eq!(agent.ask(&[&["delivery"], wrong].concat()).0, Some(2), "{wrong:?}");
+    }
+    for others in [&["pause", "foreign"][..], &["resume", "foreign"], &["list", "--tunnel", "foreign"]] {
+        let (code, printed) = agent.ask(&[&["delivery"], others].concat());
+        assert_eq!(code, Some(1), "{others:?}: {printed}");
+    }
     // What waits is not retried, what has ended not cancelled, what is not there not found.
     let (code, printed) = agent.ask(&["delivery", "retry", &held]);
     assert!(code == Some(1) && printed.contains("its state"), "{code:?} {printed}");
@@ -584,14 +624,14 @@ async fn a_delivery_is_looked_after_from_the_command_line() {
     assert!(code == Some(1) && printed.contains("no such delivery"), "{code:?} {printed}");
     assert_eq!(agent.ask(&["delivery", "resume", "hooks"]).0, Some(0));
     assert_eq!(ended(&agent, &held).await["state"], "delivered");
-    drained(&agent);
+    assert_eq!(agent.ask(&["delivery", "drain", "--wait"]).0, Some(0), "nothing waits");
     assert!(to(&upstream, "/given-up").is_empty());
     assert!(to(&upstream, "/held?a=1")[0].body == body);
     // Delivered again by hand, and it says so.
     let dead = accepted(&post(&local, "hooks", "/once/500", b"again").await);
     assert_eq!(ended(&agent, &dead).await["state"], "dead");
     assert_eq!(list(&agent, &["--state", "dead"]).len(), 1);
-    asked(&agent, &["retry", "--dead"]);
+    assert_eq!(asked(&agent, &["retry", "--dead", "--tunnel", "hooks"]), serde_json::json!({"done": 1}));
     eventually("it has come again", async || count(&upstream, "/once/500") == 2).await;
     assert_eq!(ended(&agent, &dead).await["state"], "delivered");
     let came = to(&upstream, "/once/500");
@@ -1355,7 +1395,7 @@ async fn a_run_that_is_stopped_by_hand_ends_its_delivery_and_holds_up_no_other()
         parked == BTreeSet::from([second.as_str(), other.as_str()])
     })
     .await;
-    let agent = local.agent_with(&tunnels, &["hooks"]);
+    let mut agent = local.agent_with(&tunnels, &["hooks"]);
     let stopped = async |id: &str| {
         let end = ended(&agent, id).await;
         assert_eq!(
@@ -1398,4 +1438,28 @@ async fn a_run_that_is_stopped_by_hand_ends_its_delivery_and_holds_up_no_other()
     for kind in ["o#", "p#"] {
         assert_eq!(rows(&local, kind).await.len(), 0, "{kind}");
     }
+
+    // With the stack all of them are stopped: its state machine is not deleted before.
+    leave(&mut agent);
+    for number in 0..5 {
+        keyed(&format!("/lost/{number}"), ["x", "y"][number % 2]).await;
+    }
+    let going = async || {
+        let asked = serde_json::json!({"stateMachineArn": machine, "statusFilter": "RUNNING"});
+        local.states("ListExecutions", asked).await["executions"].as_array().unwrap().len()
+    };
+    eventually("two have parked", async || rows(&local, "p#hooks").await.len() == 2).await;
+    assert_eq!(going().await, 5);
+    let formation =
+        Upstream::start(
+            |_, mut conn: Conn| async move { conn.answer("200 OK", "", b"").await.then_some(conn) },
+        )
+        .await;
+    let event = serde_json::json!({
+        "RequestType": "Delete", "ResponseURL": format!("http://{}/", formation.address()), "StackId": "stack",
+        "RequestId": "request", "LogicalResourceId": "Mailboxes", "ResourceType": "Custom::Mailboxes",
+    });
+    assert_eq!(local.invoke("sweep", &event).await.status, 200);
+    let told: Value = serde_json::from_slice(&formation.recorded()[0].body).unwrap();
+    assert_eq!((&told["Status"], going().await), (&"SUCCESS".into(), 0), "{told}");
 }

@@ -165,6 +165,7 @@ const OPERATIONS: &[(&str, &str)] = &[
     ("start_execution", "states:StartExecution"),
     ("describe_execution", "states:DescribeExecution"),
     ("stop_execution", "states:StopExecution"),
+    ("list_executions", "states:ListExecutions"),
     ("send_task_success", "states:SendTaskSuccess"),
     ("send_task_failure", "states:SendTaskFailure"),
     ("send_task_heartbeat", "states:SendTaskHeartbeat"),

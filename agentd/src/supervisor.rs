@@ -280,7 +280,7 @@ impl Supervisor {
 
     fn hear(&mut self, news: News) {
         match news {
-            News::Welcomed(welcome) => self.welcomed(welcome),
+            News::Welcomed(welcome) => self.welcomed(*welcome),
             News::Unreachable(error) => {
                 if !self.told_unreachable {
                     self.told_unreachable = true;

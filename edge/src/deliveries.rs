@@ -20,6 +20,7 @@
 mod letters;
 mod mend;
 pub mod pages;
+mod removal;
 
 use std::{
     collections::HashMap,

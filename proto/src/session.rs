@@ -56,7 +56,7 @@ pub enum Dead {
 pub enum Event {
     /// The edge answered `hello`: these tunnels are open now. After [`Session::retire`] there are
     /// none, and no new request will be dispatched here.
-    Welcomed(Welcome),
+    Welcomed(Box<Welcome>),
     /// A new connection should take over; said once.
     Replace,
     /// The connection is dead and must be dropped; said once, and nothing follows.
@@ -224,7 +224,7 @@ impl Session {
         if welcome.deliveries && !self.service.deliveries.is_empty() {
             self.once_more_at = Some(now + limits::HELLO_ONCE_MORE);
         }
-        self.events.push_back(Event::Welcomed(welcome));
+        self.events.push_back(Event::Welcomed(Box::new(welcome)));
     }
 
     /// The edge asked for the connection to be replaced.

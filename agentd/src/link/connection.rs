@@ -131,7 +131,7 @@ pub(crate) enum Command {
 #[derive(Debug)]
 pub(crate) enum Report {
     /// The edge answered `hello`.
-    Welcomed(Welcome),
+    Welcomed(Box<Welcome>),
     /// How the link is watched while nothing goes on.
     Rhythm(Rhythm),
     /// The connection should be replaced.

@@ -71,7 +71,7 @@ const COMMANDS: usize = 16;
 #[derive(Debug)]
 pub(crate) enum News {
     /// The edge has answered: what is open, and what is not.
-    Welcomed(Welcome),
+    Welcomed(Box<Welcome>),
     /// The edge cannot be reached; it is tried again.
     Unreachable(DialError),
     /// The edge refuses the token, and nothing that an earlier one has opened is in service.
@@ -323,7 +323,7 @@ impl Rotation {
         }
     }
 
-    fn welcomed(&mut self, serial: Serial, welcome: Welcome) -> Option<News> {
+    fn welcomed(&mut self, serial: Serial, welcome: Box<Welcome>) -> Option<News> {
         let now = Instant::now();
         let known = self.connections.get_mut(&serial).filter(|known| !known.retiring)?;
         known.take(&welcome, now);

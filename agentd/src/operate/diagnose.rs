@@ -273,7 +273,7 @@ impl Moment {
         timeout(STEP_TIMEOUT, async {
             loop {
                 match self.reports.recv().await? {
-                    (_, FromConnection::Welcomed(welcome)) => return Some(welcome),
+                    (_, FromConnection::Welcomed(welcome)) => return Some(*welcome),
                     (_, FromConnection::Ended(_)) => return None,
                     (_, FromConnection::Replace | FromConnection::Alive | FromConnection::Rhythm(_)) => {}
                 }

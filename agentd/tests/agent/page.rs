@@ -313,12 +313,24 @@ async fn deliveries_are_listed_read_retried_and_cancelled_and_stay_text() {
         );
         browser.evaluate(&click(1, 1)).await;
         browser.wait_for(&rows(1)).await;
+        // Above the dialog, which nothing but the top layer is.
+        let over = "document.querySelector('#toast').matches(':popover-open') && document.querySelector('#toast').innerText === 'Cancelled'";
+        browser.wait_for(over).await;
+        browser.picture("deliveries-toast.png").await;
         for button in ["pause", "resume", "dead"] {
             browser.evaluate(&format!("document.querySelector('#delivery-{button}').click()")).await;
         }
-        // What is hostile stays text, in the list and read.
+        // What is hostile stays text, in the list and read, and leaves the page in its form.
         browser.evaluate(&filter("delivered")).await;
         browser.wait_for(&rows(cases.len())).await;
+        let wide = "document.querySelector('#deliveries').scrollWidth > document.querySelector('#deliveries').clientWidth";
+        assert_eq!(browser.evaluate(wide).await, false);
+        let tall = "Math.max(...Array.from(document.querySelectorAll('#delivery-rows tr'), (row) => row.offsetHeight)) > 60";
+        assert_eq!(browser.evaluate(tall).await, false);
+        // What was delivered has no body any more, and is not offered to be tried again.
+        let offered = "document.querySelectorAll('#delivery-rows td:last-child button').length";
+        let empty = cases.iter().filter(|case| case.is_empty()).count();
+        assert_eq!(browser.evaluate(offered).await, empty);
         for row in 0..cases.len() {
             browser.evaluate("document.querySelector('#delivery-detail').replaceChildren()").await;
             browser.evaluate(&click(row, 0)).await;

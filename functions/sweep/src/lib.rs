@@ -15,7 +15,11 @@
 
 mod stack;
 
-use std::{collections::BTreeSet, process::ExitCode, time::Duration};
+use std::{
+    collections::BTreeSet,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use edge::{
     Error,
@@ -43,6 +47,9 @@ const MOST: usize = 200;
 
 /// How many batches of deliveries that were moved back are started in one sweep, and how many of dead letters are looked at.
 const MOST_BATCHES: usize = 10;
+
+/// How long runs are stopped when the stack goes: mailboxes are to be deleted in the rest of the function's time.
+const STOPPING: Duration = Duration::from_secs(80);
 
 /// Up to how many deliveries of a tunnel are counted.
 pub const MOST_COUNTED: usize = 1000;
@@ -354,8 +361,41 @@ async fn act(caretaker: &Caretaker, plan: Plan, rules: Rules, now: u64) -> (usiz
     (made, retired.await + finished.await + strays.await)
 }
 
-/// Deletes every mailbox's queue, leased or not. The rows go with their table.
+/// Stops every run of a delivery. A state machine is deleted only once its runs have ended, which those that wait for an
+/// agent do after days (AWS re:Post, "Why is my Step Functions state machine stuck in the DELETING status?").
+async fn stop_all(deliveries: &Deliveries) -> Result<(), Error> {
+    let begun = Instant::now();
+    let mut stopped = BTreeSet::new();
+    loop {
+        let runs: Vec<String> =
+            deliveries.runs().await?.into_iter().filter(|run| !stopped.contains(run)).collect();
+        if runs.is_empty() {
+            return Ok(());
+        }
+        if begun.elapsed() > STOPPING {
+            let text = format!("at least {} runs of deliveries go on: delete the stack again", runs.len());
+            return Err(Error::Failed { call: "StopExecution", source: text.into() });
+        }
+        // One that could not be stopped is listed again.
+        let each = stream::iter(runs)
+            .map(async |run| deliveries.stop_run(&run).await.map(|()| run))
+            .buffer_unordered(PARALLEL)
+            .collect::<Vec<_>>();
+        for run in each.await {
+            match run {
+                Ok(run) => drop(stopped.insert(run)),
+                Err(error) => tracing::warn!(%error, "a run was not stopped"),
+            }
+        }
+        tracing::info!(stopped = stopped.len(), "runs were stopped with their stack");
+    }
+}
+
+/// Stops the runs of deliveries and deletes every mailbox's queue, leased or not. The rows go with their tables.
 async fn clear(sweep: &Sweep) -> Result<Report, Error> {
+    if let Some(deliveries) = &sweep.deliveries {
+        stop_all(deliveries).await?;
+    }
     let mut seen = BTreeSet::new();
     let mut deleted = 0;
     // A process that is just ending may make one more; and a list shows for a minute what is gone.

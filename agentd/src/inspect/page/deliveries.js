@@ -60,20 +60,23 @@ async function look(cursor) {
 }
 
 function row(delivery) {
-  const { id, state, attempt, method, target, received_ms: at, last } = delivery;
+  const { id, state, attempt, method, target, received_ms: at, body_bytes: bytes, last } = delivery;
   const act = (op, label) => element("button", {
     type: "button",
     onclick: async () => {
-      await does({ op, tunnel: delivery.tunnel, id }, op === "retry" ? "Delivered again" : "Cancelled");
+      await does({ op, tunnel: delivery.tunnel, id }, op === "retry" ? "It is tried again" : "Cancelled");
     },
   }, label);
   const ended = state === "dead" || state === "delivered" || state === "cancelled";
+  // Its body went when it was delivered or cancelled.
+  const gone = ended && state !== "dead" && bytes > 0;
+  const reason = last?.reason ? visible(last.reason) : "";
   return element("tr", {},
     element("td", { title: id }, fullTime(at * 1000)),
     element("td", {}, `${state}${attempt > 0 ? `, ${attempt} ${attempt === 1 ? "try" : "tries"}` : ""}`),
     element("td", { class: "mono" }, element("button", { type: "button", class: "link", onclick: () => show(delivery) }, visible(`${method} ${target.slice(0, 200)}`))),
-    element("td", {}, last?.reason ? visible(last.reason) : ""),
-    element("td", {}, act(ended ? "retry" : "cancel", ended ? "Retry" : "Cancel")));
+    element("td", {}, element("div", { class: "reason", title: reason }, reason)),
+    element("td", {}, gone ? "" : act(ended ? "retry" : "cancel", ended ? "Retry" : "Cancel")));
 }
 
 async function does(question, said) {
@@ -97,7 +100,7 @@ async function retryDead() {
       done += page.count;
       ({ cursor } = page);
     } while (cursor);
-    toast(`Delivered again: ${count(done)}`);
+    toast(`Tried again: ${count(done)}`);
   } catch (error) {
     fail(error);
   }
@@ -120,7 +123,7 @@ async function show(delivery) {
       element("p", { class: "quiet mono" }, delivery.id),
       element("table", { class: "fields" }, answer.headers.map(([name, value]) => element("tr", {},
         element("th", { scope: "row" }, visible(name)), longText("td", value)))),
-      element("p", { class: "quiet" }, size(delivery.body_bytes)),
+      element("p", { class: "quiet" }, size(delivery.body_bytes) + (text.length === 0 && delivery.body_bytes > 0 ? ", not kept any more" : "")),
       text.length > 0 ? longText("pre", text, { class: "scroll" }, true) : "");
     place.hidden = false;
   } catch (error) {

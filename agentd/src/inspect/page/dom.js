@@ -116,6 +116,9 @@ export function toast(text, bad = false) {
   place.textContent = visible(text.slice(0, 500));
   place.classList.toggle("bad", bad);
   place.hidden = false;
+  // Shown anew it stands above a dialog that was opened since.
+  if (place.matches(":popover-open")) place.hidePopover();
+  place.showPopover();
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => { place.hidden = true; }, bad ? 8000 : 3000);
+  toastTimer = setTimeout(() => { place.hidePopover(); place.hidden = true; }, bad ? 8000 : 3000);
 }
