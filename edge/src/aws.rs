@@ -13,12 +13,8 @@ use aws_config::{
 };
 use aws_credential_types::provider::SharedCredentialsProvider;
 use aws_sdk_dynamodb::{operation::update_item::builders::UpdateItemFluentBuilder, types::AttributeValue};
-use aws_sdk_sfn::operation::start_sync_execution::{
-    StartSyncExecution, StartSyncExecutionError, StartSyncExecutionInput, StartSyncExecutionOutput,
-};
-use aws_sdk_sqs::operation::send_message::{
-    SendMessage, SendMessageError, SendMessageInput, SendMessageOutput,
-};
+use aws_sdk_sfn::operation::start_sync_execution::{StartSyncExecution, StartSyncExecutionError};
+use aws_sdk_sqs::operation::send_message::{SendMessage, SendMessageError};
 use aws_smithy_http_client::tls;
 use aws_smithy_runtime_api::{
     box_error::BoxError,
@@ -42,6 +38,7 @@ use crate::{
     config::{ConfigError, Env},
     metrics::{self, Counted},
     signature::{ShortName, Signature},
+    wire::{self, Ended, Message, Sent, Start},
 };
 
 /// The variables that tell a task of ECS where its credentials are.
@@ -51,9 +48,8 @@ const CONTAINER_CREDENTIALS: [&str; 2] =
 /// How long an attempt of a call of SQS may take, a long poll aside.
 const SQS_ATTEMPT: Duration = Duration::from_secs(2);
 
-pub(crate) type SendMessageCall = Call<SendMessageInput, SendMessageOutput, SendMessageError>;
-pub(crate) type StartSyncExecutionCall =
-    Call<StartSyncExecutionInput, StartSyncExecutionOutput, StartSyncExecutionError>;
+pub(crate) type SendMessageCall = Call<Message, Sent, SendMessageError>;
+pub(crate) type StartSyncExecutionCall = Call<Start, Ended, StartSyncExecutionError>;
 
 /// What every client of one function shares.
 #[derive(Debug, Clone)]
@@ -152,7 +148,7 @@ impl Aws {
             timeouts: timeouts(SQS_ATTEMPT),
             interceptors: Vec::new(),
         };
-        Call::new("SQS", "SendMessage", &SendMessage::new(), settings)
+        Call::new("SQS", "SendMessage", &SendMessage::new(), wire::SEND_MESSAGE, settings)
     }
 
     /// Runs an Express state machine and waits for its end.
@@ -181,7 +177,8 @@ impl Aws {
             timeouts: timeouts(proto::limits::RUN_DURATION + Duration::from_secs(5)),
             interceptors: vec![SharedInterceptor::permanent(FreshConnection::new(idle))],
         };
-        Call::new("SFN", "StartSyncExecution", &StartSyncExecution::new(), settings)
+        let form = wire::START_SYNC_EXECUTION;
+        Call::new("SFN", "StartSyncExecution", &StartSyncExecution::new(), form, settings)
     }
 
     /// For STANDARD runs: starting one by its name twice starts it once, and a token is used once, so calls are tried again.
@@ -391,6 +388,8 @@ mod tests {
         },
     };
 
+    use aws_sdk_sfn::operation::start_sync_execution::StartSyncExecutionInput;
+    use aws_sdk_sqs::operation::send_message::SendMessageInput;
     use aws_smithy_runtime_api::{
         client::{
             http::{HttpConnector, HttpConnectorFuture, SharedHttpConnector, http_client_fn},
@@ -405,6 +404,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::wire::Attributes;
 
     /// Answers every call with an error that is not tried again; how many connections it took.
     async fn server() -> (String, Arc<AtomicUsize>) {
@@ -447,9 +447,7 @@ mod tests {
         aws.shared =
             aws.shared.into_builder().credentials_provider(SharedCredentialsProvider::new(keys)).build();
         let run = aws.start_sync_execution_idle(idle);
-        let call = || {
-            run.send(StartSyncExecutionInput::builder().state_machine_arn("arn").input("x").build().unwrap())
-        };
+        let call = || run.send(start("x"));
         drop(call().await);
         drop(call().await);
         call().await.map(drop)
@@ -511,12 +509,36 @@ mod tests {
     const RAN: (u16, &str) =
         (200, r#"{"executionArn":"a","startDate":1,"stopDate":2,"status":"SUCCEEDED","output":"{}"}"#);
 
-    fn message() -> aws_sdk_sqs::operation::send_message::builders::SendMessageInputBuilder {
-        SendMessageInput::builder().queue_url("https://queue").message_body("a \"b\" \u{e9}")
+    /// All that a string in JSON may need.
+    fn every_character() -> String {
+        (0..=0x250).chain([0x2028, 0xffff, 0x1_f600]).filter_map(char::from_u32).collect()
     }
 
-    fn run() -> aws_sdk_sfn::operation::start_sync_execution::builders::StartSyncExecutionInputBuilder {
-        StartSyncExecutionInput::builder().state_machine_arn("arn").name("n").input("{}")
+    fn message() -> Message {
+        let attributes = Attributes { request_id: "r\"1\"".to_owned(), connection_id: "c=".to_owned() };
+        Message {
+            queue_url: "https://queue".to_owned(),
+            message_body: every_character(),
+            message_attributes: attributes,
+        }
+    }
+
+    /// The same for a client of the SDK.
+    fn their_message() -> aws_sdk_sqs::operation::send_message::builders::SendMessageInputBuilder {
+        let text = |value: &str| {
+            let value = aws_sdk_sqs::types::MessageAttributeValue::builder().string_value(value);
+            value.data_type("String").build().unwrap()
+        };
+        let Message { queue_url, message_body, message_attributes } = message();
+        SendMessageInput::builder()
+            .queue_url(queue_url)
+            .message_body(message_body)
+            .message_attributes("request_id", text(&message_attributes.request_id))
+            .message_attributes("connection_id", text(&message_attributes.connection_id))
+    }
+
+    fn start(input: &str) -> Start {
+        Start { state_machine_arn: "arn".into(), name: "n".to_owned(), input: input.to_owned() }
     }
 
     impl Script {
@@ -551,35 +573,41 @@ mod tests {
             (Some("http://127.0.0.1:9"), "http://127.0.0.1:9/", "http://127.0.0.1:9/"),
         ] {
             let (aws, script) = scripted(endpoint, &[SENT, SENT, RAN, RAN]);
-            let sent = aws.send_message().send(message().build().unwrap()).await.unwrap();
-            assert_eq!(sent.message_id(), Some("m"));
-            message().send_with(&aws.sqs()).await.unwrap();
-            let ran = aws.start_sync_execution().send(run().build().unwrap()).await.unwrap();
-            assert_eq!(ran.output(), Some("{}"));
+            aws.send_message().send(message()).await.unwrap();
+            their_message().send_with(&aws.sqs()).await.unwrap();
+            let ran = aws.start_sync_execution().send(start(&every_character())).await.unwrap();
+            assert_eq!((&*ran.status, ran.output.as_deref()), ("SUCCEEDED", Some("{}")));
             let mut theirs = aws.states();
             if endpoint.is_some() {
                 theirs.push_interceptor(SharedInterceptor::new(WithoutSyncPrefix));
             }
-            run().send_with(&aws_sdk_sfn::Client::from_conf(theirs.build())).await.unwrap();
+            let run = StartSyncExecutionInput::builder().state_machine_arn("arn").name("n");
+            let run = run.input(every_character());
+            run.send_with(&aws_sdk_sfn::Client::from_conf(theirs.build())).await.unwrap();
             let asked = script.essence();
-            assert_eq!((&asked[0], &asked[2]), (&asked[1], &asked[3]));
+            assert_eq!(asked[2], asked[3]);
+            // The SDK writes attributes in any order; all else is the same to the byte.
+            let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+            assert_eq!(json(&asked[0].1), json(&asked[1].1));
+            let before = |text: &str| text.split(r#","MessageAttributes""#).next().unwrap().to_owned();
+            assert_eq!(before(&asked[0].1), before(&asked[1].1));
+            assert_eq!((&asked[0].0, &asked[0].2), (&asked[1].0, &asked[1].2));
             assert_eq!((&*asked[0].0, &*asked[2].0), (&*format!("POST {sqs}"), &*format!("POST {states}")));
-            assert!(asked[0].1.contains(r#""MessageBody":"a \"b\" "#), "{}", asked[0].1);
         }
     }
 
     #[tokio::test]
     async fn a_message_is_sent_again_and_a_run_is_never_started_again() {
         let (aws, script) = scripted(None, &[(500, "{}"), (503, "{}"), SENT]);
-        aws.send_message().send(message().build().unwrap()).await.unwrap();
+        aws.send_message().send(message()).await.unwrap();
         assert_eq!(script.dates().len(), 3);
         let (aws, script) = scripted(None, &[(500, "{}")]);
-        aws.start_sync_execution().send(run().build().unwrap()).await.unwrap_err();
+        aws.start_sync_execution().send(start("{}")).await.unwrap_err();
         assert_eq!(script.dates().len(), 1);
         // Throttled to the end.
         let throttled = (400, r#"{"__type":"com.amazonaws.sqs#RequestThrottled","message":"slow"}"#);
         let (aws, script) = scripted(None, &[throttled; 4]);
-        let error = aws.send_message().send(message().build().unwrap()).await.unwrap_err();
+        let error = aws.send_message().send(message()).await.unwrap_err();
         assert!(matches!(classify("SendMessage", error), Error::Throttled { .. }));
         assert_eq!(script.dates().len(), 4);
     }
@@ -588,16 +616,26 @@ mod tests {
     async fn errors_of_a_call_are_the_operations_own() {
         let refused = (400, r#"{"__type":"com.amazonaws.sqs#InvalidMessageContents","message":"no"}"#);
         let (aws, script) = scripted(None, &[refused]);
-        let error = aws.send_message().send(message().build().unwrap()).await.unwrap_err();
+        let error = aws.send_message().send(message()).await.unwrap_err();
         assert!(error.as_service_error().unwrap().is_invalid_message_contents(), "{error:?}");
         assert_eq!(script.dates().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_cannot_be_read_is_an_error_and_nothing_is_asked_again() {
+        let (aws, script) = scripted(None, &[(200, "<html>"), (200, r#"{"output":"{}"}"#)]);
+        let error = aws.send_message().send(message()).await.unwrap_err();
+        assert!(matches!(error, SdkError::ResponseError(_)), "{error:?}");
+        let error = aws.start_sync_execution().send(start("{}")).await.unwrap_err();
+        assert!(matches!(error, SdkError::ResponseError(_)), "{error:?}");
+        assert_eq!(script.dates().len(), 2);
     }
 
     #[tokio::test]
     async fn a_clock_that_is_wrong_is_put_right_for_the_next_attempt() {
         let skewed = (403, r#"{"__type":"InvalidSignatureException","message":"expired"}"#);
         let (aws, script) = scripted(None, &[skewed, SENT]);
-        aws.send_message().send(message().build().unwrap()).await.unwrap();
+        aws.send_message().send(message()).await.unwrap();
         let dates = script.dates();
         assert!(!dates[0].starts_with("2037") && dates[1].starts_with("20370101T0000"), "{dates:?}");
     }

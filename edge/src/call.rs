@@ -1,10 +1,9 @@
 //! The calls that every public request makes, without what a client of an SDK does anew for each. Enters: an operation of
-//! an SDK, once, and its input. Leaves: its output or the SDK's own error.
+//! an SDK and its [`Form`], once, and its input. Leaves: its output or the SDK's own error.
 //!
 //! A client puts its configuration together for each call: a dozen plugins with their components, some twenty interceptors,
 //! rules that find an endpoint out of a region. That was as much work as the call itself. Here all of it is put together once,
-//! and the SDK's orchestrator runs with that. From the SDK come the operation's serializer, deserializer, errors and what of
-//! them is tried again, the retry strategy, time-outs, the endpoint, credentials and their cache, the correction of the clock,
+//! and the SDK's orchestrator runs with that. From the SDK come the operation's errors and what of them is tried again, the retry strategy, time-outs, the endpoint, credentials and their cache, the correction of the clock,
 //! and what keeps a broken connection from being used again. Left out are an attempt's number and id, which AWS only writes
 //! down, and features that are off here: checks of stalled streams and telemetry.
 
@@ -28,6 +27,7 @@ use aws_smithy_runtime::client::{
     orchestrator::invoke,
     retries::{TokenBucket, classifiers::HttpStatusCodeClassifier, strategy::StandardRetryStrategy},
 };
+use aws_smithy_runtime_api::box_error::BoxError;
 use aws_smithy_runtime_api::client::{
     auth::{
         SharedAuthScheme, SharedAuthSchemeOptionResolver, static_resolver::StaticAuthSchemeOptionResolver,
@@ -37,18 +37,32 @@ use aws_smithy_runtime_api::client::{
         error::ResolveEndpointError,
     },
     identity::SharedIdentityResolver,
-    interceptors::{SharedInterceptor, context::Input},
-    orchestrator::HttpResponse,
+    interceptors::{
+        SharedInterceptor,
+        context::{Error, Input, Output},
+    },
+    orchestrator::{HttpRequest, HttpResponse, OrchestratorError},
     result::SdkError,
     retries::SharedRetryStrategy,
     runtime_components::RuntimeComponentsBuilder,
     runtime_plugin::{RuntimePlugin, RuntimePlugins, StaticRuntimePlugin},
+    ser_de::{DeserializeResponse, SerializeRequest, SharedRequestSerializer, SharedResponseDeserializer},
     stalled_stream_protection::StalledStreamProtectionConfig,
 };
-use aws_smithy_types::{config_bag::Layer, endpoint::Endpoint, retry::RetryConfig, timeout::TimeoutConfig};
+use aws_smithy_types::{
+    body::SdkBody,
+    config_bag::{ConfigBag, FrozenLayer, Layer},
+    endpoint::Endpoint,
+    retry::RetryConfig,
+    timeout::TimeoutConfig,
+};
 use aws_types::{SigningName, region::SigningRegion};
+use http::HeaderValue;
 
-use crate::signature::{ShortName, Signature};
+use crate::{
+    signature::{ShortName, Signature},
+    wire::Form,
+};
 
 /// One operation of a service, with all that its calls need.
 #[derive(Debug)]
@@ -81,11 +95,12 @@ where
     O: Debug + Send + Sync + 'static,
     E: std::error::Error + Send + Sync + 'static,
 {
-    /// `plugin` is the SDK's of that `operation`; `I`, `O` and `E` are its input, output and error.
+    /// `plugin` is the SDK's of that `operation`, `E` its error.
     pub(crate) fn new(
         service: &'static str,
         operation: &'static str,
         plugin: &impl RuntimePlugin,
+        form: Form<I, O>,
         settings: Settings<'_>,
     ) -> Self {
         let Settings { shared, signed_as, signature, endpoint, prefix, retries, timeouts, interceptors } =
@@ -128,10 +143,15 @@ where
             components.set_identity_resolver(sigv4::SCHEME_ID, SharedIdentityResolver::new(credentials));
         }
         let own = StaticRuntimePlugin::new().with_config(layer.freeze()).with_runtime_components(components);
-        // Serializer, deserializer and how it is signed.
-        let operations = StaticRuntimePlugin::new()
-            .with_config(plugin.config().expect("every operation has a serializer"));
-        let plugins = RuntimePlugins::new().with_client_plugin(own).with_operation_plugin(operations);
+        // How it is signed, and how its errors are read.
+        let theirs = plugin.config().expect("every operation has a serializer");
+        let mut layer = Layer::new("wire");
+        layer.store_put(SharedResponseDeserializer::new(Reader { read: form.read, theirs: theirs.clone() }));
+        layer.store_put(SharedRequestSerializer::new(form));
+        let plugins = RuntimePlugins::new()
+            .with_client_plugin(own)
+            .with_operation_plugin(StaticRuntimePlugin::new().with_config(theirs))
+            .with_operation_plugin(StaticRuntimePlugin::new().with_config(layer.freeze()));
         Self { service, operation, plugins, types: PhantomData }
     }
 
@@ -149,6 +169,50 @@ where
             },
         )?;
         Ok(output.downcast().expect("the operation's deserializer makes it"))
+    }
+}
+
+impl<I: Debug + Send + Sync + 'static, O: Debug + 'static> SerializeRequest for Form<I, O> {
+    fn serialize_input(&self, input: Input, _config: &mut ConfigBag) -> Result<HttpRequest, BoxError> {
+        let input = input.downcast::<I>().map_err(|_| "this is another operation's input")?;
+        let body = (self.write)(&input)?;
+        let length = body.len();
+        let mut request = HttpRequest::new(SdkBody::from(body));
+        request.set_method("POST")?;
+        let headers = request.headers_mut();
+        headers.insert("content-type", "application/x-amz-json-1.0");
+        headers.insert("x-amz-target", self.target);
+        for &(name, value) in self.fields {
+            headers.insert(name, value);
+        }
+        headers.insert("content-length", HeaderValue::from(length));
+        Ok(request)
+    }
+}
+
+/// Reads answers: what went well by `read`, errors as the SDK does.
+#[derive(Debug)]
+struct Reader<O> {
+    read: fn(&str) -> serde_json::Result<O>,
+    theirs: FrozenLayer,
+}
+
+impl<O: Debug + Send + Sync + 'static> DeserializeResponse for Reader<O> {
+    fn deserialize_nonstreaming_with_config(
+        &self,
+        response: &HttpResponse,
+        config: &ConfigBag,
+    ) -> Result<Output, OrchestratorError<Error>> {
+        if !response.status().is_success() {
+            let theirs = self.theirs.load::<SharedResponseDeserializer>();
+            let theirs = theirs.expect("every operation has a deserializer");
+            return theirs.deserialize_nonstreaming_with_config(response, config);
+        }
+        // The orchestrator has read all of it. As a whole: of bytes each string would be looked at once more. What cannot be
+        // read is no error of the way: it is not asked for again.
+        let text = std::str::from_utf8(response.body().bytes().unwrap_or_default());
+        let text = text.map_err(OrchestratorError::other)?;
+        (self.read)(text).map(Output::erase).map_err(OrchestratorError::other)
     }
 }
 

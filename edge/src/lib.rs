@@ -27,6 +27,7 @@ pub mod registry;
 pub mod revocation;
 pub mod signature;
 pub mod telemetry;
+mod wire;
 pub mod workflow;
 
 /// Why AWS did not do what was asked, by what a caller can do about it.

@@ -8,12 +8,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use aws_sdk_sqs::{
-    operation::send_message::SendMessageInput,
-    types::{
-        DeleteMessageBatchRequestEntry, MessageAttributeValue, MessageSystemAttributeName,
-        QueueAttributeName, SendMessageBatchRequestEntry,
-    },
+use aws_sdk_sqs::types::{
+    DeleteMessageBatchRequestEntry, MessageAttributeValue, MessageSystemAttributeName, QueueAttributeName,
+    SendMessageBatchRequestEntry,
 };
 use proto::{
     id::{ConnectionId, MailboxId, RequestId},
@@ -26,6 +23,7 @@ use crate::{
     aws::{Aws, SendMessageCall, classify, holds, number, text},
     config::{ConfigError, Env, env},
     unix_now,
+    wire::{Attributes, Message},
 };
 
 pub(crate) const POOL: &str = "mailboxes";
@@ -124,14 +122,15 @@ impl Mailboxes {
         connection: &ConnectionId,
         message: String,
     ) -> Result<(), Error> {
-        let input = SendMessageInput::builder()
-            .queue_url(self.url(mailbox))
-            .message_body(message)
-            .message_attributes(notice::REQUEST_ID, attribute(request.as_str()))
-            .message_attributes(notice::CONNECTION_ID, attribute(connection.as_str()))
-            .build()
-            .map_err(|error| Error::Refused { call: "SendMessage", source: error.into() })?;
-        match self.send.send(input).await {
+        let message = Message {
+            queue_url: self.url(mailbox),
+            message_body: message,
+            message_attributes: Attributes {
+                request_id: request.as_str().to_owned(),
+                connection_id: connection.as_str().to_owned(),
+            },
+        };
+        match self.send.send(message).await {
             Ok(_) => Ok(()),
             Err(error)
                 if error.as_service_error().is_some_and(|error| error.is_invalid_message_contents()) =>

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use aws_sdk_sfn::{operation::start_sync_execution::StartSyncExecutionInput, types::SyncExecutionStatus};
 use proto::{
     error::{ErrorCode, OUTCOME_ACCEPTED, OUTCOME_DISPATCHED, OUTCOME_REPLIED},
     id::{ConnectionId, RequestId, TunnelName},
@@ -15,6 +14,7 @@ use crate::{
     aws::{Aws, StartSyncExecutionCall, classify, is_unsent},
     config::{ConfigError, Env, env},
     deliveries::Terms,
+    wire::Start,
 };
 
 /// What a run is given.
@@ -93,7 +93,7 @@ struct Output {
 #[derive(Debug, Clone)]
 pub struct Workflow {
     start: Arc<StartSyncExecutionCall>,
-    state_machine_arn: String,
+    state_machine_arn: Arc<str>,
 }
 
 impl Workflow {
@@ -105,7 +105,7 @@ impl Workflow {
     pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Self, ConfigError> {
         Ok(Self {
             start: Arc::new(aws.start_sync_execution()),
-            state_machine_arn: env.required(env::STATE_MACHINE_ARN)?,
+            state_machine_arn: env.required(env::STATE_MACHINE_ARN)?.into(),
         })
     }
 
@@ -119,12 +119,11 @@ impl Workflow {
         const CALL: &str = "StartSyncExecution";
         let text = serde_json::to_string(input)
             .map_err(|error| Error::Refused { call: CALL, source: error.into() })?;
-        let start = StartSyncExecutionInput::builder()
-            .state_machine_arn(&self.state_machine_arn)
-            .name(input.request_id.as_str())
-            .input(text)
-            .build()
-            .map_err(|error| Error::Refused { call: CALL, source: error.into() })?;
+        let start = Start {
+            state_machine_arn: Arc::clone(&self.state_machine_arn),
+            name: input.request_id.as_str().to_owned(),
+            input: text,
+        };
         let result = match self.start.send(start.clone()).await {
             // Nobody has seen it, so this is not a second run.
             Err(error) if is_unsent(&error) => Box::pin(self.start.send(start)).await,
@@ -132,14 +131,14 @@ impl Workflow {
         };
         let result = result.map_err(|error| classify(CALL, error))?;
         // The call succeeds whether or not the run did.
-        if *result.status() == SyncExecutionStatus::Succeeded {
-            decode(result.output().unwrap_or_default())
+        if result.status == "SUCCEEDED" {
+            decode(result.output.as_deref().unwrap_or_default())
         } else {
-            let error = result.error().unwrap_or("no error name");
-            let cause = result.cause().unwrap_or("no cause");
+            let error = result.error.as_deref().unwrap_or("no error name");
+            let cause = result.cause.as_deref().unwrap_or("no cause");
             Err(Error::Failed {
                 call: CALL,
-                source: format!("run {}: {error}: {cause}", result.status()).into(),
+                source: format!("run {}: {error}: {cause}", result.status).into(),
             })
         }
     }
