@@ -402,6 +402,18 @@ async fn each_setting_does_what_it_says_at_its_bound_and_not_past_it() {
             "[[tunnel]]\nname = \"{name}\"\nupstream = \"{address}\"\ndelivery = \"durable\"\ndurable = {{ {durable} }}\n"
         );
     }
+    let secrets = tempfile::tempdir().unwrap();
+    let secret = secrets.path().join("stripe");
+    fs::write(&secret, SECRET).unwrap();
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+    tunnels += &format!(
+        "[[tunnel]]\nname = \"signed\"\nupstream = \"{}\"\ndelivery = \"durable\"\n\
+         durable = {{ {quick}, attempts = 3 }}\n\
+         [[tunnel.verify]]\nscheme = \"stripe\"\nsecret_file = \"{}\"\n",
+        upstream.address(),
+        secret.display()
+    );
+    names.push("signed");
     let agent = local.agent_with(&tunnels, &names);
 
     // Which are kept.
@@ -490,6 +502,44 @@ async fn each_setting_does_what_it_says_at_its_bound_and_not_past_it() {
     accepted(&post(&local, "plain", "/later/3", b"").await);
     eventually("it has come again", async || count(&upstream, "/later/3") == 2).await;
     assert!(begun.elapsed() >= Duration::from_secs(3), "{:?}", begun.elapsed());
+
+    // Signatures are judged when it is delivered, by the time at which it came: one that is refused is not tried again.
+    let signed = async |target: &str, at: u64, secret: &[u8]| {
+        let mac = hex(&mac(secret, &[at.to_string().as_bytes(), b".", b"x"]));
+        let field = format!("t={at},v1={mac}");
+        let request =
+            Request::to("signed", "POST", target).field("stripe-signature", &field).body(b"x".to_vec());
+        accepted(&request.send(local.public).await)
+    };
+    let (now, long_ago) = (unix_now(), unix_now() - 7_200);
+    let forged = signed("/forged", now, b"another-secret-of-webhooks-012345").await;
+    let stale = signed("/stale", long_ago, SECRET).await;
+    let good = signed("/good", now, SECRET).await;
+    assert_eq!(ended(&agent, &good).await["state"], "delivered");
+    for id in [&forged, &stale] {
+        let end = ended(&agent, id).await;
+        assert_eq!(
+            (&end["state"], &end["last"]["code"]),
+            (&"dead".into(), &"webhook_refused".into()),
+            "{end}"
+        );
+        assert_eq!(end["attempt"], 1, "{end}");
+    }
+    assert_eq!((count(&upstream, "/forged"), count(&upstream, "/stale")), (0, 0));
+    // The same as it would be had it come when it was signed, and waited since.
+    assert_eq!(agent.ask(&["delivery", "pause", "signed"]).0, Some(0));
+    let waits = signed("/waits", long_ago, SECRET).await;
+    let all = rows_of(&local, "t#signed").await;
+    let kept = all.iter().find(|row| row["sk"]["S"] == waits).unwrap();
+    let waited = format!("{:012x}{}", long_ago * 1000, "0".repeat(20));
+    cut_before_its_run(&local, kept, &waited, "/waited").await;
+    asked(&agent, &["cancel", &waits]);
+    assert_eq!(agent.ask(&["delivery", "resume", "signed"]).0, Some(0));
+    eventually("it has been met", async || {
+        list(&agent, &["--tunnel", "signed"]);
+        count(&upstream, "/waited") == 1
+    })
+    .await;
 
     // A key waits for its first, and no other does.
     let keyed = async |target: &str, key: &str| {
@@ -868,16 +918,14 @@ async fn nobody_else_learns_of_a_delivery_or_answers_it() {
         let all =
             ask(&mut other, Ask::List { tunnel: None, state: None, since_ms: None, cursor: None }).await;
         assert!(matches!(all, delivery::Answer::Deliveries { list, .. } if list.is_empty()));
-        // Its task token is known, and of no use: Carol's connection may not serve the tunnel.
-        if tunnel == "carols" {
-            other.say(reply(&call.token)).await;
-            let failed = Failed {
-                token: call.token.as_str().into(),
-                seq: 0,
-                code: proto::error::ErrorCode::WebhookRefused,
-            };
-            other.say(AgentMessage::Failed(failed)).await;
-        }
+        // Its task token is known, and of no use: Carol's connection may not serve the tunnel, and Bob's is not its owner's.
+        other.say(reply(&call.token)).await;
+        let failed = Failed {
+            token: call.token.as_str().into(),
+            seq: 0,
+            code: proto::error::ErrorCode::WebhookRefused,
+        };
+        other.say(AgentMessage::Failed(failed)).await;
         // It hears of its own questions still: what was said before has been looked at.
         ask(&mut other, Ask::Pause { tunnel: tunnel.parse().unwrap() }).await;
     }
@@ -919,6 +967,42 @@ async fn nobody_else_learns_of_a_delivery_or_answers_it() {
     // A used token is dropped.
     owner.say(reply(&call.token)).await;
     assert_eq!(state(&mut owner).await, delivery::State::Delivered);
+
+    // Once a name is free again, what was kept for its former owner is nothing to the next one, who is not held up by it.
+    let (erin, frank) = (local.issue("erin", &["spot"]), local.issue("frank", &["spot"]));
+    let mut before = raw(&local, &erin, "spot").await;
+    let spot: TunnelName = "spot".parse().unwrap();
+    let paused = ask(&mut before, Ask::Pause { tunnel: spot.clone() }).await;
+    assert!(matches!(paused, delivery::Answer::Done { count: 1, .. }), "{paused:?}");
+    drop(before);
+    let hers = accepted(&post(&local, "spot", "/hers", b"hers").await);
+    eventually("it has parked", async || rows(&local, "p#spot").await.len() == 1).await;
+    let query = serde_json::json!({
+        "TableName": "connections", "KeyConditionExpression": "tunnel = :t",
+        "ExpressionAttributeValues": {":t": {"S": "spot"}},
+    });
+    let name_rows =
+        async || local.dynamodb("Query", query.clone()).await["Items"].as_array().unwrap().clone();
+    eventually("her connection has gone", async || name_rows().await.len() == 1).await;
+    let mut name_row = name_rows().await.remove(0);
+    assert_eq!(name_row["owner"]["S"], "erin");
+    name_row["expires_at"]["N"] = (unix_now() - 1).to_string().into();
+    local.dynamodb("PutItem", serde_json::json!({"TableName": "connections", "Item": name_row})).await;
+    let mut after = raw(&local, &frank, "spot").await;
+    eventually("hers is dead", async || {
+        let all = rows(&local, "t#spot").await;
+        let found = all.iter().find(|row| row["sk"]["S"] == hers).unwrap();
+        assert!(found["attempt"]["N"] == "0" && found["state"]["S"] != "delivering", "{found}");
+        found["state"]["S"] == "dead"
+    })
+    .await;
+    accepted(&post(&local, "spot", "/his", b"his").await);
+    let his = after.request().await;
+    assert_eq!(his.target, "/his", "nothing of hers has come");
+    after.say(reply(&his.token)).await;
+    let of_hers = Ask::Show { tunnel: spot, id: hers.parse().unwrap(), body_from: Some(0) };
+    let nothing = delivery::Answer::Refused { reason: delivery::Refused::NotFound };
+    assert_eq!(ask(&mut after, of_hers).await, nothing);
 }
 
 /// What was counted since.

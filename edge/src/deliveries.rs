@@ -471,14 +471,23 @@ impl Deliveries {
         Ok(self.get(&tunnel_key(tunnel), id.as_str()).await?.and_then(|row| read_row(&row)))
     }
 
-    /// Begins an attempt: counts it and gives what is to be delivered. Nothing where the delivery has ended or gone.
+    /// Begins an attempt: counts it and gives what is to be delivered to agents of `owner`. Nothing where the delivery has
+    /// ended or gone, or is somebody else's.
     ///
     /// # Errors
     ///
     /// [`Error`].
-    pub async fn begin(&self, tunnel: &TunnelName, id: &DeliveryId) -> Result<Option<Kept>, Error> {
+    pub async fn begin(
+        &self,
+        tunnel: &TunnelName,
+        id: &DeliveryId,
+        owner: &Owner,
+    ) -> Result<Option<Kept>, Error> {
         let request = self
             .change_open(tunnel, id)
+            .condition_expression("#state IN (:waiting, :delivering) AND #owner = :owner")
+            .expression_attribute_names("#owner", "owner")
+            .expression_attribute_values(":owner", text(owner.as_str()))
             .update_expression("SET #state = :delivering, attempt = attempt + :one")
             .expression_attribute_values(":one", number(1))
             .return_values(aws_sdk_dynamodb::types::ReturnValue::AllNew);

@@ -69,6 +69,15 @@ pub struct Agents {
     pub websockets: usize,
 }
 
+/// Who takes the deliveries of a tunnel now.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Takers {
+    /// Whose the name is, if anybody's.
+    pub owner: Option<Owner>,
+    /// Their connections.
+    pub connections: Vec<ConnectionId>,
+}
+
 /// One connection of an owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Owned {
@@ -330,19 +339,20 @@ impl Registry {
         Ok(tunnels)
     }
 
-    /// The connections that deliveries of the tunnel may go to now: none where its owner holds them.
+    /// Whose a tunnel is, and the connections that its deliveries may go to now: none where its owner holds them.
     ///
     /// # Errors
     ///
     /// [`Error`].
-    pub async fn takers(&self, tunnel: &TunnelName, now: u64) -> Result<Vec<ConnectionId>, Error> {
+    pub async fn takers(&self, tunnel: &TunnelName, now: u64) -> Result<Takers, Error> {
         let output = self
             .client
             .query()
             .table_name(&self.table)
             .key_condition_expression("tunnel = :tunnel")
             .filter_expression("expires_at > :now")
-            .projection_expression("connection_id, paused")
+            .projection_expression("connection_id, paused, #owner")
+            .expression_attribute_names("#owner", "owner")
             .expression_attribute_values(":tunnel", text(tunnel.as_str()))
             .expression_attribute_values(":now", number(now))
             .consistent_read(true)
@@ -350,11 +360,17 @@ impl Registry {
             .await
             .map_err(|error| classify("Query", error))?;
         let rows = output.items();
-        if rows.iter().any(|row| row.contains_key("paused")) {
-            return Ok(Vec::new());
+        let part = |row: &HashMap<String, AttributeValue>, name: &str| row.get(name)?.as_s().ok().cloned();
+        let name_row = rows.iter().find(|row| part(row, "connection_id").is_some_and(|id| id == NAME_ROW));
+        let Some(owner) = name_row.and_then(|row| part(row, "owner")) else { return Ok(Takers::default()) };
+        let mut takers = Takers { owner: owner.parse().ok(), connections: Vec::new() };
+        if rows.iter().all(|row| !row.contains_key("paused")) {
+            // Connections of whoever had the name before take nothing any more.
+            let own = rows.iter().filter(|row| part(row, "owner").is_some_and(|of| of == owner));
+            let ids = own.filter_map(|row| part(row, "connection_id")).filter(|id| id != NAME_ROW);
+            takers.connections = ids.filter_map(|id| id.parse().ok()).collect();
         }
-        let ids = rows.iter().filter_map(|row| row.get("connection_id")?.as_s().ok());
-        Ok(ids.filter(|id| *id != NAME_ROW).filter_map(|id| id.parse().ok()).collect())
+        Ok(takers)
     }
 
     /// Removes the row of one tunnel and a connection that has gone.
@@ -446,7 +462,16 @@ impl Registry {
         let Some(claimed) = if_held("UpdateItem", claimed)? else { return Ok(Err(Refusal::NameTaken)) };
         let before = claimed.attributes.unwrap_or_default();
         let keeps = terms.is_some() || before.contains_key("delivery");
-        let opened = Opened { wakes: keeps && !before.contains_key("paused") };
+        let is_other = before
+            .get("owner")
+            .and_then(|owner| owner.as_s().ok())
+            .is_some_and(|owner| owner != connection.owner.as_str());
+        let mut is_paused = before.contains_key("paused");
+        if is_paused && is_other {
+            // Whoever had the name before has held what came: that is over with their time.
+            is_paused = !self.pause(name, &connection.owner, false).await?;
+        }
+        let opened = Opened { wakes: keeps && !is_paused };
         self.client
             .put_item()
             .table_name(&self.table)

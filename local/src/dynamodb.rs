@@ -204,10 +204,15 @@ impl Dynamodb {
             self.handle(operation, body).await
         } else if WRITES.contains(&operation) {
             let _one_at_a_time = self.writing.lock().await;
-            let store = self.kept.get().filter(|_| !LOOKS.contains(&operation));
-            let Some(store) = store else { return self.handle(operation, body).await };
-            let answer = self.handle(operation, body.clone()).await;
-            if answer.error_name().is_none() {
+            let before = if operation == "UpdateItem" { self.before(&body).await } else { None };
+            let mut answer = self.handle(operation, body.clone()).await;
+            if answer.error_name().is_some() {
+                return answer;
+            }
+            if let Some(before) = before {
+                answer.body = before;
+            }
+            if let Some(store) = self.kept.get().filter(|_| !LOOKS.contains(&operation)) {
                 store.append(
                     Service::Tables,
                     &Record::Call { operation: operation.into(), body: one_line(&body) },
@@ -217,6 +222,35 @@ impl Dynamodb {
         } else {
             Answer::error("UnknownOperationException", "the operation does not run here")
         }
+    }
+
+    /// What an update answers that wants `ALL_OLD`, which the emulation knows of puts and deletes alone.
+    async fn before(&self, body: &[u8]) -> Option<Bytes> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Update<'a> {
+            #[serde(borrow)]
+            table_name: Cow<'a, str>,
+            #[serde(borrow)]
+            key: &'a RawValue,
+            #[serde(default, borrow)]
+            return_values: Cow<'a, str>,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Found<'a> {
+            #[serde(default, borrow)]
+            item: Option<&'a RawValue>,
+        }
+        let update: Update<'_> = serde_json::from_slice(body).ok()?;
+        if update.return_values != "ALL_OLD" {
+            return None;
+        }
+        let get =
+            serde_json::json!({ "TableName": update.table_name, "Key": update.key, "ConsistentRead": true });
+        let found = self.handle("GetItem", get.to_string().into()).await;
+        let found: Found<'_> = serde_json::from_slice(&found.body).ok()?;
+        Some(found.item.map_or_else(|| "{}".into(), |item| format!(r#"{{"Attributes":{item}}}"#).into()))
     }
 
     async fn handle(&self, operation: &str, body: Bytes) -> Answer {
@@ -396,6 +430,32 @@ mod tests {
         json!({ "TableName": "connections", "Item": {
             "tunnel": { "S": "web" }, "connection_id": { "S": connection }, "owner": { "S": "o" },
             "expires_at": { "N": expires.to_string() } } })
+    }
+
+    #[tokio::test]
+    async fn an_update_says_what_was_there_before_where_it_is_asked() {
+        let service = service().await;
+        let update = |owner: &str, wanted: &str| {
+            json!({ "TableName": "connections", "ReturnValues": wanted, "UpdateExpression": "SET #owner = :owner",
+                "Key": { "tunnel": { "S": "web" }, "connection_id": { "S": "#name" } },
+                "ConditionExpression": "attribute_not_exists(#owner) OR #owner <> :owner",
+                "ExpressionAttributeNames": { "#owner": "owner" },
+                "ExpressionAttributeValues": { ":owner": { "S": owner } } })
+        };
+        assert_eq!(call(&service, "UpdateItem", update("a", "ALL_OLD")).await, json!({}));
+        let before = call(&service, "UpdateItem", update("b", "ALL_OLD")).await;
+        assert_eq!(
+            before,
+            json!({ "Attributes": { "tunnel": { "S": "web" }, "connection_id": { "S": "#name" }, "owner": { "S": "a" } } })
+        );
+        // One whose condition does not hold is refused as ever.
+        let refused = call(&service, "UpdateItem", update("b", "ALL_OLD")).await;
+        assert!(
+            refused["__type"].as_str().unwrap().ends_with("ConditionalCheckFailedException"),
+            "{refused}"
+        );
+        let after = call(&service, "UpdateItem", update("c", "ALL_NEW")).await;
+        assert_eq!(after["Attributes"]["owner"], json!({ "S": "c" }));
     }
 
     #[tokio::test]

@@ -1,17 +1,18 @@
 //! The task token of a request: what the edge hands out with it and `response` takes back.
 //!
 //! That of a live request names the request, the mailbox its answer goes to, the tunnel and the second in which it
-//! ends, under an HMAC-SHA256. That of a delivery's attempt has the run's own task token in place of a mailbox. The first
+//! ends, under an HMAC-SHA256. That of a delivery's attempt has the run's own task token in place of a mailbox, and stands for
+//! whose delivery it is. The first
 //! byte tells the two apart and is signed with the rest, so neither can be made to pass for the other. A token is opaque to
 //! the agent, which returns it as it came. Two keys may be valid at a time, so that a key can be replaced without failing
 //! a request.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use hmac::{Hmac, KeyInit, Mac};
-use sha2::Sha256;
+use sha2::{Digest as _, Sha256};
 
 use crate::{
-    id::{DeliveryId, MailboxId, RequestId, TunnelName},
+    id::{DeliveryId, MailboxId, Owner, RequestId, TunnelName},
     limits::{LIVE_TOKEN_BYTES, TASK_TOKEN_BYTES, TOKEN_BYTES},
 };
 
@@ -20,6 +21,7 @@ const LIVE: u8 = 1;
 /// The first byte of a delivery's token.
 const DELIVERY: u8 = 2;
 const MAC_BYTES: usize = 32;
+const MARK_BYTES: usize = 16;
 
 /// The least number of bytes in a key: as many as the MAC has (RFC 2104 §3).
 pub const KEY_BYTES: usize = 32;
@@ -46,6 +48,8 @@ pub struct DeliveryClaims {
     pub attempt: u32,
     /// The tunnel: only a connection that may serve it may answer.
     pub tunnel: TunnelName,
+    /// Whose delivery it is: only a connection of theirs may answer. Others may cover the tunnel's name as well.
+    pub owner: OwnerMark,
     /// The first second (Unix time) in which the token is no longer valid.
     pub expires_at: u64,
     /// What the run waits with. Whoever has it can answer the run, so it is never shown.
@@ -60,6 +64,17 @@ impl std::fmt::Debug for DeliveryClaims {
             .field("tunnel", &self.tunnel)
             .field("expires_at", &self.expires_at)
             .finish_non_exhaustive()
+    }
+}
+
+/// Stands for an owner in a token: owners may be longer than there is room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OwnerMark([u8; MARK_BYTES]);
+
+impl From<&Owner> for OwnerMark {
+    fn from(owner: &Owner) -> Self {
+        let digest = Sha256::digest(owner.as_str());
+        Self(*digest.first_chunk().expect("a digest is longer"))
     }
 }
 
@@ -170,6 +185,7 @@ impl TokenKeys {
         bytes.extend_from_slice(&claims.expires_at.to_be_bytes());
         bytes.extend_from_slice(claims.delivery.as_str().as_bytes());
         bytes.extend_from_slice(&claims.attempt.to_be_bytes());
+        bytes.extend_from_slice(&claims.owner.0);
         bytes.push(u8::try_from(tunnel.len()).expect("names are shorter than 256 bytes"));
         bytes.extend_from_slice(tunnel.as_bytes());
         bytes.extend_from_slice(claims.task_token.0.as_bytes());
@@ -243,12 +259,14 @@ fn parse_delivery(payload: &[u8]) -> Option<DeliveryClaims> {
     let (expires_at, rest) = payload.split_first_chunk::<8>()?;
     let (delivery, rest) = rest.split_first_chunk::<32>()?;
     let (attempt, rest) = rest.split_first_chunk::<4>()?;
+    let (owner, rest) = rest.split_first_chunk::<MARK_BYTES>()?;
     let (&len, rest) = rest.split_first()?;
     let (tunnel, task_token) = rest.split_at_checked(usize::from(len))?;
     Some(DeliveryClaims {
         delivery: std::str::from_utf8(delivery).ok()?.parse().ok()?,
         attempt: u32::from_be_bytes(*attempt),
         tunnel: std::str::from_utf8(tunnel).ok()?.parse().ok()?,
+        owner: OwnerMark(*owner),
         expires_at: u64::from_be_bytes(*expires_at),
         task_token: TaskToken::new(std::str::from_utf8(task_token).ok()?).ok()?,
     })
@@ -278,6 +296,7 @@ mod tests {
             delivery: DeliveryId::new(1, [7; 10]),
             attempt: 3,
             tunnel: "web".parse().unwrap(),
+            owner: OwnerMark::from(&"alice".parse().unwrap()),
             expires_at: 1_000,
             task_token: TaskToken::new("AQCEAAAAKgAAAAMAAAAA+/=").unwrap(),
         }
@@ -318,6 +337,14 @@ mod tests {
         for bad in [String::new(), "/".repeat(TASK_TOKEN_BYTES + 1), "a b".into(), "ä".into()] {
             assert_eq!(TaskToken::new(&bad).err(), Some(TokenError::Malformed), "{bad}");
         }
+    }
+
+    #[test]
+    fn owners_are_told_apart_whatever_their_length() {
+        let mark = |owner: &str| OwnerMark::from(&owner.parse::<Owner>().unwrap());
+        assert_eq!(mark("alice"), mark("alice"));
+        assert_ne!(mark("alice"), mark("bob"));
+        assert_ne!(mark(&"a".repeat(128)), mark(&"a".repeat(127)));
     }
 
     #[test]

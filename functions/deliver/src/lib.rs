@@ -38,7 +38,7 @@ use proto::{
     limits,
     message::{Cancel, EdgeMessage, Request, RequestChunk},
     target::Target,
-    token::{DeliveryClaims, TaskToken, TokenKeys},
+    token::{DeliveryClaims, OwnerMark, TaskToken, TokenKeys},
 };
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +65,9 @@ pub const EDGE_BUSY: &str = "EdgeBusy";
 
 /// What a run is told where only a part of the request may have reached an agent.
 pub const BROKEN: &str = "DeliveryBroken";
+
+/// What a run is told whose tunnel has become somebody else's: what was kept for its former owner is nothing to them.
+pub const NOT_THEIRS: &str = "TunnelTaken";
 
 /// What a run judges by where its delivery was not made in time.
 pub const EXPIRED: &str = "Expired";
@@ -231,7 +234,7 @@ pub async fn handle(event: Event, deliver: &Deliver) -> Result<Answer, Error> {
             match begin(deliver, &tunnel, &delivery, deadline_ms, turn, redrives).await {
                 Ok((kept, connections)) => post(deliver, &kept, token, &connections).await?,
                 // A run's usual way: no failure of this function, which alarms would count.
-                Err(Error::Named { name: name @ (NO_AGENT | NOT_ITS_TURN | OVER) }) => {
+                Err(Error::Named { name: name @ (NO_AGENT | NOT_ITS_TURN | OVER | NOT_THEIRS) }) => {
                     let told = deliver.deliveries.fail(token.as_str(), name).await;
                     told.map_err(|error| unready(&error))?;
                 }
@@ -266,38 +269,38 @@ async fn begin(
             return Err(Error::Named { name: NOT_ITS_TURN });
         }
     }
-    let connections = deliver.registry.takers(tunnel, unix_now()).await.map_err(unready)?;
-    if connections.is_empty() {
+    let takers = deliver.registry.takers(tunnel, unix_now()).await.map_err(unready)?;
+    let Some(owner) = takers.owner.filter(|_| !takers.connections.is_empty()) else {
         return Err(Error::Named { name: NO_AGENT });
-    }
+    };
+    let store = &deliver.deliveries;
     let begun = async {
-        let begun = deliver.deliveries.begin(tunnel, delivery).await?;
-        if begun.is_none() && redrives > 0 && is_revived(deliver, tunnel, delivery, redrives).await? {
-            return deliver.deliveries.begin(tunnel, delivery).await;
+        if let Some(kept) = store.begin(tunnel, delivery, &owner).await? {
+            return Ok(Ok(kept));
         }
-        Ok(begun)
+        let Some(kept) = store.find(tunnel, delivery).await? else { return Ok(Err(OVER)) };
+        if !kept.state.is_final() && kept.owner != owner {
+            return Ok(Err(NOT_THEIRS));
+        }
+        if !is_revived(store, &kept, redrives).await? {
+            return Ok(Err(OVER));
+        }
+        Ok(store.begin(tunnel, delivery, &owner).await?.ok_or(OVER))
     };
     match begun.await {
-        Ok(Some(kept)) => Ok((kept, connections)),
-        Ok(None) => Err(over),
+        Ok(Ok(kept)) => Ok((kept, takers.connections)),
+        Ok(Err(name)) => Err(Error::Named { name }),
         Err(error) => Err(before_dispatch(&error)),
     }
 }
 
 /// Whether a delivery that died when its run was stopped waits again, because the run was redriven since.
-async fn is_revived(
-    deliver: &Deliver,
-    tunnel: &TunnelName,
-    delivery: &DeliveryId,
-    redrives: u64,
-) -> Result<bool, Error> {
-    match deliver.deliveries.find(tunnel, delivery).await? {
-        Some(kept) if kept.state == State::Dead && redrives > kept.buried.unwrap_or_default() => {
-            tracing::info!(delivery_id = %kept.id, tunnel_id = %kept.tunnel, "delivery was redriven");
-            deliver.deliveries.revive(&kept).await
-        }
-        _ => Ok(false),
+async fn is_revived(store: &Deliveries, kept: &Kept, redrives: u64) -> Result<bool, Error> {
+    if kept.state != State::Dead || redrives <= kept.buried.unwrap_or_default() {
+        return Ok(false);
     }
+    tracing::info!(delivery_id = %kept.id, tunnel_id = %kept.tunnel, "delivery was redriven");
+    store.revive(kept).await
 }
 
 fn task_token(text: &str) -> Result<TaskToken, Error> {
@@ -330,6 +333,7 @@ async fn post(
         delivery: kept.id.clone(),
         attempt: kept.attempt,
         tunnel: kept.tunnel.clone(),
+        owner: OwnerMark::from(&kept.owner),
         expires_at: unix_now() + timeout_s + TOKEN_GRACE_S,
         task_token,
     });
@@ -577,6 +581,7 @@ fn kind(judged: &Judged) -> Kind {
     let Some(code) = judged.code.strip_prefix("Tunnel.") else {
         return match judged.code.as_str() {
             NO_CONNECTION | EDGE_BUSY | UNREADY | "Lambda.TooManyRequestsException" => Kind::NotMade,
+            NOT_THEIRS => Kind::Final,
             // Time-outs of the task, lost heartbeats, a function that ended half way.
             _ => Kind::Unknown,
         };
@@ -617,6 +622,7 @@ fn last(judged: &Judged, attempt: u32) -> Last {
         (0, Some(sentence)) => sentence.to_owned(),
         (0, None) => match code {
             EXPIRED => "it could not be delivered in the time that the policy gives it".to_owned(),
+            NOT_THEIRS => "its tunnel has become somebody else's".to_owned(),
             NO_CONNECTION => "no agent was connected".to_owned(),
             EDGE_BUSY | UNREADY => "the edge was busy".to_owned(),
             "States.Timeout" | "States.HeartbeatTimeout" => {
@@ -726,6 +732,7 @@ mod tests {
             "Tunnel.webhook_too_large",
             "Tunnel.no_route",
             "Tunnel.bad_request",
+            NOT_THEIRS,
             EXPIRED,
         ] {
             assert_eq!(of(&policy(), code), Means::Dead, "{code}");

@@ -31,7 +31,7 @@ use proto::{
     delivery,
     error::ErrorCode,
     message::{AgentMessage, EdgeMessage, Envelope, Failed},
-    token::{Claims, DeliveryClaims, TokenError, TokenKeys, Verified},
+    token::{Claims, DeliveryClaims, OwnerMark, TokenError, TokenKeys, Verified},
 };
 
 /// Everything a message needs.
@@ -231,7 +231,10 @@ pub fn decide(event: &AgentEvent, text: &str, keys: &TokenKeys, now: u64) -> Dec
     match keys.verify(token, now) {
         Err(error) => Decision::Drop(Refused::Token(error)),
         Ok(Verified::Live(claims)) if authorized.tunnels.matches(&claims.tunnel) => Decision::Return(claims),
-        Ok(Verified::Delivery(claims)) if authorized.tunnels.matches(&claims.tunnel) => {
+        Ok(Verified::Delivery(claims))
+            if authorized.tunnels.matches(&claims.tunnel)
+                && claims.owner == OwnerMark::from(&authorized.owner) =>
+        {
             Decision::Settle(claims)
         }
         Ok(_) => Decision::Drop(Refused::ForeignTunnel),
@@ -276,6 +279,7 @@ mod tests {
             delivery: proto::id::DeliveryId::new(1, [1; 10]),
             attempt: 1,
             tunnel: "web".parse().unwrap(),
+            owner: OwnerMark::from(&"alice".parse().unwrap()),
             expires_at: 100,
             task_token: proto::token::TaskToken::new("AQ+/=").unwrap(),
         }
@@ -288,6 +292,9 @@ mod tests {
         assert_eq!(decide(&may_serve("web"), &text, &keys(), 99), wanted);
         let refused = Decision::Drop(Refused::ForeignTunnel);
         assert_eq!(decide(&may_serve("other"), &text, &keys(), 99), refused);
+        // Somebody else may serve a tunnel of that name as well.
+        let other = event(r#","authorizer":{"owner":"bob","tunnels":"*"}"#);
+        assert_eq!(decide(&other, &text, &keys(), 99), refused);
         // The run's own token, bare or as a live request's, is none of ours.
         for token in ["AQ+/=", "AQ"] {
             let refused = Decision::Drop(Refused::Token(TokenError::Malformed));

@@ -233,7 +233,7 @@ async fn see_to(deliveries: &Deliveries, registry: &Registry) -> usize {
     for tunnel in &tunnels {
         let looked = async {
             deliveries.mend_recent(tunnel).await?;
-            if !registry.takers(tunnel, now).await?.is_empty() {
+            if !registry.takers(tunnel, now).await?.connections.is_empty() {
                 deliveries.wake(tunnel, &[Lane::FIRST]).await?;
             }
             deliveries.backlog(tunnel, MOST_COUNTED).await

@@ -4,7 +4,7 @@
 use libfuzzer_sys::fuzz_target;
 use proto::{
     id::{DeliveryId, RequestId},
-    token::{Claims, DeliveryClaims, TaskToken, TokenKeys},
+    token::{Claims, DeliveryClaims, OwnerMark, TaskToken, TokenKeys},
 };
 
 fuzz_target!(|data: (&str, usize, u8)| {
@@ -21,6 +21,7 @@ fuzz_target!(|data: (&str, usize, u8)| {
         delivery: DeliveryId::new(1, [1; 10]),
         attempt: 1,
         tunnel: "web".parse().unwrap(),
+        owner: OwnerMark::from(&"alice".parse().unwrap()),
         expires_at: u64::MAX,
         task_token: TaskToken::new("AQ+/=").unwrap(),
     };
