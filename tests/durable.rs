@@ -1205,27 +1205,31 @@ async fn what_cannot_be_kept_is_503_and_leaves_nothing_behind() {
         let first = first.await.unwrap();
         assert!(first.status >= 500, "{name}: {} {}", first.status, first.text());
         assert!(first.field("x-tunnel-delivery-id").is_none(), "{name}");
-        if tries_again {
-            // What was cut off before its row is in the way for some seconds, as it might go on.
-            let mut id = None;
+        // What was cut off before its row is in the way for some seconds, as it might go on; and a process that was killed as
+        // well may be taken for a free one once.
+        let until_kept = async |id: &str| {
+            let mut kept = None;
             eventually("the next try is kept", async || {
-                let next = send(&target, &name).await;
+                let next = send(&target, id).await;
                 if next.status == 202 {
-                    id = next.field("x-tunnel-delivery-id");
+                    kept = next.field("x-tunnel-delivery-id");
                 } else {
-                    assert_try_again(&next, &name);
+                    assert!(next.status >= 500, "{name}: {} {}", next.status, next.text());
                     tokio::time::sleep(Duration::from_millis(250)).await;
                 }
-                id.is_some()
+                kept.is_some()
             })
             .await;
-            kept.push((target, id));
-        } else if operation == "StartExecution" {
-            kept.push((target, None));
-        } else {
+            kept
+        };
+        let id = match (tries_again, operation) {
+            (true, _) => until_kept(&name).await,
+            // It is whole: delivered without anybody's asking.
+            (false, "StartExecution") => None,
             // Nothing of it is delivered, and its key goes on.
-            kept.push((target.clone(), Some(accepted(&send(&target, "of the same key").await))));
-        }
+            (false, _) => until_kept("of the same key").await,
+        };
+        kept.push((target, id));
     }
 
     let agent = local.agent_with(&tunnels, &["full"]);
@@ -1342,6 +1346,83 @@ async fn an_agent_that_dies_or_comes_back_gets_what_it_should_and_when() {
     agent.say(call.progress(0, false)).await;
     eventually("the run has heard it", async || beats().await == 2).await;
     agent.say(reply(&call.token)).await;
+
+    // What an agent has no room for is no attempt, however often; since when that is so is noted.
+    let busy = accepted(&post(&local, "ramp", "/busy", b"x").await);
+    let row = async || {
+        let all = rows(&local, "t#ramp").await;
+        all.into_iter().find(|row| row["sk"]["S"] == busy).unwrap()
+    };
+    let mut since = Value::Null;
+    for code in [proto::error::ErrorCode::AgentBusy, proto::error::ErrorCode::Maintenance] {
+        let call = agent.request().await;
+        assert_eq!(call.target, "/busy");
+        agent.say(AgentMessage::Failed(Failed { token: call.token.as_str().into(), seq: 0, code })).await;
+        let wanted = format!("{code}");
+        eventually("it is noted", async || {
+            let row = row().await;
+            let noted = row["last"]["S"].as_str().is_some_and(|last| last.contains(&wanted));
+            if noted && since.is_null() {
+                since = row["refused_since"].clone();
+            }
+            noted && row["refused_since"] == since && !since.is_null()
+        })
+        .await;
+    }
+    let call = agent.request().await;
+    agent.say(reply(&call.token)).await;
+    eventually("it is delivered", async || row().await["state"]["S"] == "delivered").await;
+    assert_eq!(row().await["attempt"]["N"], "1");
+}
+
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_kept_is_delivered_after_a_power_cut() {
+    let mut local = Local::start(&[]);
+    let upstream = as_told().await;
+    let tunnels = format!(
+        "[[tunnel]]\nname = \"hooks\"\nupstream = \"{}\"\ndelivery = \"durable\"\n\
+         durable = {{ order_by = \"header:x-key\", dedupe_by = \"header:x-id\", backoff = {{ base = \"1s\", max = \"1s\" }} }}\n",
+        upstream.address()
+    );
+    introduce(&local, &tunnels, &["hooks"]);
+    let send = async |local: &Local, target: &str, key: &str| {
+        let request = Request::to("hooks", "POST", target).field("x-key", key).field("x-id", target);
+        accepted(&request.body(noise(9, 500_000)).send(local.public).await)
+    };
+    // Two wait for an agent, and one for its turn.
+    let ids = [
+        send(&local, "/first", "a").await,
+        send(&local, "/second", "a").await,
+        send(&local, "/other", "b").await,
+    ];
+    eventually("all wait", async || {
+        let turns = rows(&local, "o#hooks").await;
+        rows(&local, "p#hooks").await.len() == 2 && turns.iter().any(|row| row.get("token").is_some())
+    })
+    .await;
+    local.kill_and_start_again(&["--no-agent"]);
+    assert_eq!(send(&local, "/first", "a").await, ids[0], "it is known still");
+    let mut agent = local.agent_with(&tunnels, &["hooks"]);
+    drained(&agent);
+    // One that waits for its next attempt.
+    let tried = send(&local, "/once/500", "c").await;
+    eventually("its first attempt is noted", async || {
+        asked(&agent, &["show", &tried])["last"]["status"] == 500
+    })
+    .await;
+    local.kill_and_start_again(&["--no-agent"]);
+    eventually("its agent is back", async || agent.ask(&["delivery", "list"]).0 == Some(0)).await;
+    assert_eq!(ended(&agent, &tried).await["state"], "delivered");
+    let came = upstream.recorded();
+    let all: Vec<_> = came.iter().map(|one| (one.target(), attempt(one))).collect();
+    let at = |target: &str| all.iter().position(|one| one.0 == target).unwrap();
+    assert_eq!(all.len(), 5, "{all:?}");
+    assert!(at("/first") < at("/second") && at("/other") < 3, "{all:?}");
+    assert_eq!(all[3..], [("/once/500", 1), ("/once/500", 2)], "{all:?}");
+    assert!(all[..3].iter().all(|one| one.1 == 1), "{all:?}");
+    assert!(came.iter().all(|one| one.body == noise(9, 500_000)));
+    leave(&mut agent);
 }
 
 const DEAD_LETTERS: &str = "tunnel-local-dead-letters";
