@@ -232,8 +232,9 @@ async fn a_terminal_that_nobody_reads_holds_up_nothing() {
         }
         if round == 0 {
             drop(stopped);
-            let screen = sitting.sees("/r0-149").await;
-            assert!(screen.contains("/r0-140"), "the latest is shown: {screen}");
+            // The latest are shown; what is seen of them may be half of a picture that is being drawn.
+            sitting.sees("/r0-149").await;
+            sitting.sees("/r0-140").await;
             continue;
         }
         // The end does not wait for it either.
