@@ -14,7 +14,10 @@ use aws_config::{
 use aws_credential_types::provider::SharedCredentialsProvider;
 use aws_sdk_dynamodb::{operation::update_item::builders::UpdateItemFluentBuilder, types::AttributeValue};
 use aws_sdk_sfn::operation::start_sync_execution::{StartSyncExecution, StartSyncExecutionError};
-use aws_sdk_sqs::operation::send_message::{SendMessage, SendMessageError};
+use aws_sdk_sqs::operation::{
+    receive_message::{ReceiveMessage, ReceiveMessageError},
+    send_message::{SendMessage, SendMessageError},
+};
 use aws_smithy_http_client::tls;
 use aws_smithy_runtime_api::{
     box_error::BoxError,
@@ -38,7 +41,7 @@ use crate::{
     config::{ConfigError, Env},
     metrics::{self, Counted},
     signature::{ShortName, Signature},
-    wire::{self, Ended, Message, Sent, Start},
+    wire::{self, Ended, Message, Receive, Received, Sent, Start},
 };
 
 /// The variables that tell a task of ECS where its credentials are.
@@ -49,6 +52,7 @@ const CONTAINER_CREDENTIALS: [&str; 2] =
 const SQS_ATTEMPT: Duration = Duration::from_secs(2);
 
 pub(crate) type SendMessageCall = Call<Message, Sent, SendMessageError>;
+pub(crate) type ReceiveMessageCall = Call<Receive, Received, ReceiveMessageError>;
 pub(crate) type StartSyncExecutionCall = Call<Start, Ended, StartSyncExecutionError>;
 
 /// What every client of one function shares.
@@ -111,20 +115,11 @@ impl Aws {
         aws_sdk_applicationautoscaling::Client::from_conf(config.build())
     }
 
-    /// For receiving: long polls last up to 20 s.
-    pub(crate) fn sqs_receiver(&self) -> aws_sdk_sqs::Client {
-        self.sqs_with(Duration::from_secs(30))
-    }
-
-    /// For everything else. A message that is sent is numbered, so a second copy does no harm; and all
+    /// For everything but what [`Call`] does. A message that is sent is numbered, so a second copy does no harm; and all
     /// four attempts fit the life of the function that sends, ten seconds.
     pub(crate) fn sqs(&self) -> aws_sdk_sqs::Client {
-        self.sqs_with(SQS_ATTEMPT)
-    }
-
-    fn sqs_with(&self, attempt: Duration) -> aws_sdk_sqs::Client {
         let mut config = aws_sdk_sqs::config::Builder::from(&self.shared)
-            .timeout_config(timeouts(attempt))
+            .timeout_config(timeouts(SQS_ATTEMPT))
             .push_auth_scheme(Signature::new("sqs", self.region.clone()));
         config.push_interceptor(SharedInterceptor::permanent(ShortName));
         aws_sdk_sqs::Client::from_conf(config.build())
@@ -132,10 +127,21 @@ impl Aws {
 
     /// Sends one message; as to retries and time-outs see [`Aws::sqs`].
     pub(crate) fn send_message(&self) -> SendMessageCall {
+        let settings = self.sqs_settings(SQS_ATTEMPT);
+        Call::new("SQS", "SendMessage", &SendMessage::new(), wire::SEND_MESSAGE, settings)
+    }
+
+    /// Receives messages: long polls last up to 20 s.
+    pub(crate) fn receive_message(&self) -> ReceiveMessageCall {
+        let settings = self.sqs_settings(Duration::from_secs(30));
+        Call::new("SQS", "ReceiveMessage", &ReceiveMessage::new(), wire::RECEIVE_MESSAGE, settings)
+    }
+
+    fn sqs_settings(&self, attempt: Duration) -> Settings<'_> {
         use aws_sdk_sqs::config::endpoint::{DefaultResolver, Params, ResolveEndpoint as _};
         let params = Params::builder().region(&self.region);
         let params = params.set_endpoint(self.shared.endpoint_url().map(str::to_owned)).build();
-        let settings = Settings {
+        Settings {
             shared: &self.shared,
             signed_as: "sqs",
             signature: Signature::new("sqs", self.region.clone()),
@@ -145,10 +151,9 @@ impl Aws {
             ),
             prefix: None,
             retries: self.shared.retry_config().cloned().unwrap_or_else(RetryConfig::standard),
-            timeouts: timeouts(SQS_ATTEMPT),
+            timeouts: timeouts(attempt),
             interceptors: Vec::new(),
-        };
-        Call::new("SQS", "SendMessage", &SendMessage::new(), wire::SEND_MESSAGE, settings)
+        }
     }
 
     /// Runs an Express state machine and waits for its end.
@@ -537,6 +542,17 @@ mod tests {
             .message_attributes("connection_id", text(&message_attributes.connection_id))
     }
 
+    fn receive() -> Receive {
+        Receive {
+            queue_url: "https://queue".to_owned(),
+            message_system_attribute_names: ["SentTimestamp"],
+            message_attribute_names: ["All"],
+            max_number_of_messages: 10,
+            visibility_timeout: 30,
+            wait_time_seconds: 20,
+        }
+    }
+
     fn start(input: &str) -> Start {
         Start { state_machine_arn: "arn".into(), name: "n".to_owned(), input: input.to_owned() }
     }
@@ -572,7 +588,7 @@ mod tests {
             ),
             (Some("http://127.0.0.1:9"), "http://127.0.0.1:9/", "http://127.0.0.1:9/"),
         ] {
-            let (aws, script) = scripted(endpoint, &[SENT, SENT, RAN, RAN]);
+            let (aws, script) = scripted(endpoint, &[SENT, SENT, RAN, RAN, (200, "{}"), (200, "{}")]);
             aws.send_message().send(message()).await.unwrap();
             their_message().send_with(&aws.sqs()).await.unwrap();
             let ran = aws.start_sync_execution().send(start(&every_character())).await.unwrap();
@@ -584,8 +600,12 @@ mod tests {
             let run = StartSyncExecutionInput::builder().state_machine_arn("arn").name("n");
             let run = run.input(every_character());
             run.send_with(&aws_sdk_sfn::Client::from_conf(theirs.build())).await.unwrap();
+            assert!(aws.receive_message().send(receive()).await.unwrap().messages.is_none());
+            let theirs = aws.sqs().receive_message().queue_url("https://queue").max_number_of_messages(10);
+            let theirs = theirs.visibility_timeout(30).wait_time_seconds(20).message_attribute_names("All");
+            theirs.message_system_attribute_names("SentTimestamp".into()).send().await.unwrap();
             let asked = script.essence();
-            assert_eq!(asked[2], asked[3]);
+            assert_eq!((&asked[2], &asked[4]), (&asked[3], &asked[5]));
             // The SDK writes attributes in any order; all else is the same to the byte.
             let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
             assert_eq!(json(&asked[0].1), json(&asked[1].1));

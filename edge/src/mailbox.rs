@@ -9,8 +9,7 @@
 use std::{sync::Arc, time::Duration};
 
 use aws_sdk_sqs::types::{
-    DeleteMessageBatchRequestEntry, MessageAttributeValue, MessageSystemAttributeName, QueueAttributeName,
-    SendMessageBatchRequestEntry,
+    DeleteMessageBatchRequestEntry, MessageAttributeValue, QueueAttributeName, SendMessageBatchRequestEntry,
 };
 use proto::{
     id::{ConnectionId, MailboxId, RequestId},
@@ -20,16 +19,18 @@ use proto::{
 
 use crate::{
     Error,
-    aws::{Aws, SendMessageCall, classify, holds, number, text},
+    aws::{Aws, ReceiveMessageCall, SendMessageCall, classify, holds, number, text},
     config::{ConfigError, Env, env},
     unix_now,
-    wire::{Attributes, Message},
+    wire::{Attributes, Message, Receive},
 };
+
+pub use crate::wire::Letter;
 
 pub(crate) const POOL: &str = "mailboxes";
 
-/// The most messages that one call deletes
-/// (SQS API Reference, "DeleteMessageBatch": 10).
+/// The most messages that one call takes or deletes
+/// (SQS API Reference, "ReceiveMessage" and "DeleteMessageBatch": 10).
 pub const BATCH: usize = 10;
 
 /// How many hexadecimal digits name a mailbox.
@@ -51,28 +52,11 @@ pub struct Lease {
     holder: String,
 }
 
-/// One message out of a mailbox.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Letter {
-    /// To delete it with.
-    pub receipt: String,
-    /// The request it is for.
-    pub request_id: Option<String>,
-    /// The agent connection it came over.
-    pub connection_id: Option<String>,
-    /// The agent connection whose end it reports.
-    pub lost_connection: Option<String>,
-    /// When it was put into the mailbox, in milliseconds since 1970.
-    pub sent_ms: Option<u64>,
-    /// What it says.
-    pub body: String,
-}
-
 /// Every mailbox of the edge.
 #[derive(Debug, Clone)]
 pub struct Mailboxes {
     pub(crate) sqs: aws_sdk_sqs::Client,
-    receiver: aws_sdk_sqs::Client,
+    receive: Arc<ReceiveMessageCall>,
     send: Arc<SendMessageCall>,
     url_prefix: String,
 }
@@ -95,7 +79,7 @@ impl Mailboxes {
     pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Self, ConfigError> {
         Ok(Self {
             sqs: aws.sqs(),
-            receiver: aws.sqs_receiver(),
+            receive: Arc::new(aws.receive_message()),
             send: Arc::new(aws.send_message()),
             url_prefix: env.required(env::MAILBOX_URL_PREFIX)?,
         })
@@ -152,41 +136,16 @@ impl Mailboxes {
     /// None: a message that was on its way is hidden for [`limits::MAILBOX_VISIBILITY`]. Always await it.
     pub async fn receive(&self, lease: &Lease, wait: Duration) -> Result<Vec<Letter>, Error> {
         let wait = wait.min(limits::MAILBOX_WAIT).as_secs_f64().ceil().max(1.0);
-        let output = self
-            .receiver
-            .receive_message()
-            .queue_url(&lease.queue_url)
-            .max_number_of_messages(10)
-            .wait_time_seconds(wait as i32)
-            .visibility_timeout(seconds(limits::MAILBOX_VISIBILITY))
-            .message_attribute_names("All")
-            .message_system_attribute_names(MessageSystemAttributeName::SentTimestamp)
-            .send()
-            .await
-            .map_err(|error| classify("ReceiveMessage", error))?;
-        let letters = output.messages.unwrap_or_default().into_iter().map(|mut message| {
-            let mut attribute = |name| {
-                message
-                    .message_attributes
-                    .as_mut()
-                    .and_then(|all| all.remove(name))
-                    .and_then(|value| value.string_value)
-            };
-            let sent = message
-                .attributes
-                .as_ref()
-                .and_then(|all| all.get(&MessageSystemAttributeName::SentTimestamp));
-            let sent_ms = sent.and_then(|sent| sent.parse().ok());
-            Letter {
-                sent_ms,
-                request_id: attribute(notice::REQUEST_ID),
-                connection_id: attribute(notice::CONNECTION_ID),
-                lost_connection: attribute(notice::LOST_CONNECTION),
-                receipt: message.receipt_handle.unwrap_or_default(),
-                body: message.body.unwrap_or_default(),
-            }
-        });
-        Ok(letters.collect())
+        let receive = Receive {
+            queue_url: lease.queue_url.clone(),
+            message_system_attribute_names: ["SentTimestamp"],
+            message_attribute_names: ["All"],
+            max_number_of_messages: BATCH as u32,
+            visibility_timeout: limits::MAILBOX_VISIBILITY.as_secs() as u32,
+            wait_time_seconds: wait as u32,
+        };
+        let received = self.receive.send(receive).await.map_err(|error| classify("ReceiveMessage", error))?;
+        Ok(received.messages.unwrap_or_default())
     }
 
     /// Removes received messages.

@@ -1,8 +1,8 @@
-//! The two calls of every public request as they are on the wire: what is asked as JSON, and what is read of the answer.
+//! The calls that carry public requests as they are on the wire: what is asked as JSON, and what is read of the answer.
 //! Enters: the input of a call, the body of an answer. Leaves: the body of a request, and the output. Pure.
 //!
-//! The SDK's own writes and reads text byte by byte, and keeps all that an answer says: the input of a run, which comes back
-//! with its output, was read twice. What is written here is held against what a client of the SDK asks (`aws`, tests).
+//! The SDK's own writes and reads text byte by byte, which for a body is most of its way, and keeps all that an answer says:
+//! the input of a run, which comes back with its output, was read twice. What is written here is held against what a client of the SDK asks (`aws`, tests).
 
 use std::sync::Arc;
 
@@ -67,6 +67,96 @@ pub(crate) const SEND_MESSAGE: Form<Message, Sent> = Form {
     read: |text| serde_json::from_str(text),
 };
 
+/// The input of `ReceiveMessage`: what is asked of a mailbox.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct Receive {
+    pub(crate) queue_url: String,
+    pub(crate) message_system_attribute_names: [&'static str; 1],
+    pub(crate) message_attribute_names: [&'static str; 1],
+    pub(crate) max_number_of_messages: u32,
+    /// In seconds.
+    pub(crate) visibility_timeout: u32,
+    /// In seconds.
+    pub(crate) wait_time_seconds: u32,
+}
+
+/// One message out of a mailbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Letter {
+    /// To delete it with.
+    pub receipt: String,
+    /// The request it is for.
+    pub request_id: Option<String>,
+    /// The agent connection it came over.
+    pub connection_id: Option<String>,
+    /// The agent connection whose end it reports.
+    pub lost_connection: Option<String>,
+    /// When it was put into the mailbox, in milliseconds since 1970.
+    pub sent_ms: Option<u64>,
+    /// What it says.
+    pub body: String,
+}
+
+/// What was in a mailbox.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(crate) struct Received {
+    #[serde(default)]
+    pub(crate) messages: Option<Vec<Letter>>,
+}
+
+impl<'de> Deserialize<'de> for Letter {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Own {
+            #[serde(default)]
+            receipt_handle: String,
+            #[serde(default)]
+            body: String,
+            #[serde(default)]
+            attributes: System,
+            #[serde(default)]
+            message_attributes: Told,
+        }
+        #[derive(Default, Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct System {
+            sent_timestamp: Option<String>,
+        }
+        /// Named as in [`notice`].
+        #[derive(Default, Deserialize)]
+        struct Told {
+            request_id: Option<Text>,
+            connection_id: Option<Text>,
+            lost_connection: Option<Text>,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Text {
+            string_value: Option<String>,
+        }
+        let Own { receipt_handle, body, attributes, message_attributes } = Own::deserialize(deserializer)?;
+        let text = |value: Option<Text>| value.and_then(|value| value.string_value);
+        Ok(Self {
+            receipt: receipt_handle,
+            request_id: text(message_attributes.request_id),
+            connection_id: text(message_attributes.connection_id),
+            lost_connection: text(message_attributes.lost_connection),
+            sent_ms: attributes.sent_timestamp.and_then(|sent| sent.parse().ok()),
+            body,
+        })
+    }
+}
+
+pub(crate) const RECEIVE_MESSAGE: Form<Receive, Received> = Form {
+    target: "AmazonSQS.ReceiveMessage",
+    fields: &[("x-amzn-query-mode", "true")],
+    write: |receive| written(receive, 384),
+    read: |text| serde_json::from_str(text),
+};
+
 /// The input of `StartSyncExecution`.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -128,5 +218,38 @@ mod tests {
         }
         (SEND_MESSAGE.read)(r#"{"MessageId":"m","MD5OfMessageBody":"x"}"#).unwrap();
         (SEND_MESSAGE.read)("").unwrap_err();
+    }
+
+    #[test]
+    fn letters_are_read_with_what_their_senders_said() {
+        let received = |text| (RECEIVE_MESSAGE.read)(text).unwrap().messages.unwrap_or_default();
+        for nothing in ["{}", r#"{"Messages":null}"#, r#"{"Messages":[]}"#] {
+            assert!(received(nothing).is_empty(), "{nothing}");
+        }
+        let letters = received(
+            r#"{"Messages":[{"MessageId":"m","ReceiptHandle":"h","MD5OfBody":"x","Body":"{\"a\":\"\u00e9\"}",
+            "Attributes":{"SentTimestamp":"1790000000123","SenderId":"s"},"MD5OfMessageAttributes":"y",
+            "MessageAttributes":{"request_id":{"StringValue":"r","DataType":"String"},
+            "connection_id":{"DataType":"String","StringValue":"c="},"other":{"BinaryValue":"AA==","DataType":"Binary"}}},
+            {"Body":"{}","ReceiptHandle":"g","MessageAttributes":{"lost_connection":{"StringValue":"d="}}}]}"#,
+        );
+        let whole = Letter {
+            receipt: "h".into(),
+            request_id: Some("r".into()),
+            connection_id: Some("c=".into()),
+            lost_connection: None,
+            sent_ms: Some(1_790_000_000_123),
+            body: "{\"a\":\"\u{e9}\"}".into(),
+        };
+        let lost = Letter {
+            receipt: "g".into(),
+            request_id: None,
+            connection_id: None,
+            lost_connection: Some("d=".into()),
+            sent_ms: None,
+            body: "{}".into(),
+        };
+        assert_eq!(letters, [whole, lost]);
+        (RECEIVE_MESSAGE.read)("<html>").unwrap_err();
     }
 }

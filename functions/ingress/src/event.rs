@@ -3,7 +3,7 @@
 //! Declared here and not taken from the event crate for two reasons: that one refuses an event with a
 //! header value beyond ASCII, and sorts the fields by hash. A test holds this against it.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use exchange::route::Arrival;
@@ -17,7 +17,7 @@ use serde::{Deserialize, Deserializer, de};
 /// One public request as Lambda's front describes it.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct FrontEvent {
+pub struct FrontEvent<'a> {
     /// The path, percent-encoding untouched.
     pub raw_path: String,
     /// The query without its `?`.
@@ -31,15 +31,15 @@ pub struct FrontEvent {
     pub headers: Fields,
     /// The rest.
     pub request_context: FrontContext,
-    /// The body.
-    #[serde(default)]
-    pub body: Option<String>,
+    /// The body. One in base64 stays where it is: it may be most of an event's 6 MB.
+    #[serde(borrow, default, deserialize_with = "text")]
+    pub body: Option<Cow<'a, str>>,
     /// Whether [`FrontEvent::body`] is base64.
     #[serde(default)]
     pub is_base64_encoded: bool,
 }
 
-impl FrontEvent {
+impl FrontEvent<'_> {
     /// The head of the request and its body.
     ///
     /// # Errors
@@ -51,9 +51,9 @@ impl FrontEvent {
         let body = match self.body {
             None => Vec::new(),
             Some(text) if self.is_base64_encoded => {
-                STANDARD.decode(text).map_err(|_| ErrorCode::BadRequest)?
+                STANDARD.decode(text.as_bytes()).map_err(|_| ErrorCode::BadRequest)?
             }
-            Some(text) => text.into_bytes(),
+            Some(text) => text.into_owned().into_bytes(),
         };
         let headers = fields(&self.headers, &self.cookies, body.len())?;
         let mut target = self.raw_path;
@@ -65,6 +65,13 @@ impl FrontEvent {
         let domain_name = self.request_context.domain_name;
         Ok((Arrival { method, target, headers, domain_name, source }, body))
     }
+}
+
+/// A text that is borrowed where it can be; serde's own reading of an `Option<Cow<str>>` never does.
+fn text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Cow<'de, str>>, D::Error> {
+    #[derive(Deserialize)]
+    struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+    Ok(Option::<Text<'de>>::deserialize(deserializer)?.map(|text| text.0))
 }
 
 fn fields(given: &Fields, cookies: &[String], body_bytes: usize) -> Result<Headers, ErrorCode> {
@@ -172,7 +179,7 @@ mod tests {
 
     #[test]
     fn reads_what_the_event_crate_reads() {
-        let ours: FrontEvent = serde_json::from_str(EVENT).unwrap();
+        let ours: FrontEvent<'_> = serde_json::from_str(EVENT).unwrap();
         let full: LambdaFunctionUrlRequest = serde_json::from_str(EVENT).unwrap();
         assert_eq!(Some(&ours.raw_path), full.raw_path.as_ref());
         assert_eq!(Some(&ours.raw_query_string), full.raw_query_string.as_ref());
@@ -184,20 +191,22 @@ mod tests {
         let http = full.request_context.http;
         assert_eq!(Some(&ours.request_context.http.method), http.method.as_ref());
         assert_eq!(Some(&ours.request_context.http.source_ip), http.source_ip.as_ref());
-        assert_eq!(ours.body, full.body);
+        assert!(matches!(ours.body, Some(Cow::Borrowed(_))));
+        assert_eq!(ours.body.as_deref(), full.body.as_deref());
         assert_eq!(ours.is_base64_encoded, full.is_base64_encoded);
     }
 
     #[test]
     fn keeps_the_order_of_fields_and_bytes_beyond_ascii() {
-        let event: FrontEvent = serde_json::from_str(&EVENT.replace("\"y\"", "\"\u{e9}\"")).unwrap();
+        let event = EVENT.replace("\"y\"", "\"\u{e9}\"");
+        let event: FrontEvent<'_> = serde_json::from_str(&event).unwrap();
         let names: Vec<_> = event.headers.0.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["host", "x-b", "x-a"]);
         assert_eq!(event.headers.get("X-A"), Some("\u{e9}"));
     }
 
-    fn with(headers: &[(&str, &str)]) -> FrontEvent {
-        let mut event: FrontEvent = serde_json::from_str(EVENT).unwrap();
+    fn with(headers: &[(&str, &str)]) -> FrontEvent<'static> {
+        let mut event: FrontEvent<'_> = serde_json::from_str(EVENT).unwrap();
         event.headers = Fields(headers.iter().map(|&(n, v)| (n.to_owned(), v.to_owned())).collect());
         event.cookies.clear();
         event
@@ -220,7 +229,7 @@ mod tests {
 
     #[test]
     fn what_http_does_not_allow_is_refused() {
-        let refused = |event: FrontEvent| event.arrival().err() == Some(ErrorCode::BadRequest);
+        let refused = |event: FrontEvent<'_>| event.arrival().err() == Some(ErrorCode::BadRequest);
         assert!(refused(with(&[("a b", "x")])));
         assert!(refused(with(&[("a", "x\ny")])));
         let mut bad = with(&[]);

@@ -76,7 +76,7 @@ fn read(
     };
     // As a whole: of bytes each string would be looked at once more.
     let event = std::str::from_utf8(event).map_err(|error| unknown(&error))?;
-    let event: FrontEvent = serde_json::from_str(event).map_err(|error| unknown(&error))?;
+    let event: FrontEvent<'_> = serde_json::from_str(event).map_err(|error| unknown(&error))?;
     public.head_only = event.request_context.http.method == "HEAD";
     public.html = event.headers.get("accept").is_some_and(|accept| accept.contains("text/html"));
     let (arrival, body) = event.arrival()?;
