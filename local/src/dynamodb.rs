@@ -15,6 +15,7 @@ use crate::{
     store::{Filling, Kept, Service, Store},
 };
 
+mod order;
 mod reserved;
 mod storage;
 

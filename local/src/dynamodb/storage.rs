@@ -1,11 +1,13 @@
-//! Where the emulation keeps its tables: in its own memory, but without a copy of all of them after
-//! each call.
+//! Where the emulation keeps its tables: in its own memory, but without what costs more the more rows there are.
 //!
-//! The emulation takes a snapshot after every call for listeners that nobody here registers, at the
-//! price of about a microsecond for each row there is. It asks its storage for that; this storage
-//! hands everything on but that.
+//! The emulation takes a snapshot after every call for listeners that nobody here registers, and sorts a whole partition for
+//! each query. It asks its storage for both; this storage hands everything on but that.
 
-use std::{future::Future, pin::Pin};
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use winterbaume_core::StateViewError;
 use winterbaume_dynamodb::{
@@ -19,13 +21,65 @@ use winterbaume_dynamodb::{
     },
 };
 
-/// The storage.
+use super::order::{Order, Wanted};
+
+/// The storage. Nothing is written while something else is: what is noted about a table's order is noted in the order of
+/// the writes.
 #[derive(Default)]
 pub(super) struct Storage {
-    memory: InMemoryDynamoDbBackend,
+    memory: Arc<InMemoryDynamoDbBackend>,
+    order: Arc<Mutex<Order>>,
+}
+
+type Later<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+fn lock(order: &Mutex<Order>) -> MutexGuard<'_, Order> {
+    order.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Storage {
+    /// Has a write be noted once it is done.
+    fn noting<T: Send + 'static>(
+        &self,
+        write: Later<Result<T, DynamoDbError>>,
+        note: impl FnOnce(&mut Order) + Send + 'static,
+    ) -> Later<Result<T, DynamoDbError>> {
+        let order = Arc::clone(&self.order);
+        Box::pin(async move {
+            let written = write.await;
+            if written.is_ok() {
+                note(&mut lock(&order));
+            }
+            written
+        })
+    }
+
+    /// Has all tables be noted anew once others have been taken over.
+    fn reordering(
+        &self,
+        (account_id, region): (String, String),
+        taken: Later<Result<(), StateViewError>>,
+    ) -> Later<Result<(), StateViewError>> {
+        let (memory, order) = (Arc::clone(&self.memory), Arc::clone(&self.order));
+        Box::pin(async move {
+            taken.await?;
+            let view = memory.snapshot(account_id, region).await;
+            let mut order = lock(&order);
+            *order = Order::default();
+            for (name, table) in &view.tables {
+                let parts = [("HASH", Some(&table.hash_key_attr)), ("RANGE", table.range_key_attr.as_ref())];
+                let parts = parts.into_iter().filter_map(|(kind, name)| {
+                    Some(KeySchemaElement { attribute_name: name?.clone(), key_type: kind.to_owned() })
+                });
+                order.create(name, &parts.collect::<Vec<_>>());
+                for row in table.items.values().flat_map(|rows| rows.values()) {
+                    order.insert(name, row);
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// A copy of all tables.
     pub(super) async fn copy(&self, account: &str, region: &str) -> DynamodbStateView {
         self.memory.snapshot(account.to_owned(), region.to_owned()).await
@@ -53,15 +107,185 @@ impl DynamoDbBackend for Storage {
         self.memory.scopes_with_state()
     }
 
+    fn create_table(
+        &self,
+        account_id: String,
+        region: String,
+        name: String,
+        key_schema: Vec<KeySchemaElement>,
+        attribute_definitions: Vec<AttributeDefinition>,
+        billing_mode: Option<String>,
+        provisioned_throughput: Option<ProvisionedThroughput>,
+        stream_enabled: bool,
+        stream_view_type: Option<String>,
+        global_secondary_indexes: Vec<GlobalSecondaryIndexDef>,
+        local_secondary_indexes: Vec<LocalSecondaryIndexDef>,
+    ) -> Later<Result<Table, DynamoDbError>> {
+        let (table, schema) = (name.clone(), key_schema.clone());
+        let created = self.memory.create_table(
+            account_id,
+            region,
+            name,
+            key_schema,
+            attribute_definitions,
+            billing_mode,
+            provisioned_throughput,
+            stream_enabled,
+            stream_view_type,
+            global_secondary_indexes,
+            local_secondary_indexes,
+        );
+        self.noting(created, move |order| order.create(&table, &schema))
+    }
+
+    fn delete_table(
+        &self,
+        account_id: String,
+        region: String,
+        name: String,
+    ) -> Later<Result<Table, DynamoDbError>> {
+        let table = name.clone();
+        self.noting(self.memory.delete_table(account_id, region, name), move |order| order.drop_table(&table))
+    }
+
+    fn put_item(
+        &self,
+        account_id: String,
+        region: String,
+        table_name: String,
+        item: Item,
+    ) -> Later<Result<Option<Item>, DynamoDbError>> {
+        let (table, row) = (table_name.clone(), item.clone());
+        let put = self.memory.put_item(account_id, region, table_name, item);
+        self.noting(put, move |order| order.insert(&table, &row))
+    }
+
+    fn delete_item(
+        &self,
+        account_id: String,
+        region: String,
+        table_name: String,
+        key: Item,
+    ) -> Later<Result<Option<Item>, DynamoDbError>> {
+        let (table, row) = (table_name.clone(), key.clone());
+        let deleted = self.memory.delete_item(account_id, region, table_name, key);
+        self.noting(deleted, move |order| order.remove(&table, &row))
+    }
+
+    fn update_item(
+        &self,
+        account_id: String,
+        region: String,
+        table_name: String,
+        key: Item,
+        actions: Vec<UpdateAction>,
+    ) -> Later<Result<Option<Item>, DynamoDbError>> {
+        let (table, row) = (table_name.clone(), key.clone());
+        let updated = self.memory.update_item(account_id, region, table_name, key, actions);
+        self.noting(updated, move |order| order.insert(&table, &row))
+    }
+
+    fn batch_write_item(
+        &self,
+        account_id: String,
+        region: String,
+        table_name: String,
+        puts: Vec<Item>,
+        deletes: Vec<Item>,
+    ) -> Later<Result<(), DynamoDbError>> {
+        let (table, rows, gone) = (table_name.clone(), puts.clone(), deletes.clone());
+        let written = self.memory.batch_write_item(account_id, region, table_name, puts, deletes);
+        self.noting(written, move |order| {
+            rows.iter().for_each(|row| order.insert(&table, row));
+            gone.iter().for_each(|row| order.remove(&table, row));
+        })
+    }
+
+    fn transact_write_items(
+        &self,
+        account_id: String,
+        region: String,
+        ops: Vec<TransactOp>,
+    ) -> Later<Result<(), DynamoDbError>> {
+        let noted = ops.clone();
+        self.noting(self.memory.transact_write_items(account_id, region, ops), move |order| {
+            for op in &noted {
+                match op {
+                    TransactOp::Delete { .. } => order.remove(op.table_name(), op.target()),
+                    TransactOp::Put { .. } | TransactOp::Update { .. } => {
+                        order.insert(op.table_name(), op.target());
+                    }
+                }
+            }
+        })
+    }
+
+    fn query(
+        &self,
+        account_id: String,
+        region: String,
+        table_name: String,
+        key_conditions: Item,
+        sort_key_condition: Option<SortKeyCondition>,
+        limit: Option<usize>,
+        scan_index_forward: bool,
+        exclusive_start_key: Option<Item>,
+        index_name: Option<String>,
+    ) -> Later<Result<QueryResult, DynamoDbError>> {
+        let wanted = Wanted {
+            key_conditions: &key_conditions,
+            sort_key_condition: sort_key_condition.as_ref(),
+            limit,
+            forward: scan_index_forward,
+            after: exclusive_start_key.as_ref(),
+        };
+        let order = lock(&self.order);
+        let found = order.find(&table_name, &wanted).filter(|_| index_name.is_none());
+        let Some(found) = found else {
+            return self.memory.query(
+                account_id,
+                region,
+                table_name,
+                key_conditions,
+                sort_key_condition,
+                limit,
+                scan_index_forward,
+                exclusive_start_key,
+                index_name,
+            );
+        };
+        let keys: Vec<Item> = found.keys.into_iter().filter_map(|key| order.key(&table_name, key)).collect();
+        let last_evaluated_key = keys.last().filter(|_| found.is_truncated).cloned();
+        let rows = self.memory.batch_get_item(account_id, region, table_name, keys);
+        Box::pin(async move {
+            // One that has gone since is left out.
+            let items = rows.await?;
+            let count = items.len();
+            Ok(QueryResult { items, count, scanned_count: count, last_evaluated_key })
+        })
+    }
+
+    fn restore(
+        &self,
+        account_id: String,
+        region: String,
+        view: DynamodbStateView,
+    ) -> Later<Result<(), StateViewError>> {
+        let taken = self.memory.restore(account_id.clone(), region.clone(), view);
+        self.reordering((account_id, region), taken)
+    }
+
+    fn merge(
+        &self,
+        account_id: String,
+        region: String,
+        view: DynamodbStateView,
+    ) -> Later<Result<(), StateViewError>> {
+        let taken = self.memory.merge(account_id.clone(), region.clone(), view);
+        self.reordering((account_id, region), taken)
+    }
+
     hand_on! {
-        fn create_table(
-            account_id: String, region: String, name: String, key_schema: Vec<KeySchemaElement>,
-            attribute_definitions: Vec<AttributeDefinition>, billing_mode: Option<String>,
-            provisioned_throughput: Option<ProvisionedThroughput>, stream_enabled: bool,
-            stream_view_type: Option<String>, global_secondary_indexes: Vec<GlobalSecondaryIndexDef>,
-            local_secondary_indexes: Vec<LocalSecondaryIndexDef>,
-        ) -> Result<Table, DynamoDbError>;
-        fn delete_table(account_id: String, region: String, name: String) -> Result<Table, DynamoDbError>;
         fn describe_table(account_id: String, region: String, name: String) -> Result<Table, DynamoDbError>;
         fn list_tables(account_id: String, region: String) -> Result<Vec<String>, DynamoDbError>;
         fn update_table(
@@ -78,29 +302,12 @@ impl DynamoDbBackend for Storage {
         fn describe_stream_by_arn(
             account_id: String, region: String, stream_arn: String,
         ) -> Result<StreamSummary, DynamoDbError>;
-        fn put_item(
-            account_id: String, region: String, table_name: String, item: Item,
-        ) -> Result<Option<Item>, DynamoDbError>;
         fn get_item(
             account_id: String, region: String, table_name: String, key: Item,
-        ) -> Result<Option<Item>, DynamoDbError>;
-        fn delete_item(
-            account_id: String, region: String, table_name: String, key: Item,
-        ) -> Result<Option<Item>, DynamoDbError>;
-        fn update_item(
-            account_id: String, region: String, table_name: String, key: Item, actions: Vec<UpdateAction>,
         ) -> Result<Option<Item>, DynamoDbError>;
         fn batch_get_item(
             account_id: String, region: String, table_name: String, keys: Vec<Item>,
         ) -> Result<Vec<Item>, DynamoDbError>;
-        fn batch_write_item(
-            account_id: String, region: String, table_name: String, puts: Vec<Item>, deletes: Vec<Item>,
-        ) -> Result<(), DynamoDbError>;
-        fn query(
-            account_id: String, region: String, table_name: String, key_conditions: Item,
-            sort_key_condition: Option<SortKeyCondition>, limit: Option<usize>, scan_index_forward: bool,
-            exclusive_start_key: Option<Item>, index_name: Option<String>,
-        ) -> Result<QueryResult, DynamoDbError>;
         fn scan(
             account_id: String, region: String, table_name: String, limit: Option<usize>,
             exclusive_start_key: Option<Item>,
@@ -108,9 +315,6 @@ impl DynamoDbBackend for Storage {
         fn transact_get_items(
             account_id: String, region: String, keys: Vec<(String, Item)>,
         ) -> Result<Vec<Option<Item>>, DynamoDbError>;
-        fn transact_write_items(
-            account_id: String, region: String, ops: Vec<TransactOp>,
-        ) -> Result<(), DynamoDbError>;
         fn create_backup(
             account_id: String, region: String, table_name: String, backup_name: String,
         ) -> Result<Backup, DynamoDbError>;
@@ -208,8 +412,6 @@ impl DynamoDbBackend for Storage {
             account_id: String, region: String, stream_arn: String, next_sequence_number: u64,
             limit: Option<usize>,
         ) -> Result<(Vec<StreamChangeRecord>, u64), DynamoDbError>;
-        fn restore(account_id: String, region: String, view: DynamodbStateView) -> Result<(), StateViewError>;
-        fn merge(account_id: String, region: String, view: DynamodbStateView) -> Result<(), StateViewError>;
         fn describe_contributor_insights(
             account_id: String, region: String, table_name: String, index_name: Option<String>,
         ) -> Result<Option<ContributorInsightsConfig>, DynamoDbError>;
