@@ -27,6 +27,13 @@ use super::{
 /// The most bytes of one line of a function's output; the rest of a longer one is a line of its own.
 const LINE_BYTES: u64 = 16 * 1024;
 
+/// The functions that nobody waits for. In AWS each process of a function has processors of its own; here they share the
+/// machine's, and what is delivered later must not slow down what somebody waits for.
+const BACKGROUND: &[&str] = &["deliver", "sweep"];
+
+/// How nice a process of [`BACKGROUND`] is: beside the others it gets a tenth of what one of them gets.
+const NICE: i32 = 10;
+
 /// How to start a process of a function: a program and its leading arguments.
 #[derive(Debug, Clone)]
 pub struct Launcher {
@@ -126,6 +133,9 @@ fn spawn(
         .and_then(|id| i32::try_from(id).ok())
         .and_then(Pid::from_raw)
         .ok_or_else(|| io::Error::other("the process ended at once"))?;
+    if BACKGROUND.contains(&function) {
+        rustix::process::setpriority_process(Some(pid), NICE)?;
+    }
     // Where that fails the child is dropped here and killed by it: a process with more than its part is none.
     let group = launcher.share.as_ref().map(|share| share.give(pid)).transpose().map_err(io::Error::other)?;
     Ok(Running { child, pid, group })
