@@ -3,14 +3,15 @@
 //!
 //! | row | `pk` | `sk` | other attributes |
 //! |---|---|---|---|
-//! | delivery | `t#` + the tunnel | its id | `owner` `state` `received_ms` `attempt` `head` `body_bytes` `pieces` `policy` `order_key` `run` `last` |
+//! | delivery | `t#` + the tunnel | its id | `owner` `state` `received_ms` `attempt` `head` `body_bytes` `body` `pieces` `policy` `order_key` `run` `last` |
 //! | piece | `b#` + the id | `0001`… | `bytes` |
 //! | parked | `p#` + the tunnel | the id | `token`, `run`: written by the machine's `AwaitAgent` |
 //! | turn | `o#` + the tunnel + `#` + a hash | the id | `token`: one for each unfinished delivery of a key; the oldest has its turn |
 //! | repetition | `u#` + the tunnel + `#` + a hash | `#` | `id` |
 //! | waiting | `#waiting` | the tunnel | tunnels that may have parked rows |
 //!
-//! Every row has `expires_at`, the table's TTL. Bodies stand in pieces and nowhere else.
+//! Every row has `expires_at`, the table's TTL. A short body stands in its delivery's row, a longer one in pieces, and
+//! nowhere else.
 //!
 //! A delivery that was accepted has a row and a run. The row is written last, so one that is there is whole: whoever meets it
 //! without a run starts that, under the one name that it can have. Before the row is there nobody delivers anything: whoever
@@ -133,6 +134,8 @@ pub struct Kept {
     pub head: Head,
     /// The length of its body.
     pub body_bytes: u64,
+    /// Its body where that is kept here, and not in pieces.
+    pub body: Option<Blob>,
     /// In how many pieces its body is kept.
     pub pieces: u32,
     /// How it is delivered.
@@ -282,6 +285,8 @@ impl Deliveries {
         {
             return Ok(before);
         }
+        let pieces = pieces_of(offer.body).len();
+        let in_row = pieces == 0 && !offer.body.is_empty();
         let kept = Kept {
             run: id.to_string(),
             id,
@@ -293,7 +298,8 @@ impl Deliveries {
             attempt: offer.attempt,
             head: offer.head.clone(),
             body_bytes: offer.body.len() as u64,
-            pieces: u32::try_from(offer.body.chunks(limits::DELIVERY_PIECE_BYTES).len()).unwrap_or(u32::MAX),
+            body: in_row.then(|| Blob::new(offer.body)),
+            pieces: u32::try_from(pieces).unwrap_or(u32::MAX),
             policy: policy.clone(),
             order_key,
             last: None,
@@ -373,7 +379,7 @@ impl Deliveries {
     }
 
     async fn keep_body(&self, kept: &Kept, body: &[u8]) -> Result<(), Error> {
-        for (at, piece) in body.chunks(limits::DELIVERY_PIECE_BYTES).enumerate() {
+        for (at, piece) in pieces_of(body).enumerate() {
             let mut row = item(&piece_key(&kept.id), &piece_name(at as u64), kept.expires_at);
             row.insert("bytes".into(), AttributeValue::B(Blob::new(piece)));
             self.put(row).await?;
@@ -519,7 +525,8 @@ impl Deliveries {
     pub async fn body(&self, kept: &Kept) -> Result<Vec<u8>, Error> {
         let mut body = Vec::with_capacity(usize::try_from(kept.body_bytes).unwrap_or_default());
         if kept.pieces == 0 {
-            return Ok(body);
+            body.extend_from_slice(kept.body.as_ref().map_or(&[], |body| body.as_ref()));
+            return complete(kept, body);
         }
         let pieces = self.partition(&piece_key(&kept.id)).consistent_read(true);
         let mut pages = pieces.into_paginator().items().send();
@@ -529,10 +536,7 @@ impl Deliveries {
                 body.extend_from_slice(bytes.as_ref());
             }
         }
-        if body.len() as u64 == kept.body_bytes {
-            return Ok(body);
-        }
-        Err(Error::Failed { call: "Query", source: "a piece of the body is missing".into() })
+        complete(kept, body)
     }
 
     /// Notes how an attempt has ended, and that the delivery goes on with that.
@@ -575,18 +579,23 @@ impl Deliveries {
     /// [`Error`].
     pub async fn end(&self, kept: &Kept, to: State, last: &Last, redrives: u64) -> Result<(), Error> {
         let last = serde_json::to_string(last).unwrap_or_default();
+        let with_body = to != State::Dead;
+        let mut change = "SET #state = :to, #last = :last, buried = :redrives".to_owned();
+        if with_body {
+            change.push_str(" REMOVE body");
+        }
         let request = self
             .change_open(&kept.tunnel, &kept.id)
-            .update_expression("SET #state = :to, #last = :last, buried = :redrives")
+            .update_expression(change)
             .expression_attribute_names("#last", "last")
             .expression_attribute_values(":to", text(to.as_str()))
             .expression_attribute_values(":redrives", number(redrives))
             .expression_attribute_values(":last", text(&last));
         holds(request).await?;
-        self.release(kept, to != State::Dead).await
+        self.release(kept, with_body).await
     }
 
-    /// What goes with the end of a delivery: its turn, and its body unless it may be wanted again.
+    /// What goes with the end of a delivery: its turn, and the pieces of its body unless it may be wanted again.
     ///
     /// # Errors
     ///
@@ -933,6 +942,20 @@ where
     }
 }
 
+/// The pieces in which a body is kept outside of its row; none of one that fits there.
+fn pieces_of(body: &[u8]) -> std::slice::Chunks<'_, u8> {
+    let outside = if body.len() > limits::DELIVERY_ROW_BODY_BYTES { body } else { &[] };
+    outside.chunks(limits::DELIVERY_PIECE_BYTES)
+}
+
+/// A body if nothing of it is missing.
+fn complete(kept: &Kept, body: Vec<u8>) -> Result<Vec<u8>, Error> {
+    if body.len() as u64 == kept.body_bytes {
+        return Ok(body);
+    }
+    Err(Error::Failed { call: "Query", source: "a piece of the body is missing".into() })
+}
+
 fn new_id(now_ms: u64) -> DeliveryId {
     let mut random = [0; 10];
     aws_lc_rs::rand::fill(&mut random).expect("the system has random numbers");
@@ -1012,6 +1035,9 @@ fn row_of(kept: &Kept) -> Row {
     ] {
         row.insert(name.into(), value);
     }
+    if let Some(body) = &kept.body {
+        row.insert("body".into(), AttributeValue::B(body.clone()));
+    }
     if let Some(key) = &kept.order_key {
         row.insert("order_key".into(), text(key));
     }
@@ -1033,6 +1059,7 @@ fn read_row(row: &Row) -> Option<Kept> {
         attempt: u32::try_from(whole("attempt")?).ok()?,
         head: serde_json::from_slice(head.as_ref()).ok()?,
         body_bytes: whole("body_bytes")?,
+        body: row.get("body").and_then(|body| body.as_b().ok()).cloned(),
         pieces: u32::try_from(whole("pieces")?).ok()?,
         policy: serde_json::from_str(string("policy")?).ok()?,
         order_key: string("order_key").cloned(),
@@ -1070,6 +1097,7 @@ mod tests {
                 .collect(),
             },
             body_bytes: 700_001,
+            body: Some(Blob::new([0, 255])),
             pieces: 3,
             policy: DeliveryPolicy::new(Mode::Durable),
             order_key: Some(hash(b"key")),
@@ -1083,6 +1111,16 @@ mod tests {
         let mut other = row_of(&kept);
         other.insert("pk".into(), text("p#web"));
         assert_eq!(read_row(&other), None);
+    }
+
+    #[test]
+    fn a_body_is_kept_in_its_row_up_to_a_length_and_in_pieces_from_there_on() {
+        let lengths = |bytes: usize| pieces_of(&vec![0; bytes]).map(<[u8]>::len).collect::<Vec<_>>();
+        let (in_row, piece) = (limits::DELIVERY_ROW_BODY_BYTES, limits::DELIVERY_PIECE_BYTES);
+        assert_eq!(lengths(0), [0; 0]);
+        assert_eq!(lengths(in_row), [0; 0]);
+        assert_eq!(lengths(in_row + 1), [in_row + 1]);
+        assert_eq!(lengths(piece + 1), [piece, 1]);
     }
 
     #[test]

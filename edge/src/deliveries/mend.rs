@@ -182,6 +182,7 @@ mod tests {
             attempt: 0,
             head: Head { method: "POST".into(), target: "/".into(), headers: Default::default() },
             body_bytes: 0,
+            body: None,
             pieces: 0,
             policy: DeliveryPolicy::new(Mode::Durable),
             order_key: None,

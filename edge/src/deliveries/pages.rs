@@ -111,9 +111,13 @@ impl Deliveries {
             return Ok(Vec::new());
         }
         let piece_bytes = limits::DELIVERY_PIECE_BYTES as u64;
-        let row = self.get(&piece_key(&kept.id), &piece_name(from / piece_bytes)).await?;
-        let bytes = row.as_ref().and_then(|row| row.get("bytes")?.as_b().ok());
-        let Some(bytes) = bytes else { return Ok(Vec::new()) };
+        let piece = if kept.pieces > 0 {
+            self.get(&piece_key(&kept.id), &piece_name(from / piece_bytes)).await?
+        } else {
+            None
+        };
+        let piece = piece.as_ref().and_then(|row| row.get("bytes")?.as_b().ok());
+        let Some(bytes) = piece.or(kept.body.as_ref()) else { return Ok(Vec::new()) };
         let start = usize::try_from(from % piece_bytes).unwrap_or(usize::MAX);
         let rest = bytes.as_ref().get(start..).unwrap_or_default();
         Ok(rest[..rest.len().min(most)].to_vec())
