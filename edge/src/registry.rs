@@ -500,6 +500,22 @@ impl Registry {
         Ok(output.item().and_then(|row| row.get("owner")?.as_s().ok()?.parse().ok()))
     }
 
+    /// What the owner's last `hello` said about requests that are kept, at the Unix time `now` in seconds; nothing where none
+    /// are, or nobody has the name any more.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`].
+    pub async fn terms_of(&self, tunnel: &TunnelName, now: u64) -> Result<Option<Terms>, Error> {
+        let request = self.client.get_item().table_name(&self.table);
+        let request = request.set_key(Some(key(tunnel.as_str(), NAME_ROW))).consistent_read(true);
+        let output = request.send().await.map_err(|error| classify("GetItem", error))?;
+        // TTL deletes late.
+        let row =
+            output.item().filter(|row| row.get("expires_at").and_then(as_number).is_some_and(|at| at > now));
+        Ok(row.and_then(|row| serde_json::from_str(row.get("delivery")?.as_s().ok()?).ok()))
+    }
+
     /// Notes whether the deliveries of a tunnel are held; false where the name is not this owner's.
     ///
     /// # Errors

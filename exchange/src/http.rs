@@ -159,6 +159,20 @@ async fn relay<P: PublicSide, M: Mail>(
     answering: Answering<'_, P>,
 ) -> Option<(Socket, P::Socket)> {
     let record = answering.record;
+    // Only what is here as a whole can be stored before anything else is done.
+    let may_be_kept =
+        services.deliveries.is_some() && request.upgrade.is_none() && request.upload.borrow().is_none();
+    let mut method = if may_be_kept { request.method.as_str() } else { "" };
+    let keepers = services.keepers.as_ref().filter(|_| may_be_kept);
+    if let Some(keepers) = keepers.filter(|keepers| keepers.remembers(request))
+        && let Some(terms) = Box::pin(keepers.terms(&request.tunnel)).await
+    {
+        if keep::covers(request, &terms) {
+            Box::pin(answering.keep(services, request, &terms, 0)).await;
+            return None;
+        }
+        method = "";
+    }
     let reply_by = (Instant::now() + services.config.reply_timeout).min(ends_at);
     // Valid as long as an answer may go on. Nothing is gained by a shorter life: a reply to a request
     // that is over is recognised by its request id.
@@ -170,10 +184,6 @@ async fn relay<P: PublicSide, M: Mail>(
         tunnel: request.tunnel.clone(),
         expires_at,
     });
-    // Only what is here as a whole can be stored before anything else is done.
-    let may_be_kept =
-        services.deliveries.is_some() && request.upgrade.is_none() && request.upload.borrow().is_none();
-    let mut method = if may_be_kept { request.method.as_str() } else { "" };
     let outcome = loop {
         // Boxed: an AWS call is kilobytes of state, which would be moved with everything around it.
         let outcome = Box::pin(dispatch(services, mail, request_id, request, &token, reply_by, method));
@@ -204,6 +214,9 @@ async fn relay<P: PublicSide, M: Mail>(
         }
         Ok(RunOutcome::Dispatched { connection }) => (connection, Vec::new()),
         Ok(RunOutcome::Accepted { terms }) => {
+            if let Some(keepers) = keepers {
+                keepers.remember(&request.tunnel, &terms);
+            }
             Box::pin(answering.keep(services, request, &terms, 0)).await;
             return None;
         }

@@ -1,15 +1,86 @@
 //! A request that is kept, to be delivered later.
 
-use edge::deliveries::{Accepted, Deliveries, Head, Offer, Terms};
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use edge::{
+    aws::Aws,
+    config::{ConfigError, Env},
+    deliveries::{Accepted, Deliveries, Head, Offer, Terms},
+    registry::Registry,
+    unix_now,
+};
 use http::{HeaderValue, header};
 use proto::{
-    delivery::{self, SenderAnswer},
+    delivery::{self, Mode, SenderAnswer},
     error::ErrorCode,
     header::Headers,
-    id::{DeliveryId, RequestId},
+    id::{DeliveryId, RequestId, TunnelName},
 };
 
 use crate::{answer, public, route::PublicRequest};
+
+/// How many tunnels are remembered that have kept a request.
+const KEEPERS: usize = 1000;
+
+/// The tunnels that have kept a request at once, as far as this process remembers, with the methods that they keep. For the
+/// next one nobody needs to be looked for, so it needs no run: a read of what the owner wants is enough.
+#[derive(Debug)]
+pub struct Keepers {
+    registry: Registry,
+    known: Mutex<HashMap<TunnelName, Vec<String>>>,
+}
+
+impl Keepers {
+    /// Reads the environment and remembers nothing.
+    ///
+    /// # Errors
+    ///
+    /// When a variable is missing or wrong.
+    pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Self, ConfigError> {
+        Ok(Self { registry: Registry::from_env(aws, env)?, known: Mutex::default() })
+    }
+
+    /// Remembers a tunnel that has kept a request at once.
+    pub fn remember(&self, tunnel: &TunnelName, terms: &Terms) {
+        let mut known = self.known();
+        if known.len() >= KEEPERS && !known.contains_key(tunnel) {
+            known.clear();
+        }
+        known.insert(tunnel.clone(), terms.policy.methods.clone());
+    }
+
+    /// Whether it is worth asking for a tunnel's terms.
+    #[must_use]
+    pub fn remembers(&self, request: &PublicRequest) -> bool {
+        let known = self.known();
+        known
+            .get(&request.tunnel)
+            .is_some_and(|methods| methods.iter().any(|it| it == request.method.as_str()))
+    }
+
+    /// The terms of a tunnel that keeps requests at once, as they are now; nothing where it does not any more, or where
+    /// nobody can tell: a run finds out.
+    pub async fn terms(&self, tunnel: &TunnelName) -> Option<Terms> {
+        let terms = match self.registry.terms_of(tunnel, unix_now()).await {
+            Ok(terms) => terms.filter(|terms| terms.policy.mode == Mode::Durable),
+            Err(error) => {
+                tracing::debug!(tunnel_id = %tunnel, %error, "what a tunnel keeps could not be read");
+                return None;
+            }
+        };
+        if terms.is_none() {
+            self.known().remove(tunnel);
+        }
+        terms
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<TunnelName, Vec<String>>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// Whether the tunnel's owner wants a request kept that was not answered for want of an agent, and how many attempts it has
 /// behind it.

@@ -11,7 +11,8 @@
 //!
 //! Permissions it needs: start the state machine, receive and delete in mailboxes, create them, read
 //! and write the mailboxes table, post to `@connections`; where requests are limited, read names and write
-//! counters in the connections table; where requests are kept, write rows of the table of deliveries and start their runs.
+//! counters in the connections table; where requests are kept, read names there, write rows of the table of deliveries and
+//! start their runs.
 
 pub mod answer;
 pub mod budget;
@@ -101,6 +102,8 @@ pub struct Services {
     pub limiter: Limiter,
     /// What is kept for later; nothing where that is not deployed.
     pub deliveries: Option<Deliveries>,
+    /// Which tunnels keep requests at once; nothing where nothing is kept.
+    pub keepers: Option<keep::Keepers>,
     /// Who is told which WebSockets are held, if anybody is.
     pub holdings: Option<UnboundedSender<socket::Holding>>,
 }
@@ -113,13 +116,15 @@ impl Services {
     /// When a variable is missing or wrong.
     pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
         let aws = Aws::from_env(env)?;
+        let deliveries = Deliveries::from_env(&aws, env);
         Ok(Self {
             config: Config::from_env(env)?,
             workflow: Workflow::from_env(&aws, env)?,
             pool: Pool::from_env(&aws, env)?,
             link: AgentLink::from_env(&aws, env)?,
             limiter: Limiter::from_env(&aws, env)?,
-            deliveries: Deliveries::from_env(&aws, env),
+            keepers: deliveries.is_some().then(|| keep::Keepers::from_env(&aws, env)).transpose()?,
+            deliveries,
             holdings: None,
         })
     }
