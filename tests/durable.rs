@@ -414,13 +414,29 @@ async fn each_setting_does_what_it_says_at_its_bound_and_not_past_it() {
         secret.display()
     );
     names.push("signed");
-    let agent = local.agent_with(&tunnels, &names);
+    let mut agent = local.agent_with(&tunnels, &names);
 
     // Which are kept.
     let answer = post(&local, "plain", "/kept", b"x").await;
     let id = accepted(&answer);
     let body: Value = serde_json::from_slice(&answer.body).unwrap();
     assert_eq!(body, serde_json::json!({"delivery": id, "status": "accepted"}));
+    // One run has said that this tunnel keeps what comes; the next ones need none.
+    let runs = async || local.counters().await.get("states:StartSyncExecution").copied();
+    let before = runs().await;
+    accepted(&post(&local, "plain", "/kept", b"x").await);
+    assert_eq!(runs().await, before);
+    // A short body lies in the row, a longer one in pieces beside it, and each goes with the delivery.
+    for (bytes, pieces) in [(limits::DELIVERY_ROW_BODY_BYTES, 0), (limits::DELIVERY_ROW_BODY_BYTES + 1, 1)] {
+        let body = noise(bytes as u64, bytes);
+        let id = accepted(&post(&local, "one", "/sized", &body).await);
+        let is_kept = async || rows_of(&local, "t#one").await.into_iter().find(|row| row["sk"]["S"] == *id);
+        assert_eq!(is_kept().await.unwrap()["pieces"]["N"], pieces.to_string());
+        assert_eq!(ended(&agent, &id).await["state"], "delivered");
+        assert!(to(&upstream, "/sized").last().unwrap().body == body);
+        assert!(is_kept().await.unwrap().get("body").is_none());
+        assert_eq!(rows_of(&local, &format!("b#{id}")).await.len(), 0);
+    }
     for method in ["PUT", "PATCH", "DELETE"] {
         accepted(&Request::to("plain", method, "/kept").body(b"x".to_vec()).send(local.public).await);
     }
@@ -595,6 +611,13 @@ async fn each_setting_does_what_it_says_at_its_bound_and_not_past_it() {
     }
     drained(&agent);
     assert_eq!(count(&upstream, "/d"), 5);
+
+    // What the owner says next holds at once, also where requests were kept a moment ago.
+    leave(&mut agent);
+    let live = format!("[[tunnel]]\nname = \"plain\"\nupstream = \"{}\"\n", upstream.address());
+    let _agent = local.agent_with(&live, &["plain"]);
+    let answer = post(&local, "plain", "/live-now", b"x").await;
+    assert_eq!((answer.status, answer.field("x-tunnel-delivery-id")), (200, None));
 }
 
 // A command that is asked holds this thread; the service goes on in another.
