@@ -85,15 +85,18 @@ pub const ASSUMED: Assumed = Assumed {
 const MONTH_DAYS: f64 = 30.0;
 const MONTH_SECONDS: f64 = MONTH_DAYS * 24.0 * 60.0 * 60.0;
 
-/// What a delivery's row and one piece of its body are written as: 2 KB each.
-const DELIVERY_WRITE_UNITS: f64 = 2.0;
+/// What a delivery's row is written as, with a body of 2 KB in it: 4 KB.
+const DELIVERY_WRITE_UNITS: f64 = 4.0;
+
+/// What the row of a run that waits is written as: 2 KB.
+const PARKED_WRITE_UNITS: f64 = 2.0;
 
 /// How many bytes a waiting delivery takes in the table.
 const DELIVERY_BYTES: f64 = 4_000.0;
 
-/// What the sweeps read of one delivery's row, of 2 KB: each looks through what was accepted in the last quarter of an hour, so
+/// What the sweeps read of one delivery's row, of 4 KB: each looks through what was accepted in the last quarter of an hour, so
 /// three of them meet it, and half a unit reads 4 KB.
-const SWEPT_READ_UNITS: f64 = 3.0 * 0.5 * 2.0 / 4.0;
+const SWEPT_READ_UNITS: f64 = 3.0 * 0.5 * 4.0 / 4.0;
 
 /// What a sweep reads of a tunnel that has anything waiting, whatever that is: whether something is new, whether an agent is
 /// there, and how much waits.
@@ -248,12 +251,13 @@ impl Model {
         usage
     }
 
-    /// What the calls of a delivery are metered as: rows of 2 KB, and an answer of the agent for each attempt.
-    fn of_delivery(&self, calls: &Calls, attempts: f64) -> Usage {
+    /// What the calls of a delivery are metered as: rows that are written as so many units, and an answer of the agent for each
+    /// attempt.
+    fn of_delivery(&self, calls: &Calls, attempts: f64, write_units: f64) -> Usage {
         let metered = self.calls(calls, 1.0, 1.0);
         let mut usage = Usage::default();
         for (price, quantity) in metered.0 {
-            let units = if price == "dynamodb_write" { DELIVERY_WRITE_UNITS } else { 1.0 };
+            let units = if price == "dynamodb_write" { write_units } else { 1.0 };
             usage.add(price, quantity * units);
         }
         usage.add("websocket_message", attempts);
@@ -263,9 +267,11 @@ impl Model {
 
     /// One small webhook that is kept and delivered at the first try.
     fn delivery(&self) -> Usage {
-        let mut usage = self.of_delivery(&self.measured.delivery, 1.0);
+        let mut usage = self.of_delivery(&self.measured.delivery, 1.0, DELIVERY_WRITE_UNITS);
         self.invocation(&mut usage, "ingress", 1.0, ASSUMED.way_ms);
-        usage.add("express_gb_second", (ASSUMED.way_ms / 100.0).ceil() * 0.1 * 64.0 / 1024.0);
+        // Only the first request that a process of `ingress` keeps for a tunnel has a run.
+        let runs = self.measured.delivery.get("states:StartSyncExecution").copied().unwrap_or(0.0);
+        usage.add("express_gb_second", runs * (ASSUMED.way_ms / 100.0).ceil() * 0.1 * 64.0 / 1024.0);
         usage.add("logs_gb", 3.0 * ASSUMED.log_bytes / 1e9);
         usage.add("dynamodb_read", SWEPT_READ_UNITS);
         usage
@@ -282,7 +288,7 @@ impl Model {
     /// The same, after it has waited for an agent for some hours.
     fn delivery_after(&self, hours: f64) -> Usage {
         let mut usage = self.delivery();
-        usage.add_all(&self.of_delivery(&self.measured.parked, 0.0), 1.0);
+        usage.add_all(&self.of_delivery(&self.measured.parked, 0.0, PARKED_WRITE_UNITS), 1.0);
         usage.add_all(&Self::waiting(hours), 1.0);
         usage
     }
@@ -290,7 +296,7 @@ impl Model {
     /// The same, with further attempts.
     fn delivery_with(&self, retries: f64) -> Usage {
         let mut usage = self.delivery();
-        usage.add_all(&self.of_delivery(&self.measured.retry, 1.0), retries);
+        usage.add_all(&self.of_delivery(&self.measured.retry, 1.0, DELIVERY_WRITE_UNITS), retries);
         usage
     }
 
@@ -587,7 +593,7 @@ pub fn page() -> anyhow::Result<String> {
         model.measured.retry[measure::TRANSITION],
         model.usd(&Model::waiting(24.0)) * 1e6,
         DELIVERY_BYTES,
-        model.usd(&model.of_delivery(&model.measured.parked, 0.0)),
+        model.usd(&model.of_delivery(&model.measured.parked, 0.0, PARKED_WRITE_UNITS)),
         model.usd(&Model::waiting_tunnel(1.0)),
         model.usd(&Model::waiting_tunnel(MOST_COUNTED))
     )?;
