@@ -271,7 +271,9 @@ impl Model {
         self.invocation(&mut usage, "ingress", 1.0, ASSUMED.way_ms);
         // Only the first request that a process of `ingress` keeps for a tunnel has a run.
         let runs = self.measured.delivery.get("states:StartSyncExecution").copied().unwrap_or(0.0);
-        usage.add("express_gb_second", runs * (ASSUMED.way_ms / 100.0).ceil() * 0.1 * 64.0 / 1024.0);
+        if runs > 0.0 {
+            usage.add("express_gb_second", runs * (ASSUMED.way_ms / 100.0).ceil() * 0.1 * 64.0 / 1024.0);
+        }
         usage.add("logs_gb", 3.0 * ASSUMED.log_bytes / 1e9);
         usage.add("dynamodb_read", SWEPT_READ_UNITS);
         usage
