@@ -119,6 +119,14 @@ impl Local {
         std::fs::remove_file(self.state.path().join("endpoint")).unwrap();
         let agents = self.agents.trim_start_matches("ws://").to_owned();
         let addresses = [self.public.to_string(), agents];
+        // The system may have lent a port to somebody's connection meanwhile, and gets it back.
+        for address in &addresses {
+            let begun = std::time::Instant::now();
+            while std::net::TcpListener::bind(address).is_err() {
+                assert!(begun.elapsed() < PATIENCE, "{address} is taken");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
         let command = Command::new(process::binary("local"));
         self.process = launch(command, &[], more, self.state.path(), [&addresses[0], &addresses[1]]);
         told(&self.process, "token");
