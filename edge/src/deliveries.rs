@@ -64,6 +64,9 @@ const ACCEPTED_WITHIN_MS: u64 = 5_000;
 /// How many rows one query reads beyond those that are wanted: some belong to runs that are over.
 const SPARE: usize = 8;
 
+/// The condition of [`Deliveries::change_open`]: the delivery has not ended.
+const IS_OPEN: &str = "#state IN (:waiting, :delivering)";
+
 /// The name that a run is told when it has to ask for its turn again.
 pub const TURN_UNCLEAR: &str = "TurnUnclear";
 
@@ -491,7 +494,7 @@ impl Deliveries {
     ) -> Result<Option<Kept>, Error> {
         let request = self
             .change_open(tunnel, id)
-            .condition_expression("#state IN (:waiting, :delivering) AND #owner = :owner")
+            .condition_expression(format!("{IS_OPEN} AND #owner = :owner"))
             .expression_attribute_names("#owner", "owner")
             .expression_attribute_values(":owner", text(owner.as_str()))
             .update_expression("SET #state = :delivering, attempt = attempt + :one")
@@ -512,7 +515,7 @@ impl Deliveries {
     /// The same on condition that it has not ended.
     fn change_open(&self, tunnel: &TunnelName, id: &DeliveryId) -> UpdateItemFluentBuilder {
         self.change(tunnel, id)
-            .condition_expression("#state IN (:waiting, :delivering)")
+            .condition_expression(IS_OPEN)
             .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
             .expression_attribute_values(":delivering", text(State::Delivering.as_str()))
     }

@@ -494,10 +494,8 @@ impl Registry {
     ///
     /// [`Error`].
     pub async fn owner_of(&self, tunnel: &TunnelName) -> Result<Option<Owner>, Error> {
-        let request = self.client.get_item().table_name(&self.table);
-        let request = request.set_key(Some(key(tunnel.as_str(), NAME_ROW))).consistent_read(true);
-        let output = request.send().await.map_err(|error| classify("GetItem", error))?;
-        Ok(output.item().and_then(|row| row.get("owner")?.as_s().ok()?.parse().ok()))
+        let row = self.name_row(tunnel).await?;
+        Ok(row.and_then(|row| row.get("owner")?.as_s().ok()?.parse().ok()))
     }
 
     /// What the owner's last `hello` said about requests that are kept, at the Unix time `now` in seconds; nothing where none
@@ -507,13 +505,16 @@ impl Registry {
     ///
     /// [`Error`].
     pub async fn terms_of(&self, tunnel: &TunnelName, now: u64) -> Result<Option<Terms>, Error> {
+        let row = self.name_row(tunnel).await?;
+        // TTL deletes late.
+        let row = row.filter(|row| row.get("expires_at").and_then(as_number).is_some_and(|at| at > now));
+        Ok(row.and_then(|row| serde_json::from_str(row.get("delivery")?.as_s().ok()?).ok()))
+    }
+
+    async fn name_row(&self, tunnel: &TunnelName) -> Result<Option<HashMap<String, AttributeValue>>, Error> {
         let request = self.client.get_item().table_name(&self.table);
         let request = request.set_key(Some(key(tunnel.as_str(), NAME_ROW))).consistent_read(true);
-        let output = request.send().await.map_err(|error| classify("GetItem", error))?;
-        // TTL deletes late.
-        let row =
-            output.item().filter(|row| row.get("expires_at").and_then(as_number).is_some_and(|at| at > now));
-        Ok(row.and_then(|row| serde_json::from_str(row.get("delivery")?.as_s().ok()?).ok()))
+        Ok(request.send().await.map_err(|error| classify("GetItem", error))?.item)
     }
 
     /// Notes whether the deliveries of a tunnel are held; false where the name is not this owner's.

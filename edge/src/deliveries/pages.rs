@@ -9,7 +9,7 @@ use proto::{
 use super::{Deliveries, Kept, name_of, parked_key, piece_key, piece_name, read_row, tunnel_key};
 use crate::{
     Error,
-    aws::{classify, is_code, number, text},
+    aws::{classify, number, text},
     unix_now_ms,
 };
 
@@ -145,12 +145,7 @@ impl Deliveries {
             reason: "its owner called it off".to_owned(),
         };
         self.end(kept, State::Cancelled, &last, 0).await?;
-        match self.runs.stop_execution().execution_arn(self.arn_of(&kept.run)).send().await {
-            Ok(_) => {}
-            // It has ended by itself.
-            Err(error) if is_code(&error, "ExecutionDoesNotExist") => {}
-            Err(error) => return Err(classify("StopExecution", error)),
-        }
+        self.stop_run(&self.arn_of(&kept.run)).await?;
         self.delete(&parked_key(&kept.tunnel), kept.id.as_str()).await?;
         Ok(true)
     }

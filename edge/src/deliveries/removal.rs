@@ -32,6 +32,7 @@ impl Deliveries {
     pub async fn stop_run(&self, arn: &str) -> Result<(), Error> {
         match self.runs.stop_execution().execution_arn(arn).send().await {
             Ok(_) => Ok(()),
+            // It has ended by itself.
             Err(error) if is_code(&error, "ExecutionDoesNotExist") => Ok(()),
             Err(error) => Err(classify("StopExecution", error)),
         }

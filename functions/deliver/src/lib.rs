@@ -282,7 +282,8 @@ async fn begin(
         if !kept.state.is_final() && kept.owner != owner {
             return Ok(Err(NOT_THEIRS));
         }
-        if !is_revived(store, &kept, redrives).await? {
+        // It died when its run was stopped, and the run was redriven since.
+        if !is_redriven(&kept, redrives) || !revive(store, &kept).await? {
             return Ok(Err(OVER));
         }
         Ok(store.begin(tunnel, delivery, &owner).await?.ok_or(OVER))
@@ -294,11 +295,13 @@ async fn begin(
     }
 }
 
-/// Whether a delivery that died when its run was stopped waits again, because the run was redriven since.
-async fn is_revived(store: &Deliveries, kept: &Kept, redrives: u64) -> Result<bool, Error> {
-    if kept.state != State::Dead || redrives <= kept.buried.unwrap_or_default() {
-        return Ok(false);
-    }
+/// Whether the run of a delivery was redriven since that is dead.
+fn is_redriven(kept: &Kept, redrives: u64) -> bool {
+    kept.state == State::Dead && redrives > kept.buried.unwrap_or_default()
+}
+
+/// Makes such a delivery wait again.
+async fn revive(store: &Deliveries, kept: &Kept) -> Result<bool, Error> {
     tracing::info!(delivery_id = %kept.id, tunnel_id = %kept.tunnel, "delivery was redriven");
     store.revive(kept).await
 }
@@ -474,9 +477,8 @@ async fn judge(deliver: &Deliver, judged: &Judged) -> Result<Verdict, Error> {
             wake_next(store, judged, most).await?;
             return Ok(over);
         }
-        State::Dead if judged.redrives > kept.buried.unwrap_or_default() => {
-            tracing::info!(delivery_id = %kept.id, tunnel_id = %kept.tunnel, "delivery was redriven");
-            store.revive(&kept).await?;
+        State::Dead if is_redriven(&kept, judged.redrives) => {
+            revive(store, &kept).await?;
             return Ok(Verdict { pause_s: 0, attempt: 0, lane: Lane::NONE });
         }
         // A call that was made before, and whose answer was lost.
