@@ -66,6 +66,13 @@ impl Order {
         self.tables.remove(table);
     }
 
+    /// Of a row what its key is; nothing of one of a table that is not known here.
+    pub(super) fn key_of(&self, table: &str, row: &Item) -> Item {
+        let keys = self.tables.get(table);
+        let names = keys.into_iter().flat_map(|keys| [&keys.partition_key, &keys.sort_key]);
+        names.filter_map(|name| Some((name.clone(), row.get(name)?.clone()))).collect()
+    }
+
     /// Notes that a row with this key is there.
     pub(super) fn insert(&mut self, table: &str, row: &Item) {
         let Some(keys) = self.tables.get_mut(table) else { return };

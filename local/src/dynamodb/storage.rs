@@ -155,7 +155,7 @@ impl DynamoDbBackend for Storage {
         table_name: String,
         item: Item,
     ) -> Later<Result<Option<Item>, DynamoDbError>> {
-        let (table, row) = (table_name.clone(), item.clone());
+        let (table, row) = (table_name.clone(), lock(&self.order).key_of(&table_name, &item));
         let put = self.memory.put_item(account_id, region, table_name, item);
         self.noting(put, move |order| order.insert(&table, &row))
     }
@@ -193,7 +193,10 @@ impl DynamoDbBackend for Storage {
         puts: Vec<Item>,
         deletes: Vec<Item>,
     ) -> Later<Result<(), DynamoDbError>> {
-        let (table, rows, gone) = (table_name.clone(), puts.clone(), deletes.clone());
+        let order = lock(&self.order);
+        let keys = |rows: &[Item]| rows.iter().map(|row| order.key_of(&table_name, row)).collect::<Vec<_>>();
+        let (table, rows, gone) = (table_name.clone(), keys(&puts), keys(&deletes));
+        drop(order);
         let written = self.memory.batch_write_item(account_id, region, table_name, puts, deletes);
         self.noting(written, move |order| {
             rows.iter().for_each(|row| order.insert(&table, row));
@@ -207,14 +210,19 @@ impl DynamoDbBackend for Storage {
         region: String,
         ops: Vec<TransactOp>,
     ) -> Later<Result<(), DynamoDbError>> {
-        let noted = ops.clone();
+        let order = lock(&self.order);
+        let noted = ops.iter().map(|op| {
+            let table = op.table_name();
+            (table.to_owned(), order.key_of(table, op.target()), matches!(op, TransactOp::Delete { .. }))
+        });
+        let noted: Vec<_> = noted.collect();
+        drop(order);
         self.noting(self.memory.transact_write_items(account_id, region, ops), move |order| {
-            for op in &noted {
-                match op {
-                    TransactOp::Delete { .. } => order.remove(op.table_name(), op.target()),
-                    TransactOp::Put { .. } | TransactOp::Update { .. } => {
-                        order.insert(op.table_name(), op.target());
-                    }
+            for (table, row, is_gone) in &noted {
+                if *is_gone {
+                    order.remove(table, row);
+                } else {
+                    order.insert(table, row);
                 }
             }
         })
