@@ -4,11 +4,13 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    future::poll_fn,
+    task::Poll,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail, ensure};
-use futures_util::{FutureExt, SinkExt, StreamExt};
+use futures_util::{SinkExt, StreamExt};
 use http::{HeaderName, HeaderValue};
 use proto::{
     body::{Body, Codecs},
@@ -95,8 +97,9 @@ impl BareEdge {
         let opening = async {
             let (stream, _) = self.listener.accept().await?;
             stream.set_nodelay(true)?;
-            // The limits of API Gateway.
+            // The limits of API Gateway. Each read clears its room first, also one that finds nothing.
             let config = WebSocketConfig::default()
+                .read_buffer_size(limits::FRAME_BYTES / 2)
                 .max_frame_size(Some(limits::FRAME_BYTES))
                 .max_message_size(Some(limits::MESSAGE_BYTES));
             let socket = accept_async_with_config(stream, Some(config)).await?;
@@ -149,14 +152,14 @@ impl Line {
     /// Nothing is lost when it is dropped.
     pub(crate) async fn text(&mut self) -> anyhow::Result<Utf8Bytes> {
         loop {
-            let message = match self.socket.next().now_or_never() {
-                Some(message) => message,
-                None => {
-                    self.socket.flush().await?;
-                    self.socket.next().await
-                }
-            };
-            match message.context("the agent has left")?? {
+            let message = poll_fn(|cx| match self.socket.poll_next_unpin(cx) {
+                Poll::Ready(message) => Poll::Ready(message),
+                Poll::Pending => match self.socket.poll_flush_unpin(cx) {
+                    Poll::Ready(Err(error)) => Poll::Ready(Some(Err(error))),
+                    Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
+                },
+            });
+            match message.await.context("the agent has left")?? {
                 Message::Text(text) => return Ok(text),
                 Message::Ping(_) | Message::Pong(_) => {}
                 other => bail!("the agent sent {other:?}"),

@@ -155,6 +155,8 @@ async fn relay(
     let mut last = 0;
     loop {
         tokio::select! {
+            // What is sent leaves when the agent has nothing to say: all that is wished leaves together.
+            biased;
             wish = wished.recv() => match wish.context("nobody asks")? {
                 Wish::Ask(request, sender) => {
                     last += 1;
