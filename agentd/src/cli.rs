@@ -82,7 +82,9 @@ struct Common {
     log_level: Option<Targets>,
 }
 
+// What a command takes is put together for the one that was named: a daemon would keep the room of all others.
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 enum Command {
     /// Opens one tunnel in the foreground, for people.
     Http(Http),
@@ -580,7 +582,9 @@ fn blame_environment(error: &clap::Error, args: &[OsString]) -> Option<String> {
     if !matches!(error.kind(), ErrorKind::InvalidValue | ErrorKind::ValueValidation) {
         return None;
     }
-    without_environment(Cli::command()).try_get_matches_from(args).ok()?;
+    let mut command = Cli::command();
+    command.build();
+    without_environment(command).try_get_matches_from(args).ok()?;
     let ContextValue::String(flag) = error.get(ContextKind::InvalidArg)? else { return None };
     let flag = flag.split_whitespace().next()?.trim_start_matches('-');
     let variable = format!("AGENTD_{}", flag.replace('-', "_").to_uppercase());
@@ -717,10 +721,10 @@ fn in_foreground(config: Config, is_plain: bool) -> ExitCode {
     };
     let (terminal, lines) = match to_screen {
         Some(screen) => (telemetry::Terminal::Screen(screen), None),
-        None => {
-            let (terminal, flush) = telemetry::Terminal::open();
-            (terminal, Some(flush))
-        }
+        None => match telemetry::Terminal::open() {
+            Ok((terminal, flush)) => (terminal, Some(flush)),
+            Err(error) => return failed(&format!("cannot write to standard output: {error}")),
+        },
     };
     let audience = Audience::People { terminal, page: is_terminal && !is_plain };
     let control_socket = control::place_for_people(environment);

@@ -4,6 +4,7 @@ pub(crate) mod access;
 pub(crate) mod cause;
 pub(crate) mod denial;
 mod json;
+mod lines;
 pub(crate) mod metrics;
 pub(crate) mod status;
 pub(crate) mod systemd;

@@ -7,93 +7,44 @@
 use std::{
     io::{self, IsTerminal as _, Write},
     path::Path,
-    sync::{Arc, Mutex, OnceLock, PoisonError},
-    time::{Duration, Instant},
+    sync::{Mutex, PoisonError},
 };
 
-use super::json::Json;
+use super::{
+    json::Json,
+    lines::{self, Lines},
+};
 use crate::config::{self, LogConfig, LogFormat};
 use tokio::sync::mpsc;
-use tracing_appender::{
-    non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard},
-    rolling::{RollingFileAppender, Rotation},
-};
+use tracing_appender::rolling::{RollingFileAppender, Rotation};
 use tracing_subscriber::{filter::Targets, fmt, layer::SubscriberExt as _, util::SubscriberInitExt as _};
-
-/// How many lines may wait for their reader.
-const QUEUED_LINES: usize = 4096;
 
 /// Writes what is queued when it is dropped.
 #[must_use = "what is queued is lost without it"]
 pub(crate) struct Flush {
-    _worker: WorkerGuard,
+    _lines: lines::Flush,
 }
 
 /// How many lines this process has lost.
 pub(crate) fn lost_lines() -> u64 {
-    let counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
-    counters.iter().map(|counter| counter.dropped_lines() as u64).sum()
+    QUEUES.lock().unwrap_or_else(PoisonError::into_inner).iter().map(Lines::lost).sum()
 }
 
-/// What each queue has lost.
-static COUNTERS: Mutex<Vec<ErrorCounter>> = Mutex::new(Vec::new());
+/// All queues of this process.
+static QUEUES: Mutex<Vec<Lines>> = Mutex::new(Vec::new());
 
-/// What is lost goes on being lost for a while: it is said no more often than this.
-const SAID_EACH: Duration = Duration::from_secs(1);
-
-/// Says between the lines how many of them were lost.
-struct Counted<W> {
-    to: W,
-    lost: Arc<OnceLock<ErrorCounter>>,
-    said: usize,
-    at: Option<Instant>,
-    say: fn(&mut W, usize),
-}
-
-impl<W: Write> Counted<W> {
-    fn tell(&mut self) {
-        let lost = self.lost.get().map_or(0, ErrorCounter::dropped_lines);
-        if lost > self.said && self.at.is_none_or(|at| at.elapsed() >= SAID_EACH) {
-            (self.say)(&mut self.to, lost - self.said);
-            self.said = lost;
-            self.at = Some(Instant::now());
-        }
-    }
-}
-
-impl<W: Write> Write for Counted<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.to.write(bytes)
-    }
-
-    /// One line, as the queue holds it.
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.to.write_all(bytes)?;
-        self.tell();
-        Ok(())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.to.flush()
-    }
-}
-
-fn queue<W: Write + Send + 'static>(to: W, name: &str, say: fn(&mut W, usize)) -> (NonBlocking, Flush) {
-    let lost = Arc::new(OnceLock::new());
-    let counted = Counted { to, lost: Arc::clone(&lost), said: 0, at: None, say };
-    let (writer, worker) =
-        NonBlockingBuilder::default().buffered_lines_limit(QUEUED_LINES).thread_name(name).finish(counted);
-    COUNTERS.lock().unwrap_or_else(PoisonError::into_inner).push(writer.error_counter());
-    let _ = lost.set(writer.error_counter());
-    (writer, Flush { _worker: worker })
+fn queue<W: Write + Send + 'static>(to: W, name: &str, say: fn(&mut W, u64)) -> io::Result<(Lines, Flush)> {
+    let (lines, flush) = lines::start(to, name, say)?;
+    QUEUES.lock().unwrap_or_else(PoisonError::into_inner).push(lines.clone());
+    Ok((lines, Flush { _lines: flush }))
 }
 
 /// Says it as any other line: behind those that wait.
-fn say_in_log<W>(_: &mut W, lost: usize) {
+fn say_in_log<W>(_: &mut W, lost: u64) {
     tracing::warn!(lost, "{lost} lines of this log were lost: whoever reads it is too slow");
 }
 
-fn say_to_people<W: Write>(to: &mut W, lost: usize) {
+fn say_to_people<W: Write>(to: &mut W, lost: u64) {
     let _ = to.write_all(format!("{lost} lines were lost: this output is read too slowly\n").as_bytes());
 }
 
@@ -101,24 +52,28 @@ fn say_to_people<W: Write>(to: &mut W, lost: usize) {
 #[derive(Debug, Clone)]
 pub(crate) enum Terminal {
     /// On standard output.
-    Lines(NonBlocking),
+    Lines(Lines),
     /// On a screen that draws them, and requests by itself.
     Screen(ToScreen),
 }
 
 impl Terminal {
     /// Begins writing to standard output.
-    pub(crate) fn open() -> (Self, Flush) {
-        let (writer, flush) = queue(io::stdout(), "output", say_to_people);
-        (Self::Lines(writer), flush)
+    ///
+    /// # Errors
+    ///
+    /// When the system gives no thread.
+    pub(crate) fn open() -> io::Result<(Self, Flush)> {
+        let (lines, flush) = queue(io::stdout(), "output", say_to_people)?;
+        Ok((Self::Lines(lines), flush))
     }
 
     /// Writes one line, or loses it.
     pub(crate) fn line(&self, mut text: String) {
         match self {
-            Self::Lines(writer) => {
+            Self::Lines(lines) => {
                 text.push('\n');
-                let _ = writer.clone().write_all(text.as_bytes());
+                lines.push(text.as_bytes());
             }
             Self::Screen(screen) => screen.say(text),
         }
@@ -152,9 +107,11 @@ impl ToScreen {
 }
 
 impl Write for ToScreen {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.say(String::from_utf8_lossy(line).into_owned());
-        Ok(line.len())
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        for line in String::from_utf8_lossy(lines).split_inclusive('\n') {
+            self.say(line.to_owned());
+        }
+        Ok(lines.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -183,11 +140,11 @@ pub(crate) fn start(log: &LogConfig, screen: Option<ToScreen>) -> io::Result<Flu
     let format = log.format.unwrap_or_else(usual);
     let (writer, flush, ansi) = match screen.filter(|_| terminal) {
         Some(screen) => {
-            let (writer, flush) = queue(screen, "log", say_in_log);
+            let (writer, flush) = queue(screen, "log", say_in_log)?;
             (writer, flush, false)
         }
         None => {
-            let (writer, flush) = queue(io::stderr(), "log", say_in_log);
+            let (writer, flush) = queue(io::stderr(), "log", say_in_log)?;
             (writer, flush, terminal)
         }
     };
@@ -205,7 +162,7 @@ fn start_in(dir: &Path, log: &LogConfig, level: Targets) -> io::Result<Flush> {
         .max_log_files(days)
         .build(dir)
         .map_err(io::Error::other)?;
-    let (writer, flush) = queue(files, "log", say_in_log);
+    let (writer, flush) = queue(files, "log", say_in_log)?;
     subscribe(log.format.unwrap_or(LogFormat::Human), level, writer, false)?;
     Ok(flush)
 }
@@ -217,7 +174,7 @@ fn is_journal() -> bool {
     stream.to_str() == Some(&format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
-fn subscribe(format: LogFormat, level: Targets, writer: NonBlocking, ansi: bool) -> io::Result<()> {
+fn subscribe(format: LogFormat, level: Targets, writer: Lines, ansi: bool) -> io::Result<()> {
     let registry = tracing_subscriber::registry().with(level);
     // An error means that somebody in this process logs already.
     let _ = match format {
@@ -233,52 +190,4 @@ fn subscribe(format: LogFormat, level: Targets, writer: NonBlocking, ansi: bool)
         }
     };
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
-
-    use super::*;
-
-    /// Takes nothing before it may.
-    struct Slow {
-        leave: mpsc::Receiver<()>,
-        lines: Arc<Mutex<Vec<String>>>,
-    }
-
-    impl Write for Slow {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let _ = self.leave.recv();
-            let line = String::from_utf8_lossy(bytes).into_owned();
-            self.lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn what_a_slow_reader_loses_is_counted_and_said() {
-        let (leave, waits) = mpsc::channel();
-        let lines = Arc::new(Mutex::new(Vec::new()));
-        let (writer, flush) = queue(Slow { leave: waits, lines: Arc::clone(&lines) }, "slow", say_to_people);
-        let lost = writer.error_counter();
-        let terminal = Terminal::Lines(writer);
-        for number in 0..QUEUED_LINES + 2_681 {
-            terminal.line(number.to_string());
-        }
-        let lost = lost.dropped_lines();
-        // One may be in the writer's hands already.
-        assert!((2_680..=2_681).contains(&lost), "{lost}");
-        assert!(lost_lines() >= lost as u64);
-        drop(leave);
-        drop(flush);
-        let lines = lines.lock().unwrap();
-        let said: Vec<_> = lines.iter().filter(|line| line.contains("were lost")).collect();
-        assert_eq!(said, [&format!("{lost} lines were lost: this output is read too slowly\n")]);
-        assert_eq!(lines.len(), QUEUED_LINES + 2_681 - lost + 1, "all others are there");
-    }
 }

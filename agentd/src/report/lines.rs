@@ -1,0 +1,231 @@
+//! Lines that a thread of their own writes, all that have come together in one go.
+//!
+//! Enters: lines, from anywhere. Leaves: the same lines in their order, or how many there was no room for. Nobody who
+//! hands one in ever waits. A busy agent has a line for each request, so where they come quickly the thread is not woken for
+//! each of them but takes what has come every [`GATHERED`].
+
+use std::{
+    io::{self, Write},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use tracing_subscriber::fmt::MakeWriter;
+
+/// How many lines may wait for their reader.
+const QUEUED_LINES: usize = 4096;
+
+/// How long lines gather where the ones before them were written not much longer ago.
+const GATHERED: Duration = Duration::from_millis(5);
+
+/// How long the end of the program waits for a slow reader.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What is lost goes on being lost for a while: it is said no more often than this.
+const SAID_EACH: Duration = Duration::from_secs(1);
+
+/// Room for more than this is given back after it was needed.
+const KEPT_BYTES: usize = 64 * 1024;
+
+#[derive(Debug, Default)]
+struct Waiting {
+    text: Vec<u8>,
+    lines: usize,
+    /// How many lines had no room, in all.
+    lost: u64,
+    /// Nothing waits, and the thread is to be woken for the next line.
+    is_idle: bool,
+    is_closed: bool,
+    /// The thread has written its last line.
+    is_done: bool,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    /// There is a line, or there will be none any more; and: all of them are written.
+    changed: Condvar,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes all lines, once there are some; `None` when there will be none any more. `room` is what they are put into next.
+    fn take(&self, room: Vec<u8>) -> Option<(Vec<u8>, u64)> {
+        let mut waiting = self.lock();
+        while waiting.lines == 0 && !waiting.is_closed {
+            waiting.is_idle = true;
+            waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+        waiting.is_idle = false;
+        (waiting.lines > 0).then(|| {
+            waiting.lines = 0;
+            (std::mem::replace(&mut waiting.text, room), waiting.lost)
+        })
+    }
+
+    /// Lets lines come together.
+    fn gather(&self) {
+        let open = |waiting: &mut Waiting| !waiting.is_closed;
+        drop(self.changed.wait_timeout_while(self.lock(), GATHERED, open));
+    }
+}
+
+/// Where lines are handed in.
+#[derive(Debug, Clone)]
+pub(crate) struct Lines(Arc<Queue>);
+
+impl Lines {
+    /// Hands in one line with its end, or loses it.
+    pub(super) fn push(&self, line: &[u8]) {
+        let mut waiting = self.0.lock();
+        if waiting.lines >= QUEUED_LINES {
+            waiting.lost += 1;
+            return;
+        }
+        waiting.text.extend_from_slice(line);
+        waiting.lines += 1;
+        let wakes = std::mem::take(&mut waiting.is_idle);
+        drop(waiting);
+        if wakes {
+            self.0.changed.notify_all();
+        }
+    }
+
+    /// How many lines had no room.
+    pub(super) fn lost(&self) -> u64 {
+        self.0.lock().lost
+    }
+}
+
+impl Write for Lines {
+    /// One line, as the log hands it in.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.push(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Lines {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}
+
+/// Waits, for a while, until what is queued is written when it is dropped.
+#[must_use = "what is queued is lost without it"]
+pub(super) struct Flush(Arc<Queue>);
+
+impl Drop for Flush {
+    fn drop(&mut self) {
+        self.0.lock().is_closed = true;
+        self.0.changed.notify_all();
+        let writing = |waiting: &mut Waiting| !waiting.is_done;
+        drop(self.0.changed.wait_timeout_while(self.0.lock(), LAST_WORDS, writing));
+    }
+}
+
+/// Begins writing to `to` on a thread called `name`; `say` tells its readers how many lines were lost.
+pub(super) fn start<W: Write + Send + 'static>(
+    mut to: W,
+    name: &str,
+    say: fn(&mut W, u64),
+) -> io::Result<(Lines, Flush)> {
+    let queue = Arc::new(Queue::default());
+    let taken = Arc::clone(&queue);
+    let write = move || {
+        let (mut room, mut said, mut said_at) = (Vec::new(), 0, None);
+        let mut written_at: Option<Instant> = None;
+        while let Some((mut text, lost)) = taken.take(room) {
+            // Who cannot be written to is tried again with the next lines.
+            let _ = to.write_all(&text).and_then(|()| to.flush());
+            if lost > said && said_at.is_none_or(|at: Instant| at.elapsed() >= SAID_EACH) {
+                say(&mut to, lost - said);
+                (said, said_at) = (lost, Some(Instant::now()));
+            }
+            text.clear();
+            text.shrink_to(KEPT_BYTES);
+            room = text;
+            let before = written_at.replace(Instant::now());
+            if before.is_some_and(|at| at.elapsed() < 2 * GATHERED) {
+                taken.gather();
+            }
+        }
+        taken.lock().is_done = true;
+        taken.changed.notify_all();
+    };
+    thread::Builder::new().name(name.to_owned()).spawn(write)?;
+    Ok((Lines(Arc::clone(&queue)), Flush(queue)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Takes nothing before it may.
+    struct Slow {
+        leave: mpsc::Receiver<()>,
+        begun: mpsc::Sender<()>,
+        text: Arc<Mutex<Vec<u8>>>,
+    }
+
+    impl Write for Slow {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let _ = self.begun.send(());
+            let _ = self.leave.recv();
+            self.text.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_a_slow_reader_loses_is_counted_and_said() {
+        let (leave, waits) = mpsc::channel();
+        let (begun, begins) = mpsc::channel();
+        let text = Arc::default();
+        let slow = Slow { leave: waits, begun, text: Arc::clone(&text) };
+        let say = |to: &mut Slow, lost| to.write_all(format!("{lost} were lost\n").as_bytes()).unwrap();
+        let (lines, flush) = start(slow, "slow", say).unwrap();
+        lines.push(b"first\n");
+        begins.recv().unwrap();
+        // The first one is in the writer's hands: all others wait.
+        for number in 0..QUEUED_LINES + 2_681 {
+            lines.push(format!("{number}\n").as_bytes());
+        }
+        assert_eq!(lines.lost(), 2_681);
+        drop(leave);
+        drop(flush);
+        let text = String::from_utf8(text.lock().unwrap().clone()).unwrap();
+        let (said, kept): (Vec<_>, Vec<_>) = text.lines().partition(|line| line.contains("were lost"));
+        assert_eq!(said, ["2681 were lost"]);
+        let numbers = (0..QUEUED_LINES).map(|number| number.to_string());
+        assert_eq!(kept, std::iter::once("first".to_owned()).chain(numbers).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_reader_that_never_reads_does_not_keep_the_program() {
+        let (leave, waits) = mpsc::channel();
+        let (begun, begins) = mpsc::channel();
+        let slow = Slow { leave: waits, begun, text: Arc::default() };
+        let (lines, flush) = start(slow, "slow", |_, _| {}).unwrap();
+        lines.push(b"one\n");
+        begins.recv().unwrap();
+        drop(flush);
+        drop(leave);
+    }
+}
