@@ -6,7 +6,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     time::{Instant, SystemTime, UNIX_EPOCH},
@@ -105,13 +105,14 @@ struct Ring {
 pub(crate) struct Captures {
     ring: Mutex<Ring>,
     limit: usize,
-    events: broadcast::Sender<Event>,
+    /// Made when somebody listens for the first time: all of its places are in memory from then on.
+    events: OnceLock<broadcast::Sender<Event>>,
 }
 
 impl Captures {
     /// None yet; all together may weigh `limit` bytes.
     pub(crate) fn new(limit: usize) -> Self {
-        Self { ring: Mutex::default(), limit, events: broadcast::Sender::new(EVENTS) }
+        Self { ring: Mutex::default(), limit, events: OnceLock::new() }
     }
 
     /// The records, oldest first.
@@ -145,13 +146,13 @@ impl Captures {
 
     /// What happens from now on.
     pub(crate) fn events(&self) -> broadcast::Receiver<Event> {
-        self.events.subscribe()
+        self.events.get_or_init(|| broadcast::Sender::new(EVENTS)).subscribe()
     }
 
     fn say(&self, event: Event) {
         // Only somebody who listens costs anything.
-        if self.events.receiver_count() > 0 {
-            let _ = self.events.send(event);
+        if let Some(events) = self.events.get().filter(|events| events.receiver_count() > 0) {
+            let _ = events.send(event);
         }
     }
 
