@@ -13,7 +13,7 @@ use futures_util::{StreamExt as _, stream::FuturesUnordered};
 
 use rustix::net::RecvFlags;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::{TcpStream, UnixStream},
     time::sleep,
 };
@@ -212,11 +212,35 @@ macro_rules! when_ready {
     };
 }
 
+/// Reads from `$stream` once it is readable. Fewer bytes than there was room for were all of them, so the next read waits
+/// for news and does not ask the system first; the tick that is cleared for it is the one from before the read.
+macro_rules! read_when_ready {
+    ($stream:expr, $cx:expr, $buf:expr) => {
+        loop {
+            ready!($stream.poll_read_ready($cx))?;
+            let mut short = None;
+            let read = $stream.try_io(Interest::READABLE, || {
+                let bytes = $stream.try_read_buf($buf)?;
+                if bytes == 0 || $buf.remaining() == 0 {
+                    return Ok(bytes);
+                }
+                short = Some(bytes);
+                Err(io::ErrorKind::WouldBlock.into())
+            });
+            match (short, read) {
+                (Some(bytes), _) => break Poll::Ready(Ok(bytes)),
+                (None, Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
+                (None, read) => break Poll::Ready(read),
+            }
+        }
+    };
+}
+
 impl AsyncRead for Socket {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let read: Poll<io::Result<usize>> = match &self.stream {
-            Stream::Tcp(stream) => when_ready!(stream.poll_read_ready(cx), stream.try_read_buf(buf)),
-            Stream::Unix(stream) => when_ready!(stream.poll_read_ready(cx), stream.try_read_buf(buf)),
+            Stream::Tcp(stream) => read_when_ready!(stream, cx, buf),
+            Stream::Unix(stream) => read_when_ready!(stream, cx, buf),
         };
         match (ready!(read), self.gone) {
             // What ends with a reset has not come to its end. A broken pipe is what follows an end.
@@ -273,6 +297,8 @@ impl AsyncWrite for Socket {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
     use super::*;
 
     #[test]
@@ -306,6 +332,29 @@ mod tests {
         assert_eq!(scope_of("3").unwrap(), 3);
         assert_eq!(scope_of("lo").unwrap(), 1);
         assert!(scope_of("no-such-one").unwrap_err().to_string().contains("no interface \"no-such-one\""));
+    }
+
+    #[tokio::test]
+    async fn what_comes_after_a_short_read_is_read_and_so_is_the_end() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("127.0.0.1:{}", listener.local_addr().unwrap().port());
+        let mut socket = Socket::connect(&address.parse().unwrap()).await.unwrap();
+        let (mut peer, _) = listener.accept().await.unwrap();
+        let mut room = [0; 8];
+        for text in ["one", "three", "just as long, and longer"] {
+            peer.write_all(text.as_bytes()).await.unwrap();
+            let mut read = Vec::new();
+            while read.len() < text.len() {
+                let bytes = socket.read(&mut room).await.unwrap();
+                read.extend_from_slice(&room[..bytes]);
+            }
+            assert_eq!(read, text.as_bytes());
+        }
+        peer.write_all(b"last").await.unwrap();
+        drop(peer);
+        let mut rest = Vec::new();
+        socket.read_to_end(&mut rest).await.unwrap();
+        assert_eq!(rest, b"last");
     }
 
     #[tokio::test]
