@@ -6,10 +6,7 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -27,7 +24,7 @@ use proto::{
     session::{Config as SessionConfig, Dead, Event, Rhythm, Session},
 };
 use tokio::{
-    sync::{mpsc, watch},
+    sync::mpsc,
     task::{AbortHandle, JoinSet},
     time::{Instant, timeout},
 };
@@ -39,7 +36,7 @@ use crate::{
     report::access::AccessLog,
     serve::exchange::{Exchange, Job, JobBody},
     serve::outbox::Outbox,
-    serve::pace::Taken,
+    serve::pace::Tally,
     serve::sockets::{SocketEvent, Sockets},
     serve::tunnel::Tunnels,
     serve::upload::{self, Upload, UploadError},
@@ -168,8 +165,7 @@ pub(crate) enum End {
 struct Running {
     token: Box<str>,
     abort: AbortHandle,
-    credit: watch::Sender<Taken>,
-    sent: Arc<AtomicU32>,
+    tally: Arc<Tally>,
     upload: Option<Upload>,
 }
 
@@ -272,7 +268,13 @@ pub(crate) async fn run(
                 Some(Err(error)) => break LinkError::from(error).into(),
                 None => break LinkError::Eof.into(),
             },
-            Some(done) = connection.exchanges.join_next_with_id() => connection.ended(done),
+            Some(done) = connection.exchanges.join_next_with_id() => {
+                connection.ended(done);
+                // Those that have ended meanwhile need no round of their own.
+                while let Some(done) = connection.exchanges.try_join_next_with_id() {
+                    connection.ended(done);
+                }
+            }
             command = commands.recv() => match command {
                 Some(Command::Greet) => connection.greet(),
                 Some(Command::Retire { quiet }) => connection.retire(quiet),
@@ -415,8 +417,8 @@ impl Connection {
         };
         let running = self.by_task.remove(&id).and_then(|request_id| self.running.remove(&request_id));
         // The edge receives until it has heard the last word, so it is said for those that cannot any more.
-        if let (Some(Running { token, sent, .. }), Some(code)) = (running, unsaid) {
-            let seq = sent.load(Ordering::Relaxed);
+        if let (Some(Running { token, tally, .. }), Some(code)) = (running, unsaid) {
+            let seq = tally.sent();
             let failed = AgentMessage::Failed(Failed { token: (&*token).into(), seq, code }).encode();
             let outbox = self.outbox.clone();
             // It waits its turn as the exchange would have, so that none is lost when a crowd is cancelled at once.
@@ -447,13 +449,7 @@ impl Connection {
             Ok(EdgeMessage::RequestChunk(chunk)) => self.upload(chunk),
             Ok(EdgeMessage::Credit(credit)) => {
                 if let Some(running) = self.running.get(&credit.request_id) {
-                    running.credit.send_if_modified(|taken| {
-                        let is_news = credit.through > taken.through;
-                        if is_news {
-                            *taken = Taken { through: credit.through, at: Instant::now() };
-                        }
-                        is_news
-                    });
+                    running.tally.credit(credit.through);
                 }
             }
             Ok(EdgeMessage::Frames(frames)) => self.frames(frames),
@@ -484,7 +480,7 @@ impl Connection {
         let running = self.running.get(&probe.request_id);
         let progress = AgentMessage::Progress(Progress {
             token: probe.token,
-            sent: running.map_or(0, |running| running.sent.load(Ordering::Relaxed)),
+            sent: running.map_or(0, |running| running.tally.sent()),
             ended: running.is_none(),
             taken: running.and_then(|running| running.upload.as_ref()).map_or(0, Upload::taken),
         });
@@ -549,8 +545,7 @@ impl Connection {
         let Ok(method) = Method::from_bytes(request.method.as_bytes()) else {
             return answer_with(ErrorCode::BadRequest);
         };
-        let (credit, credit_seen) = watch::channel(Taken::nothing());
-        let sent = Arc::new(AtomicU32::new(0));
+        let tally = Tally::new();
         let request_id = request.request_id;
         let token: Box<str> = (&*request.token).into();
         let exchange = Exchange {
@@ -569,16 +564,16 @@ impl Connection {
             tunnels: Arc::clone(&self.shared.tunnels),
             outbox: self.outbox.clone(),
             codecs: self.codecs.clone(),
-            credit: credit_seen,
-            sent: Arc::clone(&sent),
+            tally: Arc::clone(&tally),
             access: self.shared.access.clone(),
             sockets: Arc::clone(&self.shared.sockets),
             serial: self.serial,
         };
-        let abort = self.exchanges.spawn(exchange.run());
+        // Boxed, because a task moves its future several times before it has its place.
+        let abort = self.exchanges.spawn(Box::pin(exchange.run()));
         self.by_task.insert(abort.id(), request_id.clone());
         let early = if self.early.0.is_empty() { VecDeque::new() } else { self.early.take(&request_id) };
-        self.running.insert(request_id, Running { token, abort, credit, sent, upload });
+        self.running.insert(request_id, Running { token, abort, tally, upload });
         for piece in early {
             self.upload(piece);
         }

@@ -3,15 +3,7 @@
 //! Enters: a [`Job`], credit, the pieces of an announced body. Leaves: `continue`, then one `reply` and
 //! `chunk`s, or `failed`. Dropping the future of [`Exchange::run`] ends the call to the upstream at once.
 
-use std::{
-    cmp::min,
-    pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
-    time::Duration,
-};
+use std::{cmp::min, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, header, uri::PathAndQuery};
@@ -44,7 +36,7 @@ use crate::{
     serve::host::HostRule,
     serve::origin::{Rewrites, View, without_own_via},
     serve::outbox::{LinkGone, Outbox},
-    serve::pace::{Pace, Taken},
+    serve::pace::{Pace, Tally},
     serve::policy::{
         self, Policy, Signature, Webhook, answer::Answer, asked::Asked, body::LocalBody, traffic::Passage,
         visitors::is_user,
@@ -57,6 +49,9 @@ use crate::{
 };
 
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+
+/// How long a message is without what its fields say, or a little less.
+const FIELD_NAMES_BYTES: usize = 128;
 
 /// How much of the answer to a delivery is read, and for how long.
 const READ_OFF_BYTES: usize = 1024 * 1024;
@@ -98,7 +93,7 @@ pub(crate) enum JobBody {
     /// All of it.
     Whole(Bytes),
     /// It follows after `continue`.
-    Announced(UploadBody, UploadProgress),
+    Announced(Box<UploadBody>, UploadProgress),
 }
 
 impl JobBody {
@@ -118,10 +113,8 @@ pub(crate) struct Exchange {
     pub(crate) outbox: Outbox,
     /// What the edge can decode.
     pub(crate) codecs: Codecs,
-    /// The last chunk that the public client has taken.
-    pub(crate) credit: watch::Receiver<Taken>,
-    /// How many pieces of the response have been handed to the outbox.
-    pub(crate) sent: Arc<AtomicU32>,
+    /// How far the response is.
+    pub(crate) tally: Arc<Tally>,
     pub(crate) access: AccessLog,
     /// Where WebSockets go on once they are open, and the connection that this request came over.
     pub(crate) sockets: Arc<Sockets>,
@@ -150,7 +143,12 @@ const fn fail(code: ErrorCode) -> Stop {
 
 impl Exchange {
     /// Answers the request.
-    pub(crate) async fn run(self) {
+    #[expect(clippy::manual_async_fn, reason = "an async fn has room for what it is called with twice")]
+    pub(crate) fn run(mut self) -> impl Future<Output = ()> + Send {
+        async move { self.answered().await }
+    }
+
+    async fn answered(&mut self) {
         let mut line = AccessLine::begin(
             self.access.clone(),
             self.job.request_id.clone(),
@@ -168,18 +166,17 @@ impl Exchange {
                 body.is_streamed().then(|| progress.clone())
             }
         };
-        let Self { mut job, tunnels, outbox, codecs, credit, sent, access, sockets, serial } = self;
-        let websockets = Websockets { access, sockets, serial };
+        let Self { job, tunnels, outbox, codecs, tally, access, sockets, serial } = self;
+        let websockets = Websockets { access, sockets, serial: *serial };
         // Those that answer have it from the sender.
         let token = std::mem::take(&mut job.token);
         let tunnel = tunnels.get(&job.tunnel);
-        let page = tunnel.as_ref().and_then(|tunnel| ErrorPage::of(&job, tunnel));
-        let _alive = job.delivery.as_ref().map(|_| signs_of_life(&token, &outbox, limits::DELIVERY_PROGRESS));
-        let sender = Sender { token: &token, outbox: &outbox, sent: &sent };
+        let page = tunnel.as_ref().and_then(|tunnel| ErrorPage::of(job, tunnel));
+        let _alive = job.delivery.as_ref().map(|_| signs_of_life(&token, outbox, limits::DELIVERY_PROGRESS));
+        let sender = Sender { token: &token, outbox, tally };
         let mut capture = None;
         let outcome =
-            answer(job, tunnel, &tunnels, &sender, &codecs, credit, websockets, &mut line, &mut capture)
-                .await;
+            answer(job, tunnel, tunnels, &sender, codecs, &websockets, &mut line, &mut capture).await;
         let code = match &outcome {
             Ok(()) | Err(Stop::Answered(None)) => None,
             Err(Stop::Answered(Some(code)) | Stop::Fail { code, .. }) => Some(*code),
@@ -199,7 +196,7 @@ impl Exchange {
             let failed =
                 page.unwrap_or_else(|| AgentMessage::Failed(Failed { token: (&*token).into(), seq, code }));
             // If the link has gone, the edge knows.
-            let _ = sender.send(&failed, 0).await;
+            let _ = sender.send(&failed).await;
         }
     }
 }
@@ -208,7 +205,7 @@ impl Exchange {
 struct Sender<'a> {
     token: &'a str,
     outbox: &'a Outbox,
-    sent: &'a Arc<AtomicU32>,
+    tally: &'a Arc<Tally>,
 }
 
 impl Sender<'_> {
@@ -219,19 +216,25 @@ impl Sender<'_> {
             told.push(header::RETRY_AFTER, value.clone());
         }
         let reply = Reply { token: self.token.into(), status, headers: told, body: None, end: true };
-        self.send(&AgentMessage::Reply(reply), 0).await?;
-        self.sent.store(1, Ordering::Relaxed);
+        self.send(&AgentMessage::Reply(reply)).await?;
+        self.tally.set_sent(1);
         Ok(())
     }
 
-    /// Sends a message that is about as long as `body_bytes` and a bit.
-    async fn send(&self, message: &AgentMessage<'_>, body_bytes: usize) -> Result<(), LinkGone> {
-        self.outbox.send(encode(message, body_bytes), None).await
+    /// Sends a message of a few fields.
+    async fn send(&self, message: &AgentMessage<'_>) -> Result<(), LinkGone> {
+        self.outbox.send(encode(message, self.room(0)), None).await
+    }
+
+    /// How long a message is with so much beside its token and the names of its fields.
+    const fn room(&self, beside: usize) -> usize {
+        FIELD_NAMES_BYTES + self.token.len() + beside
     }
 }
 
-fn encode(message: &AgentMessage<'_>, body_bytes: usize) -> Vec<u8> {
-    let mut text = Vec::with_capacity(body_bytes + limits::ENVELOPE_BYTES);
+/// A message that is about so long. What is too much for it costs, and what is too little: most are small.
+fn encode(message: &AgentMessage<'_>, bytes: usize) -> Vec<u8> {
+    let mut text = Vec::with_capacity(bytes);
     serde_json::to_writer(&mut text, message)
         .expect("messages have string keys, no failing serializer, and memory takes every write");
     text
@@ -239,13 +242,12 @@ fn encode(message: &AgentMessage<'_>, body_bytes: usize) -> Vec<u8> {
 
 #[expect(clippy::too_many_arguments, reason = "each is one side of the exchange, and there is one caller")]
 async fn answer(
-    mut job: Job,
+    job: &mut Job,
     tunnel: Option<Arc<Tunnel>>,
     tunnels: &Tunnels,
     sender: &Sender<'_>,
     codecs: &Codecs,
-    credit: watch::Receiver<Taken>,
-    websockets: Websockets,
+    websockets: &Websockets<'_>,
     line: &mut AccessLine,
     capture: &mut Option<Capture>,
 ) -> Result<(), Stop> {
@@ -270,60 +272,57 @@ async fn answer(
     };
     let says = match tunnel.policy() {
         None => {
-            without_user(&mut job);
+            without_user(job);
             Ok((None, None))
         }
         // Boxed: who uses none of it carries no room for it.
         Some(policy) => {
-            let admitted = Box::pin(admit(&mut job, policy, head_due)).await;
+            let admitted = Box::pin(admit(job, policy, head_due)).await;
             admitted.map(|(signed, passage)| (signed, Some(passage)))
         }
     };
     let (signed, mut passage) = match says {
         Ok(says) => says,
         Err(answer) => {
-            *capture = begin(&job, None);
+            *capture = begin(job, None);
             let tap = capture.as_ref().map(Capture::tap);
-            return Err(Box::pin(answer_here(answer, &job, &tunnel, sender, codecs, credit, line, tap)).await);
+            return Err(Box::pin(answer_here(answer, job, &tunnel, sender, codecs, line, tap)).await);
         }
     };
     let routed = passage.as_ref().and_then(|passage| passage.upstream);
     let is_own = routed.is_none();
     let own = || tunnel.own.as_ref().map(|(upstream, rule)| (upstream, rule));
     let (upstream, host_rule) = routed.or_else(own).ok_or(fail(ErrorCode::NoRoute))?;
-    *capture = begin(&job, (!is_own && tunnel.lens().is_some()).then(|| upstream.address().to_string()));
+    *capture = begin(job, (!is_own && tunnel.lens().is_some()).then(|| upstream.address().to_string()));
     let mut place = match job.upgrade {
         None => Places::Request {
-            _place: tunnels.enter(&tunnel, is_own).map_err(|code| refuse(&job, capture, code))?,
+            _place: tunnels.enter(&tunnel, is_own).map_err(|code| refuse(job, capture, code))?,
         },
         Some(Upgrade::Websocket) => {
             let place = tunnels.enter_socket(&tunnel, is_own, websockets.sockets.count());
-            Places::Socket(place.map_err(|code| refuse(&job, capture, code))?)
+            Places::Socket(place.map_err(|code| refuse(job, capture, code))?)
         }
     };
     let delivery = match &job.delivery {
-        Some(_) => Some(tunnel.enter_delivery().map_err(|code| refuse(&job, capture, code))?),
+        Some(_) => Some(tunnel.enter_delivery().map_err(|code| refuse(job, capture, code))?),
         None => None,
     };
     let signature = match signed {
         Some(webhook) => {
-            let signed = Box::pin(signed_body(webhook, &mut job, tunnels, head_due, sender)).await;
-            match signed.inspect_err(|_| head(&job, capture))? {
+            let signed = Box::pin(signed_body(webhook, job, tunnels, head_due, sender)).await;
+            match signed.inspect_err(|_| head(job, capture))? {
                 Ok(signature) => Some(signature),
                 Err(answer) => {
                     let tap = capture.as_ref().map(Capture::tap);
-                    return Err(Box::pin(answer_here(
-                        answer, &job, &tunnel, sender, codecs, credit, line, tap,
-                    ))
-                    .await);
+                    return Err(Box::pin(answer_here(answer, job, &tunnel, sender, codecs, line, tap)).await);
                 }
             }
         }
         None => None,
     };
-    let host = host_for(&job, host_rule).map_err(|code| refuse(&job, capture, code))?;
+    let host = host_for(job, host_rule).map_err(|code| refuse(job, capture, code))?;
     let way = Way { upstream, host: &host, passage: passage.as_deref() };
-    let headers = upstream_headers(&job, &tunnel, &way).map_err(|code| refuse(&job, capture, code))?;
+    let headers = upstream_headers(job, &tunnel, &way).map_err(|code| refuse(job, capture, code))?;
     if let Some(capture) = capture {
         capture.tap().request(headers.iter(), job.body.at_hand());
     }
@@ -349,11 +348,11 @@ async fn answer(
             };
             let mut request = Request::new(body);
             *request.method_mut() = job.method.clone();
-            *request.uri_mut() = origin_form(way.target(&job)).ok_or(fail(ErrorCode::BadRequest))?;
+            *request.uri_mut() = origin_form(way.target(job)).ok_or(fail(ErrorCode::BadRequest))?;
             *request.headers_mut() = headers;
             if job.upgrade.is_some() {
                 // Boxed, as opening a connection is: who asks for no other protocol carries no room for it.
-                return Box::pin(handshake(&job, &tunnel, upstream, request, line))
+                return Box::pin(handshake(job, &tunnel, upstream, request, line))
                     .await
                     .map(|answer| (answer, None));
             }
@@ -363,7 +362,7 @@ async fn answer(
                     // The body's own failure explains the broken request better than its echo does.
                     let upload = progress.and_then(|progress| progress.failure());
                     let error = upload.map_or(error, UpstreamError::Upload);
-                    log_failure(&job, &tunnel, upstream, &error, line);
+                    log_failure(job, &tunnel, upstream, &error, line);
                     Err(fail(error.code()))
                 }
             }
@@ -399,18 +398,18 @@ async fn answer(
             if let Places::Socket(place) = std::mem::replace(&mut place, Places::None) {
                 upgrade::Socket {
                     line: SocketLine::begin(
-                        websockets.access,
+                        websockets.access.clone(),
                         job.request_id.clone(),
                         &job.tunnel,
                         &job.target,
                     ),
-                    request_id: job.request_id,
+                    request_id: job.request_id.clone(),
                     token: sender.token.into(),
                     io,
                     serial: websockets.serial,
                     outbox: sender.outbox.clone(),
                     codecs: codecs.clone(),
-                    sockets: websockets.sockets,
+                    sockets: Arc::clone(websockets.sockets),
                     place,
                     idle: tunnel.websocket_idle_timeout(),
                     hints: tunnel.hints(),
@@ -425,7 +424,7 @@ async fn answer(
     let tap = capture.as_ref().map(Capture::tap);
     let dialled = tap.and_then(|_| response.extensions().get::<Dialled>().copied());
     let (status, mut headers, body) = check_head(response).map_err(|error| {
-        log_failure(&job, &tunnel, upstream, &error, line);
+        log_failure(job, &tunnel, upstream, &error, line);
         fail(error.code())
     })?;
     line.head(status);
@@ -451,7 +450,7 @@ async fn answer(
     }
     if tunnel.rewrites_location()
         && View::concerns(&headers)
-        && let Some(view) = way.view(&job)
+        && let Some(view) = way.view(job)
     {
         view.to_public(&mut headers);
     }
@@ -459,10 +458,12 @@ async fn answer(
         passage.edit_response(&mut headers);
     }
     let mut response = Outflow {
-        refused: (status >= 400).then(|| Refused { status, own_page: is_own_page(&job, &tunnel, &way) }),
+        refused: (status >= 400).then(|| Refused { status, own_page: is_own_page(job, &tunnel, &way) }),
         tap,
-        ..Outflow::new(sender, &tunnel, Source::Upstream(body), &headers, codecs, credit)
+        ..Outflow::new(sender, &tunnel, Source::Upstream(body), &headers, codecs)
     };
+    // They are not needed any more, and a response may take hours.
+    job.headers = Headers::new();
     match response.deliver(began, status, headers, line).await {
         Ok(()) => {
             if progress.is_none_or(|progress| progress.is_complete()) {
@@ -473,7 +474,7 @@ async fn answer(
         Err(Broken::Gone) => Err(Stop::Gone),
         Err(Broken::TimedOut) => Err(Stop::Fail { seq: response.seq, code: ErrorCode::UpstreamTimedOut }),
         Err(Broken::Upstream(error)) => {
-            log_failure(&job, &tunnel, upstream, &error, line);
+            log_failure(job, &tunnel, upstream, &error, line);
             Err(Stop::Fail { seq: response.seq, code: error.code() })
         }
     }
@@ -558,11 +559,11 @@ async fn signed_body(
 
 /// Asks the edge for an announced body, once there is room for `most` of it.
 async fn ask_for(
-    mut body: UploadBody,
+    mut body: Box<UploadBody>,
     most: u64,
     tunnels: &Tunnels,
     sender: &Sender<'_>,
-) -> Result<UploadBody, Stop> {
+) -> Result<Box<UploadBody>, Stop> {
     if body.is_accepted() {
         return Ok(body);
     }
@@ -570,21 +571,16 @@ async fn ask_for(
     body.accept(budget);
     let window = body.is_streamed().then_some(limits::UPLOAD_WINDOW);
     if window.is_some() {
-        let (token, sent) = (sender.token.into(), Arc::clone(sender.sent));
-        tokio::spawn(return_credit(body.watch_taken(), token, sender.outbox.clone(), sent));
+        let (token, tally) = (sender.token.into(), Arc::clone(sender.tally));
+        tokio::spawn(return_credit(body.watch_taken(), token, sender.outbox.clone(), tally));
     }
     let ask = AgentMessage::Continue(Continue { token: sender.token.into(), codecs: Codecs::all(), window });
-    sender.send(&ask, 0).await?;
+    sender.send(&ask).await?;
     Ok(body)
 }
 
 /// Tells the edge how far a streamed body was taken, until nobody takes any more of it.
-async fn return_credit(
-    mut taken: watch::Receiver<u32>,
-    token: Box<str>,
-    outbox: Outbox,
-    sent: Arc<AtomicU32>,
-) {
+async fn return_credit(mut taken: watch::Receiver<u32>, token: Box<str>, outbox: Outbox, tally: Arc<Tally>) {
     let mut told = 0;
     while taken.changed().await.is_ok() {
         let now = *taken.borrow_and_update();
@@ -592,8 +588,7 @@ async fn return_credit(
             continue;
         }
         told = now;
-        let sent = sent.load(Ordering::Relaxed);
-        let progress = Progress { token: (&*token).into(), sent, ended: false, taken: now };
+        let progress = Progress { token: (&*token).into(), sent: tally.sent(), ended: false, taken: now };
         if outbox.send(AgentMessage::Progress(progress).encode().into_bytes(), None).await.is_err() {
             return;
         }
@@ -623,14 +618,12 @@ fn asked(job: &Job) -> Asked<'_> {
 }
 
 /// Answers in place of the upstream.
-#[expect(clippy::too_many_arguments, reason = "each is one side of the exchange")]
 async fn answer_here(
     answer: Answer,
     job: &Job,
     tunnel: &Tunnel,
     sender: &Sender<'_>,
     codecs: &Codecs,
-    credit: watch::Receiver<Taken>,
     line: &mut AccessLine,
     tap: Option<&Tap>,
 ) -> Stop {
@@ -647,7 +640,7 @@ async fn answer_here(
         tap.request(job.headers.iter(), job.body.at_hand());
         tap.own_answer(status, headers.iter());
     }
-    let mut response = Outflow { tap, ..Outflow::new(sender, tunnel, body, &headers, codecs, credit) };
+    let mut response = Outflow { tap, ..Outflow::new(sender, tunnel, body, &headers, codecs) };
     match response.deliver(Instant::now(), status, headers, line).await {
         Ok(()) => Stop::Answered(code),
         Err(Broken::Gone) => Stop::Gone,
@@ -747,9 +740,9 @@ impl ErrorPage {
 }
 
 /// What a WebSocket needs besides what a request does.
-struct Websockets {
-    access: AccessLog,
-    sockets: Arc<Sockets>,
+struct Websockets<'a> {
+    access: &'a AccessLog,
+    sockets: &'a Arc<Sockets>,
     serial: Serial,
 }
 
@@ -969,10 +962,13 @@ fn wants_codec(headers: &Headers) -> bool {
     is_compressible(text(header::CONTENT_TYPE), text(header::CONTENT_ENCODING))
 }
 
-/// How many raw bytes of body fit the message that carries `headers`, whatever they need escaped.
-fn room_beside(headers: &Headers) -> usize {
-    // `["name","value"],` and two bytes for each byte of a value.
-    let encoded: usize = headers.iter().map(|(name, value)| name.as_str().len() + 2 * value.len() + 8).sum();
+/// How long these fields are in a message, at most: `["name","value"],` and two bytes for each byte of a value.
+fn encoded_bytes(headers: &Headers) -> usize {
+    headers.iter().map(|(name, value)| name.as_str().len() + 2 * value.len() + 8).sum()
+}
+
+/// How many raw bytes of body fit the message whose head has `encoded` bytes, whatever they need escaped.
+fn room_beside(encoded: usize) -> usize {
     (limits::MESSAGE_BYTES - limits::ENVELOPE_BYTES).saturating_sub(encoded) / 4 * 3
 }
 
@@ -1042,7 +1038,6 @@ struct Outflow<'a> {
     seq: u32,
     window: SendWindow,
     pace: Pace,
-    credit: watch::Receiver<Taken>,
     /// What may be known for a setting that is amiss.
     refused: Option<Refused>,
     tunnel: &'a Tunnel,
@@ -1057,7 +1052,6 @@ impl<'a> Outflow<'a> {
         body: Source,
         headers: &Headers,
         codecs: &Codecs,
-        credit: watch::Receiver<Taken>,
     ) -> Self {
         let codec = (codecs.has(Codec::Zstd) && wants_codec(headers)).then_some(Codec::Zstd);
         Self {
@@ -1070,7 +1064,6 @@ impl<'a> Outflow<'a> {
             seq: 0,
             window: SendWindow::new(limits::CHUNK_WINDOW),
             pace: Pace::new(Instant::now()),
-            credit,
             refused: None,
             tunnel,
             tap: None,
@@ -1140,7 +1133,8 @@ impl<'a> Outflow<'a> {
         headers: Headers,
         line: &mut AccessLine,
     ) -> Result<(), Broken> {
-        let room = room_beside(&headers);
+        let head = encoded_bytes(&headers);
+        let room = room_beside(head);
         self.fill(room, Instant::now() + limits::HEAD_LINGER).await;
         if let Some(error) = self.broken.take() {
             // Nothing has been sent yet: an error answers better than half a body.
@@ -1166,7 +1160,7 @@ impl<'a> Outflow<'a> {
         let end = self.ended && taken == self.pending.len();
         let reply =
             AgentMessage::Reply(Reply { token: self.sender.token.into(), status, headers, body, end });
-        let text = encode(&reply, 4 * limits::ENVELOPE_BYTES + taken / 3 * 4);
+        let text = encode(&reply, self.sender.room(head + taken.div_ceil(3) * 4));
         drop(reply);
         self.sender.outbox.send(text, bulk).await?;
         self.sent(taken, line);
@@ -1175,11 +1169,9 @@ impl<'a> Outflow<'a> {
 
     /// Sends the next piece: at once what an upstream flushes now and then, full ones while it streams.
     async fn send_chunk(&mut self, line: &mut AccessLine) -> Result<(), Broken> {
-        if self.credit.has_changed().unwrap_or(false) {
-            self.take_credit();
-        }
+        self.take_credit();
         while !self.window.may_send(self.seq) {
-            self.credit.changed().await.map_err(|_| Broken::Gone)?;
+            self.sender.tally.news().await;
             self.take_credit();
         }
         if self.pending.is_empty() && !self.is_over() {
@@ -1211,7 +1203,7 @@ impl<'a> Outflow<'a> {
         };
         let end = self.ended && taken == self.pending.len();
         let chunk = AgentMessage::Chunk(Chunk { token: self.sender.token.into(), seq: self.seq, body, end });
-        let text = encode(&chunk, taken / 3 * 4);
+        let text = encode(&chunk, self.sender.room(taken.div_ceil(3) * 4));
         drop(chunk);
         self.sender.outbox.send(text, bulk).await?;
         self.sent(taken, line);
@@ -1219,7 +1211,7 @@ impl<'a> Outflow<'a> {
     }
 
     fn take_credit(&mut self) {
-        let taken = *self.credit.borrow_and_update();
+        let taken = self.sender.tally.taken();
         self.window.credit(taken.through);
         self.pace.taken(taken);
     }
@@ -1228,7 +1220,7 @@ impl<'a> Outflow<'a> {
         self.pace.sent(self.seq, Instant::now());
         self.pending.advance(taken);
         self.seq += 1;
-        self.sender.sent.store(self.seq, Ordering::Relaxed);
+        self.sender.tally.set_sent(self.seq);
         line.body(taken);
     }
 }

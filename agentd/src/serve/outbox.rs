@@ -120,6 +120,12 @@ impl Outbox {
             // A place that is not needed is given back at once.
             Some(permit) => (text.len() > BULK_BYTES).then_some(permit),
         };
-        self.data.send(Outgoing { text: text.into(), _bulk: bulk }).await.map_err(|_| LinkGone)
+        self.data.send(Outgoing { text: exact(text), _bulk: bulk }).await.map_err(|_| LinkGone)
     }
+}
+
+/// A text that holds no more memory than it is long, or not much: it is kept for a while after it has been sent, by its
+/// length, and most are far shorter than the room that was made for them.
+fn exact(text: Vec<u8>) -> Bytes {
+    if text.capacity() > text.len() / 4 * 5 { Bytes::copy_from_slice(&text) } else { text.into() }
 }

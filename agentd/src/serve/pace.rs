@@ -6,10 +6,16 @@
 //! piece should have arrived, or what is expected within [`limits::CHUNK_GATHER`] has come. What comes after a pause goes at
 //! once, and so does what comes so rarely that nothing would join it. On a quick way nothing waits.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use proto::limits;
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 
 /// What the public client has taken.
 #[derive(Debug, Clone, Copy)]
@@ -20,10 +26,53 @@ pub(crate) struct Taken {
     pub(crate) at: Instant,
 }
 
-impl Taken {
-    /// Nothing, so far.
-    pub(crate) fn nothing() -> Self {
-        Self { through: 0, at: Instant::now() }
+/// How far a response is: what the exchange that sends it and the connection that it goes out on tell each other.
+#[derive(Debug)]
+pub(crate) struct Tally {
+    /// How many pieces have been handed to the outbox.
+    sent: AtomicU32,
+    taken: Mutex<Taken>,
+    news: Notify,
+}
+
+impl Tally {
+    /// Of a response of which nothing has been sent.
+    pub(crate) fn new() -> Arc<Self> {
+        let taken = Mutex::new(Taken { through: 0, at: Instant::now() });
+        Arc::new(Self { sent: AtomicU32::new(0), taken, news: Notify::new() })
+    }
+
+    /// How many pieces have been sent.
+    pub(crate) fn sent(&self) -> u32 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Notes how many pieces have been sent.
+    pub(crate) fn set_sent(&self, pieces: u32) {
+        self.sent.store(pieces, Ordering::Relaxed);
+    }
+
+    /// What the public client has taken, as far as it is known.
+    pub(crate) fn taken(&self) -> Taken {
+        *self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that it has taken the pieces through that one. Word of fewer is late, and no news.
+    pub(crate) fn credit(&self, through: u32) {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if through > taken.through {
+            *taken = Taken { through, at: Instant::now() };
+            self.news.notify_one();
+        }
+    }
+
+    /// Waits for news of what was taken; there may have been some that were seen before. One waits at a time.
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is lost by dropping the future.
+    pub(crate) async fn news(&self) {
+        self.news.notified().await;
     }
 }
 
@@ -96,6 +145,8 @@ impl Pace {
 mod tests {
     use std::collections::VecDeque;
 
+    use futures_util::FutureExt as _;
+
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);
@@ -127,6 +178,16 @@ mod tests {
         assert_eq!(waits(&pace, 500 * MS), Duration::ZERO, "after a pause");
         after(&mut pace, 48, MS);
         assert_eq!(waits(&pace, Duration::ZERO), limits::CHUNK_LINGER, "the way is quick again");
+    }
+
+    #[tokio::test]
+    async fn word_is_news_to_whoever_waits_later_and_late_word_is_none() {
+        let tally = Tally::new();
+        tally.credit(3);
+        tally.news().await;
+        tally.credit(2);
+        assert!(tally.news().now_or_never().is_none());
+        assert_eq!(tally.taken().through, 3);
     }
 
     #[test]

@@ -111,8 +111,9 @@ pub(crate) struct UploadBody {
 #[derive(Debug, Clone)]
 pub(crate) struct UploadProgress(Arc<Mutex<State>>);
 
-/// Makes the two sides of a body of `announced` bytes. Nothing is taken before [`UploadBody::accept`].
-pub(crate) fn new(announced: u64, streamed: bool) -> (Upload, UploadBody, UploadProgress) {
+/// Makes the two sides of a body of `announced` bytes. Nothing is taken before [`UploadBody::accept`]. Its side is boxed:
+/// each request has room for one, and each connection to an upstream for a whole queue of them.
+pub(crate) fn new(announced: u64, streamed: bool) -> (Upload, Box<UploadBody>, UploadProgress) {
     let window = if streamed {
         limits::UPLOAD_WINDOW
     } else {
@@ -130,13 +131,13 @@ pub(crate) fn new(announced: u64, streamed: bool) -> (Upload, UploadBody, Upload
         outcome: (announced == 0).then_some(Ok(())),
         waker: None,
     }));
-    let body = UploadBody {
+    let body = Box::new(UploadBody {
         state: Arc::clone(&state),
         budget: None,
         taken: watch::Sender::new(0),
         again: VecDeque::new(),
         tap: None,
-    };
+    });
     (Upload(Arc::clone(&state)), body, UploadProgress(state))
 }
 
@@ -339,11 +340,11 @@ mod tests {
 
     use super::*;
 
-    async fn open(announced: u64) -> (Upload, UploadBody, UploadProgress) {
+    async fn open(announced: u64) -> (Upload, Box<UploadBody>, UploadProgress) {
         accepted(announced, false).await
     }
 
-    async fn accepted(announced: u64, is_streamed: bool) -> (Upload, UploadBody, UploadProgress) {
+    async fn accepted(announced: u64, is_streamed: bool) -> (Upload, Box<UploadBody>, UploadProgress) {
         let (upload, mut body, progress) = new(announced, is_streamed);
         body.accept(Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap());
         (upload, body, progress)
@@ -360,7 +361,7 @@ mod tests {
         assert!(progress.is_complete());
     }
 
-    async fn streamed(announced: u64) -> (Upload, UploadBody, UploadProgress) {
+    async fn streamed(announced: u64) -> (Upload, Box<UploadBody>, UploadProgress) {
         accepted(announced, true).await
     }
 

@@ -128,7 +128,7 @@ pub(crate) enum RequestBody {
     /// Everything at once.
     Whole(Bytes),
     /// Piece by piece.
-    Upload(UploadBody),
+    Upload(Box<UploadBody>),
 }
 
 impl Body for RequestBody {
@@ -261,7 +261,7 @@ impl Upstream {
                 Connected::Http1(mut connection) => {
                     let again = (is_used && repeatable).then(|| clone_without_body(&request));
                     let number = connection.number();
-                    let answer = connection.sender().try_send_request(request);
+                    let answer = std::pin::pin!(connection.sender().try_send_request(request));
                     let answer = if is_used { answer.await } else { self.first_answer(number, answer).await };
                     match answer {
                         Ok(mut response) => {
@@ -334,9 +334,8 @@ impl Upstream {
 
     /// Waits for what answers the first request on a connection. If that takes long, it is perhaps the older idle
     /// connections that the upstream waits for: those are closed.
-    async fn first_answer<T>(&self, number: u64, answer: impl Future<Output = T>) -> T {
-        let mut answer = std::pin::pin!(answer);
-        if let Ok(answer) = timeout(pool::STARVED_AFTER, &mut answer).await {
+    async fn first_answer<T>(&self, number: u64, mut answer: Pin<&mut impl Future<Output = T>>) -> T {
+        if let Ok(answer) = timeout(pool::STARVED_AFTER, answer.as_mut()).await {
             return answer;
         }
         let _starving = pool::starve(&self.address, number);
@@ -361,7 +360,8 @@ impl Upstream {
             }
         };
         let number = connection.number();
-        let mut response = self.first_answer(number, connection.sender().send_request(request)).await?;
+        let answer = std::pin::pin!(connection.sender().send_request(request));
+        let mut response = self.first_answer(number, answer).await?;
         if response.status() != http::StatusCode::SWITCHING_PROTOCOLS {
             return Ok(Upgrade::Refused(response.map(|body| ResponseBody::http1(body, connection))));
         }

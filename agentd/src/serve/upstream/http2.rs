@@ -357,12 +357,12 @@ fn is_untouched(error: &h2::Error) -> bool {
 
 /// A request's body on its way: what has been sent, in case that it has to be sent again.
 struct Pump {
-    task: AbortOnDropHandle<UploadBody>,
+    task: AbortOnDropHandle<Box<UploadBody>>,
     sent: Arc<Mutex<Option<Vec<Bytes>>>>,
 }
 
 impl Pump {
-    fn start(body: UploadBody, stream: SendStream<Bytes>) -> Self {
+    fn start(body: Box<UploadBody>, stream: SendStream<Bytes>) -> Self {
         let sent = Arc::new(Mutex::new(Some(Vec::new())));
         let task: JoinHandle<_> = tokio::spawn(pump(body, stream, Arc::clone(&sent)));
         Self { task: AbortOnDropHandle::new(task), sent }
@@ -383,10 +383,10 @@ impl Pump {
 }
 
 async fn pump(
-    mut body: UploadBody,
+    mut body: Box<UploadBody>,
     mut stream: SendStream<Bytes>,
     sent: Arc<Mutex<Option<Vec<Bytes>>>>,
-) -> UploadBody {
+) -> Box<UploadBody> {
     let mut kept = 0;
     loop {
         let frame = tokio::select! {
