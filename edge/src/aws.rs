@@ -203,7 +203,10 @@ impl Aws {
     }
 
     pub(crate) fn agent_link(&self, endpoint: &str) -> aws_sdk_apigatewaymanagement::Client {
-        let config = aws_sdk_apigatewaymanagement::config::Builder::from(&self.shared).endpoint_url(endpoint);
+        let mut config = aws_sdk_apigatewaymanagement::config::Builder::from(&self.shared)
+            .endpoint_url(endpoint)
+            .push_auth_scheme(Signature::new("execute-api", self.region.clone()));
+        config.push_interceptor(SharedInterceptor::permanent(ShortName));
         aws_sdk_apigatewaymanagement::Client::from_conf(config.build())
     }
 }
@@ -523,7 +526,7 @@ mod tests {
         let attributes = Attributes { request_id: "r\"1\"".to_owned(), connection_id: "c=".to_owned() };
         Message {
             queue_url: "https://queue".to_owned(),
-            message_body: every_character(),
+            message_body: serde_json::value::to_raw_value(&every_character()).unwrap(),
             message_attributes: attributes,
         }
     }
@@ -534,10 +537,10 @@ mod tests {
             let value = aws_sdk_sqs::types::MessageAttributeValue::builder().string_value(value);
             value.data_type("String").build().unwrap()
         };
-        let Message { queue_url, message_body, message_attributes } = message();
+        let Message { queue_url, message_body: _, message_attributes } = message();
         SendMessageInput::builder()
             .queue_url(queue_url)
-            .message_body(message_body)
+            .message_body(every_character())
             .message_attributes("request_id", text(&message_attributes.request_id))
             .message_attributes("connection_id", text(&message_attributes.connection_id))
     }

@@ -9,15 +9,14 @@ use proto::{
 };
 use serde::{Deserialize, Deserializer, de};
 
-/// One event of the agents' WebSocket API.
+/// One event of the agents' WebSocket API. `B` is how the message is read.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct AgentEvent {
+pub struct AgentEvent<B = String> {
     /// Where it comes from.
     pub request_context: AgentContext,
     /// The message, where the event is one.
-    #[serde(default)]
-    pub body: Option<String>,
+    pub body: Option<B>,
 }
 
 /// Where an event comes from.

@@ -1,6 +1,6 @@
 //! How a buffered Lambda function runs: telemetry, environment, clients, then one event after the other.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, sync::Arc};
 
 use lambda_runtime::{Diagnostic, LambdaEvent, Runtime, service_fn};
 use serde::{Deserialize, Serialize};
@@ -43,12 +43,34 @@ where
     E: for<'de> Deserialize<'de>,
     R: Serialize,
     P: FnOnce(&Env<'_>) -> Result<D, ConfigError>,
-    H: Fn(E, std::sync::Arc<D>) -> F,
+    H: Fn(E, Arc<D>) -> F,
+    F: Future<Output = Result<R, Error>>,
+{
+    serve(prepare, |event, deps| Ok(handle(serde_json::from_str(event.get())?, deps)))
+}
+
+/// As [`run`], for a function that reads its events itself.
+pub fn run_unread<D, R, P, H, F>(prepare: P, handle: H) -> ExitCode
+where
+    R: Serialize,
+    P: FnOnce(&Env<'_>) -> Result<D, ConfigError>,
+    H: Fn(Box<RawValue>, Arc<D>) -> F,
+    F: Future<Output = Result<R, Error>>,
+{
+    serve(prepare, |event, deps| Ok(handle(event, deps)))
+}
+
+/// `begin` gives the future that answers an event, where that is one.
+fn serve<D, R, P, B, F>(prepare: P, begin: B) -> ExitCode
+where
+    R: Serialize,
+    P: FnOnce(&Env<'_>) -> Result<D, ConfigError>,
+    B: Fn(Box<RawValue>, Arc<D>) -> serde_json::Result<F>,
     F: Future<Output = Result<R, Error>>,
 {
     crate::telemetry::init();
     let ended = prepare(&Env::process()).map_err(|error| error.to_string()).and_then(|deps| {
-        let deps = std::sync::Arc::new(deps);
+        let deps = Arc::new(deps);
         // One event at a time: a second thread would only cost memory.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| error.to_string())?;
@@ -56,16 +78,16 @@ where
         // Read here: the runtime follows the path of every field for the sake of a better message.
         let service = service_fn(|event: LambdaEvent<Box<RawValue>>| {
             // Boxed: an AWS call is kilobytes of state, and every layer of the runtime moves this future.
-            let answer = serde_json::from_str(event.payload.get())
-                .map(|payload| Box::pin(handle(payload, std::sync::Arc::clone(&deps))));
+            let LambdaEvent { payload, context } = event;
+            let answer = begin(payload, Arc::clone(&deps)).map(Box::pin);
             async move {
                 let answer = match answer {
                     Ok(answer) => answer.await,
-                    Err(error) => Err(Error::Refused { call: "an event", source: error.into() }),
+                    Err(error) => Err(unreadable(error)),
                 };
                 metrics::flush();
                 answer.map_err(|error| {
-                    let aws_request_id = event.context.request_id;
+                    let aws_request_id = context.request_id;
                     if let Error::Named { name } = error {
                         tracing::info!(name, aws_request_id, "the run is told");
                         return Diagnostic { error_type: name.into(), error_message: String::new() };
@@ -89,4 +111,10 @@ where
             ExitCode::FAILURE
         }
     }
+}
+
+/// What is said about an event that is none of the function's.
+#[must_use]
+pub fn unreadable(error: serde_json::Error) -> Error {
+    Error::Refused { call: "an event", source: error.into() }
 }

@@ -16,6 +16,7 @@ use proto::{
     limits,
     message::notice,
 };
+use serde_json::value::RawValue;
 
 use crate::{
     Error,
@@ -94,7 +95,7 @@ impl Mailboxes {
         self.url_prefix.rsplit('/').next().unwrap_or_default()
     }
 
-    /// Puts an agent's message for `request`, which came over `connection`, into `mailbox`.
+    /// Puts an agent's message for `request`, which came over `connection`, into `mailbox`. The message is a string in JSON.
     ///
     /// # Errors
     ///
@@ -104,7 +105,7 @@ impl Mailboxes {
         mailbox: &MailboxId,
         request: &RequestId,
         connection: &ConnectionId,
-        message: String,
+        message: Box<RawValue>,
     ) -> Result<(), Error> {
         let message = Message {
             queue_url: self.url(mailbox),
@@ -125,7 +126,8 @@ impl Mailboxes {
         }
     }
 
-    /// Takes what is in a mailbox, waiting up to `wait` (at most [`limits::MAILBOX_WAIT`]) for something.
+    /// Takes up to `most` messages (1 to [`BATCH`]) out of a mailbox, waiting up to `wait` (at most [`limits::MAILBOX_WAIT`]) for
+    /// something.
     ///
     /// # Errors
     ///
@@ -134,13 +136,13 @@ impl Mailboxes {
     /// # Cancel safety
     ///
     /// None: a message that was on its way is hidden for [`limits::MAILBOX_VISIBILITY`]. Always await it.
-    pub async fn receive(&self, lease: &Lease, wait: Duration) -> Result<Vec<Letter>, Error> {
+    pub async fn receive(&self, lease: &Lease, wait: Duration, most: usize) -> Result<Vec<Letter>, Error> {
         let wait = wait.min(limits::MAILBOX_WAIT).as_secs_f64().ceil().max(1.0);
         let receive = Receive {
             queue_url: lease.queue_url.clone(),
             message_system_attribute_names: ["SentTimestamp"],
             message_attribute_names: ["All"],
-            max_number_of_messages: BATCH as u32,
+            max_number_of_messages: most.clamp(1, BATCH) as u32,
             visibility_timeout: limits::MAILBOX_VISIBILITY.as_secs() as u32,
             wait_time_seconds: wait as u32,
         };

@@ -2,8 +2,8 @@
 //! with date, session token and authorization.
 //!
 //! The SDK's own signer derives its key anew for each call, which takes eight hashes, and hashes in portable code: a third
-//! of all that `response` did for a message. Here the key is derived once a day, and aws-lc-rs hashes. What is not a plain JSON call
-//! (another path or a query, a field that would have to be normalised) is left to the SDK's signer, and so is every
+//! of all that `response` did for a message. Here the key is derived once a day, and aws-lc-rs hashes. What is not plain
+//! (a query, a path or a field that would have to be normalised) is left to the SDK's signer, and so is every
 //! further attempt, because that one corrects the clock by what the service said.
 //!
 //! The tests hold each signature against one of the SDK's own.
@@ -117,7 +117,7 @@ impl Signature {
     /// Nothing for a request that is not plain.
     fn sign(&self, request: &HttpRequest, credentials: &Credentials, now: SystemTime) -> Option<Signed> {
         let body = request.body().bytes()?;
-        let host = plain_host(request.uri())?;
+        let (host, path) = plain_target(request.uri())?;
         if request.method() != "POST" {
             return None;
         }
@@ -140,7 +140,9 @@ impl Signature {
         }
         let mut names = String::with_capacity(96);
         let mut canonical = String::with_capacity(512 + credentials.session_token().map_or(0, str::len));
-        canonical.push_str("POST\n/\n\n");
+        canonical.push_str("POST\n");
+        push_path(&mut canonical, path);
+        canonical.push_str("\n\n");
         for (name, value) in &fields {
             if !names.is_empty() {
                 names.push(';');
@@ -202,17 +204,32 @@ impl Signature {
     }
 }
 
-/// The host of `scheme://host/`, without the scheme's own port; nothing where there is a path or a query.
-fn plain_host(uri: &str) -> Option<&str> {
+/// Host and path of `scheme://host/path`, without the scheme's own port; nothing where there is a query, or a path that
+/// could be written in another way.
+fn plain_target(uri: &str) -> Option<(&str, &str)> {
     let (scheme, rest) = uri.split_once("://")?;
-    let host = rest.strip_suffix('/').unwrap_or(rest);
+    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let own = match scheme {
         "https" => ":443",
         "http" => ":80",
         _ => return None,
     };
     let host = host.strip_suffix(own).unwrap_or(host);
-    (!host.contains(['/', '?', '@'])).then_some(host)
+    let is_plain =
+        !host.contains(['?', '@']) && !path.contains('?') && !path.contains("/.") && !path.contains("//");
+    is_plain.then_some((host, if path.is_empty() { "/" } else { path }))
+}
+
+/// Appends a path as it is signed: what it has in percent form already once more (Signature Version 4, "canonical URI").
+fn push_path(text: &mut String, path: &str) {
+    for byte in path.bytes() {
+        if byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte) {
+            text.push(char::from(byte));
+        } else {
+            // Writing to memory does not fail.
+            let _ = write!(text, "%{byte:02X}");
+        }
+    }
 }
 
 /// Nothing for a time that has no such form.
@@ -349,6 +366,8 @@ mod tests {
                             "https://sqs.eu-central-1.amazonaws.com:443/",
                             "http://127.0.0.1:4566/",
                             "http://127.0.0.1:80",
+                            "https://a.execute-api.eu-central-1.amazonaws.com/dev/@connections/L0SM9cOFvHcCIhw%3D",
+                            "http://127.0.0.1:4566/a.b/!$&'()*+,;=:@~_-%20/",
                         ] {
                             let request = request(uri, body, &fields);
                             // Twice: with a new key, and with the one that is kept.
@@ -369,7 +388,17 @@ mod tests {
         let signed =
             |uri, fields: &[_]| signer("sqs").sign(&request(uri, "{}", fields), &keys, at(1)).is_some();
         assert!(signed("https://h/", &[]));
-        for uri in ["https://h/path", "https://h/?query", "https://user@h/", "ftp://h/", "/"] {
+        for uri in [
+            "https://h/?query",
+            "https://h/path?query",
+            "https://h?query",
+            "https://user@h/",
+            "https://h/a//b",
+            "https://h/a/../b",
+            "https://h/.",
+            "ftp://h/",
+            "/",
+        ] {
             assert!(!signed(uri, &[]), "{uri}");
         }
         for fields in [

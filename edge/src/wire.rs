@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use proto::message::notice;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 /// How an operation's calls look, whose input is `I` and whose output is `O`.
 #[derive(Debug)]
@@ -25,7 +26,8 @@ pub(crate) struct Form<I, O> {
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Message {
     pub(crate) queue_url: String,
-    pub(crate) message_body: String,
+    /// As a string in JSON: it came as one.
+    pub(crate) message_body: Box<RawValue>,
     pub(crate) message_attributes: Attributes,
 }
 
@@ -59,11 +61,7 @@ pub(crate) struct Sent {}
 pub(crate) const SEND_MESSAGE: Form<Message, Sent> = Form {
     target: "AmazonSQS.SendMessage",
     fields: &[("x-amzn-query-mode", "true")],
-    write: |message| {
-        let text = message.message_body.len();
-        // Agents' messages are JSON with a body in base64: what is escaped in them are the quotes of their head.
-        written(message, text + text / 64 + 512)
-    },
+    write: |message| written(message, message.message_body.get().len() + 512),
     read: |text| serde_json::from_str(text),
 };
 

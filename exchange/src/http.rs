@@ -441,9 +441,8 @@ impl Streaming<'_> {
 
     async fn post(&self, seq: u32, bytes: Bytes, end: bool) -> Result<Posted, Error> {
         let (body, _) = Body::encode_front(&bytes, self.codec);
-        let message =
-            EdgeMessage::RequestChunk(RequestChunk { request_id: self.request_id.clone(), seq, body, end });
-        self.link.post(&self.connection, &message).await
+        let chunk = RequestChunk { request_id: self.request_id.clone(), seq, body, end };
+        self.link.post_text(&self.connection, chunk.encode()).await
     }
 }
 
@@ -898,13 +897,13 @@ impl<'a, M: Mail> Exchange<'a, M> {
             let (body, taken) = Body::encode_front(rest, codec);
             rest = &rest[taken..];
             seq += 1;
-            Some(RequestChunk { request_id: request_id.clone(), seq, body, end: rest.is_empty() })
+            Some(RequestChunk { request_id: request_id.clone(), seq, body, end: rest.is_empty() }.encode())
         });
         let upload = async move {
             let mut posts = stream::iter(chunks)
                 .map(|chunk| {
                     let connection = &connection;
-                    async move { link.post(connection, &EdgeMessage::RequestChunk(chunk)).await }
+                    async move { link.post_text(connection, chunk).await }
                 })
                 .buffer_unordered(limits::UPLOAD_PARALLEL);
             while let Some(posted) = posts.next().await {

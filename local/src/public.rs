@@ -59,7 +59,7 @@ const HEAD_TIME: Duration = Duration::from_secs(60);
 /// How long a public client may pause within a request body.
 const BODY_PAUSE: Duration = Duration::from_secs(30);
 
-/// How much memory a request body gets before it has come.
+/// How much memory a request body gets before any of it has come.
 const RESERVED_BYTES: usize = 64 * 1024;
 
 /// For how long a refused body is read, so that a client that sends it all sees the answer. How much that is does not
@@ -654,7 +654,8 @@ async fn read_body(
         return Err((Refusal::TooLarge, body));
     }
     // What is only announced takes no memory.
-    let mut read = BytesMut::with_capacity(usize::try_from(announced).unwrap_or(0).min(RESERVED_BYTES));
+    let announced = usize::try_from(announced).unwrap_or(0);
+    let mut read = BytesMut::with_capacity(announced.min(RESERVED_BYTES));
     loop {
         match time::timeout(BODY_PAUSE, body.frame()).await {
             Ok(None) => return Ok(read),
@@ -662,6 +663,10 @@ async fn read_body(
                 let Ok(data) = frame.into_data() else { continue };
                 if !fits((read.len() + data.len()) as u64) {
                     return Err((Refusal::TooLarge, body));
+                }
+                // Once, and not a little more each time: what is there would be copied.
+                if read.len() + data.len() > read.capacity() {
+                    read.reserve(announced.saturating_sub(read.len()).max(data.len()));
                 }
                 read.extend_from_slice(&data);
             }

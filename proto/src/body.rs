@@ -6,10 +6,10 @@
 
 use std::borrow::Cow;
 
-use base64::{Engine as _, engine::general_purpose::STANDARD};
+use base64_simd::STANDARD;
 use serde::{Deserialize, Serialize};
 
-use crate::limits::CHUNK_BYTES;
+use crate::{json::push_string, limits::CHUNK_BYTES};
 
 /// A compression that both ends of the link know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -94,7 +94,7 @@ impl<'a> Body<'a> {
         let base64_len = bytes.len().div_ceil(3) * 4;
         match std::str::from_utf8(bytes) {
             Ok(text) if escaped_len(text).is_some_and(|len| len <= base64_len) => Self::Text(text.into()),
-            _ => Self::Base64(STANDARD.encode(bytes).into()),
+            _ => Self::Base64(STANDARD.encode_to_string(bytes).into()),
         }
     }
 
@@ -112,7 +112,7 @@ impl<'a> Body<'a> {
                     && frame.len() <= CHUNK_BYTES
                     && frame.len() < front.len() / 10 * 7
                 {
-                    return (Self::Zstd(STANDARD.encode(frame).into()), front.len());
+                    return (Self::Zstd(STANDARD.encode_to_string(frame).into()), front.len());
                 }
                 if most.len() == plain.len() {
                     break;
@@ -128,7 +128,7 @@ impl<'a> Body<'a> {
     ///
     /// [`BodyError`] when the encoding is broken or unfolds to more than one message may carry.
     pub fn decode(self) -> Result<Vec<u8>, BodyError> {
-        let from_base64 = |text: &str| STANDARD.decode(text).map_err(|_| BodyError::Base64);
+        let from_base64 = |text: &str| STANDARD.decode_to_vec(text).map_err(|_| BodyError::Base64);
         match self {
             Self::Text(text) => Ok(text.into_owned().into_bytes()),
             Self::Base64(text) => from_base64(&text),
@@ -145,6 +145,20 @@ impl<'a> Body<'a> {
                 }
             }
         }
+    }
+
+    /// Appends the body as serde_json writes it.
+    pub(crate) fn push(&self, json: &mut Vec<u8>) {
+        let (form, text) = match self {
+            Self::Text(text) => ("text", text),
+            Self::Base64(text) => ("base64", text),
+            Self::Zstd(text) => ("zstd", text),
+        };
+        json.push(b'{');
+        push_string(json, form);
+        json.push(b':');
+        push_string(json, text);
+        json.push(b'}');
     }
 
     /// The same body, independent of what it was decoded from.
@@ -259,11 +273,20 @@ mod tests {
     #[test]
     fn a_compressed_lie_costs_nothing() {
         let bomb = zstd::bulk::compress(&vec![0; COMPRESSED_CHUNK_BYTES + 1], 19).unwrap();
-        assert_eq!(Body::Zstd(STANDARD.encode(bomb).into()).decode(), Err(BodyError::TooLong));
+        assert_eq!(Body::Zstd(STANDARD.encode_to_string(bomb).into()).decode(), Err(BodyError::TooLong));
         let full = zstd::bulk::compress(&vec![0; COMPRESSED_CHUNK_BYTES], 19).unwrap();
-        assert_eq!(Body::Zstd(STANDARD.encode(full).into()).decode().unwrap().len(), COMPRESSED_CHUNK_BYTES);
+        assert_eq!(
+            Body::Zstd(STANDARD.encode_to_string(full).into()).decode().unwrap().len(),
+            COMPRESSED_CHUNK_BYTES
+        );
         assert_eq!(Body::Zstd("AAAA".into()).decode(), Err(BodyError::Zstd));
-        assert_eq!(Body::Base64("A".into()).decode(), Err(BodyError::Base64));
+        // Cut off, without padding, with bits left over, with what is no digit.
+        for wrong in [
+            "A", "QQ", "QQ=", "QR==", "QUJ=", "Q=Q=", "====", "QQ==QQ==", " QQ==", "QQ==\n", "Q_==",
+            "\u{e9}A=",
+        ] {
+            assert_eq!(Body::Base64(wrong.into()).decode(), Err(BodyError::Base64), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! body [`chunk`]s with their credit, the [`error`] table, the [`limits`] with their sources, which
 //! HTTP [`header`]s travel, the reconnect [`backoff`] the agent's [`session`] over time, and
 //! the messages of a public WebSocket over the link ([`socket`]), what is kept for later ([`delivery`]), and
-//! how a point in time is written ([`calendar`]).
+//! how a point in time ([`calendar`]) and a long text ([`json`]) are written.
 //!
 //! It does not know HTTP clients, AWS, configuration files or logs.
 
@@ -19,6 +19,7 @@ pub mod error;
 pub mod forwarded;
 pub mod header;
 pub mod id;
+pub mod json;
 pub mod limits;
 pub mod message;
 pub mod prefix;

@@ -497,6 +497,36 @@ pub struct RequestChunk<'a> {
     pub end: bool,
 }
 
+impl RequestChunk<'_> {
+    /// The message as it travels. It says what [`EdgeMessage::encode`] writes of it, with the body last: nothing looks at that
+    /// byte by byte.
+    ///
+    /// # Panics
+    ///
+    /// Never: what stands beside the body has string keys and no failing serializer.
+    #[must_use]
+    pub fn encode(&self) -> String {
+        #[derive(Serialize)]
+        struct Head<'a> {
+            #[serde(rename = "type")]
+            kind: &'static str,
+            request_id: &'a RequestId,
+            seq: u32,
+            #[serde(skip_serializing_if = "is_false")]
+            end: bool,
+        }
+        let Self { request_id, seq, body, end } = self;
+        let head = Head { kind: "request_chunk", request_id, seq: *seq, end: *end };
+        let mut json = serde_json::to_vec(&head).expect("it has string keys and no failing serializer");
+        // The brace, which comes after the body.
+        json.pop();
+        json.extend_from_slice(b",\"body\":");
+        body.push(&mut json);
+        json.push(b'}');
+        String::from_utf8(json).expect("JSON is UTF-8")
+    }
+}
+
 /// See [`AgentMessage::Reply`]. Its number among the pieces of the response is 0.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reply<'a> {
@@ -770,6 +800,27 @@ mod tests {
         assert_eq!(AgentMessage::decode(&progress.encode()).unwrap(), progress);
         assert_eq!(progress.token(), Some(TOKEN));
         assert!(Envelope::peek(&progress.encode()).unwrap().answers_a_request());
+    }
+
+    #[test]
+    fn a_piece_says_what_serde_writes_of_it() {
+        let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+        let bodies = [
+            Body::Text("".into()),
+            Body::Text("\"\\\u{1}\n\u{e9}</".into()),
+            Body::Base64("QUJD".repeat(50).into()),
+            Body::Zstd("KLUv".into()),
+        ];
+        for body in bodies {
+            for end in [false, true] {
+                let request_id = RequestId::from_random([1; 16]);
+                let chunk = RequestChunk { request_id, seq: 7, body: body.clone(), end };
+                let text = chunk.encode();
+                let message = EdgeMessage::RequestChunk(chunk.clone());
+                assert_eq!(json(&text), json(&message.encode()));
+                assert_eq!(EdgeMessage::decode(&text).unwrap(), message);
+            }
+        }
     }
 
     #[test]

@@ -101,7 +101,7 @@ impl Postbox {
                 let mailboxes = self.services.pool.mailboxes();
                 polls.push(
                     async move {
-                        let letters = mailboxes.receive(&inbox.lease, limits::MAILBOX_WAIT).await;
+                        let letters = mailboxes.receive(&inbox.lease, limits::MAILBOX_WAIT, BATCH).await;
                         (inbox, letters)
                     }
                     .boxed_local(),

@@ -424,7 +424,7 @@ async fn upload(
         rest = &rest[taken..];
         seq += 1;
         let chunk = RequestChunk { request_id: request_id.clone(), seq, body, end: rest.is_empty() };
-        let posted = deliver.link.post(connection, &EdgeMessage::RequestChunk(chunk)).await;
+        let posted = deliver.link.post_text(connection, chunk.encode()).await;
         if !matches!(posted, Ok(Posted::Accepted)) {
             if let Err(error) = &posted {
                 tracing::warn!(%error, %request_id, "body of a delivery could not be sent on");

@@ -5,7 +5,7 @@
 
 use std::{borrow::Cow, fmt};
 
-use base64::{Engine as _, engine::general_purpose::STANDARD};
+use base64_simd::STANDARD;
 use exchange::route::Arrival;
 use http::{HeaderName, HeaderValue, Method, header};
 use proto::{
@@ -51,7 +51,7 @@ impl FrontEvent<'_> {
         let body = match self.body {
             None => Vec::new(),
             Some(text) if self.is_base64_encoded => {
-                STANDARD.decode(text.as_bytes()).map_err(|_| ErrorCode::BadRequest)?
+                STANDARD.decode_to_vec(text.as_bytes()).map_err(|_| ErrorCode::BadRequest)?
             }
             Some(text) => text.into_owned().into_bytes(),
         };

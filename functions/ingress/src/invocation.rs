@@ -42,18 +42,20 @@ pub async fn serve(
 ) -> anyhow::Result<Inbox> {
     let request_id = RequestId::from_random(crate::random()?);
     let inbox = inbox.keep(&services.pool, &crate::holder(), crate::random()?).await?;
+    let Invocation { aws_request_id, deadline_ms, event } = invocation;
     let (answers, answer) = oneshot::channel();
     let respond = async {
         if let Ok(answer) = answer.await {
-            runtime.respond(&invocation.aws_request_id, answer, config.stream_idle).await;
+            runtime.respond(&aws_request_id, answer, config.stream_idle).await;
         }
     };
     let ends_at = Instant::now()
-        + Duration::from_millis(invocation.deadline_ms.saturating_sub(unix_now_ms()))
-            .saturating_sub(DEADLINE_MARGIN);
+        + Duration::from_millis(deadline_ms.saturating_sub(unix_now_ms())).saturating_sub(DEADLINE_MARGIN);
     let record = Record::begin();
     let mut public = LambdaAnswer { request_id: &request_id, config, html: false, head_only: false, answers };
-    let request = read(&invocation.event, services, &mut public);
+    let request = read(&event, services, &mut public);
+    // Its body has been taken out: up to 6 MB are not held for as long as the answer takes.
+    drop(event);
     {
         let mail = Own { inbox: &inbox, mailboxes: services.pool.mailboxes() };
         // Kept where they are: handed on or joined as they are, all of them would be moved.

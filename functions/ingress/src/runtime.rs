@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use exchange::public::{Head, Piece, Pieces};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
 use http_body::{Body as HttpBody, Frame};
@@ -140,11 +140,8 @@ impl Runtime {
         let text = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok());
         let aws_request_id = text("lambda-runtime-aws-request-id").context("an event has no id")?.to_owned();
         let deadline_ms = text("lambda-runtime-deadline-ms").and_then(|ms| ms.parse().ok());
-        Ok(Invocation {
-            aws_request_id,
-            deadline_ms: deadline_ms.context("an event has no deadline")?,
-            event: body.collect().await?.to_bytes(),
-        })
+        let deadline_ms = deadline_ms.context("an event has no deadline")?;
+        Ok(Invocation { aws_request_id, deadline_ms, event: read(body).await? })
     }
 
     /// Sends an answer, its body as it comes. Ends when all of it is sent or nobody takes it any more;
@@ -184,6 +181,26 @@ impl Runtime {
         // The process ends with the error either way; a Runtime API that hangs must not keep it.
         drop(tokio::time::timeout(Duration::from_secs(1), self.client.call(request)).await);
     }
+}
+
+/// Reads a whole event. Most come in one piece, which is not copied; the pieces of a long one are not kept until the last.
+async fn read<B: HttpBody<Data = Bytes> + Unpin>(mut body: B) -> Result<Bytes, B::Error> {
+    let length = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX).min(limits::EVENT_BYTES);
+    let mut first = Bytes::new();
+    let mut whole = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame?.into_data() else { continue };
+        if first.is_empty() && whole.is_empty() {
+            first = data;
+            continue;
+        }
+        if whole.is_empty() {
+            whole.reserve(length);
+            whole.extend_from_slice(&std::mem::take(&mut first));
+        }
+        whole.extend_from_slice(&data);
+    }
+    Ok(if whole.is_empty() { first } else { whole.freeze() })
 }
 
 fn post(path: &str) -> http::request::Builder {

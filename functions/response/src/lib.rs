@@ -22,7 +22,7 @@ use edge::{
     config::{ConfigError, Env},
     deliveries::{Answered, Deliveries},
     event::AgentEvent,
-    function::Answer,
+    function::{Answer, unreadable},
     mailbox::Mailboxes,
     metrics::{self, Counted},
     unix_now,
@@ -33,6 +33,7 @@ use proto::{
     message::{AgentMessage, EdgeMessage, Envelope, Failed},
     token::{Claims, DeliveryClaims, OwnerMark, TokenError, TokenKeys, Verified},
 };
+use serde_json::value::{RawValue, to_raw_value};
 
 /// Everything a message needs.
 #[derive(Debug)]
@@ -78,7 +79,9 @@ pub enum Refused {
 /// Runs the function until Lambda ends its process.
 #[must_use]
 pub fn run() -> ExitCode {
-    edge::function::run(Response::from_env, |event, response| async move { handle(event, &response).await })
+    edge::function::run_unread(Response::from_env, |event, response| async move {
+        handle(&event, &response).await
+    })
 }
 
 impl Response {
@@ -102,9 +105,14 @@ impl Response {
 ///
 /// # Errors
 ///
-/// When the mailbox could not be written: the agent's message is lost, and whoever waits times out.
-pub async fn handle(mut event: AgentEvent, response: &Response) -> Result<Answer, Error> {
-    let text = event.body.take().unwrap_or_default();
+/// When the event is none, or the mailbox could not be written: the agent's message is lost, and whoever waits times out.
+pub async fn handle(event: &RawValue, response: &Response) -> Result<Answer, Error> {
+    let mut event: AgentEvent<&RawValue> = serde_json::from_str(event.get()).map_err(unreadable)?;
+    let message = event.body.take();
+    let text: String = match message {
+        Some(message) => serde_json::from_str(message.get()).map_err(unreadable)?,
+        None => String::new(),
+    };
     match decide(&event, &text, &response.keys, unix_now()) {
         Decision::Beat(body) => Ok(Answer::message(body)),
         Decision::Drop(reason) => {
@@ -127,12 +135,15 @@ pub async fn handle(mut event: AgentEvent, response: &Response) -> Result<Answer
         Decision::Return(claims) => {
             let connection = &event.request_context.connection_id;
             tracing::trace!(request_id = %claims.request_id, tunnel_id = %claims.tunnel, body_bytes = text.len(), "agent's message was returned");
-            let sent = response.mailboxes.send(&claims.mailbox, &claims.request_id, connection, text).await;
+            // As it came: neither unfolded nor escaped once more. Without one there are no claims.
+            let message = message.map(ToOwned::to_owned).unwrap_or_default();
+            let sent =
+                response.mailboxes.send(&claims.mailbox, &claims.request_id, connection, message).await;
             if let Err(Error::Refused { .. }) = sent {
                 // A character that no mailbox takes. Whoever waits is told at once.
                 tracing::warn!(request_id = %claims.request_id, "agent's message has a forbidden character");
                 let failed = Failed { token: "".into(), seq: 0, code: ErrorCode::AgentInvalid };
-                let failed = AgentMessage::Failed(failed).encode();
+                let failed = to_raw_value(&AgentMessage::Failed(failed).encode()).map_err(unreadable)?;
                 response.mailboxes.send(&claims.mailbox, &claims.request_id, connection, failed).await?;
             } else {
                 sent?;
@@ -212,7 +223,7 @@ fn seconds(text: &str, now: u64) -> u64 {
 
 /// Decides about one message. Pure.
 #[must_use]
-pub fn decide(event: &AgentEvent, text: &str, keys: &TokenKeys, now: u64) -> Decision {
+pub fn decide<B>(event: &AgentEvent<B>, text: &str, keys: &TokenKeys, now: u64) -> Decision {
     let authorized = event.request_context.authorizer.as_ref();
     if authorized.is_some_and(|authorized| authorized.is_over(now)) {
         return Decision::Close;

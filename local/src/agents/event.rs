@@ -12,7 +12,7 @@ use std::{
 use base64::{Engine, engine::general_purpose::URL_SAFE};
 use bytes::Bytes;
 use http::{HeaderMap, Uri, header};
-use proto::{header::value_to_text, id::ConnectionId};
+use proto::{header::value_to_text, id::ConnectionId, json::push_string};
 use serde::{Deserialize, Serialize, Serializer, ser::SerializeMap};
 use serde_json::{Value, value::RawValue};
 
@@ -167,7 +167,7 @@ impl Context {
         self.write(&mut json, route.key(), "MESSAGE", request, &message_id);
         json.push_str(",\"body\":");
         let mut json = json.into_bytes();
-        serde_json::to_writer(&mut json, message).expect("a string is written to memory");
+        push_string(&mut json, message);
         json.extend_from_slice(b",\"isBase64Encoded\":false}");
         json.into()
     }

@@ -176,13 +176,12 @@ pub(super) fn check_message(
 
 /// Whether every character is one that SQS carries.
 fn is_carried(text: &str) -> bool {
-    let is_refused = |byte: u8| byte < 0x20 && !matches!(byte, b'\t' | b'\n' | b'\r');
-    // Two passes that use vector instructions: control characters, and what begins like U+FFFE.
-    let controls = text
-        .as_bytes()
-        .chunks(64)
-        .any(|piece| piece.iter().fold(false, |refused, &byte| refused | is_refused(byte)));
-    !controls && !text.contains(['\u{fffe}', '\u{ffff}'])
+    let is_refused = |byte: u8| (byte < 0x20) & (byte != b'\t') & (byte != b'\n') & (byte != b'\r');
+    // Two passes that use vector instructions: control characters, and what both others begin with, which is rare.
+    let (pieces, rest) = text.as_bytes().as_chunks::<64>();
+    let refuses = |piece: &[u8]| piece.iter().fold(false, |refused, &byte| refused | is_refused(byte));
+    let controls = pieces.iter().any(|piece| refuses(piece)) || refuses(rest);
+    !controls && !(text.as_bytes().contains(&0xef) && text.contains(['\u{fffe}', '\u{ffff}']))
 }
 
 pub(super) fn attributes_md5(attributes: &BTreeMap<Box<str>, Attribute>) -> Option<Box<str>> {

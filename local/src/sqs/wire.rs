@@ -3,6 +3,7 @@
 use std::{borrow::Cow, collections::BTreeMap, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use proto::json::push_string;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -188,14 +189,7 @@ struct DeletedEntry {
     id: String,
 }
 
-#[derive(Serialize)]
-#[serde(rename_all = "PascalCase")]
-struct Messages<'a> {
-    // The service leaves the key out where there is nothing.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    messages: Vec<WireMessage<'a>>,
-}
-
+/// A message as it is received, but for its body.
 #[derive(Serialize)]
 struct WireMessage<'a> {
     #[serde(rename = "MessageId")]
@@ -204,8 +198,6 @@ struct WireMessage<'a> {
     receipt_handle: &'a str,
     #[serde(rename = "MD5OfBody")]
     body_md5: &'a str,
-    #[serde(rename = "Body")]
-    body: &'a str,
     #[serde(rename = "Attributes", skip_serializing_if = "BTreeMap::is_empty")]
     attributes: BTreeMap<&'static str, String>,
     #[serde(rename = "MD5OfMessageAttributes", skip_serializing_if = "Option::is_none")]
@@ -237,8 +229,7 @@ impl Sqs {
                     visibility: call.visibility_timeout.map(Duration::from_secs),
                 };
                 let received = self.receive(&call.queue_url, request).await?;
-                let messages = received.iter().map(|received| wire_message(received, &call)).collect();
-                write(&Messages { messages })
+                write_messages(&received, &call)
             }
             "SendMessage" => {
                 let call: SendMessage<'_> = read(body)?;
@@ -453,6 +444,28 @@ fn failure(id: String, error: SqsError) -> BatchFailure {
     BatchFailure { id, code: error.kind.name(), message: error.message, sender_fault }
 }
 
+/// Bodies are most of it, so they are no fields of a type that serde_json writes: it would look at each byte.
+fn write_messages(received: &[Received], call: &ReceiveMessage<'_>) -> Result<Vec<u8>> {
+    // The service leaves the key out where there is nothing.
+    if received.is_empty() {
+        return write(&Nothing {});
+    }
+    let bytes = received.iter().map(|received| received.message.body.len() + 1024).sum();
+    let mut json = Vec::with_capacity(bytes);
+    json.extend_from_slice(b"{\"Messages\":");
+    for (index, received) in received.iter().enumerate() {
+        json.push(if index == 0 { b'[' } else { b',' });
+        json.append(&mut write(&wire_message(received, call))?);
+        // The brace, which comes later.
+        json.pop();
+        json.extend_from_slice(b",\"Body\":");
+        push_string(&mut json, &received.message.body);
+        json.push(b'}');
+    }
+    json.extend_from_slice(b"]}");
+    Ok(json)
+}
+
 fn wire_message<'m>(received: &'m Received, call: &ReceiveMessage<'_>) -> WireMessage<'m> {
     let message = &*received.message;
     // The newer name and the older one.
@@ -472,7 +485,6 @@ fn wire_message<'m>(received: &'m Received, call: &ReceiveMessage<'_>) -> WireMe
         message_id: &message.id,
         receipt_handle: &received.receipt,
         body_md5: &message.body_md5,
-        body: &message.body,
         attributes,
         attributes_md5: super::message::attributes_md5(&wanted),
         message_attributes: message
