@@ -181,7 +181,8 @@ fn is_carried(text: &str) -> bool {
     let (pieces, rest) = text.as_bytes().as_chunks::<64>();
     let refuses = |piece: &[u8]| piece.iter().fold(false, |refused, &byte| refused | is_refused(byte));
     let controls = pieces.iter().any(|piece| refuses(piece)) || refuses(rest);
-    !controls && !(text.as_bytes().contains(&0xef) && text.contains(['\u{fffe}', '\u{ffff}']))
+    let others = text.as_bytes().contains(&0xef) && text.contains(['\u{fffe}', '\u{ffff}']);
+    !controls && !others
 }
 
 pub(super) fn attributes_md5(attributes: &BTreeMap<Box<str>, Attribute>) -> Option<Box<str>> {
