@@ -119,8 +119,8 @@ impl<P: PublicSide> Answering<'_, P> {
 
     /// Has the request kept, to be delivered later, and says so; or asks for another try.
     async fn keep(self, services: &Services, request: &PublicRequest, terms: &Terms, attempt: u32) {
-        let Some(deliveries) = &services.deliveries else { return self.fail(ErrorCode::TunnelOffline).await };
-        match keep::keep(deliveries, self.request_id, request, terms, attempt).await {
+        let Some(keeper) = &services.keeper else { return self.fail(ErrorCode::TunnelOffline).await };
+        match keeper.keep(self.request_id, request, terms, attempt).await {
             Ok((head, body)) => {
                 self.record.outcome.set(outcome::ACCEPTED);
                 drop(self.public.begin(head, body).send(Piece::End).await);
@@ -160,12 +160,11 @@ async fn relay<P: PublicSide, M: Mail>(
 ) -> Option<(Socket, P::Socket)> {
     let record = answering.record;
     // Only what is here as a whole can be stored before anything else is done.
-    let may_be_kept =
-        services.deliveries.is_some() && request.upgrade.is_none() && request.upload.borrow().is_none();
-    let mut method = if may_be_kept { request.method.as_str() } else { "" };
-    let keepers = services.keepers.as_ref().filter(|_| may_be_kept);
-    if let Some(keepers) = keepers.filter(|keepers| keepers.remembers(request))
-        && let Some(terms) = Box::pin(keepers.terms(&request.tunnel)).await
+    let may_be_kept = request.upgrade.is_none() && request.upload.borrow().is_none();
+    let keeper = services.keeper.as_ref().filter(|_| may_be_kept);
+    let mut method = if keeper.is_some() { request.method.as_str() } else { "" };
+    if let Some(keeper) = keeper.filter(|keeper| keeper.remembers(request))
+        && let Some(terms) = Box::pin(keeper.terms(&request.tunnel)).await
     {
         if keep::covers(request, &terms) {
             Box::pin(answering.keep(services, request, &terms, 0)).await;
@@ -214,8 +213,8 @@ async fn relay<P: PublicSide, M: Mail>(
         }
         Ok(RunOutcome::Dispatched { connection }) => (connection, Vec::new()),
         Ok(RunOutcome::Accepted { terms }) => {
-            if let Some(keepers) = keepers {
-                keepers.remember(&request.tunnel, &terms);
+            if let Some(keeper) = keeper {
+                keeper.remember(&request.tunnel, &terms);
             }
             Box::pin(answering.keep(services, request, &terms, 0)).await;
             return None;
@@ -226,7 +225,7 @@ async fn relay<P: PublicSide, M: Mail>(
                     mail.delete(receipts).await;
                 }
             };
-            let terms = terms.filter(|_| may_be_kept);
+            let terms = terms.filter(|_| keeper.is_some());
             let kept = terms.and_then(|terms| Some((keep::attempts_behind(request, &terms, code)?, terms)));
             if let Some((attempt, terms)) = kept {
                 discarded.await;

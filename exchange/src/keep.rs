@@ -25,22 +25,24 @@ use crate::{answer, public, route::PublicRequest};
 /// How many tunnels are remembered that have kept a request.
 const KEEPERS: usize = 1000;
 
-/// The tunnels that have kept a request at once, as far as this process remembers, with the methods that they keep. For the
-/// next one nobody needs to be looked for, so it needs no run: a read of what the owner wants is enough.
+/// Keeps requests, and remembers as far as this process has seen it which tunnels keep some at once, with the methods that
+/// they keep. For the next one nobody needs to be looked for, so it needs no run: a read of what the owner wants is enough.
 #[derive(Debug)]
-pub struct Keepers {
+pub struct Keeper {
+    deliveries: Deliveries,
     registry: Registry,
     known: Mutex<HashMap<TunnelName, Vec<String>>>,
 }
 
-impl Keepers {
-    /// Reads the environment and remembers nothing.
+impl Keeper {
+    /// Reads the environment and remembers nothing; none where deliveries are not deployed.
     ///
     /// # Errors
     ///
     /// When a variable is missing or wrong.
-    pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Self, ConfigError> {
-        Ok(Self { registry: Registry::from_env(aws, env)?, known: Mutex::default() })
+    pub fn from_env(aws: &Aws, env: &Env<'_>) -> Result<Option<Self>, ConfigError> {
+        let Some(deliveries) = Deliveries::from_env(aws, env) else { return Ok(None) };
+        Ok(Some(Self { deliveries, registry: Registry::from_env(aws, env)?, known: Mutex::default() }))
     }
 
     /// Remembers a tunnel that has kept a request at once.
@@ -77,6 +79,44 @@ impl Keepers {
         terms
     }
 
+    /// Keeps the request; gives the answer for its sender. Only what is stored and has a run is accepted.
+    ///
+    /// # Errors
+    ///
+    /// The code to answer with: the sender is to try again.
+    pub async fn keep(
+        &self,
+        request_id: &RequestId,
+        request: &PublicRequest,
+        terms: &Terms,
+        attempt: u32,
+    ) -> Result<(public::Head, Vec<u8>), ErrorCode> {
+        let head = Head {
+            method: request.method.as_str().to_owned(),
+            target: request.target.as_str().to_owned(),
+            headers: request.headers.clone(),
+        };
+        let offer = Offer { tunnel: &request.tunnel, terms, head: &head, body: &request.body, attempt };
+        match self.deliveries.accept(&offer).await {
+            Ok(Accepted::New(id)) => {
+                tracing::info!(%request_id, delivery_id = %id, tunnel_id = %request.tunnel, attempt, "request was kept");
+                Ok(answer_for(&terms.policy.answer, &id, request_id))
+            }
+            Ok(Accepted::Before(id)) => {
+                tracing::info!(%request_id, delivery_id = %id, tunnel_id = %request.tunnel, "request was kept before");
+                Ok(answer_for(&terms.policy.answer, &id, request_id))
+            }
+            Ok(Accepted::Unclear) => {
+                tracing::info!(%request_id, tunnel_id = %request.tunnel, "the same request is being kept at this moment");
+                Err(ErrorCode::EdgeBusy)
+            }
+            Err(error) => {
+                tracing::warn!(%request_id, tunnel_id = %request.tunnel, %error, "request could not be kept");
+                Err(ErrorCode::EdgeBusy)
+            }
+        }
+    }
+
     fn known(&self) -> MutexGuard<'_, HashMap<TunnelName, Vec<String>>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -99,44 +139,6 @@ pub fn attempts_behind(request: &PublicRequest, terms: &Terms, code: ErrorCode) 
 #[must_use]
 pub fn covers(request: &PublicRequest, terms: &Terms) -> bool {
     terms.policy.covers(request.method.as_str(), request.target.path())
-}
-
-/// Keeps the request; gives the answer for its sender. Only what is stored and has a run is accepted.
-///
-/// # Errors
-///
-/// The code to answer with: the sender is to try again.
-pub async fn keep(
-    deliveries: &Deliveries,
-    request_id: &RequestId,
-    request: &PublicRequest,
-    terms: &Terms,
-    attempt: u32,
-) -> Result<(public::Head, Vec<u8>), ErrorCode> {
-    let head = Head {
-        method: request.method.as_str().to_owned(),
-        target: request.target.as_str().to_owned(),
-        headers: request.headers.clone(),
-    };
-    let offer = Offer { tunnel: &request.tunnel, terms, head: &head, body: &request.body, attempt };
-    match deliveries.accept(&offer).await {
-        Ok(Accepted::New(id)) => {
-            tracing::info!(%request_id, delivery_id = %id, tunnel_id = %request.tunnel, attempt, "request was kept");
-            Ok(answer_for(&terms.policy.answer, &id, request_id))
-        }
-        Ok(Accepted::Before(id)) => {
-            tracing::info!(%request_id, delivery_id = %id, tunnel_id = %request.tunnel, "request was kept before");
-            Ok(answer_for(&terms.policy.answer, &id, request_id))
-        }
-        Ok(Accepted::Unclear) => {
-            tracing::info!(%request_id, tunnel_id = %request.tunnel, "the same request is being kept at this moment");
-            Err(ErrorCode::EdgeBusy)
-        }
-        Err(error) => {
-            tracing::warn!(%request_id, tunnel_id = %request.tunnel, %error, "request could not be kept");
-            Err(ErrorCode::EdgeBusy)
-        }
-    }
 }
 
 /// What the sender is answered. Pure.

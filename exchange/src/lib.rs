@@ -30,7 +30,6 @@ use edge::{
     agent_link::AgentLink,
     aws::Aws,
     config::{ConfigError, Env, env},
-    deliveries::Deliveries,
     limit::Limiter,
     mailbox::Pool,
     workflow::Workflow,
@@ -100,10 +99,8 @@ pub struct Services {
     pub link: AgentLink,
     /// Counts requests, where they are limited.
     pub limiter: Limiter,
-    /// What is kept for later; nothing where that is not deployed.
-    pub deliveries: Option<Deliveries>,
-    /// Which tunnels keep requests at once; nothing where nothing is kept.
-    pub keepers: Option<keep::Keepers>,
+    /// Keeps requests for later; none where that is not deployed.
+    pub keeper: Option<keep::Keeper>,
     /// Who is told which WebSockets are held, if anybody is.
     pub holdings: Option<UnboundedSender<socket::Holding>>,
 }
@@ -116,15 +113,13 @@ impl Services {
     /// When a variable is missing or wrong.
     pub fn from_env(env: &Env<'_>) -> Result<Self, ConfigError> {
         let aws = Aws::from_env(env)?;
-        let deliveries = Deliveries::from_env(&aws, env);
         Ok(Self {
             config: Config::from_env(env)?,
             workflow: Workflow::from_env(&aws, env)?,
             pool: Pool::from_env(&aws, env)?,
             link: AgentLink::from_env(&aws, env)?,
             limiter: Limiter::from_env(&aws, env)?,
-            keepers: deliveries.is_some().then(|| keep::Keepers::from_env(&aws, env)).transpose()?,
-            deliveries,
+            keeper: keep::Keeper::from_env(&aws, env)?,
             holdings: None,
         })
     }
