@@ -360,6 +360,28 @@ fn a_circle_is_seen_whatever_way_it_is_written() {
     assert_eq!(circles("p", &modules), BTreeSet::from(["p: a, b, c".to_owned()]));
 }
 
+/// The packages of others that a profile builds in a way of their own, with the level of each.
+fn levels(manifest: &str, profile: &str) -> BTreeMap<String, u8> {
+    let (_, rest) = manifest.split_once(&format!("[profile.{profile}.package]\n")).unwrap();
+    let lines = rest.lines().take_while(|line| !line.starts_with('['));
+    let levels = lines.filter_map(|line| {
+        let (name, rest) = line.split_once(" = { opt-level = ")?;
+        Some((name.to_owned(), rest.strip_suffix(" }")?.parse().unwrap()))
+    });
+    levels.collect()
+}
+
+#[test]
+fn what_ships_is_optimised_whatever_a_first_run_does_without() {
+    let manifest = read("Cargo.toml");
+    let cold: Vec<_> = levels(&manifest, "release").into_iter().filter(|(_, level)| *level < 3).collect();
+    assert!(cold.len() > 10, "{cold:?}");
+    // `dist` inherits the levels of `release`.
+    let ships = levels(&manifest, "dist");
+    let slow: Vec<_> = cold.iter().filter(|(name, _)| ships.get(name) != Some(&3)).collect();
+    assert!(slow.is_empty(), "these ship as `release` has them: {slow:?}");
+}
+
 #[test]
 fn errors_that_the_state_machine_names_exist() {
     let machine: Value = serde_json::from_str(&read("statemachines/public_request.asl.json")).unwrap();
