@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use proto::{json::push_string, message::notice};
+use proto::message::notice;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -156,7 +156,8 @@ pub(crate) const RECEIVE_MESSAGE: Form<Receive, Received> = Form {
 };
 
 /// The input of `StartSyncExecution`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub(crate) struct Start {
     pub(crate) state_machine_arn: Arc<str>,
     pub(crate) name: String,
@@ -182,20 +183,8 @@ pub(crate) struct Ended {
 pub(crate) const START_SYNC_EXECUTION: Form<Start, Ended> = Form {
     target: "AWSStepFunctions.StartSyncExecution",
     fields: &[],
-    write: |start| {
-        // Each quote of the input is escaped; there are many.
-        let mut body = Vec::with_capacity(start.input.len() + start.input.len() / 4 + 256);
-        for (name, value) in [
-            ("{\"stateMachineArn\":", &*start.state_machine_arn),
-            (",\"name\":", &start.name),
-            (",\"input\":", &start.input),
-        ] {
-            body.extend_from_slice(name.as_bytes());
-            push_string(&mut body, value);
-        }
-        body.push(b'}');
-        Ok(body)
-    },
+    // Each quote of the input is escaped; there are many.
+    write: |start| written(start, start.input.len() + start.input.len() / 4 + 256),
     read: |text| serde_json::from_str(text),
 };
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::Full;
-use proto::{calendar::rfc3339, json::push_string};
+use proto::calendar::rfc3339;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -67,6 +67,8 @@ struct SyncExecution<'a> {
     start_date: f64,
     stop_date: f64,
     status: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    output: Option<String>,
     output_details: Details,
     input_details: Details,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -176,7 +178,7 @@ pub(super) fn connection(info: &ConnectionInfo) -> Answer {
 
 pub(super) fn sync_execution(machine_arn: &str, result: &RunResult) -> Answer {
     let (status, output, failure) = match &result.outcome {
-        Outcome::Succeeded(output) => ("SUCCEEDED", Some(output), None),
+        Outcome::Succeeded(output) => ("SUCCEEDED", Some(output.to_string()), None),
         Outcome::Failed(error) => ("FAILED", None, Some(error)),
         Outcome::TimedOut(error) => ("TIMED_OUT", None, Some(error)),
     };
@@ -191,6 +193,7 @@ pub(super) fn sync_execution(machine_arn: &str, result: &RunResult) -> Answer {
         start_date: result.start_date,
         stop_date: result.stop_date,
         status,
+        output,
         output_details: Details { included: true },
         input_details: Details { included: false },
         error: failure.map(|failure| &*failure.error),
@@ -201,16 +204,7 @@ pub(super) fn sync_execution(machine_arn: &str, result: &RunResult) -> Answer {
         },
     };
     match serde_json::to_vec(&body) {
-        Ok(mut json) => {
-            if let Some(output) = output {
-                // The brace, which comes after the output.
-                json.pop();
-                json.extend_from_slice(b",\"output\":");
-                push_string(&mut json, &output.to_string());
-                json.push(b'}');
-            }
-            Answer::json(json)
-        }
+        Ok(body) => Answer::json(body),
         Err(error) => Answer::error(StatusCode::INTERNAL_SERVER_ERROR, "InternalFailure", &error.to_string()),
     }
 }
