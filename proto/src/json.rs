@@ -22,6 +22,17 @@ pub fn push_string(json: &mut Vec<u8>, text: &str) {
     json.push(b'"');
 }
 
+/// Appends a field to the object that `json` ends with, which has one already; `push` appends its value.
+pub fn push_field(json: &mut Vec<u8>, name: &str, push: impl FnOnce(&mut Vec<u8>)) {
+    // The brace, which comes after the field.
+    json.pop();
+    json.push(b',');
+    push_string(json, name);
+    json.push(b':');
+    push(json);
+    json.push(b'}');
+}
+
 const fn is_escaped(byte: u8) -> bool {
     (byte < 0x20) | (byte == b'"') | (byte == b'\\')
 }

@@ -64,6 +64,7 @@ use crate::{
     error::ErrorCode,
     header::Headers,
     id::{AgentId, ConnectionId, Owner, RequestId, TunnelName},
+    json::push_field,
     socket::frame::{Batch, Frame},
     target::Target,
 };
@@ -518,11 +519,7 @@ impl RequestChunk<'_> {
         let Self { request_id, seq, body, end } = self;
         let head = Head { kind: "request_chunk", request_id, seq: *seq, end: *end };
         let mut json = serde_json::to_vec(&head).expect("it has string keys and no failing serializer");
-        // The brace, which comes after the body.
-        json.pop();
-        json.extend_from_slice(b",\"body\":");
-        body.push(&mut json);
-        json.push(b'}');
+        push_field(&mut json, "body", |json| body.push(json));
         String::from_utf8(json).expect("JSON is UTF-8")
     }
 }

@@ -9,7 +9,11 @@ use std::{
 use base64_simd::STANDARD;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Version, header};
-use proto::{header::value_to_text, json::push_string, limits};
+use proto::{
+    header::value_to_text,
+    json::{push_field, push_string},
+    limits,
+};
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use crate::{calendar::common_log_time, lambda};
@@ -170,18 +174,15 @@ pub(super) fn build(source: &Source<'_>) -> Bytes {
     if source.body.is_empty() {
         return json.into();
     }
-    // The brace, which comes after the body. That is most of an event, and nothing looks at it byte by byte.
-    json.pop();
-    json.extend_from_slice(b",\"body\":");
-    match text {
-        Some(text) => push_string(&mut json, text),
+    // That is most of an event, and nothing looks at it byte by byte.
+    push_field(&mut json, "body", |json| match text {
+        Some(text) => push_string(json, text),
         None => {
             json.push(b'"');
-            STANDARD.encode_append(source.body, &mut json);
+            STANDARD.encode_append(source.body, json);
             json.push(b'"');
         }
-    }
-    json.push(b'}');
+    });
     json.into()
 }
 

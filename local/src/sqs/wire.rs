@@ -3,7 +3,7 @@
 use std::{borrow::Cow, collections::BTreeMap, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use proto::json::push_string;
+use proto::json::{push_field, push_string};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -456,11 +456,7 @@ fn write_messages(received: &[Received], call: &ReceiveMessage<'_>) -> Result<Ve
     for (index, received) in received.iter().enumerate() {
         json.push(if index == 0 { b'[' } else { b',' });
         json.append(&mut write(&wire_message(received, call))?);
-        // The brace, which comes later.
-        json.pop();
-        json.extend_from_slice(b",\"Body\":");
-        push_string(&mut json, &received.message.body);
-        json.push(b'}');
+        push_field(&mut json, "Body", |json| push_string(json, &received.message.body));
     }
     json.extend_from_slice(b"]}");
     Ok(json)
