@@ -1,10 +1,7 @@
 //! How the SDK clients are made: region and credentials from the environment Lambda gives a function,
 //! and one HTTP client for all of them.
 
-use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
-};
+use std::time::Duration;
 
 use aws_config::{
     BehaviorVersion, Region, SdkConfig, ecs::EcsCredentialsProvider,
@@ -18,27 +15,27 @@ use aws_sdk_sqs::operation::{
     receive_message::{ReceiveMessage, ReceiveMessageError},
     send_message::{SendMessage, SendMessageError},
 };
-use aws_smithy_http_client::tls;
 use aws_smithy_runtime_api::{
     box_error::BoxError,
     client::{
-        connection::{CaptureSmithyConnection, ConnectionMetadata},
         endpoint::{EndpointPrefix, EndpointResolverParams},
+        http::SharedHttpClient,
         interceptors::{
-            Intercept, OverriddenHooks, SharedInterceptor,
-            context::{BeforeTransmitInterceptorContextMut, FinalizerInterceptorContextRef},
+            Intercept, OverriddenHooks, SharedInterceptor, context::BeforeTransmitInterceptorContextMut,
         },
         result::SdkError,
         runtime_components::RuntimeComponents,
         stalled_stream_protection::StalledStreamProtectionConfig,
     },
 };
-use aws_smithy_types::{config_bag::ConfigBag, error::metadata::ProvideErrorMetadata};
+use aws_smithy_types::{config_bag::ConfigBag, error::metadata::ProvideErrorMetadata, retry::ReconnectMode};
 
 use crate::{
     Error,
     call::{self, Call, Settings},
     config::{ConfigError, Env},
+    connections::Connections,
+    connector::Client,
     metrics::{self, Counted},
     signature::{ShortName, Signature},
     wire::{self, Ended, Message, Receive, Received, Sent, Start},
@@ -77,12 +74,7 @@ impl Aws {
         let endpoint = env.optional("AWS_ENDPOINT_URL");
         // Without TLS the trust store need not be read, which is most of the start-up time.
         let plain = endpoint.as_deref().is_some_and(|url| url.starts_with("http://"));
-        let http = aws_smithy_http_client::Builder::new();
-        let http = if plain {
-            http.build_http()
-        } else {
-            http.tls_provider(tls::Provider::Rustls(tls::rustls_provider::CryptoMode::AwsLc)).build_https()
-        };
+        let http = SharedHttpClient::new(Client(Connections::new(plain)));
         let is_task = CONTAINER_CREDENTIALS.iter().any(|name| env.optional(name).is_some());
         let credentials = if is_task {
             let config = ProviderConfig::without_region().with_http_client(http.clone());
@@ -96,7 +88,11 @@ impl Aws {
             .credentials_provider(credentials)
             .http_client(http)
             .retry_config(
-                RetryConfig::standard().with_max_attempts(4).with_initial_backoff(Duration::from_millis(50)),
+                RetryConfig::standard()
+                    .with_max_attempts(4)
+                    .with_initial_backoff(Duration::from_millis(50))
+                    // `Connections` itself sees to that a connection that failed is not used again.
+                    .with_reconnect_mode(ReconnectMode::ReuseAllConnections),
             )
             .timeout_config(timeouts(Duration::from_secs(10)))
             // Answers are small and wanted at once; a long poll is a stall by design.
@@ -152,16 +148,11 @@ impl Aws {
             prefix: None,
             retries: self.shared.retry_config().cloned().unwrap_or_else(RetryConfig::standard),
             timeouts: timeouts(attempt),
-            interceptors: Vec::new(),
         }
     }
 
     /// Runs an Express state machine and waits for its end.
     pub(crate) fn start_sync_execution(&self) -> StartSyncExecutionCall {
-        self.start_sync_execution_idle(CONNECTION_IDLE)
-    }
-
-    fn start_sync_execution_idle(&self, idle: Duration) -> StartSyncExecutionCall {
         use aws_sdk_sfn::config::endpoint::{DefaultResolver, Params, ResolveEndpoint as _};
         let params = Params::builder().region(&self.region);
         let params = params.set_endpoint(self.shared.endpoint_url().map(str::to_owned)).build();
@@ -180,7 +171,6 @@ impl Aws {
             // so it is never started again.
             retries: RetryConfig::disabled(),
             timeouts: timeouts(proto::limits::RUN_DURATION + Duration::from_secs(5)),
-            interceptors: vec![SharedInterceptor::permanent(FreshConnection::new(idle))],
         };
         let form = wire::START_SYNC_EXECUTION;
         Call::new("SFN", "StartSyncExecution", &StartSyncExecution::new(), form, settings)
@@ -198,7 +188,6 @@ impl Aws {
             .push_auth_scheme(Signature::new("states", self.region.clone()));
         // Permanent: whether one is switched off would be looked up for each of its hooks, a few hundred times a request.
         config.push_interceptor(SharedInterceptor::permanent(ShortName));
-        config.push_interceptor(SharedInterceptor::permanent(FreshConnection::new(CONNECTION_IDLE)));
         config
     }
 
@@ -208,71 +197,6 @@ impl Aws {
             .push_auth_scheme(Signature::new("execute-api", self.region.clone()));
         config.push_interceptor(SharedInterceptor::permanent(ShortName));
         aws_sdk_apigatewaymanagement::Client::from_conf(config.build())
-    }
-}
-
-/// After so much silence a connection may be gone without a word: Lambda freezes the process, and what watches the pool's
-/// connections with it. AWS closes idle ones after 20 s and more.
-const CONNECTION_IDLE: Duration = Duration::from_secs(20);
-
-/// Has a connection that was silent for long replaced. By the clock on the wall: the other one may stand still while the
-/// process is frozen.
-#[derive(Debug)]
-pub struct FreshConnection {
-    idle: Duration,
-    last: Mutex<Option<(SystemTime, ConnectionMetadata)>>,
-}
-
-impl FreshConnection {
-    /// One that lets a connection be silent for `idle`.
-    #[must_use]
-    pub fn new(idle: Duration) -> Self {
-        Self { idle, last: Mutex::default() }
-    }
-
-    fn last(&self) -> MutexGuard<'_, Option<(SystemTime, ConnectionMetadata)>> {
-        // Nothing that runs under the lock can panic half way.
-        self.last.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Intercept for FreshConnection {
-    fn name(&self) -> &'static str {
-        "FreshConnection"
-    }
-
-    fn overridden_hooks(&self) -> OverriddenHooks {
-        OverriddenHooks::MODIFY_BEFORE_TRANSMIT | OverriddenHooks::READ_AFTER_ATTEMPT
-    }
-
-    fn modify_before_transmit(
-        &self,
-        context: &mut BeforeTransmitInterceptorContextMut<'_>,
-        _components: &RuntimeComponents,
-        config: &mut ConfigBag,
-    ) -> Result<(), BoxError> {
-        if let Some((at, connection)) = self.last().take()
-            // A clock that was set back says nothing.
-            && at.elapsed().map_or(true, |silent| silent >= self.idle)
-        {
-            connection.poison();
-        }
-        // The SDK's own interceptor does the same, before or after this one: the later one counts for both.
-        let capture = CaptureSmithyConnection::new();
-        context.request_mut().add_extension(capture.clone());
-        config.interceptor_state().store_put(capture);
-        Ok(())
-    }
-
-    fn read_after_attempt(
-        &self,
-        _context: &FinalizerInterceptorContextRef<'_>,
-        _components: &RuntimeComponents,
-        config: &mut ConfigBag,
-    ) -> Result<(), BoxError> {
-        let connection = config.load::<CaptureSmithyConnection>().and_then(CaptureSmithyConnection::get);
-        *self.last() = connection.map(|connection| (SystemTime::now(), connection));
-        Ok(())
     }
 }
 
@@ -390,10 +314,7 @@ pub(crate) fn number(value: u64) -> AttributeValue {
 mod tests {
     use std::{
         collections::{BTreeMap, VecDeque},
-        sync::{
-            Arc,
-            atomic::{AtomicUsize, Ordering},
-        },
+        sync::{Arc, Mutex},
     };
 
     use aws_sdk_sfn::operation::start_sync_execution::StartSyncExecutionInput;
@@ -406,75 +327,32 @@ mod tests {
         http::StatusCode,
     };
     use aws_smithy_types::body::SdkBody;
-    use tokio::{
-        io::{AsyncReadExt as _, AsyncWriteExt as _},
-        net::TcpListener,
-    };
+    use tokio::net::TcpListener;
 
     use super::*;
     use crate::wire::Attributes;
 
-    /// Answers every call with an error that is not tried again; how many connections it took.
-    async fn server() -> (String, Arc<AtomicUsize>) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let count = Arc::new(AtomicUsize::new(0));
-        let counted = count.clone();
-        tokio::spawn(async move {
-            while let Ok((mut stream, _)) = listener.accept().await {
-                counted.fetch_add(1, Ordering::SeqCst);
-                tokio::spawn(async move {
-                    let mut came = Vec::new();
-                    let mut buffer = [0; 4096];
-                    while let Ok(read @ 1..) = stream.read(&mut buffer).await {
-                        came.extend_from_slice(&buffer[..read]);
-                        // The input is one JSON object, the last thing of the request.
-                        if came.ends_with(b"}") {
-                            came.clear();
-                            let answer = "HTTP/1.1 400 Bad Request\r\ncontent-length: 2\r\n\r\n{}";
-                            drop(stream.write_all(answer.as_bytes()).await);
-                        }
-                    }
-                });
-            }
-        });
-        (url, count)
-    }
-
-    async fn calls(
-        url: &str,
-        idle: Duration,
-    ) -> Result<(), aws_sdk_sfn::error::SdkError<StartSyncExecutionError>> {
-        let lookup = |name: &str| match name {
-            "AWS_REGION" => Some("local-1".to_owned()),
-            "AWS_ENDPOINT_URL" => Some(url.to_owned()),
-            _ => None,
-        };
-        let mut aws = Aws::from_env(&Env::new(&lookup)).unwrap();
-        let keys = aws_credential_types::Credentials::new("key", "secret", None, None, "this test");
-        aws.shared =
-            aws.shared.into_builder().credentials_provider(SharedCredentialsProvider::new(keys)).build();
-        let run = aws.start_sync_execution_idle(idle);
-        let call = || run.send(start("x"));
-        drop(call().await);
-        drop(call().await);
-        call().await.map(drop)
-    }
-
-    #[tokio::test]
-    async fn a_connection_that_was_silent_for_long_is_not_used_again() {
-        let (url, count) = server().await;
-        let error = calls(&url, CONNECTION_IDLE).await.unwrap_err();
-        assert!(!is_unsent(&error), "{error:?}");
-        assert_eq!(count.load(Ordering::SeqCst), 1, "one connection for three calls");
-        calls(&url, Duration::ZERO).await.unwrap_err();
-        assert_eq!(count.load(Ordering::SeqCst), 4, "one for each");
-    }
-
     #[tokio::test]
     async fn what_met_nobody_was_not_sent() {
-        let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
-        let error = calls(&format!("http://{nobody}"), CONNECTION_IDLE).await.unwrap_err();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let call = async || {
+            let lookup = |name: &str| match name {
+                "AWS_REGION" => Some("local-1".to_owned()),
+                "AWS_ENDPOINT_URL" => Some(url.clone()),
+                _ => None,
+            };
+            let mut aws = Aws::from_env(&Env::new(&lookup)).unwrap();
+            let keys = aws_credential_types::Credentials::new("key", "secret", None, None, "this test");
+            let shared = aws.shared.into_builder();
+            aws.shared = shared.credentials_provider(SharedCredentialsProvider::new(keys)).build();
+            aws.start_sync_execution().send(start("x")).await.unwrap_err()
+        };
+        let lost = async { drop(listener.accept().await.unwrap()) };
+        let (error, ()) = tokio::join!(call(), lost);
+        assert!(!is_unsent(&error), "{error:?}");
+        drop(listener);
+        let error = call().await;
         assert!(is_unsent(&error), "{error:?}");
     }
 

@@ -22,7 +22,6 @@ use aws_runtime::{
 };
 use aws_smithy_async::{rt::sleep::TokioSleep, time::SystemTimeSource};
 use aws_smithy_runtime::client::{
-    http::connection_poisoning::ConnectionPoisoningInterceptor,
     identity::IdentityCache,
     orchestrator::invoke,
     retries::{TokenBucket, classifiers::HttpStatusCodeClassifier, strategy::StandardRetryStrategy},
@@ -86,7 +85,6 @@ pub(crate) struct Settings<'a> {
     pub(crate) prefix: Option<EndpointPrefix>,
     pub(crate) retries: RetryConfig,
     pub(crate) timeouts: TimeoutConfig,
-    pub(crate) interceptors: Vec<SharedInterceptor>,
 }
 
 impl<I, O, E> Call<I, O, E>
@@ -103,8 +101,7 @@ where
         form: Form<I, O>,
         settings: Settings<'_>,
     ) -> Self {
-        let Settings { shared, signed_as, signature, endpoint, prefix, retries, timeouts, interceptors } =
-            settings;
+        let Settings { shared, signed_as, signature, endpoint, prefix, retries, timeouts } = settings;
         let mut layer = Layer::new("call");
         layer.store_put(EndpointResolverParams::new(()));
         layer.store_put(SigningName::from_static(signed_as));
@@ -132,11 +129,9 @@ where
             .with_retry_classifier(HttpStatusCodeClassifier::default())
             .with_time_source(Some(SystemTimeSource::new()))
             .with_sleep_impl(Some(TokioSleep::new()))
-            .with_interceptor(SharedInterceptor::permanent(ConnectionPoisoningInterceptor::new()))
             .with_interceptor(SharedInterceptor::permanent(ServiceClockSkewInterceptor::new()))
             .with_interceptor(SharedInterceptor::permanent(RecursionDetectionInterceptor::new()))
             .with_interceptor(SharedInterceptor::permanent(ShortName));
-        components.extend_interceptors(interceptors.into_iter());
         components
             .extend_retry_classifiers(plugin.runtime_components(&components.clone()).retry_classifiers());
         if let Some(credentials) = shared.credentials_provider() {

@@ -40,43 +40,43 @@ impl Answer {
 /// Runs a function until Lambda ends its process: `prepare` once, then `handle` for each event.
 pub fn run<D, E, R, P, H, F>(prepare: P, handle: H) -> ExitCode
 where
-    E: for<'de> Deserialize<'de>,
-    R: Serialize,
+    D: 'static,
+    E: for<'de> Deserialize<'de> + 'static,
+    R: Serialize + 'static,
     P: FnOnce(&Env<'_>) -> Result<D, ConfigError>,
-    H: Fn(E, Arc<D>) -> F,
-    F: Future<Output = Result<R, Error>>,
+    H: Fn(E, Arc<D>) -> F + 'static,
+    F: Future<Output = Result<R, Error>> + 'static,
 {
-    serve(prepare, |event, deps| Ok(handle(serde_json::from_str(event.get())?, deps)))
+    serve(prepare, move |event, deps| Ok(handle(serde_json::from_str(event.get())?, deps)))
 }
 
 /// As [`run`], for a function that reads its events itself.
 pub fn run_unread<D, R, P, H, F>(prepare: P, handle: H) -> ExitCode
 where
-    R: Serialize,
+    D: 'static,
+    R: Serialize + 'static,
     P: FnOnce(&Env<'_>) -> Result<D, ConfigError>,
-    H: Fn(Box<RawValue>, Arc<D>) -> F,
-    F: Future<Output = Result<R, Error>>,
+    H: Fn(Box<RawValue>, Arc<D>) -> F + 'static,
+    F: Future<Output = Result<R, Error>> + 'static,
 {
-    serve(prepare, |event, deps| Ok(handle(event, deps)))
+    serve(prepare, move |event, deps| Ok(handle(event, deps)))
 }
 
 /// `begin` gives the future that answers an event, where that is one.
 fn serve<D, R, P, B, F>(prepare: P, begin: B) -> ExitCode
 where
-    R: Serialize,
+    D: 'static,
+    R: Serialize + 'static,
     P: FnOnce(&Env<'_>) -> Result<D, ConfigError>,
-    B: Fn(Box<RawValue>, Arc<D>) -> serde_json::Result<F>,
-    F: Future<Output = Result<R, Error>>,
+    B: Fn(Box<RawValue>, Arc<D>) -> serde_json::Result<F> + 'static,
+    F: Future<Output = Result<R, Error>> + 'static,
 {
     crate::telemetry::init();
     let ended = prepare(&Env::process()).map_err(|error| error.to_string()).and_then(|deps| {
         let deps = Arc::new(deps);
-        // One event at a time: a second thread would only cost memory.
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let runtime = runtime.map_err(|error| error.to_string())?;
         metrics::cold_start();
         // Read here: the runtime follows the path of every field for the sake of a better message.
-        let service = service_fn(|event: LambdaEvent<Box<RawValue>>| {
+        let service = service_fn(move |event: LambdaEvent<Box<RawValue>>| {
             // Boxed: an AWS call is kilobytes of state, and every layer of the runtime moves this future.
             let LambdaEvent { payload, context } = event;
             let answer = begin(payload, Arc::clone(&deps)).map(Box::pin);
@@ -102,7 +102,8 @@ where
             }
         });
         // Without its layer for tracing, which formats a span for each event that hardly a line is written in.
-        runtime.block_on(Runtime::new(service).run()).map_err(|error| error.to_string())
+        let ended = crate::runtime::run(Runtime::new(service).run()).map_err(|error| error.to_string())?;
+        ended.map_err(|error| error.to_string())
     });
     match ended {
         Ok(()) => ExitCode::SUCCESS,

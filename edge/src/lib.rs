@@ -6,7 +6,8 @@
 //! with them is decided in the functions.
 //!
 //! [`config`] reads the environment of a function, [`event`] is what API Gateway hands to the functions
-//! behind the agents' WebSocket API, [`telemetry`] is how a function logs,
+//! behind the agents' WebSocket API, [`runtime`] is what they run on, [`connections`] is how they
+//! speak HTTP, [`telemetry`] is how a function logs,
 //! and [`metrics`] is what it tells the dashboard. [`caretaker`] looks after the mailboxes for `sweep`, [`fleet`] has
 //! `relay` run or sleep.
 
@@ -16,6 +17,8 @@ pub mod aws;
 mod call;
 pub mod caretaker;
 pub mod config;
+pub mod connections;
+mod connector;
 pub mod deliveries;
 pub mod event;
 pub mod fleet;
@@ -25,6 +28,7 @@ pub mod mailbox;
 pub mod metrics;
 pub mod registry;
 pub mod revocation;
+pub mod runtime;
 pub mod signature;
 pub mod telemetry;
 mod wire;

@@ -132,7 +132,10 @@ impl Signature {
                 .filter(|(name, _)| *name == "content-type" || *name == "host" || name.starts_with("x-amz-")),
         );
         fields.sort_unstable_by_key(|(name, _)| *name);
-        let is_plain = |value: &str| value.trim() == value && !value.contains("  ");
+        let is_plain = |value: &str| {
+            let bytes = value.as_bytes();
+            value.is_ascii() && bytes.trim_ascii() == bytes && bytes.windows(2).all(|pair| pair != b"  ")
+        };
         if fields.windows(2).any(|pair| pair[0].0 == pair[1].0)
             || !fields.iter().all(|(_, value)| is_plain(value))
         {

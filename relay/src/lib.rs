@@ -32,9 +32,9 @@ use edge::{
 use exchange::Services;
 use tokio::{
     net::TcpListener,
+    runtime::{Builder, LocalOptions},
     signal::unix::{SignalKind, signal},
     sync::mpsc,
-    task::LocalSet,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -62,7 +62,7 @@ const DRAIN_MAX: Duration = Duration::from_secs(15 * 60);
 #[must_use]
 pub fn run() -> ExitCode {
     edge::telemetry::init();
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match Builder::new_current_thread().enable_all().build_local(LocalOptions::default()) {
         Ok(runtime) => runtime,
         Err(error) => {
             tracing::error!(%error, "relay could not start");
@@ -71,7 +71,7 @@ pub fn run() -> ExitCode {
     };
     let env = Env::process();
     let ended = if env.optional(guard::ENV_SERVES).is_some() {
-        LocalSet::new().block_on(&runtime, serve(&env)).map(|()| ExitCode::SUCCESS)
+        runtime.block_on(serve(&env)).map(|()| ExitCode::SUCCESS)
     } else {
         runtime.block_on(guard::run(&env))
     };

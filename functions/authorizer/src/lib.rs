@@ -130,20 +130,16 @@ fn refuse(arn: Option<&str>, Refusal { reason, key_id, owner }: &Refusal) -> Pol
 pub fn run() -> ExitCode {
     edge::telemetry::init();
     let authorizer = Authorizer::new(Config::from_env(&Env::process()));
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            tracing::error!(%error, "runtime not started");
-            return ExitCode::FAILURE;
-        }
-    };
     edge::metrics::cold_start();
-    let serve = lambda_runtime::run(service_fn(async |event: LambdaEvent<Box<RawValue>>| {
-        let answer = authorizer.answer(event.payload.get(), edge::unix_now()).await;
-        edge::metrics::flush();
-        answer
-    }));
-    match runtime.block_on(serve) {
+    let ended = edge::runtime::run(async move {
+        let serve = lambda_runtime::run(service_fn(async |event: LambdaEvent<Box<RawValue>>| {
+            let answer = authorizer.answer(event.payload.get(), edge::unix_now()).await;
+            edge::metrics::flush();
+            answer
+        }));
+        serve.await
+    });
+    match ended.map_err(Into::into).and_then(|ended| ended) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(%error, "runtime ended");

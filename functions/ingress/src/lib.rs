@@ -41,10 +41,9 @@ impl Ingress {
 #[must_use]
 pub fn run() -> ExitCode {
     edge::telemetry::init();
-    let served = Ingress::from_env(&Env::process()).map_err(anyhow::Error::from).and_then(|ingress| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(serve(ingress))
-    });
+    let served = Ingress::from_env(&Env::process())
+        .map_err(anyhow::Error::from)
+        .and_then(|ingress| edge::runtime::run(serve(ingress))?);
     match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

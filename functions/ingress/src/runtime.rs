@@ -3,7 +3,7 @@
 //! `lambda_runtime` is not used here for one reason: when a stream breaks, it writes the error into the
 //! body and ends it in an orderly way, so that a cut-off response would look like a whole one. Here a
 //! broken stream carries the trailers that the Runtime API documents for it, and a producer that vanishes
-//! without a word breaks the upload. The client underneath is that crate's own.
+//! without a word breaks the upload.
 
 use std::{
     pin::Pin,
@@ -12,13 +12,12 @@ use std::{
 };
 
 use anyhow::Context as _;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use edge::connections::Connections;
 use exchange::public::{Head, Piece, Pieces};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Uri, header};
 use http_body::{Body as HttpBody, Frame};
-use http_body_util::BodyExt;
-use hyper_util::client::legacy::connect::HttpConnector;
-use lambda_runtime_api_client::{Client, body::Body, build_request};
+use http_body_util::{Either, Full};
 use proto::limits;
 use tokio::{
     sync::mpsc,
@@ -32,6 +31,9 @@ use crate::{
 
 const ERROR_TYPE: HeaderName = HeaderName::from_static("lambda-runtime-function-error-type");
 const ERROR_BODY: HeaderName = HeaderName::from_static("lambda-runtime-function-error-body");
+
+/// How it names itself.
+const NAME: &str = concat!("tunnel-ingress/", env!("CARGO_PKG_VERSION"));
 
 /// How many pieces may wait between the producer of a body and the connection that sends it.
 const PIECES: usize = 1;
@@ -110,7 +112,9 @@ impl Answer {
 /// The Runtime API of this process.
 #[derive(Debug)]
 pub struct Runtime {
-    client: Client,
+    connections: Connections<Either<Full<Bytes>, AnswerBody>>,
+    /// `http://host:port/2018-06-01/runtime`
+    api: String,
 }
 
 impl Runtime {
@@ -121,10 +125,9 @@ impl Runtime {
     /// When it is not there: this is not a Lambda function's process.
     pub fn from_env() -> anyhow::Result<Self> {
         let api = std::env::var("AWS_LAMBDA_RUNTIME_API").context("AWS_LAMBDA_RUNTIME_API is not set")?;
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
-        let endpoint = format!("http://{api}").parse().context("AWS_LAMBDA_RUNTIME_API is not an address")?;
-        Ok(Self { client: Client::builder().with_connector(connector).with_endpoint(endpoint).build()? })
+        let api = format!("http://{api}/2018-06-01/runtime");
+        api.parse::<Uri>().context("AWS_LAMBDA_RUNTIME_API is not an address")?;
+        Ok(Self { connections: Connections::new(true), api })
     }
 
     /// Waits for the next event. Lambda freezes the process meanwhile.
@@ -133,15 +136,15 @@ impl Runtime {
     ///
     /// When the Runtime API is gone.
     pub async fn next(&self) -> anyhow::Result<Invocation> {
-        let request = build_request().uri("/2018-06-01/runtime/invocation/next").body(Body::empty())?;
-        let response = self.client.call(request).await.map_err(anyhow::Error::from_boxed)?;
-        let (head, body) = response.into_parts();
+        let request = Request::get(format!("{}/invocation/next", self.api));
+        let request = request.header(header::USER_AGENT, NAME).body(Either::Left(Full::default()))?;
+        let (head, event) = self.connections.send(request, None).await?.into_parts();
         anyhow::ensure!(head.status.is_success(), "the Runtime API answered {}", head.status);
         let text = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok());
         let aws_request_id = text("lambda-runtime-aws-request-id").context("an event has no id")?.to_owned();
         let deadline_ms = text("lambda-runtime-deadline-ms").and_then(|ms| ms.parse().ok());
         let deadline_ms = deadline_ms.context("an event has no deadline")?;
-        Ok(Invocation { aws_request_id, deadline_ms, event: read(body).await? })
+        Ok(Invocation { aws_request_id, deadline_ms, event })
     }
 
     /// Sends an answer, its body as it comes. Ends when all of it is sent or nobody takes it any more;
@@ -150,21 +153,16 @@ impl Runtime {
     /// An answer that says nothing for `idle` is broken off.
     pub async fn respond(&self, aws_request_id: &str, answer: Answer, idle: Option<Duration>) {
         let body = AnswerBody::new(answer.whole().await, idle);
-        let request = post(&format!("/2018-06-01/runtime/invocation/{aws_request_id}/response"))
+        let request = self
+            .post(&format!("/invocation/{aws_request_id}/response"))
             .header("lambda-runtime-function-response-mode", "streaming")
-            .header("content-type", "application/vnd.awslambda.http-integration-response")
-            .header("transfer-encoding", "chunked")
-            .header("trailer", "Lambda-Runtime-Function-Error-Type, Lambda-Runtime-Function-Error-Body")
-            .body(Body::new(body))
+            .header(header::CONTENT_TYPE, "application/vnd.awslambda.http-integration-response")
+            .header(header::TRANSFER_ENCODING, "chunked")
+            .header(header::TRAILER, "Lambda-Runtime-Function-Error-Type, Lambda-Runtime-Function-Error-Body")
+            .body(Either::Right(body))
             .expect("the request's parts are fixed texts and an id that came as a header");
-        match self.client.call(request).await {
-            Ok(response) => {
-                // Read to its end, so that the connection can be used again. It is back in its pool when its
-                // own task has run once more: a call before that would open another connection.
-                drop(response.into_body().collect().await);
-                tokio::task::yield_now().await;
-            }
-            Err(error) => tracing::debug!(%error, "answer was not taken to its end"),
+        if let Err(error) = self.connections.send(request, None).await {
+            tracing::debug!(%error, "answer was not taken to its end");
         }
     }
 
@@ -174,38 +172,18 @@ impl Runtime {
             r#"{{"errorType":"Runtime.InitError","errorMessage":{}}}"#,
             serde_json::to_string(&error.to_string()).unwrap_or_default()
         );
-        let request = post("/2018-06-01/runtime/init/error")
+        let request = self
+            .post("/init/error")
             .header(ERROR_TYPE, "Runtime.InitError")
-            .body(Body::from(body))
+            .body(Either::Left(Full::from(body)))
             .expect("the request's parts are fixed texts");
         // The process ends with the error either way; a Runtime API that hangs must not keep it.
-        drop(tokio::time::timeout(Duration::from_secs(1), self.client.call(request)).await);
+        drop(tokio::time::timeout(Duration::from_secs(1), self.connections.send(request, None)).await);
     }
-}
 
-/// Reads a whole event. Most come in one piece, which is not copied; the pieces of a long one are not kept until the last.
-async fn read<B: HttpBody<Data = Bytes> + Unpin>(mut body: B) -> Result<Bytes, B::Error> {
-    let length = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX).min(limits::EVENT_BYTES);
-    let mut first = Bytes::new();
-    let mut whole = BytesMut::new();
-    while let Some(frame) = body.frame().await {
-        let Ok(data) = frame?.into_data() else { continue };
-        if first.is_empty() && whole.is_empty() {
-            first = data;
-            continue;
-        }
-        if whole.is_empty() {
-            whole.reserve(length);
-            whole.extend_from_slice(&std::mem::take(&mut first));
-        }
-        whole.extend_from_slice(&data);
+    fn post(&self, path: &str) -> http::request::Builder {
+        Request::post([&*self.api, path].concat()).header(header::USER_AGENT, NAME)
     }
-    Ok(if whole.is_empty() { first } else { whole.freeze() })
-}
-
-fn post(path: &str) -> http::request::Builder {
-    let uri: Uri = path.parse().unwrap_or_else(|_| Uri::from_static("/"));
-    build_request().method(Method::POST).uri(uri)
 }
 
 /// The producer went away in the middle.
@@ -214,6 +192,7 @@ fn post(path: &str) -> http::request::Builder {
 struct Vanished;
 
 /// What is still to be sent of the head.
+#[derive(Debug)]
 enum Begin {
     /// The head, and what is there of the body.
     Head(Bytes),
@@ -226,6 +205,7 @@ enum Begin {
     Done,
 }
 
+#[derive(Debug)]
 struct AnswerBody {
     begin: Begin,
     rest: mpsc::Receiver<Piece>,
@@ -237,7 +217,7 @@ struct AnswerBody {
 
 impl AnswerBody {
     fn new(answer: Answer, idle: Option<Duration>) -> Self {
-        let body = answer.first.windows(DELIMITER.len()).position(|bytes| bytes == DELIMITER);
+        let body = memchr::memmem::find(&answer.first, &DELIMITER);
         let body = body.map_or(0, |at| answer.first.len() - at - DELIMITER.len());
         Self {
             begin: Begin::Head(answer.first),
@@ -332,6 +312,8 @@ impl HttpBody for AnswerBody {
 
 #[cfg(test)]
 mod tests {
+    use http_body_util::BodyExt as _;
+
     use super::*;
 
     async fn collect(pieces: Vec<Piece>) -> Result<(Bytes, bool), Vanished> {

@@ -310,7 +310,7 @@ async fn stream(
 
 /// Splits what has come so far into the head and the beginning of the body, once the separator is in.
 fn split_prelude(begun: &mut BytesMut) -> Option<(Bytes, Bytes)> {
-    let at = begun.windows(PRELUDE_END.len()).position(|window| window == PRELUDE_END)?;
+    let at = memchr::memmem::find(begun, &PRELUDE_END)?;
     let prelude = begun.split_to(at).freeze();
     let _ = begun.split_to(PRELUDE_END.len());
     Some((prelude, begun.split().freeze()))
