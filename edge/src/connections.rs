@@ -27,6 +27,15 @@ use tower_service::Service as _;
 /// connections with it. AWS closes idle ones after 20 s and more.
 const IDLE: Duration = Duration::from_secs(20);
 
+/// How much is waited for and taken.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds {
+    /// How long it may take until there is a connection.
+    pub connect: Option<Duration>,
+    /// The most bytes of an answer's body.
+    pub answer: usize,
+}
+
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why there is no answer.
@@ -44,6 +53,9 @@ pub enum SendError {
     /// The connection ended, or what came over it is not HTTP.
     #[error(transparent)]
     Http(#[from] hyper::Error),
+    /// The answer has more bytes than are taken.
+    #[error("the answer is too long")]
+    TooLong,
 }
 
 /// Connections, over which requests with the body `B` go. Clones share them.
@@ -122,7 +134,7 @@ where
         Self(Arc::new(Shared { tcp, most_idle, hosts: Mutex::new(Vec::new()) }))
     }
 
-    /// Sends a request with an absolute target. `connect` is how long it may take until there is a connection.
+    /// Sends a request with an absolute target.
     ///
     /// A request that finds its connection closed, before anything of it was written, goes over another one. Nothing is sent
     /// twice.
@@ -130,11 +142,7 @@ where
     /// # Errors
     ///
     /// See [`SendError`].
-    pub async fn send(
-        &self,
-        request: Request<B>,
-        connect: Option<Duration>,
-    ) -> Result<Response<Bytes>, SendError> {
+    pub async fn send(&self, request: Request<B>, bounds: Bounds) -> Result<Response<Bytes>, SendError> {
         let (uri, mut request) = to_host(request)?;
         loop {
             let known = self.0.take(&uri);
@@ -142,14 +150,14 @@ where
             let mut connection = match known {
                 Some(connection) => connection,
                 // Seldom, and large: whoever sends moves this future.
-                None => Box::pin(self.0.connect_within(&uri, connect)).await?,
+                None => Box::pin(self.0.connect_within(&uri, bounds.connect)).await?,
             };
             // The task that has read the last answer to its end is about to find that it has.
             if is_known && connection.ready().await.is_err() {
                 continue;
             }
             match connection.try_send_request(request).await {
-                Ok(answer) => return self.0.read(&uri, connection, answer).await,
+                Ok(answer) => return self.0.read(&uri, connection, answer, bounds.answer).await,
                 Err(mut error) => match error.take_message() {
                     // Closed by the other side while nobody used it: nothing of the request was written.
                     Some(unsent) if is_known => request = unsent,
@@ -204,9 +212,10 @@ where
         uri: &Uri,
         connection: http1::SendRequest<B>,
         answer: Response<hyper::body::Incoming>,
+        most: usize,
     ) -> Result<Response<Bytes>, SendError> {
         let (head, body) = answer.into_parts();
-        let body = read(body).await?;
+        let body = read(body, most).await?;
         // Who fails may be one of several behind the same name: the next attempt is to find another one.
         if !head.status.is_server_error() {
             self.keep(uri, connection);
@@ -250,7 +259,8 @@ fn to_host<B>(mut request: Request<B>) -> Result<(Uri, Request<B>), SendError> {
         return Err(SendError::NoHost);
     };
     let own = if *scheme == Scheme::HTTPS { 443 } else { 80 };
-    let name = if authority.port_u16() == Some(own) { authority.host() } else { authority.as_str() };
+    let name = authority.as_str().rsplit('@').next().unwrap_or_default();
+    let name = if authority.port_u16() == Some(own) { authority.host() } else { name };
     let name = HeaderValue::from_str(name).map_err(|_| SendError::NoHost)?;
     request.headers_mut().entry(header::HOST).or_insert(name);
     *request.uri_mut() =
@@ -259,12 +269,18 @@ fn to_host<B>(mut request: Request<B>) -> Result<(Uri, Request<B>), SendError> {
 }
 
 /// Reads a whole body. Most come in one piece, which is not copied; the pieces of a long one are not kept until the last.
-async fn read<B: Body<Data = Bytes> + Unpin>(mut body: B) -> Result<Bytes, B::Error> {
+async fn read<B: Body<Data = Bytes, Error: Into<SendError>> + Unpin>(
+    mut body: B,
+    most: usize,
+) -> Result<Bytes, SendError> {
     let length = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX).min(limits::EVENT_BYTES);
     let mut first = Bytes::new();
     let mut whole = BytesMut::new();
     while let Some(frame) = body.frame().await {
-        let Ok(data) = frame?.into_data() else { continue };
+        let Ok(data) = frame.map_err(Into::into)?.into_data() else { continue };
+        if first.len() + whole.len() + data.len() > most {
+            return Err(SendError::TooLong);
+        }
         if first.is_empty() && whole.is_empty() {
             first = data;
             continue;
@@ -290,6 +306,7 @@ mod tests {
 
     use super::*;
 
+    const BOUNDS: Bounds = Bounds { connect: Some(Duration::from_secs(10)), answer: 2 };
     const FINE: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}";
     const LAST: &str = "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}";
     const FAILED: &str = "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 2\r\n\r\n{}";
@@ -346,7 +363,7 @@ mod tests {
     }
 
     async fn call(connections: &Connections<Full<Bytes>>, url: &str) -> Result<(u16, String), SendError> {
-        let answer = connections.send(request(url), Some(Duration::from_secs(10))).await?;
+        let answer = connections.send(request(url), BOUNDS).await?;
         Ok((answer.status().as_u16(), String::from_utf8(answer.into_body().to_vec()).unwrap()))
     }
 
@@ -403,7 +420,8 @@ mod tests {
         // It takes the connection and knows nothing of TLS.
         let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("https://{}/", silent.local_addr().unwrap());
-        let late = Connections::new(true).send(request(&url), Some(Duration::from_millis(20))).await;
+        let bounds = Bounds { connect: Some(Duration::from_millis(20)), ..BOUNDS };
+        let late = Connections::new(true).send(request(&url), bounds).await;
         assert!(matches!(late, Err(SendError::Late)), "{late:?}");
     }
 
@@ -415,6 +433,7 @@ mod tests {
             ("https://a.example:80", "a.example:80", "/"),
             ("http://127.0.0.1:4566/x", "127.0.0.1:4566", "/x"),
             ("http://127.0.0.1:80/x", "127.0.0.1", "/x"),
+            ("http://user:password@[::1]:81/x", "[::1]:81", "/x"),
         ] {
             let (_, request) = to_host(request(url)).unwrap();
             assert_eq!(
@@ -430,17 +449,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_body_is_read_whole_whatever_it_says_of_its_length() {
-        use std::{convert::Infallible, iter};
+    async fn a_body_is_read_whole_or_is_too_long_whatever_it_says_of_its_length() {
+        use std::iter;
 
         use http_body::Frame;
         use http_body_util::StreamBody;
 
         for pieces in [vec![], vec!["a"], vec!["", "a"], vec!["a", "bc", "", "d"]] {
-            let frames = pieces.iter().map(|piece| Ok::<_, Infallible>(Frame::data(Bytes::from(*piece))));
-            let trailers = iter::once(Ok(Frame::trailers(http::HeaderMap::new())));
-            let body = StreamBody::new(futures_util::stream::iter(frames.chain(trailers)));
-            assert_eq!(read(body).await.unwrap(), pieces.concat(), "{pieces:?}");
+            let frames = || {
+                let data = pieces.iter().map(|piece| Frame::data(Bytes::from(*piece)));
+                let trailers = iter::once(Frame::trailers(http::HeaderMap::new()));
+                data.chain(trailers).map(Ok::<_, SendError>).collect::<Vec<_>>()
+            };
+            let body = |frames| StreamBody::new(futures_util::stream::iter(frames));
+            let whole = pieces.concat();
+            assert_eq!(read(body(frames()), whole.len()).await.unwrap(), whole, "{pieces:?}");
+            if let Some(less) = whole.len().checked_sub(1) {
+                assert!(matches!(read(body(frames()), less).await, Err(SendError::TooLong)), "{pieces:?}");
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! [`Connections`] as the HTTP client of the SDK. Enters: a request of the SDK. Leaves: its answer, or what the SDK goes by
 //! when it decides about another attempt.
 
-use std::{error::Error as _, time::Duration};
+use std::error::Error as _;
 
 use aws_smithy_runtime_api::client::{
     http::{HttpClient, HttpConnector, HttpConnectorFuture, HttpConnectorSettings, SharedHttpConnector},
@@ -11,7 +11,10 @@ use aws_smithy_runtime_api::client::{
 };
 use aws_smithy_types::{body::SdkBody, retry::ErrorKind};
 
-use crate::connections::{Connections, SendError};
+use crate::connections::{Bounds, Connections, SendError};
+
+/// The most bytes of an answer: the largest are DynamoDB's of 16 MB of items, with the escapes of JSON.
+const ANSWER_BYTES: usize = 64 * 1024 * 1024;
 
 /// The client. How long an answer may take is a matter of the attempt and not of the connection.
 #[derive(Debug)]
@@ -20,7 +23,7 @@ pub(crate) struct Client(pub(crate) Connections<SdkBody>);
 #[derive(Debug)]
 struct Connector {
     connections: Connections<SdkBody>,
-    connect: Option<Duration>,
+    bounds: Bounds,
 }
 
 impl HttpClient for Client {
@@ -31,17 +34,17 @@ impl HttpClient for Client {
     ) -> SharedHttpConnector {
         SharedHttpConnector::new(Connector {
             connections: self.0.clone(),
-            connect: settings.connect_timeout(),
+            bounds: Bounds { connect: settings.connect_timeout(), answer: ANSWER_BYTES },
         })
     }
 }
 
 impl HttpConnector for Connector {
     fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
-        let (connections, connect) = (self.connections.clone(), self.connect);
+        let (connections, bounds) = (self.connections.clone(), self.bounds);
         HttpConnectorFuture::new(async move {
             let request = request.try_into_http1x().map_err(|error| ConnectorError::user(error.into()))?;
-            let answer = connections.send(request, connect).await.map_err(failed)?;
+            let answer = connections.send(request, bounds).await.map_err(failed)?;
             HttpResponse::try_from(answer.map(SdkBody::from))
                 .map_err(|error| ConnectorError::other(error.into(), None))
         })
@@ -59,6 +62,7 @@ fn failed(error: SendError) -> ConnectorError {
         SendError::Late => ConnectorError::timeout(error.into()),
         SendError::Connect(_) => ConnectorError::io(error.into()),
         SendError::NoHost => ConnectorError::user(error.into()),
+        SendError::TooLong => ConnectorError::other(error.into(), None),
         SendError::Http(http) if http.is_user() => ConnectorError::user(error.into()),
         SendError::Http(http) if http.is_incomplete_message() => {
             ConnectorError::other(error.into(), Some(ErrorKind::TransientError))
@@ -76,6 +80,8 @@ mod tests {
     };
 
     use super::*;
+
+    const BOUNDS: Bounds = Bounds { connect: None, answer: 5 };
 
     /// What a call comes to whose server answers so and hangs up.
     async fn outcome(scheme: &str, answer: Option<&'static str>) -> Result<String, ConnectorError> {
@@ -95,7 +101,7 @@ mod tests {
         let mut request = HttpRequest::new(SdkBody::from("{}"));
         request.set_method("POST").unwrap();
         request.set_uri(url).unwrap();
-        let connector = Connector { connections: Connections::new(true), connect: None };
+        let connector = Connector { connections: Connections::new(true), bounds: BOUNDS };
         let (outcome, ()) = tokio::join!(connector.call(request), serve);
         outcome.map(|answer| String::from_utf8(answer.body().bytes().unwrap().to_vec()).unwrap())
     }
@@ -103,6 +109,8 @@ mod tests {
     #[tokio::test]
     async fn the_sdk_is_told_what_an_error_means_for_another_attempt() {
         assert_eq!(outcome("http", Some("HTTP/1.1 200 OK\r\n\r\nwhole")).await.unwrap(), "whole");
+        let long = outcome("http", Some("HTTP/1.1 200 OK\r\n\r\nlonger")).await.unwrap_err();
+        assert!(long.is_other() && long.as_other().is_none(), "{long:?}");
         let error = outcome("http", None).await.unwrap_err();
         assert!(error.is_io(), "{error:?}");
         let error = outcome("https", Some("this is no TLS")).await.unwrap_err();
@@ -115,7 +123,7 @@ mod tests {
         assert!(error.is_other() && error.as_other().is_none(), "{error:?}");
         let mut request = HttpRequest::new(SdkBody::empty());
         request.set_uri("/nowhere").unwrap();
-        let connector = Connector { connections: Connections::new(true), connect: None };
+        let connector = Connector { connections: Connections::new(true), bounds: BOUNDS };
         assert!(connector.call(request).await.unwrap_err().is_user());
     }
 }

@@ -11,15 +11,8 @@ pub fn init() {
     let level = std::env::var("AWS_LAMBDA_LOG_LEVEL").unwrap_or_default();
     let level = if level.is_empty() { "info".to_owned() } else { level.to_lowercase() };
     // Below `info` these print whole events and header fields, and with them tokens.
-    let quiet = [
-        "lambda_runtime",
-        "lambda_runtime_api_client",
-        "hyper",
-        "h2",
-        "reqwest",
-        "aws_config",
-        "aws_smithy_runtime",
-    ];
+    let quiet =
+        ["lambda_runtime", "lambda_runtime_api_client", "hyper", "h2", "aws_config", "aws_smithy_runtime"];
     let directives = quiet.iter().fold(level, |all, target| format!("{all},{target}=info"));
     let filter = EnvFilter::try_new(directives);
     let subscriber = fmt()

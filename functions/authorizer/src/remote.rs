@@ -11,6 +11,11 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
+use edge::connections::{Bounds, Connections, SendError};
+use http::{Request, StatusCode, Uri, header, uri::Scheme};
+use http_body_util::Empty;
+
 use crate::key::{JWKS_BYTES, Key, KeyError, KeySet};
 
 /// How old a set may become before it is fetched again: how long a key that its provider has
@@ -35,7 +40,10 @@ pub enum RemoteError {
     NotHttps,
     /// No answer, or not one of HTTP.
     #[error("the JWK set could not be fetched")]
-    Http(#[source] reqwest::Error),
+    Http(#[source] SendError),
+    /// No answer in time.
+    #[error("the identity provider did not answer within {} s", FETCH_TIMEOUT.as_secs())]
+    Late,
     /// An answer without a set.
     #[error("the identity provider answered {0}")]
     Status(u16),
@@ -59,7 +67,7 @@ pub(crate) enum Lookup {
 #[derive(Debug)]
 pub struct Remote {
     url: String,
-    client: reqwest::Client,
+    connections: Connections<Empty<Bytes>>,
     secret: KeySet,
     state: Mutex<State>,
     /// Held by the one task that asks the provider.
@@ -108,18 +116,19 @@ impl Remote {
     ///
     /// [`RemoteError`] when the address is not `https`.
     pub fn new(url: &str, secret: KeySet) -> Result<Self, RemoteError> {
-        let https = reqwest::Url::parse(url).is_ok_and(|url| url.scheme() == "https" && url.has_host());
+        let https = url.parse::<Uri>().is_ok_and(|url| {
+            url.scheme() == Some(&Scheme::HTTPS) && url.host().is_some_and(|host| !host.is_empty())
+        });
         if !https {
             return Err(RemoteError::NotHttps);
         }
-        let client = client().https_only(true).build().map_err(RemoteError::Http)?;
-        Ok(Self::with_client(url, secret, client))
+        Ok(Self::over(Connections::new(false), url, secret))
     }
 
-    fn with_client(url: &str, secret: KeySet, client: reqwest::Client) -> Self {
+    fn over(connections: Connections<Empty<Bytes>>, url: &str, secret: KeySet) -> Self {
         let keys = Arc::new(secret.clone());
         let state = Mutex::new(State { keys, fetched_at: None, asked_at: None, answered: false });
-        Self { url: url.into(), client, secret, state, asking: tokio::sync::Mutex::default() }
+        Self { url: url.into(), connections, secret, state, asking: tokio::sync::Mutex::default() }
     }
 
     /// Finds the key with this id at the Unix time `now`, in seconds, and asks the provider if that
@@ -162,30 +171,20 @@ impl Remote {
     }
 
     async fn fetch(&self) -> Result<KeySet, RemoteError> {
-        let http = |error: reqwest::Error| RemoteError::Http(error.without_url());
-        let mut response = self.client.get(&self.url).send().await.map_err(http)?;
-        if response.status() != reqwest::StatusCode::OK {
+        let request = Request::get(&self.url).header(header::ACCEPT, "application/json").body(Empty::new());
+        let request = request.map_err(|_| RemoteError::NotHttps)?;
+        let bounds = Bounds { connect: None, answer: JWKS_BYTES };
+        let sent = tokio::time::timeout(FETCH_TIMEOUT, self.connections.send(request, bounds));
+        let response = match sent.await.map_err(|_| RemoteError::Late)? {
+            Err(SendError::TooLong) => return Err(KeyError::TooLarge.into()),
+            sent => sent.map_err(RemoteError::Http)?,
+        };
+        // A redirect is not followed.
+        if response.status() != StatusCode::OK {
             return Err(RemoteError::Status(response.status().as_u16()));
         }
-        let mut body = Vec::new();
-        while let Some(bytes) = response.chunk().await.map_err(http)? {
-            if body.len() + bytes.len() > JWKS_BYTES {
-                return Err(KeyError::TooLarge.into());
-            }
-            body.extend_from_slice(&bytes);
-        }
-        Ok(KeySet::from_jwks(&body)?.merged(&self.secret)?)
+        Ok(KeySet::from_jwks(response.body())?.merged(&self.secret)?)
     }
-}
-
-/// A client that goes where it is sent and nowhere else.
-fn client() -> reqwest::ClientBuilder {
-    reqwest::Client::builder()
-        .timeout(FETCH_TIMEOUT)
-        .redirect(reqwest::redirect::Policy::none())
-        .no_proxy()
-        // Lambda freezes the process between two events: an idle connection would be dead by then.
-        .pool_max_idle_per_host(0)
 }
 
 #[cfg(test)]
@@ -213,7 +212,7 @@ mod tests {
             }
             served
         });
-        (Remote::with_client(&url, KeySet::default(), client().build().unwrap()), task)
+        (Remote::over(Connections::new(true), &url, KeySet::default()), task)
     }
 
     fn jwks(ids: &[&str]) -> String {
@@ -280,7 +279,7 @@ mod tests {
     async fn the_secret_never_asks_the_provider() {
         let mut secret = KeySet::default();
         secret.add_secret("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=").unwrap();
-        let remote = Remote::with_client("http://127.0.0.1:1/", secret, client().build().unwrap());
+        let remote = Remote::over(Connections::new(true), "http://127.0.0.1:1/", secret);
         assert!(matches!(remote.find(crate::key::SECRET_KEY_ID, 1000).await, Lookup::Found(_)));
     }
 

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::Context as _;
 use bytes::Bytes;
-use edge::connections::Connections;
+use edge::connections::{Bounds, Connections};
 use exchange::public::{Head, Piece, Pieces};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Uri, header};
 use http_body::{Body as HttpBody, Frame};
@@ -34,6 +34,9 @@ const ERROR_BODY: HeaderName = HeaderName::from_static("lambda-runtime-function-
 
 /// How it names itself.
 const NAME: &str = concat!("tunnel-ingress/", env!("CARGO_PKG_VERSION"));
+
+/// An event is waited for as long as it takes, and Lambda has bounded it.
+const BOUNDS: Bounds = Bounds { connect: None, answer: usize::MAX };
 
 /// How many pieces may wait between the producer of a body and the connection that sends it.
 const PIECES: usize = 1;
@@ -138,7 +141,7 @@ impl Runtime {
     pub async fn next(&self) -> anyhow::Result<Invocation> {
         let request = Request::get(format!("{}/invocation/next", self.api));
         let request = request.header(header::USER_AGENT, NAME).body(Either::Left(Full::default()))?;
-        let (head, event) = self.connections.send(request, None).await?.into_parts();
+        let (head, event) = self.connections.send(request, BOUNDS).await?.into_parts();
         anyhow::ensure!(head.status.is_success(), "the Runtime API answered {}", head.status);
         let text = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok());
         let aws_request_id = text("lambda-runtime-aws-request-id").context("an event has no id")?.to_owned();
@@ -161,7 +164,7 @@ impl Runtime {
             .header(header::TRAILER, "Lambda-Runtime-Function-Error-Type, Lambda-Runtime-Function-Error-Body")
             .body(Either::Right(body))
             .expect("the request's parts are fixed texts and an id that came as a header");
-        if let Err(error) = self.connections.send(request, None).await {
+        if let Err(error) = self.connections.send(request, BOUNDS).await {
             tracing::debug!(%error, "answer was not taken to its end");
         }
     }
@@ -178,7 +181,7 @@ impl Runtime {
             .body(Either::Left(Full::from(body)))
             .expect("the request's parts are fixed texts");
         // The process ends with the error either way; a Runtime API that hangs must not keep it.
-        drop(tokio::time::timeout(Duration::from_secs(1), self.connections.send(request, None)).await);
+        drop(tokio::time::timeout(Duration::from_secs(1), self.connections.send(request, BOUNDS)).await);
     }
 
     fn post(&self, path: &str) -> http::request::Builder {
