@@ -1158,10 +1158,9 @@ impl<'a> Outflow<'a> {
             }
         };
         let end = self.ended && taken == self.pending.len();
-        let reply =
-            AgentMessage::Reply(Reply { token: self.sender.token.into(), status, headers, body, end });
-        let text = encode(&reply, self.sender.room(head + taken.div_ceil(3) * 4));
-        drop(reply);
+        let reply = Reply { token: self.sender.token.into(), status, headers, body, end };
+        let mut text = Vec::with_capacity(self.sender.room(head + taken.div_ceil(3) * 4));
+        reply.append(&mut text);
         self.sender.outbox.send(text, bulk).await?;
         self.sent(taken, line);
         Ok(())
@@ -1202,9 +1201,9 @@ impl<'a> Outflow<'a> {
             }
         };
         let end = self.ended && taken == self.pending.len();
-        let chunk = AgentMessage::Chunk(Chunk { token: self.sender.token.into(), seq: self.seq, body, end });
-        let text = encode(&chunk, self.sender.room(taken.div_ceil(3) * 4));
-        drop(chunk);
+        let chunk = Chunk { token: self.sender.token.into(), seq: self.seq, body, end };
+        let mut text = Vec::with_capacity(self.sender.room(taken.div_ceil(3) * 4));
+        chunk.append(&mut text);
         self.sender.outbox.send(text, bulk).await?;
         self.sent(taken, line);
         Ok(())
