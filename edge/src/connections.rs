@@ -36,6 +36,10 @@ pub struct Bounds {
     pub answer: usize,
 }
 
+/// The most bytes of an answer that wait in a connection. By itself hyper takes up to 400 KB; a long answer is copied into one
+/// piece either way.
+const BUFFER_BYTES: usize = 64 * 1024;
+
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why there is no answer.
@@ -198,7 +202,7 @@ where
 
     async fn connect(&self, uri: &Uri) -> Result<http1::SendRequest<B>, SendError> {
         let stream = self.tcp.clone().call(uri.clone()).await.map_err(SendError::Connect)?;
-        let (sender, connection) = http1::handshake(stream).await?;
+        let (sender, connection) = http1::Builder::new().max_buf_size(BUFFER_BYTES).handshake(stream).await?;
         tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "a connection to AWS ended");
