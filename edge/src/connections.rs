@@ -116,15 +116,15 @@ where
     /// `is_plain` says that nothing is asked over TLS: the roots of trust are then not read, and nobody is trusted.
     #[must_use]
     pub fn new(is_plain: bool) -> Self {
-        Self::idle(is_plain, IDLE)
+        Self::with(if is_plain { RootCertStore::empty() } else { roots() }, IDLE)
     }
 
-    /// As [`Connections::new`], with connections that may be silent for `most_idle`.
-    fn idle(is_plain: bool, most_idle: Duration) -> Self {
+    /// Connections to whom `roots` trust, which may be silent for `most_idle`.
+    fn with(roots: RootCertStore, most_idle: Duration) -> Self {
         let tls = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
             .with_safe_default_protocol_versions()
             .expect("the provider has what TLS 1.2 and 1.3 need")
-            .with_root_certificates(if is_plain { RootCertStore::empty() } else { roots() })
+            .with_root_certificates(roots)
             .with_no_client_auth();
         let mut tcp = HttpConnector::new();
         tcp.set_nodelay(true);
@@ -303,10 +303,15 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use http_body_util::Full;
-    use tokio::{
-        io::{AsyncReadExt as _, AsyncWriteExt as _},
-        net::{TcpListener, TcpStream},
+    use rustls::{
+        ServerConfig,
+        pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
     };
+    use tokio::{
+        io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+        net::TcpListener,
+    };
+    use tokio_rustls::TlsAcceptor;
 
     use super::*;
 
@@ -344,7 +349,12 @@ mod tests {
         }
     }
 
-    async fn serve(mut stream: TcpStream, answer: &'static str, most: usize, came: Arc<Mutex<Vec<String>>>) {
+    async fn serve(
+        mut stream: impl AsyncRead + AsyncWrite + Unpin,
+        answer: &'static str,
+        most: usize,
+        came: Arc<Mutex<Vec<String>>>,
+    ) {
         for _ in 0..most {
             let mut request = Vec::new();
             let mut buffer = [0; 4096];
@@ -373,7 +383,7 @@ mod tests {
 
     async fn three(answer: &'static str, most: usize, idle: Duration) -> (usize, usize) {
         let server = Server::start(answer, most).await;
-        let connections = Connections::idle(true, idle);
+        let connections = Connections::with(RootCertStore::empty(), idle);
         for _ in 0..3 {
             let status = answer[9..12].parse().unwrap();
             assert_eq!(call(&connections, &server.url).await.unwrap(), (status, "{}".to_owned()));
@@ -427,6 +437,43 @@ mod tests {
         let bounds = Bounds { connect: Some(Duration::from_millis(20)), ..BOUNDS };
         let late = Connections::new(true).send(request(&url), bounds).await;
         assert!(matches!(late, Err(SendError::Late)), "{late:?}");
+    }
+
+    #[tokio::test]
+    async fn over_tls_the_hosts_certificate_is_asked_for_and_held_against_the_roots() {
+        const CERTIFICATE: &str = include_str!("../../agentd/tests/fixtures/localhost.pem");
+        const KEY: &str = include_str!("../../agentd/tests/fixtures/localhost.key");
+        const ROOT: &str = include_str!("../../agentd/tests/fixtures/ca.pem");
+
+        let chain = CertificateDer::pem_slice_iter(CERTIFICATE.as_bytes()).map(Result::unwrap).collect();
+        let tls = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(chain, PrivateKeyDer::from_pem_slice(KEY.as_bytes()).unwrap())
+            .unwrap();
+        let acceptor = TlsAcceptor::from(Arc::new(tls));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                if let Ok(stream) = acceptor.accept(stream).await {
+                    tokio::spawn(serve(stream, FINE, 9, Arc::default()));
+                }
+            }
+        });
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(ROOT.as_bytes()).unwrap()).unwrap();
+        let trusting = Connections::with(roots, IDLE);
+        let named = format!("https://localhost:{port}/");
+        assert_eq!(call(&trusting, &named).await.unwrap().0, 200);
+        // Nobody is trusted, and the name is another.
+        for (connections, url) in
+            [(Connections::new(true), named), (trusting, format!("https://127.0.0.2:{port}/"))]
+        {
+            let refused = call(&connections, &url).await;
+            assert!(matches!(refused, Err(SendError::Connect(_))), "{url}: {refused:?}");
+        }
     }
 
     #[tokio::test]

@@ -23,7 +23,7 @@ use tokio::{
 
 use super::{
     FunctionConfig, InvokeError, StreamingResponse,
-    process::{self, Launch, Running, Spawner},
+    process::{self, Freezer, Launch, Running, Spawner},
 };
 
 /// How long a process may take from its start to its first poll
@@ -65,6 +65,8 @@ impl fmt::Display for EnvironmentId {
 pub(super) struct Port {
     pub(super) address: SocketAddr,
     pub(super) server: AbortHandle,
+    /// Whether its process is suspended.
+    pub(super) freezer: Arc<Freezer>,
 }
 
 impl Drop for Port {
@@ -173,7 +175,7 @@ struct Environment {
     /// Why it is being killed.
     killed: Option<InvokeError>,
     wake: Arc<Notify>,
-    _port: Port,
+    port: Port,
 }
 
 #[derive(Default)]
@@ -309,9 +311,6 @@ impl Pool {
                 continue;
             }
             let (event, phase) = self.begin(environment, waiting);
-            if let Some(pid) = environment.pid {
-                process::thaw(pid);
-            }
             let Phase::Idle { parked, .. } = std::mem::replace(&mut environment.phase, phase) else {
                 unreachable!("the phase was just looked at, under the lock")
             };
@@ -393,9 +392,9 @@ impl Pool {
         }
         let (parked, poll) = oneshot::channel();
         environment.phase = Phase::Idle { parked, since: Instant::now() };
-        // Under the lock: an invocation can only find the process, and thaw it, after this.
+        // Under the lock: an invocation can only find the process, and what is written for it thaw it, after this.
         if let Some(pid) = environment.pid {
-            process::freeze(pid);
+            environment.port.freezer.freeze(pid);
         }
         state.idle.push(id.clone());
         Ok(Poll::Parked(poll))
@@ -630,7 +629,7 @@ impl Pool {
                 is_outdated: false,
                 killed: None,
                 wake: wake.clone(),
-                _port: port,
+                port,
             },
         );
         self.spawner.launch(Launch {
@@ -654,7 +653,7 @@ impl Pool {
             process::kill(pid);
         } else if matches!(environment.phase, Phase::Idle { .. }) {
             // It polled before its process id was known.
-            process::freeze(pid);
+            environment.port.freezer.freeze(pid);
         }
     }
 

@@ -8,7 +8,11 @@ use std::{
     io,
     path::PathBuf,
     process::Stdio,
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicI32, Ordering},
+        mpsc,
+    },
     thread,
 };
 
@@ -175,14 +179,28 @@ async fn forward_lines(name: &'static str, output: impl AsyncRead + Unpin, taken
     }
 }
 
-/// Suspends a process with everything it has started.
-pub(super) fn freeze(pid: Pid) {
-    let _ = kill_process_group(pid, Signal::STOP);
+/// Whether a process is suspended.
+///
+/// What is for it is written first and lets it go on then: woken before, it would look for it, find nothing and sleep again.
+#[derive(Debug, Default)]
+pub(super) struct Freezer {
+    /// The process while it is suspended, else 0.
+    frozen: AtomicI32,
 }
 
-/// Lets a suspended process go on.
-pub(super) fn thaw(pid: Pid) {
-    let _ = kill_process_group(pid, Signal::CONT);
+impl Freezer {
+    /// Suspends the process with everything it has started.
+    pub(super) fn freeze(&self, pid: Pid) {
+        self.frozen.store(pid.as_raw_nonzero().get(), Ordering::SeqCst);
+        let _ = kill_process_group(pid, Signal::STOP);
+    }
+
+    /// Lets the process go on if it is suspended.
+    pub(super) fn thaw(&self) {
+        if let Some(pid) = Pid::from_raw(self.frozen.swap(0, Ordering::SeqCst)) {
+            let _ = kill_process_group(pid, Signal::CONT);
+        }
+    }
 }
 
 /// Ends a process at once, suspended or not.

@@ -28,6 +28,7 @@ use tokio::{
 use super::{
     ANSWER_BYTES, InvokeError, Piece, STREAM_BYTES, STREAM_PIECES, StreamBody, StreamingResponse,
     pool::{EnvironmentId, Event, Poll, Pool, Port, Refused, Reply},
+    process::Freezer,
 };
 
 /// What separates a streamed answer's head from its body.
@@ -56,11 +57,12 @@ pub(super) fn start(pool: &Arc<Pool>, environment: EnvironmentId) -> io::Result<
     socket.listen(8)?;
     let listener = TcpListener::from_std(socket.into())?;
     let address = listener.local_addr()?;
-    let server = tokio::spawn(serve(listener, pool.clone(), environment)).abort_handle();
-    Ok(Port { address, server })
+    let freezer = Arc::<Freezer>::default();
+    let server = tokio::spawn(serve(listener, pool.clone(), environment, freezer.clone())).abort_handle();
+    Ok(Port { address, server, freezer })
 }
 
-async fn serve(listener: TcpListener, pool: Arc<Pool>, environment: EnvironmentId) {
+async fn serve(listener: TcpListener, pool: Arc<Pool>, environment: EnvironmentId, freezer: Arc<Freezer>) {
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
@@ -74,7 +76,7 @@ async fn serve(listener: TcpListener, pool: Arc<Pool>, environment: EnvironmentI
             tracing::debug!(%error, "connection lost before it began");
             continue;
         }
-        let (pool, environment) = (pool.clone(), environment.clone());
+        let (pool, environment, freezer) = (pool.clone(), environment.clone(), freezer.clone());
         tokio::spawn(async move {
             let service = service_fn(|request| {
                 let (pool, environment) = (&pool, &environment);
@@ -82,7 +84,7 @@ async fn serve(listener: TcpListener, pool: Arc<Pool>, environment: EnvironmentI
             });
             let connection = http1::Builder::new()
                 .auto_date_header(false)
-                .serve_connection(TokioIo::new(QuickAck(stream)), service);
+                .serve_connection(TokioIo::new(ProcessStream { stream, freezer }), service);
             if let Err(error) = connection.await {
                 tracing::trace!(%error, "runtime api connection ended");
             }
@@ -411,42 +413,55 @@ fn refuse(status: StatusCode, error_type: &'static str) -> Response<Full<Bytes>>
     response
 }
 
-/// A socket that acknowledges what it has read at once.
+/// A process's socket: it acknowledges at once what it has read, and lets a suspended process go on that it has written to.
 ///
 /// A runtime client may leave Nagle's algorithm on: its second small write then waits for the
 /// acknowledgement of the first, which the kernel would delay by 40 ms. The kernel forgets the
 /// option, so it is set again after each read.
-struct QuickAck(TcpStream);
+struct ProcessStream {
+    stream: TcpStream,
+    freezer: Arc<Freezer>,
+}
 
-impl AsyncRead for QuickAck {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> TaskPoll<io::Result<()>> {
-        let result = Pin::new(&mut self.0).poll_read(context, buffer);
+impl ProcessStream {
+    fn written(&self, result: TaskPoll<io::Result<usize>>) -> TaskPoll<io::Result<usize>> {
         if result.is_ready() {
-            let _ = SockRef::from(&self.0).set_tcp_quickack(true);
+            self.freezer.thaw();
         }
         result
     }
 }
 
-impl AsyncWrite for QuickAck {
+impl AsyncRead for ProcessStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> TaskPoll<io::Result<()>> {
+        let result = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if result.is_ready() {
+            let _ = SockRef::from(&self.stream).set_tcp_quickack(true);
+        }
+        result
+    }
+}
+
+impl AsyncWrite for ProcessStream {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> TaskPoll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(context, bytes)
+        let result = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.written(result)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> TaskPoll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(context)
+        Pin::new(&mut self.stream).poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> TaskPoll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(context)
+        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 
     fn poll_write_vectored(
@@ -454,11 +469,12 @@ impl AsyncWrite for QuickAck {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> TaskPoll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write_vectored(context, slices)
+        let result = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
+        self.written(result)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
+        self.stream.is_write_vectored()
     }
 }
 
