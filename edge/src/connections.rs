@@ -1,7 +1,7 @@
 //! HTTP/1.1 connections that are used again. Enters: a request. Leaves: its answer, read to the end.
 //!
 //! `hyper-util`'s client finds a connection by hashing the host's name, letter by letter, several times a request, and knows
-//! nothing of time in which the process stood still. Here a connection that was silent for [`IDLE`] is not used again. Every
+//! nothing of time in which the process stood still. Here a connection that was silent for 20 s is not used again. Every
 //! answer is read whole, since nobody here reads one piece by piece.
 
 use std::{
