@@ -542,30 +542,6 @@ pub struct Reply<'a> {
     pub end: bool,
 }
 
-impl Reply<'_> {
-    /// Appends the message as it travels: what [`AgentMessage::encode`] says of it, with the body last. Nothing looks at that
-    /// byte by byte.
-    pub fn append(mut self, json: &mut Vec<u8>) {
-        let body = self.body.take();
-        append(&AgentMessage::Reply(self), body, json);
-    }
-}
-
-impl Chunk<'_> {
-    /// As [`Reply::append`].
-    pub fn append(mut self, json: &mut Vec<u8>) {
-        let body = self.body.take();
-        append(&AgentMessage::Chunk(self), body, json);
-    }
-}
-
-fn append(message: &AgentMessage<'_>, body: Option<Body<'_>>, json: &mut Vec<u8>) {
-    serde_json::to_writer(&mut *json, message).expect("it has string keys and no failing serializer");
-    if let Some(body) = body {
-        push_field(json, "body", |json| body.push(json));
-    }
-}
-
 /// See [`AgentMessage::Chunk`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Chunk<'a> {
@@ -667,6 +643,25 @@ const fn is_zero(number: &u32) -> bool {
 }
 
 impl AgentMessage<'_> {
+    /// Appends the message as it travels: what [`AgentMessage::encode`] says of it, with a body last. Nothing looks at that
+    /// byte by byte.
+    ///
+    /// # Panics
+    ///
+    /// Never: messages have string keys and no failing serializer, and memory takes every write.
+    pub fn append(mut self, json: &mut Vec<u8>) {
+        let body = match &mut self {
+            Self::Reply(reply) => reply.body.take(),
+            Self::Chunk(chunk) => chunk.body.take(),
+            _ => None,
+        };
+        serde_json::to_writer(&mut *json, &self)
+            .expect("messages have string keys and no failing serializer");
+        if let Some(body) = body {
+            push_field(json, "body", |json| body.push(json));
+        }
+    }
+
     fn check(&self) -> Result<(), DecodeError> {
         match self {
             Self::Reply(reply) => {
@@ -832,21 +827,24 @@ mod tests {
             Body::Base64("QUJD".repeat(50).into()),
             Body::Zstd("KLUv".into()),
         ];
-        let held = |appended: Vec<u8>, message: &AgentMessage<'_>| {
+        let held = |message: AgentMessage<'_>| {
+            let mut appended = Vec::new();
+            message.clone().append(&mut appended);
             let text = String::from_utf8(appended).unwrap();
             assert_eq!(json(&text), json(&message.encode()));
-            assert_eq!(&AgentMessage::decode(&text).unwrap(), message);
+            assert_eq!(AgentMessage::decode(&text).unwrap(), message);
         };
         for body in bodies.iter().map(Some).chain([None]) {
             for end in [false, true] {
                 let (token, body, headers) = (Cow::Borrowed(TOKEN), body.cloned(), Headers::new());
-                let (mut reply, mut chunk) = (Vec::new(), Vec::new());
-                let message = Reply { token: token.clone(), status: 200, headers, body: body.clone(), end };
-                message.clone().append(&mut reply);
-                held(reply, &AgentMessage::Reply(message));
-                let message = Chunk { token, seq: 7, body, end };
-                message.clone().append(&mut chunk);
-                held(chunk, &AgentMessage::Chunk(message));
+                held(AgentMessage::Reply(Reply {
+                    token: token.clone(),
+                    status: 200,
+                    headers,
+                    body: body.clone(),
+                    end,
+                }));
+                held(AgentMessage::Chunk(Chunk { token, seq: 7, body, end }));
             }
         }
         for body in bodies {

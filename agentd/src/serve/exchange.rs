@@ -196,7 +196,7 @@ impl Exchange {
             let failed =
                 page.unwrap_or_else(|| AgentMessage::Failed(Failed { token: (&*token).into(), seq, code }));
             // If the link has gone, the edge knows.
-            let _ = sender.send(&failed).await;
+            let _ = sender.send(failed).await;
         }
     }
 }
@@ -216,13 +216,13 @@ impl Sender<'_> {
             told.push(header::RETRY_AFTER, value.clone());
         }
         let reply = Reply { token: self.token.into(), status, headers: told, body: None, end: true };
-        self.send(&AgentMessage::Reply(reply)).await?;
+        self.send(AgentMessage::Reply(reply)).await?;
         self.tally.set_sent(1);
         Ok(())
     }
 
     /// Sends a message of a few fields.
-    async fn send(&self, message: &AgentMessage<'_>) -> Result<(), LinkGone> {
+    async fn send(&self, message: AgentMessage<'_>) -> Result<(), LinkGone> {
         self.outbox.send(encode(message, self.room(0)), None).await
     }
 
@@ -233,10 +233,9 @@ impl Sender<'_> {
 }
 
 /// A message that is about so long. What is too much for it costs, and what is too little: most are small.
-fn encode(message: &AgentMessage<'_>, bytes: usize) -> Vec<u8> {
+fn encode(message: AgentMessage<'_>, bytes: usize) -> Vec<u8> {
     let mut text = Vec::with_capacity(bytes);
-    serde_json::to_writer(&mut text, message)
-        .expect("messages have string keys, no failing serializer, and memory takes every write");
+    message.append(&mut text);
     text
 }
 
@@ -575,7 +574,7 @@ async fn ask_for(
         tokio::spawn(return_credit(body.watch_taken(), token, sender.outbox.clone(), tally));
     }
     let ask = AgentMessage::Continue(Continue { token: sender.token.into(), codecs: Codecs::all(), window });
-    sender.send(&ask).await?;
+    sender.send(ask).await?;
     Ok(body)
 }
 
@@ -1158,9 +1157,9 @@ impl<'a> Outflow<'a> {
             }
         };
         let end = self.ended && taken == self.pending.len();
-        let reply = Reply { token: self.sender.token.into(), status, headers, body, end };
-        let mut text = Vec::with_capacity(self.sender.room(head + taken.div_ceil(3) * 4));
-        reply.append(&mut text);
+        let reply =
+            AgentMessage::Reply(Reply { token: self.sender.token.into(), status, headers, body, end });
+        let text = encode(reply, self.sender.room(head + taken.div_ceil(3) * 4));
         self.sender.outbox.send(text, bulk).await?;
         self.sent(taken, line);
         Ok(())
@@ -1201,9 +1200,8 @@ impl<'a> Outflow<'a> {
             }
         };
         let end = self.ended && taken == self.pending.len();
-        let chunk = Chunk { token: self.sender.token.into(), seq: self.seq, body, end };
-        let mut text = Vec::with_capacity(self.sender.room(taken.div_ceil(3) * 4));
-        chunk.append(&mut text);
+        let chunk = AgentMessage::Chunk(Chunk { token: self.sender.token.into(), seq: self.seq, body, end });
+        let text = encode(chunk, self.sender.room(taken.div_ceil(3) * 4));
         self.sender.outbox.send(text, bulk).await?;
         self.sent(taken, line);
         Ok(())
