@@ -5,6 +5,7 @@
 //! answer is read whole, since nobody here reads one piece by piece.
 
 use std::{
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -32,8 +33,10 @@ const IDLE: Duration = Duration::from_secs(20);
 pub struct Bounds {
     /// How long it may take until there is a connection.
     pub connect: Option<Duration>,
+    /// How long it may take until the answer is read.
+    pub answer: Option<Duration>,
     /// The most bytes of an answer's body.
-    pub answer: usize,
+    pub bytes: usize,
 }
 
 /// The most bytes of an answer that wait in a connection. By itself hyper takes up to 400 KB; a long answer is copied into one
@@ -51,8 +54,8 @@ pub enum SendError {
     /// No connection came about, so nothing was sent.
     #[error("no connection: {0}")]
     Connect(#[source] BoxError),
-    /// No connection came about in time, so nothing was sent.
-    #[error("no connection in time")]
+    /// It took longer than the bounds allow.
+    #[error("no answer in time")]
     Late,
     /// The connection ended, or what came over it is not HTTP.
     #[error(transparent)]
@@ -147,6 +150,10 @@ where
     ///
     /// See [`SendError`].
     pub async fn send(&self, request: Request<B>, bounds: Bounds) -> Result<Response<Bytes>, SendError> {
+        within(bounds.answer, self.exchange(request, bounds)).await
+    }
+
+    async fn exchange(&self, request: Request<B>, bounds: Bounds) -> Result<Response<Bytes>, SendError> {
         let (uri, mut request) = to_host(request)?;
         loop {
             let known = self.0.take(&uri);
@@ -154,14 +161,14 @@ where
             let mut connection = match known {
                 Some(connection) => connection,
                 // Seldom, and large: whoever sends moves this future.
-                None => Box::pin(self.0.connect_within(&uri, bounds.connect)).await?,
+                None => Box::pin(within(bounds.connect, self.0.connect(&uri))).await?,
             };
             // The task that has read the last answer to its end is about to find that it has.
             if is_known && connection.ready().await.is_err() {
                 continue;
             }
             match connection.try_send_request(request).await {
-                Ok(answer) => return self.0.read(&uri, connection, answer, bounds.answer).await,
+                Ok(answer) => return self.0.read(&uri, connection, answer, bounds.bytes).await,
                 Err(mut error) => match error.take_message() {
                     // Closed by the other side while nobody used it: nothing of the request was written.
                     Some(unsent) if is_known => request = unsent,
@@ -187,25 +194,12 @@ impl<B> Shared<B>
 where
     B: Body<Data: Send, Error: Into<BoxError>> + Send + 'static,
 {
-    async fn connect_within(
-        &self,
-        uri: &Uri,
-        limit: Option<Duration>,
-    ) -> Result<http1::SendRequest<B>, SendError> {
-        match limit {
-            None => self.connect(uri).await,
-            Some(limit) => {
-                tokio::time::timeout(limit, self.connect(uri)).await.unwrap_or(Err(SendError::Late))
-            }
-        }
-    }
-
     async fn connect(&self, uri: &Uri) -> Result<http1::SendRequest<B>, SendError> {
         let stream = self.tcp.clone().call(uri.clone()).await.map_err(SendError::Connect)?;
         let (sender, connection) = http1::Builder::new().max_buf_size(BUFFER_BYTES).handshake(stream).await?;
         tokio::spawn(async move {
             if let Err(error) = connection.await {
-                tracing::debug!(%error, "a connection to AWS ended");
+                tracing::debug!(%error, "a connection ended");
             }
         });
         Ok(sender)
@@ -256,6 +250,17 @@ where
     }
 }
 
+async fn within<T>(
+    limit: Option<Duration>,
+    future: impl Future<Output = Result<T, SendError>>,
+) -> Result<T, SendError> {
+    let future = pin!(future);
+    match limit {
+        None => future.await,
+        Some(limit) => tokio::time::timeout(limit, future).await.unwrap_or(Err(SendError::Late)),
+    }
+}
+
 /// Takes the host out of a request's target and names it in a field.
 fn to_host<B>(mut request: Request<B>) -> Result<(Uri, Request<B>), SendError> {
     let uri = std::mem::take(request.uri_mut());
@@ -272,8 +277,12 @@ fn to_host<B>(mut request: Request<B>) -> Result<(Uri, Request<B>), SendError> {
     Ok((uri, request))
 }
 
-/// Reads a whole body. Most come in one piece, which is not copied; the pieces of a long one are not kept until the last.
-async fn read<B: Body<Data = Bytes, Error: Into<SendError>> + Unpin>(
+/// Reads a whole body of at most so many bytes. Most come in one piece, which is not copied; the pieces of a long one are not kept until the last.
+///
+/// # Errors
+///
+/// [`SendError::TooLong`], or what ends the body.
+pub async fn read<B: Body<Data = Bytes, Error: Into<SendError>> + Unpin>(
     mut body: B,
     most: usize,
 ) -> Result<Bytes, SendError> {
@@ -315,7 +324,7 @@ mod tests {
 
     use super::*;
 
-    const BOUNDS: Bounds = Bounds { connect: Some(Duration::from_secs(10)), answer: 2 };
+    const BOUNDS: Bounds = Bounds { connect: Some(Duration::from_secs(10)), answer: None, bytes: 2 };
     const FINE: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}";
     const LAST: &str = "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}";
     const FAILED: &str = "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 2\r\n\r\n{}";

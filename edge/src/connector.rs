@@ -1,7 +1,7 @@
 //! [`Connections`] as the HTTP client of the SDK. Enters: a request of the SDK. Leaves: its answer, or what the SDK goes by
 //! when it decides about another attempt.
 
-use std::{error::Error as _, time::Duration};
+use std::error::Error as _;
 
 use aws_smithy_runtime_api::client::{
     http::{HttpClient, HttpConnector, HttpConnectorFuture, HttpConnectorSettings, SharedHttpConnector},
@@ -10,7 +10,6 @@ use aws_smithy_runtime_api::client::{
     runtime_components::RuntimeComponents,
 };
 use aws_smithy_types::{body::SdkBody, retry::ErrorKind};
-use tokio::time::error::Elapsed;
 
 use crate::connections::{Bounds, Connections, SendError};
 
@@ -25,8 +24,6 @@ pub(crate) struct Client(pub(crate) Connections<SdkBody>);
 struct Connector {
     connections: Connections<SdkBody>,
     bounds: Bounds,
-    /// How long an answer may take, where it is no matter of the attempt: credentials of a task of ECS.
-    answer: Option<Duration>,
 }
 
 impl HttpClient for Client {
@@ -37,26 +34,22 @@ impl HttpClient for Client {
     ) -> SharedHttpConnector {
         SharedHttpConnector::new(Connector {
             connections: self.0.clone(),
-            bounds: Bounds { connect: settings.connect_timeout(), answer: ANSWER_BYTES },
-            answer: settings.read_timeout(),
+            bounds: Bounds {
+                connect: settings.connect_timeout(),
+                // Where it is no matter of the attempt: credentials of a task of ECS.
+                answer: settings.read_timeout(),
+                bytes: ANSWER_BYTES,
+            },
         })
     }
 }
 
 impl HttpConnector for Connector {
     fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
-        let (connections, bounds, limit) = (self.connections.clone(), self.bounds, self.answer);
+        let (connections, bounds) = (self.connections.clone(), self.bounds);
         HttpConnectorFuture::new(async move {
             let request = request.try_into_http1x().map_err(|error| ConnectorError::user(error.into()))?;
-            let sent = connections.send(request, bounds);
-            let answer = match limit {
-                None => sent.await,
-                Some(limit) => {
-                    let late = |late: Elapsed| ConnectorError::timeout(late.into());
-                    tokio::time::timeout(limit, sent).await.map_err(late)?
-                }
-            };
-            let answer = answer.map_err(failed)?;
+            let answer = connections.send(request, bounds).await.map_err(failed)?;
             HttpResponse::try_from(answer.map(SdkBody::from))
                 .map_err(|error| ConnectorError::other(error.into(), None))
         })
@@ -86,6 +79,8 @@ fn failed(error: SendError) -> ConnectorError {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
         net::TcpListener,
@@ -93,7 +88,7 @@ mod tests {
 
     use super::*;
 
-    const BOUNDS: Bounds = Bounds { connect: None, answer: 5 };
+    const BOUNDS: Bounds = Bounds { connect: None, answer: None, bytes: 5 };
 
     /// What a call comes to whose server answers so and hangs up.
     async fn outcome(scheme: &str, answer: Option<&'static str>) -> Result<String, ConnectorError> {
@@ -113,7 +108,7 @@ mod tests {
         let mut request = HttpRequest::new(SdkBody::from("{}"));
         request.set_method("POST").unwrap();
         request.set_uri(url).unwrap();
-        let connector = Connector { connections: Connections::new(true), bounds: BOUNDS, answer: None };
+        let connector = Connector { connections: Connections::new(true), bounds: BOUNDS };
         let (outcome, ()) = tokio::join!(connector.call(request), serve);
         outcome.map(|answer| String::from_utf8(answer.body().bytes().unwrap().to_vec()).unwrap())
     }
@@ -135,13 +130,14 @@ mod tests {
         assert!(error.is_other() && error.as_other().is_none(), "{error:?}");
         let mut request = HttpRequest::new(SdkBody::empty());
         request.set_uri("/nowhere").unwrap();
-        let connector = Connector { connections: Connections::new(true), bounds: BOUNDS, answer: None };
+        let connector = Connector { connections: Connections::new(true), bounds: BOUNDS };
         assert!(connector.call(request).await.unwrap_err().is_user());
         // It takes the connection and says nothing.
         let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut request = HttpRequest::new(SdkBody::empty());
         request.set_uri(format!("http://{}/", silent.local_addr().unwrap())).unwrap();
-        let connector = Connector { answer: Some(Duration::from_millis(20)), ..connector };
+        let bounds = Bounds { answer: Some(Duration::from_millis(20)), ..BOUNDS };
+        let connector = Connector { bounds, ..connector };
         assert!(connector.call(request).await.unwrap_err().is_timeout());
     }
 }

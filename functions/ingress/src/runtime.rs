@@ -36,7 +36,7 @@ const ERROR_BODY: HeaderName = HeaderName::from_static("lambda-runtime-function-
 const NAME: &str = concat!("tunnel-ingress/", env!("CARGO_PKG_VERSION"));
 
 /// An event is waited for as long as it takes, and Lambda has bounded it.
-const BOUNDS: Bounds = Bounds { connect: None, answer: usize::MAX };
+const BOUNDS: Bounds = Bounds { connect: None, answer: None, bytes: usize::MAX };
 
 /// How many pieces may wait between the producer of a body and the connection that sends it.
 const PIECES: usize = 1;
@@ -181,7 +181,8 @@ impl Runtime {
             .body(Either::Left(Full::from(body)))
             .expect("the request's parts are fixed texts");
         // The process ends with the error either way; a Runtime API that hangs must not keep it.
-        drop(tokio::time::timeout(Duration::from_secs(1), self.connections.send(request, BOUNDS)).await);
+        let bounds = Bounds { answer: Some(Duration::from_secs(1)), ..BOUNDS };
+        drop(self.connections.send(request, bounds).await);
     }
 
     fn post(&self, path: &str) -> http::request::Builder {

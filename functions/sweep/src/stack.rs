@@ -77,9 +77,9 @@ pub(crate) async fn answer(event: &Event, done: &Result<Report, Error>) -> Resul
     let connections = Connections::new(url.scheme() == Some(&Scheme::HTTP));
     let request = http::Request::put(url).body(Full::<Bytes>::from(body));
     let request = request.map_err(|error| failed(error.to_string()))?;
-    let sent = connections.send(request, Bounds { connect: None, answer: ANSWER_BYTES });
-    let response = tokio::time::timeout(TIMEOUT, sent).await.map_err(|late| failed(late.to_string()))?;
-    let status = response.map_err(|error| failed(error.to_string()))?.status();
+    let bounds = Bounds { connect: None, answer: Some(TIMEOUT), bytes: ANSWER_BYTES };
+    let sent = connections.send(request, bounds).await;
+    let status = sent.map_err(|error| failed(error.to_string()))?.status();
     if status.is_success() { Ok(()) } else { Err(failed(format!("it was answered with {status}"))) }
 }
 

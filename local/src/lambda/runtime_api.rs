@@ -13,6 +13,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use edge::connections::{SendError, read};
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
@@ -180,9 +181,9 @@ async fn answer(
             stream(request.into_body(), has_prelude, head, answered).await
         }
         reply => {
-            let body = match read_limited(request.into_body(), ANSWER_BYTES).await {
-                Ok(Some(body)) => body,
-                Ok(None) => {
+            let body = match read(request.into_body(), ANSWER_BYTES).await {
+                Ok(body) => body,
+                Err(SendError::TooLong) => {
                     reply.fail(InvokeError::AnswerTooLarge);
                     return refuse(StatusCode::PAYLOAD_TOO_LARGE, "RequestEntityTooLarge");
                 }
@@ -357,32 +358,10 @@ impl std::fmt::Display for Report {
 }
 
 async fn read_report(request: Request<Incoming>) -> Report {
-    match read_limited(request.into_body(), REPORT_BYTES).await {
-        Ok(Some(body)) => serde_json::from_slice(&body).unwrap_or_default(),
-        Ok(None) | Err(_) => Report::default(),
+    match read(request.into_body(), REPORT_BYTES).await {
+        Ok(body) => serde_json::from_slice(&body).unwrap_or_default(),
+        Err(_) => Report::default(),
     }
-}
-
-/// Reads a whole body; none when it is over the limit.
-async fn read_limited(mut body: Incoming, limit: usize) -> Result<Option<Bytes>, hyper::Error> {
-    let mut first = Bytes::new();
-    let mut rest = BytesMut::new();
-    while let Some(frame) = body.frame().await {
-        let Ok(data) = frame?.into_data() else { continue };
-        if first.len() + rest.len() + data.len() > limit {
-            return Ok(None);
-        }
-        // Most answers come in one piece, which then is not copied.
-        if first.is_empty() && rest.is_empty() {
-            first = data;
-        } else {
-            if rest.is_empty() {
-                rest.extend_from_slice(&std::mem::take(&mut first));
-            }
-            rest.extend_from_slice(&data);
-        }
-    }
-    Ok(Some(if rest.is_empty() { first } else { rest.freeze() }))
 }
 
 fn accepted() -> Response<Full<Bytes>> {
