@@ -1479,6 +1479,20 @@ async fn what_is_dead_is_delivered_again_in_each_of_four_ways_and_says_so() {
         assert_eq!(ended(&agent, &id).await["state"], "dead");
         (target, id)
     };
+    let machine = local.variables("ingress").await["TUNNEL_DELIVERY_MACHINE_ARN"].clone();
+    // A run ends a moment after its delivery.
+    let over = async |id: &str, runs: usize| {
+        eventually("its runs have ended", async || {
+            let asked = serde_json::json!({"stateMachineArn": machine});
+            let listed = local.states("ListExecutions", asked).await;
+            let all = listed["executions"].as_array().unwrap();
+            let own = all.iter().filter(|run| run["name"].as_str().unwrap().starts_with(id));
+            let own: Vec<_> = own.map(|run| run["status"].clone()).collect();
+            assert_eq!(own.len(), runs, "{id}: {all:?}");
+            own.iter().all(|status| status != "RUNNING")
+        })
+        .await;
+    };
     let again = async |(target, id): (String, String), runs: usize| {
         eventually("it has come again", async || count(&upstream, &target) == 2).await;
         let end = ended(&agent, &id).await;
@@ -1487,18 +1501,7 @@ async fn what_is_dead_is_delivered_again_in_each_of_four_ways_and_says_so() {
         assert_eq!(came.iter().map(attempt).collect::<Vec<_>>(), [1, 2], "{target}");
         assert!(came.iter().all(|one| one.all("x-tunnel-delivery-id") == [id.clone()]));
         assert_eq!(came[0].body, came[1].body);
-        let machine = local.variables("ingress").await["TUNNEL_DELIVERY_MACHINE_ARN"].clone();
-        // A run ends a moment after its delivery.
-        eventually("its runs have ended", async || {
-            let asked = serde_json::json!({"stateMachineArn": machine});
-            let listed = local.states("ListExecutions", asked).await;
-            let all = listed["executions"].as_array().unwrap();
-            let own = all.iter().filter(|run| run["name"].as_str().unwrap().starts_with(&id));
-            let own: Vec<_> = own.map(|run| run["status"].clone()).collect();
-            assert_eq!(own.len(), runs, "{target}: {all:?}");
-            own.iter().all(|status| status != "RUNNING")
-        })
-        .await;
+        over(&id, runs).await;
     };
     let sweep = async || local.invoke("sweep", &serde_json::json!({})).await;
 
@@ -1513,7 +1516,7 @@ async fn what_is_dead_is_delivered_again_in_each_of_four_ways_and_says_so() {
     }
     // Its run: the same one goes on.
     let one = bury("redrive").await;
-    let machine = local.variables("ingress").await["TUNNEL_DELIVERY_MACHINE_ARN"].clone();
+    over(&one.1, 1).await;
     let arn = machine.as_str().unwrap().replace(":stateMachine:", ":execution:");
     local.states("RedriveExecution", serde_json::json!({"executionArn": format!("{arn}:{}", one.1)})).await;
     again(one, 1).await;
@@ -1621,7 +1624,12 @@ async fn a_run_that_is_stopped_by_hand_ends_its_delivery_and_holds_up_no_other()
     local.states("RedriveExecution", serde_json::json!({"executionArn": format!("{runs}:{first}")})).await;
     asked(&agent, &["retry", &waits]);
     for (id, target) in [(&first, "/first"), (&waits, "/waits")] {
-        eventually("it has come", async || count(&upstream, target) == 1).await;
+        // The first waits for an agent again, and the one that is there has said hello: a sweep tells it.
+        eventually(target, async || {
+            local.invoke("sweep", &serde_json::json!({})).await;
+            count(&upstream, target) == 1
+        })
+        .await;
         assert_eq!(ended(&agent, id).await["state"], "delivered");
         assert_eq!(to(&upstream, target)[0].body, b"x");
     }
