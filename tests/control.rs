@@ -397,6 +397,7 @@ async fn an_idle_agent_costs_next_to_nothing() {
             own / 1024
         );
         assert!(own <= most, "{count} tunnels: {own} bytes");
+        assert!(resident <= 24 * MIB, "{count} tunnels: {resident} bytes");
         assert!(used < span / 200, "{used:?}");
     }
 }
