@@ -3,9 +3,10 @@
 //!
 //! A client puts its configuration together for each call: a dozen plugins with their components, some twenty interceptors,
 //! rules that find an endpoint out of a region. That was as much work as the call itself. Here all of it is put together once,
-//! and the SDK's orchestrator runs with that. From the SDK come the operation's errors and what of them is tried again, the retry strategy, time-outs, the endpoint, credentials and their cache, and the correction of the clock.
-//! Left out are an attempt's number and id, which AWS only writes
-//! down, and features that are off here: checks of stalled streams and telemetry.
+//! and the SDK's orchestrator runs with that. From the SDK come the operation's errors and what of them is tried again, the
+//! retry strategy, time-outs, the endpoint, credentials and their cache, and the correction of the clock. Left out are an
+//! attempt's number and id, which AWS only writes down, and features that are off here: checks of stalled streams and
+//! telemetry.
 
 use std::{
     fmt::Debug,
