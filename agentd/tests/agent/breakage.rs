@@ -1,9 +1,9 @@
 //! Upstreams that break off, lie or say too much.
 
 use proto::{error::ErrorCode, limits};
-use tokio::net::TcpListener;
 
 use crate::{
+    sockets::{ClosedPort, Socket},
     stage::{Agent, Edge, OK, Peer, Sent, connected, get, noise, patiently, request, reset, with_body},
     transport::agent_with,
 };
@@ -54,12 +54,9 @@ async fn before_the_head_every_breakage_has_its_code() {
 
 #[tokio::test]
 async fn an_upstream_that_is_not_there_is_unreachable() {
-    let port = {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        listener.local_addr().unwrap().port()
-    };
+    let nobody = ClosedPort::bind();
     let edge = Edge::bind().await;
-    let _agent = Agent::http(&edge, port, &[]);
+    let _agent = Agent::http(&edge, nobody.port(), &[]);
     let mut line = edge.welcome().await;
     line.request(&get("/")).await;
     assert_eq!(line.failure().await, (0, ErrorCode::UpstreamUnreachable));
@@ -114,11 +111,7 @@ async fn the_access_line_says_the_cause() {
 }
 
 /// What is sent of a response that breaks off: pieces until the failure, none of them an end.
-async fn broken_off(
-    head: &str,
-    body: &[u8],
-    end: impl FnOnce(Peer<tokio::net::TcpStream>),
-) -> (Vec<u8>, u32) {
+async fn broken_off(head: &str, body: &[u8], end: impl FnOnce(Peer<Socket>)) -> (Vec<u8>, u32) {
     let (_edge, mut line, upstream, _agent) = connected().await;
     let sent = get("/");
     line.request(&sent).await;
@@ -286,12 +279,9 @@ async fn announced(line: &mut crate::stage::Line, length: u64) -> proto::message
 #[tokio::test]
 async fn an_upstream_that_fails_is_to_blame_whatever_became_of_the_body() {
     // It is not there.
-    let port = {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        listener.local_addr().unwrap().port()
-    };
+    let nobody = ClosedPort::bind();
     let edge = Edge::bind().await;
-    let agent = Agent::http(&edge, port, &[]);
+    let agent = Agent::http(&edge, nobody.port(), &[]);
     let mut line = edge.welcome().await;
     for length in [1, 98_000] {
         announced(&mut line, length).await;

@@ -1,12 +1,10 @@
 //! Which connection to the upstream a request goes out on, and when it goes out once more.
 
 use proto::{error::ErrorCode, message::Request};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::{
+    sockets::Socket,
     stage::{
         Agent, Edge, Line, Manners, OK, Peer, Sent, TOKEN, Upstream, connected_with, get, noise, patiently,
         private_file, request, with_body,
@@ -30,7 +28,7 @@ const CANCEL: u32 = 8;
 
 /// The upstream's end of an HTTP/2 connection, frame by frame.
 struct Http2 {
-    stream: TcpStream,
+    stream: Socket,
     body: Vec<u8>,
 }
 
@@ -331,7 +329,7 @@ async fn an_idle_connection_of_one_tunnel_blocks_no_other_tunnel() {
 async fn served_and_closed(line: &mut Line, upstream: &Upstream, answer: &[u8]) -> String {
     let sent = get("/");
     line.request(&sent).await;
-    let (mut peer, head): (Peer<TcpStream>, _) = upstream.answer(answer).await;
+    let (mut peer, head): (Peer<Socket>, _) = upstream.answer(answer).await;
     is_ok(line, &sent).await;
     peer.closed().await;
     head

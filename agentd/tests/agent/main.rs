@@ -13,6 +13,7 @@ mod inspector;
 mod lifecycle;
 mod limit;
 mod page;
+mod sockets;
 mod stage;
 mod terminal;
 mod transport;

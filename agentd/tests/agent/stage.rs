@@ -28,7 +28,6 @@ use proto::{
 };
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
-    net::{TcpListener, TcpStream},
     process::{Child, ChildStdout, Command},
     time::timeout,
 };
@@ -40,6 +39,8 @@ use tokio_tungstenite::{
         protocol::WebSocketConfig,
     },
 };
+
+use crate::sockets::{Listener, Socket};
 
 /// An upstream's answer of two bytes.
 pub(crate) const OK: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
@@ -55,7 +56,7 @@ pub(crate) async fn patiently<T>(what: &str, future: impl Future<Output = T>) ->
 
 /// Where agents connect.
 pub(crate) struct Edge {
-    listener: TcpListener,
+    listener: Listener,
     pub(crate) url: String,
 }
 
@@ -86,15 +87,13 @@ impl Default for Manners {
 
 impl Edge {
     pub(crate) async fn bind() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("ws://{}/dev", listener.local_addr().unwrap());
+        let listener = Listener::bind().await;
+        let url = format!("ws://127.0.0.1:{}/dev", listener.port());
         Self { listener, url }
     }
 
-    pub(crate) async fn accept_tcp(&self) -> TcpStream {
-        let (stream, _) = patiently("a connection of the agent", self.listener.accept()).await.unwrap();
-        stream.set_nodelay(true).unwrap();
-        stream
+    pub(crate) async fn accept_tcp(&self) -> Socket {
+        patiently("a connection of the agent", self.listener.accept()).await.unwrap()
     }
 
     /// Accepts a WebSocket as API Gateway does: no frame above 32 KB, no message above 128 KB.
@@ -184,7 +183,7 @@ impl Whole {
 
 /// One connection of the agent, as the edge sees it.
 pub(crate) struct Line {
-    pub(crate) ws: WebSocketStream<TcpStream>,
+    pub(crate) ws: WebSocketStream<Socket>,
     pub(crate) manners: Manners,
     pub(crate) hellos: Vec<Hello>,
 }
@@ -414,28 +413,24 @@ pub(crate) fn with_body(mut request: Request<'static>, bytes: &[u8]) -> Request<
 
 /// What the agent calls.
 pub(crate) struct Upstream {
-    listener: TcpListener,
+    listener: Listener,
     pub(crate) port: u16,
 }
 
 impl Upstream {
     pub(crate) async fn bind() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let port = listener.local_addr().unwrap().port();
+        let listener = Listener::bind().await;
+        let port = listener.port();
         Self { listener, port }
     }
 
-    pub(crate) async fn accept(&self) -> Peer<TcpStream> {
-        let (stream, _) = patiently("a call of the upstream", self.listener.accept()).await.unwrap();
-        stream.set_nodelay(true).unwrap();
-        Peer::new(stream)
+    pub(crate) async fn accept(&self) -> Peer<Socket> {
+        patiently("a call of the upstream", self.accept_whenever()).await
     }
 
     /// As [`Self::accept`], however long it takes.
-    pub(crate) async fn accept_whenever(&self) -> Peer<TcpStream> {
-        let (stream, _) = self.listener.accept().await.unwrap();
-        stream.set_nodelay(true).unwrap();
-        Peer::new(stream)
+    pub(crate) async fn accept_whenever(&self) -> Peer<Socket> {
+        Peer::new(self.listener.accept().await.unwrap())
     }
 
     /// Whether nobody has connected yet.
@@ -444,7 +439,7 @@ impl Upstream {
     }
 
     /// Accepts one connection for one request and answers it with `response`.
-    pub(crate) async fn answer(&self, response: &[u8]) -> (Peer<TcpStream>, String) {
+    pub(crate) async fn answer(&self, response: &[u8]) -> (Peer<Socket>, String) {
         let mut peer = self.accept().await;
         let head = peer.head().await;
         peer.write(response).await;
@@ -597,10 +592,8 @@ pub(crate) async fn connected_with(manners: Manners, more: &[&str]) -> (Edge, Li
 }
 
 /// Makes the end of a connection a reset.
-pub(crate) fn reset(peer: Peer<TcpStream>) {
-    let stream = peer.stream.into_std().unwrap();
-    socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
-    drop(stream);
+pub(crate) fn reset(peer: Peer<Socket>) {
+    peer.stream.reset();
 }
 
 /// Bytes without a pattern that compresses.
