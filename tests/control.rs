@@ -17,16 +17,12 @@ use tests::{
     Agent, Local,
     client::{Answer, Connection, Request},
     process::Process,
+    sockets::Port,
     upstream::Upstream,
 };
 
 fn tunnel(name: &str, upstream: &str) -> String {
     format!("[[tunnel]]\nname = \"{name}\"\nupstream = \"{upstream}\"\n")
-}
-
-/// A port that was free a moment ago.
-fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 fn json(agent: &Agent, command: &[&str]) -> Value {
@@ -99,11 +95,12 @@ async fn an_agent_says_how_it_is_and_stops_when_it_is_told() {
 #[tokio::test]
 async fn an_agent_without_an_edge_is_healthy_and_not_ready() {
     let local = Local::start(&[]);
-    let port = free_port();
-    let text = format!("status_address = \"127.0.0.1:{port}\"\n{}", tunnel("web", "127.0.0.1:1"));
+    let port = Port::take();
+    let text = format!("status_address = \"{port}\"\n{}", tunnel("web", "127.0.0.1:1"));
     let dir = tempfile::tempdir().unwrap();
     let config = dir.path().join("agentd.toml");
-    let nowhere = format!("ws://127.0.0.1:{}", free_port());
+    let closed = Port::take();
+    let nowhere = format!("ws://{closed}");
     std::fs::write(&config, local.config(&text).replace(&local.agents, &nowhere)).unwrap();
     let socket = dir.path().join("control.sock");
     let agent = Process::start(
@@ -112,7 +109,7 @@ async fn an_agent_without_an_edge_is_healthy_and_not_ready() {
         &[("AGENTD_CONTROL_SOCKET", socket.to_str().unwrap())],
     );
     agent.wait_for_line(|line| line.contains("cannot connect"));
-    let address = SocketAddr::from(([127, 0, 0, 1], port));
+    let address = port.address();
     assert_eq!(get(address, "localhost", "/healthz").await.status, 200);
     let ready = get(address, "localhost", "/ready").await;
     assert_eq!(ready.status, 503);
@@ -175,16 +172,16 @@ async fn a_token_comes_through_a_pipe_with_a_name_and_without() {
 async fn monitoring_reads_over_loopback_and_nothing_else_does_or_tells() {
     let upstream = Upstream::echo().await;
     let local = Local::start(&[]);
-    let port = free_port();
-    let text = format!("status_address = \"127.0.0.1:{port}\"\n{}", tunnel("web", &upstream.address()));
+    let port = Port::take();
+    let text = format!("status_address = \"{port}\"\n{}", tunnel("web", &upstream.address()));
     let _agent = local.agent_with(&text, &["web"]);
     let body = vec![b'x'; 1000];
     for _ in 0..3 {
         let answer = Request::to("web", "POST", "/").body(body.clone()).send(local.public).await;
         assert_eq!(answer.status, 200);
     }
-    let address = SocketAddr::from(([127, 0, 0, 1], port));
-    let own = format!("127.0.0.1:{port}");
+    let address = port.address();
+    let own = port.to_string();
     assert_eq!(get(address, &own, "/ready").await.status, 200);
     let metrics = get(address, &own, "/metrics").await;
     assert!(metrics.field("content-type").unwrap().starts_with("text/plain; version=0.0.4"));
@@ -379,7 +376,8 @@ async fn an_idle_agent_costs_next_to_nothing() {
         let names: Vec<String> = (0..count).map(|number| format!("idle-{count}-{number}")).collect();
         let tunnels: String = names.iter().map(|name| tunnel(name, &upstream.address())).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let text = format!("status_address = \"127.0.0.1:{}\"\n{tunnels}", free_port());
+        let port = Port::take();
+        let text = format!("status_address = \"{port}\"\n{tunnels}");
         let agent = local.agent_with(&text, &names);
         for name in &names {
             assert_eq!(Request::to(name, "GET", "/").send(local.public).await.status, 200);
@@ -460,7 +458,8 @@ async fn a_diagnosis_says_where_the_way_ends() {
     agent.write_config(&text.replace(local.token.to_str().unwrap(), "other"));
     let (code, printed) = diagnose();
     assert!(code == Some(77) && printed.contains("[FAIL] the edge refused the token"), "{printed}");
-    agent.write_config(&text.replace(&local.agents, &format!("ws://127.0.0.1:{}", free_port())));
+    let closed = Port::take();
+    agent.write_config(&text.replace(&local.agents, &format!("ws://{closed}")));
     let (code, printed) = diagnose();
     assert!(code == Some(69) && printed.contains("[FAIL] TCP: "), "{printed}");
     agent.write_config("nonsense");

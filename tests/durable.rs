@@ -30,6 +30,7 @@ use tests::{
     operator::unix_now,
     raw_agent::{Call, RawAgent},
     signature::{hex, mac},
+    sockets::Port,
     upstream::{Conn, Recorded, Upstream},
 };
 
@@ -365,11 +366,8 @@ async fn ended(agent: &Agent, id: &str) -> Value {
 async fn each_setting_does_what_it_says_at_its_bound_and_not_past_it() {
     let local = Local::start(&[]);
     let upstream = as_told().await;
-    let nobody = {
-        // A port that was free a moment ago.
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.local_addr().unwrap().to_string()
-    };
+    let closed = Port::take();
+    let nobody = closed.to_string();
     let quick = "backoff = { base = \"1s\", max = \"1s\" }";
     let mut tunnels = String::new();
     let mut names = Vec::new();

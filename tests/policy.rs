@@ -24,6 +24,7 @@ use tests::{
     client::{Answer, Connection, Request},
     operator::unix_now,
     signature::{hex, mac},
+    sockets::Port,
     upstream::{Recorded, Upstream},
 };
 
@@ -670,10 +671,7 @@ async fn requests_go_where_their_rules_say_and_are_changed_on_the_way() {
     fs::write(secrets.path("outside"), "secret").unwrap();
     std::os::unix::fs::symlink("../outside", site.join("link")).unwrap();
     let page = secrets.write("sorry.html", "<p>Sorry, back soon");
-    let closed = {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.local_addr().unwrap().to_string()
-    };
+    let closed = Port::take();
     let site = site.display();
     let (a, b) = (one.address(), two.address());
     let tunnels = [

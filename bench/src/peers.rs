@@ -665,6 +665,8 @@ const fn word(is_met: bool) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use ::tests::sockets::Port;
+
     use super::*;
 
     #[test]
@@ -760,11 +762,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_way_that_does_not_answer_counts_errors_and_has_no_figures() {
-        // Bound and let go again: nobody is there.
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        drop(listener);
-        let target = Target { address, host: localhost() };
+        let nobody = Port::take();
+        let target = Target { address: nobody.address(), host: localhost() };
         let loaded = load(&target, agent::SMALL.target, 1, Until::Answers(1)).await;
         assert_eq!((loaded.answers, loaded.errors), (0, ERRORS));
         assert!(loaded.rate().is_none());

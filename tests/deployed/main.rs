@@ -27,7 +27,7 @@ use local::latency::Profile;
 use report::Report;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use serde_json::json;
-use tests::Local;
+use tests::{Local, sockets::Port};
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},
@@ -295,9 +295,8 @@ async fn pings_and_the_idle_timer() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn what_is_not_well_is_told_and_nothing_stays() {
     let mut target = Target::start(&[], &[]).await;
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let nobody = listener.local_addr().unwrap().port();
-    drop(listener);
+    let closed = Port::take();
+    let nobody = closed.address().port();
     target.set(env::PUBLIC_URL, &format!("http://{{name}}.localhost:{nobody}"));
     target.set("DEPLOYED_ONLY", "ceiling, 502, queues, posts");
     let (said, failures) = target.run(never()).await;

@@ -17,7 +17,6 @@ use proto::limits;
 use rustix::process::Signal;
 use sha2::{Digest, Sha256};
 use tokio::{
-    net::TcpListener,
     sync::{Notify, Semaphore, mpsc},
     time::timeout,
 };
@@ -27,6 +26,7 @@ use crate::{
     client::{Answer, Connection},
     eventually, noise,
     raw_agent::RawAgent,
+    sockets::Port,
     stack::{Front, Stack},
     upstream::{Conn, Upstream},
 };
@@ -125,12 +125,6 @@ pub fn assert_problem(answer: &Answer, status: u16, code: &str) {
 #[must_use]
 pub fn chunked(bytes: &[u8]) -> Vec<u8> {
     [format!("{:x}\r\n", bytes.len()).as_bytes(), bytes, b"\r\n"].concat()
-}
-
-/// Where nobody listens.
-async fn unused_address() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    listener.local_addr().unwrap().to_string()
 }
 
 /// Method, target, fields, cookies and status of a request and its response arrive as they were sent.
@@ -488,7 +482,8 @@ pub async fn unknown_and_offline(stack: &Stack) {
 /// An upstream that is down is 502 at once; what one says itself, a 500 even, passes.
 pub async fn an_upstream_that_is_down(stack: &Stack) {
     let down = stack.tunnel("down");
-    let _agent = down.agent(&unused_address().await);
+    let nobody = Port::take();
+    let _agent = down.agent(&nobody.to_string());
     let begun = Instant::now();
     assert_problem(&down.get("/").await, 502, "upstream_unreachable");
     assert!(begun.elapsed() < Duration::from_secs(4) + stack.front().at_once());

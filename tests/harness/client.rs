@@ -9,7 +9,7 @@ use tokio::{
 };
 use tokio_tungstenite::MaybeTlsStream;
 
-use crate::PATIENCE;
+use crate::{PATIENCE, sockets};
 
 /// A request, to the byte.
 #[derive(Debug, Clone)]
@@ -119,6 +119,12 @@ impl Request {
 pub struct Connection {
     stream: MaybeTlsStream<TcpStream>,
     buffer: Vec<u8>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        sockets::hang_up(sockets::tcp(&self.stream));
+    }
 }
 
 impl Connection {

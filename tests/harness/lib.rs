@@ -18,6 +18,7 @@ pub mod process;
 pub mod proxy;
 pub mod raw_agent;
 pub mod signature;
+pub mod sockets;
 pub mod stack;
 pub mod upstream;
 

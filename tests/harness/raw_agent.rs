@@ -25,13 +25,19 @@ use tokio_tungstenite::{
     },
 };
 
-use crate::{PATIENCE, stack::Stack};
+use crate::{PATIENCE, sockets, stack::Stack};
 
 /// A WebSocket to the agents' side of the edge.
 #[derive(Debug)]
 pub struct RawAgent {
     socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
     id: String,
+}
+
+impl Drop for RawAgent {
+    fn drop(&mut self) {
+        sockets::hang_up(sockets::tcp(self.socket.get_ref()));
+    }
 }
 
 impl RawAgent {

@@ -12,6 +12,8 @@ use tokio::{
     task::JoinHandle,
 };
 
+use crate::sockets;
+
 /// What an upstream got.
 #[derive(Debug, Clone)]
 pub struct Recorded {
@@ -98,8 +100,8 @@ impl Conn {
 
     /// Ends the connection with a reset.
     pub fn reset(self) {
-        // Closing with unread or unsent bytes pending and no linger sends RST.
-        drop(socket2::SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO)));
+        // It may have ended already.
+        let _ = rustix::net::connect_unspec(&self.stream);
     }
 
     async fn more(&mut self) -> Option<()> {
@@ -114,11 +116,18 @@ impl Conn {
     }
 }
 
+impl Drop for Conn {
+    fn drop(&mut self) {
+        sockets::hang_up(&self.stream);
+    }
+}
+
 /// A running upstream.
 #[derive(Debug)]
 pub struct Upstream {
     address: SocketAddr,
     recorded: Arc<(Mutex<Vec<Recorded>>, Notify)>,
+    listener: Arc<TcpListener>,
     task: JoinHandle<()>,
 }
 
@@ -129,13 +138,12 @@ impl Upstream {
         H: Fn(Recorded, Conn) -> F + Clone + Send + Sync + 'static,
         F: Future<Output = Option<Conn>> + Send + 'static,
     {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = Arc::new(TcpListener::bind("127.0.0.1:0").await.unwrap());
         let address = listener.local_addr().unwrap();
         let recorded = Arc::new((Mutex::new(Vec::new()), Notify::new()));
-        let records = Arc::clone(&recorded);
+        let (records, accepting) = (Arc::clone(&recorded), Arc::clone(&listener));
         let task = tokio::spawn(async move {
-            loop {
-                let (stream, _) = listener.accept().await.unwrap();
+            while let Ok((stream, _)) = accepting.accept().await {
                 stream.set_nodelay(true).unwrap();
                 let (handle, records) = (handle.clone(), Arc::clone(&records));
                 tokio::spawn(async move {
@@ -151,7 +159,7 @@ impl Upstream {
                 });
             }
         });
-        Self { address, recorded, task }
+        Self { address, recorded, listener, task }
     }
 
     /// One that answers every request with its own body, its digest of lines in `x-line`.
@@ -196,5 +204,7 @@ impl Upstream {
 impl Drop for Upstream {
     fn drop(&mut self) {
         self.task.abort();
+        // The task may have a moment left.
+        sockets::close(&*self.listener);
     }
 }
