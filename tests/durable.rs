@@ -428,14 +428,14 @@ async fn each_setting_does_what_it_says_at_its_bound_and_not_past_it() {
     for (bytes, pieces) in [(limits::DELIVERY_ROW_BODY_BYTES, 0), (limits::DELIVERY_ROW_BODY_BYTES + 1, 1)] {
         let body = noise(bytes as u64, bytes);
         let id = accepted(&post(&local, "one", "/sized", &body).await);
-        let is_kept = async || rows_of(&local, "t#one").await.into_iter().find(|row| row["sk"]["S"] == *id);
+        let is_kept = async || rows(&local, "t#one").await.into_iter().find(|row| row["sk"]["S"] == *id);
         assert_eq!(is_kept().await.unwrap()["pieces"]["N"], pieces.to_string());
         assert_eq!(ended(&agent, &id).await["state"], "delivered");
         assert!(to(&upstream, "/sized").last().unwrap().body == body);
         assert!(is_kept().await.unwrap().get("body").is_none());
         // They go after the delivery has ended, so that whoever is killed in between leaves too much and not too little.
         let pieces = format!("b#{id}");
-        eventually("its pieces are gone", async || rows_of(&local, &pieces).await.is_empty()).await;
+        eventually("its pieces are gone", async || rows(&local, &pieces).await.is_empty()).await;
     }
     for method in ["PUT", "PATCH", "DELETE"] {
         accepted(&Request::to("plain", method, "/kept").body(b"x".to_vec()).send(local.public).await);
@@ -545,7 +545,7 @@ async fn each_setting_does_what_it_says_at_its_bound_and_not_past_it() {
     // The same as it would be had it come when it was signed, and waited since.
     assert_eq!(agent.ask(&["delivery", "pause", "signed"]).0, Some(0));
     let waits = signed("/waits", long_ago, SECRET).await;
-    let all = rows_of(&local, "t#signed").await;
+    let all = rows(&local, "t#signed").await;
     let kept = all.iter().find(|row| row["sk"]["S"] == waits).unwrap();
     let waited = format!("{:012x}{}", long_ago * 1000, "0".repeat(20));
     cut_before_its_run(&local, kept, &waited, "/waited").await;
@@ -597,7 +597,7 @@ async fn each_setting_does_what_it_says_at_its_bound_and_not_past_it() {
     drained(&agent);
     assert_eq!(count(&upstream, "/d"), 4);
     // At the end of the time for which it is known, which is a day after `max_age`, it is another.
-    let known = rows_of(&local, "u#dedupe").await;
+    let known = rows(&local, "u#dedupe").await;
     let known = known.iter().find(|row| row["id"]["S"] == first).unwrap();
     let until: u64 = known["expires_at"]["N"].as_str().unwrap().parse().unwrap();
     let policy = DeliveryPolicy::new(Mode::Durable);
@@ -656,7 +656,7 @@ async fn a_delivery_is_looked_after_from_the_command_line() {
     let (code, lines) = agent.ask(&["delivery", "list", "--limit", "1"]);
     assert!(code == Some(0) && lines.trim_end().lines().count() == 1 && lines.contains(&given_up), "{lines}");
     // What came earlier than is asked for.
-    let mut old = rows_of(&local, "t#hooks").await.remove(0);
+    let mut old = rows(&local, "t#hooks").await.remove(0);
     let received = (unix_now() - 7_200) * 1000;
     let old_id = format!("{received:012x}{}", "0".repeat(20));
     (old["sk"]["S"], old["run"]["S"]) = (old_id.clone().into(), old_id.clone().into());
@@ -717,13 +717,6 @@ async fn a_delivery_is_looked_after_from_the_command_line() {
     leave(&mut agent);
 }
 
-/// The rows of the table of deliveries, by `pk`'s beginning.
-async fn rows_of(local: &Local, of: &str) -> Vec<Value> {
-    let all = local.dynamodb("Scan", serde_json::json!({"TableName": "deliveries"})).await;
-    let all = all["Items"].as_array().unwrap().clone();
-    all.into_iter().filter(|row| row["pk"]["S"].as_str().unwrap().starts_with(of)).collect()
-}
-
 /// Writes a row as a function does that is killed right after.
 async fn write_row(local: &Local, row: Value) {
     local.dynamodb("PutItem", serde_json::json!({"TableName": "deliveries", "Item": row})).await;
@@ -741,7 +734,7 @@ async fn cut_before_its_run(local: &Local, kept: &Value, id: &str, target: &str)
     }
     let received = u64::from_str_radix(&id[..12], 16).unwrap();
     row["received_ms"]["N"] = received.to_string().into();
-    let pieces = rows_of(local, &format!("b#{}", kept["sk"]["S"].as_str().unwrap())).await;
+    let pieces = rows(local, &format!("b#{}", kept["sk"]["S"].as_str().unwrap())).await;
     for mut piece in pieces {
         piece["pk"]["S"] = format!("b#{id}").into();
         write_row(local, piece).await;
@@ -767,9 +760,9 @@ async fn what_was_cut_off_while_it_was_accepted_holds_nothing_up() {
         request.body(b"body".to_vec()).send(local.public).await
     };
     let first = accepted(&send("/first", "first").await);
-    let kept = rows_of(&local, "t#hooks").await.remove(0);
-    let turn = rows_of(&local, "o#hooks").await.remove(0);
-    let repetition = rows_of(&local, "u#hooks").await.remove(0);
+    let kept = rows(&local, "t#hooks").await.remove(0);
+    let turn = rows(&local, "o#hooks").await.remove(0);
+    let repetition = rows(&local, "u#hooks").await.remove(0);
     let first_ms = u64::from_str_radix(&first[..12], 16).unwrap();
     let id = |ms: u64| format!("{ms:012x}{}", "0".repeat(20));
     let in_turn = async |id: &str| {
@@ -1098,11 +1091,18 @@ fn kill(pid: u32) {
     let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
 }
 
-/// The rows of the table, by the first letter of their keys.
+/// The rows of the table of deliveries whose keys begin so.
 async fn rows(local: &Local, kind: &str) -> Vec<Value> {
     let rows = local.dynamodb("Scan", serde_json::json!({"TableName": "deliveries"})).await;
     let of = |row: &Value| row["pk"]["S"].as_str().unwrap().starts_with(kind);
     rows["Items"].as_array().unwrap().iter().filter(|row| of(row)).cloned().collect()
+}
+
+/// Waits for the rows of these kinds to be gone: a delivery is delivered first, and what belongs to it goes then.
+async fn nothing_is_left(local: &Local, kinds: &[&str]) {
+    for kind in kinds {
+        eventually(&format!("{kind} is empty"), async || rows(local, kind).await.is_empty()).await;
+    }
 }
 
 fn assert_try_again(answer: &Answer, what: &str) {
@@ -1267,13 +1267,10 @@ async fn what_cannot_be_kept_is_503_and_leaves_nothing_behind() {
         }
         assert!(came[0].body == body, "{target}");
     }
-    for kind in ["o#", "p#"] {
-        assert_eq!(rows(&local, kind).await.len(), 0, "{kind}");
-    }
+    nothing_is_left(&local, &["o#", "p#"]).await;
     // Of what was killed before its row was there the body stays until it expires: two pieces of each of the two.
-    let left = rows(&local, "b#").await;
-    assert_eq!(left.len(), 4);
-    assert!(left.iter().all(|row| row.get("expires_at").is_some()));
+    eventually("the bodies of the others are gone", async || rows(&local, "b#").await.len() == 4).await;
+    assert!(rows(&local, "b#").await.iter().all(|row| row.get("expires_at").is_some()));
 }
 
 // A command that is asked holds this thread; the service goes on in another.
@@ -1547,9 +1544,7 @@ async fn what_is_dead_is_delivered_again_in_each_of_four_ways_and_says_so() {
     assert_eq!(messages(&local, REDELIVERIES).await, 0);
     assert_eq!(upstream.look(<[_]>::len), 10);
     drained(&agent);
-    for kind in ["b#", "o#", "p#"] {
-        assert_eq!(rows(&local, kind).await.len(), 0, "{kind}");
-    }
+    nothing_is_left(&local, &["b#", "o#", "p#"]).await;
 }
 
 // A command that is asked holds this thread; the service goes on in another.
@@ -1631,9 +1626,7 @@ async fn a_run_that_is_stopped_by_hand_ends_its_delivery_and_holds_up_no_other()
         assert_eq!(ended(&agent, id).await["state"], "delivered");
         assert_eq!(to(&upstream, target)[0].body, b"x");
     }
-    for kind in ["o#", "p#"] {
-        assert_eq!(rows(&local, kind).await.len(), 0, "{kind}");
-    }
+    nothing_is_left(&local, &["o#", "p#"]).await;
 
     // With the stack all of them are stopped: its state machine is not deleted before.
     leave(&mut agent);
