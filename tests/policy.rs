@@ -518,7 +518,7 @@ async fn signing_in_leads_to_the_provider_and_back_with_a_session_of_this_tunnel
     let tunnels = [
         tunnel("web", &upstream, &rules(&format!("{by_domain}except = [\"/open/*\"]"))),
         tunnel("other", &upstream, &rules(by_domain)),
-        tunnel("short", &upstream, &rules("allow_anyone = true\nsession = \"1s\"")),
+        tunnel("short", &upstream, &rules("allow_anyone = true\nsession = \"5s\"")),
         tunnel("sent", &upstream, &rules("allow_anyone = true\ncallback_tunnel = \"auth\"")),
         tunnel("auth", &upstream, ""),
     ];
