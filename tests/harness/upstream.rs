@@ -9,7 +9,6 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::Notify,
-    task::JoinHandle,
 };
 
 use crate::sockets;
@@ -128,7 +127,6 @@ pub struct Upstream {
     address: SocketAddr,
     recorded: Arc<(Mutex<Vec<Recorded>>, Notify)>,
     listener: Arc<TcpListener>,
-    task: JoinHandle<()>,
 }
 
 impl Upstream {
@@ -142,7 +140,8 @@ impl Upstream {
         let address = listener.local_addr().unwrap();
         let recorded = Arc::new((Mutex::new(Vec::new()), Notify::new()));
         let (records, accepting) = (Arc::clone(&recorded), Arc::clone(&listener));
-        let task = tokio::spawn(async move {
+        // Until it is closed.
+        tokio::spawn(async move {
             while let Ok((stream, _)) = accepting.accept().await {
                 stream.set_nodelay(true).unwrap();
                 let (handle, records) = (handle.clone(), Arc::clone(&records));
@@ -159,7 +158,7 @@ impl Upstream {
                 });
             }
         });
-        Self { address, recorded, listener, task }
+        Self { address, recorded, listener }
     }
 
     /// One that answers every request with its own body, its digest of lines in `x-line`.
@@ -203,8 +202,6 @@ impl Upstream {
 
 impl Drop for Upstream {
     fn drop(&mut self) {
-        self.task.abort();
-        // The task may have a moment left.
         sockets::close(&*self.listener);
     }
 }
