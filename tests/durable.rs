@@ -1270,7 +1270,9 @@ async fn what_cannot_be_kept_is_503_and_leaves_nothing_behind() {
     nothing_is_left(&local, &["o#", "p#"]).await;
     // Of what was killed before its row was there the body stays until it expires: two pieces of each of the two.
     eventually("the bodies of the others are gone", async || rows(&local, "b#").await.len() == 4).await;
-    assert!(rows(&local, "b#").await.iter().all(|row| row.get("expires_at").is_some()));
+    let left = rows(&local, "b#").await;
+    assert_eq!(left.len(), 4);
+    assert!(left.iter().all(|row| row.get("expires_at").is_some()));
 }
 
 // A command that is asked holds this thread; the service goes on in another.
