@@ -31,6 +31,9 @@ use super::{
 /// The most bytes of one line of a function's output; the rest of a longer one is a line of its own.
 const LINE_BYTES: u64 = 16 * 1024;
 
+/// How much of what a process prints is read at a time: a line of the log, or a few. There are hundreds of processes, each with two pipes.
+const READ_BYTES: usize = 1024;
+
 /// The functions that nobody waits for. In AWS each process of a function has processors of its own; here they share the
 /// machine's, and what is delivered later must not slow down what somebody waits for.
 const BACKGROUND: &[&str] = &["deliver", "sweep"];
@@ -157,7 +160,7 @@ pub(crate) fn forward_output(name: &'static str, child: &mut Child, taken: Optio
 }
 
 async fn forward_lines(name: &'static str, output: impl AsyncRead + Unpin, taken: Option<Printed>) {
-    let mut reader = BufReader::new(output);
+    let mut reader = BufReader::with_capacity(READ_BYTES, output);
     let mut line = Vec::with_capacity(256);
     loop {
         line.clear();
