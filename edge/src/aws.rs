@@ -34,7 +34,7 @@ use crate::{
     Error,
     call::{self, Call, Settings},
     config::{ConfigError, Env},
-    connections::Connections,
+    connections::{Connections, SendError},
     connector::Client,
     metrics::{self, Counted},
     signature::{ShortName, Signature},
@@ -203,15 +203,8 @@ impl Aws {
 /// Whether a failed call has sent nothing: no connection came about.
 pub(crate) fn is_unsent<E, R>(error: &SdkError<E, R>) -> bool {
     let SdkError::DispatchFailure(failure) = error else { return false };
-    let mut source = failure.as_connector_error().and_then(std::error::Error::source);
-    while let Some(error) = source {
-        if let Some(error) = error.downcast_ref::<std::io::Error>() {
-            use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable};
-            return matches!(error.kind(), ConnectionRefused | HostUnreachable | NetworkUnreachable);
-        }
-        source = error.source();
-    }
-    false
+    let source = failure.as_connector_error().and_then(std::error::Error::source);
+    matches!(source.and_then(|source| source.downcast_ref()), Some(SendError::Connect(_)))
 }
 
 fn timeouts(attempt: Duration) -> TimeoutConfig {
@@ -335,8 +328,9 @@ mod tests {
     #[tokio::test]
     async fn what_met_nobody_was_not_sent() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let call = async || {
+        let address = listener.local_addr().unwrap();
+        let call = async |scheme: &str| {
+            let url = format!("{scheme}://{address}");
             let lookup = |name: &str| match name {
                 "AWS_REGION" => Some("local-1".to_owned()),
                 "AWS_ENDPOINT_URL" => Some(url.clone()),
@@ -348,11 +342,14 @@ mod tests {
             aws.shared = shared.credentials_provider(SharedCredentialsProvider::new(keys)).build();
             aws.start_sync_execution().send(start("x")).await.unwrap_err()
         };
-        let lost = async { drop(listener.accept().await.unwrap()) };
-        let (error, ()) = tokio::join!(call(), lost);
+        let lost = async || drop(listener.accept().await.unwrap());
+        let (error, ()) = tokio::join!(call("http"), lost());
         assert!(!is_unsent(&error), "{error:?}");
+        // Before TLS was agreed on, nothing of the call was.
+        let (error, ()) = tokio::join!(call("https"), lost());
+        assert!(is_unsent(&error), "{error:?}");
         drop(listener);
-        let error = call().await;
+        let error = call("http").await;
         assert!(is_unsent(&error), "{error:?}");
     }
 
