@@ -116,6 +116,18 @@ async fn a_message_that_lies_in_its_mailbox_while_it_is_waited_for_is_told_about
 }
 
 #[tokio::test]
+async fn the_first_mailboxes_are_there_before_a_sweep_looks_for_strays() {
+    // A sweep each tenth of a second, and a queue that no row names is deleted after one.
+    let local = Local::start(&["--chaos", "clock=3600"]);
+    let count = async |call: &str| local.counters().await.get(call).copied().unwrap_or(0);
+    eventually("there were three sweeps", async || count("sqs:ListQueues").await >= 3).await;
+    // Only such a queue is asked for its age.
+    assert_eq!(count("sqs:GetQueueAttributes").await, 0);
+    // One may be leased by then, and replaced.
+    assert!(count("sqs:CreateQueue").await < 10);
+}
+
+#[tokio::test]
 async fn surplus_mailboxes_are_deleted_and_no_request_notices() {
     const BURST: usize = 10;
     const KEPT: &str = "2";

@@ -311,8 +311,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let operator = format!("LOCAL{}", lambda::random_hex::<16>().to_ascii_uppercase());
     aws.callers().register(&operator, OPERATOR, "operator");
     identity::write_private(&folder.path().join(OPERATOR_FILE), operator.as_bytes())?;
-    tokio::spawn(seed_mailboxes(aws.clone(), lambda.clone(), options.mailboxes));
-    tokio::spawn(sweep_mailboxes(aws.clock().scale(limits::SWEEP_INTERVAL), lambda.clone()));
+    tokio::spawn(look_after_mailboxes(aws.clone(), lambda.clone(), options.mailboxes));
     for function in [Function::Authorizer, Function::Connect, Function::Response] {
         lambda.warm(function.name(), 1);
     }
@@ -794,8 +793,15 @@ fn start_lambda(settings: &Settings<'_>) -> anyhow::Result<Lambda> {
     Lambda::start(functions, config).context("starting the functions")
 }
 
+/// Makes the first mailboxes and has `sweep` look after all of them from then on: before they are entered, it would take
+/// their queues for ones that nobody knows, and delete them on a clock that runs fast.
+async fn look_after_mailboxes(aws: Arc<Aws>, lambda: Lambda, count: usize) {
+    seed_mailboxes(&aws, &lambda, count).await;
+    sweep_mailboxes(aws.clock().scale(limits::SWEEP_INTERVAL), lambda).await;
+}
+
 /// Makes the first mailboxes, and the first process that leases one.
-async fn seed_mailboxes(aws: Arc<Aws>, lambda: Lambda, count: usize) {
+async fn seed_mailboxes(aws: &Aws, lambda: &Lambda, count: usize) {
     let services = aws.services();
     let attributes = QueueAttributes { retention: limits::MAILBOX_RETENTION, ..QueueAttributes::default() };
     let mut mailboxes = Vec::with_capacity(count);
