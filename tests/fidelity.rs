@@ -5,7 +5,6 @@
 use std::{
     convert::Infallible,
     io,
-    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -22,11 +21,11 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tests::{
     Local,
     client::{Answer, Connection, Request},
     noise,
+    tls::{acceptor, fixture},
     upstream::{Conn, Recorded, Upstream},
 };
 use tokio::{
@@ -655,26 +654,6 @@ async fn an_upstream_on_a_unix_socket_is_served() {
         assert_eq!((answer.status, answer.text().as_str()), (200, "unix"), "{}", answer.text());
     }
     serving.abort();
-}
-
-/// A certificate for `localhost` and the authority that signed it, as the agent's own tests have them.
-fn fixture(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../agentd/tests/fixtures").join(name)
-}
-
-/// TLS for `localhost`, signed by the fixture's own authority.
-fn acceptor(protocols: &[&[u8]]) -> TlsAcceptor {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let chain = CertificateDer::pem_file_iter(fixture("localhost.pem")).unwrap();
-    let key = PrivateKeyDer::from_pem_file(fixture("localhost.key")).unwrap();
-    let mut config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(chain.map(Result::unwrap).collect(), key)
-        .unwrap();
-    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
-    TlsAcceptor::from(Arc::new(config))
 }
 
 type AnyBody = BoxBody<Bytes, io::Error>;

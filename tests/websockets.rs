@@ -21,17 +21,16 @@ use proto::{
     socket::{Frame, FrameKind},
 };
 use rustix::process::Signal;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use tests::{
     Agent, Local, client, eventually, noise,
     raw_agent::{Call, RawAgent},
+    tls::{acceptor, fixture},
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::{TcpListener, TcpStream, UnixListener},
     time::timeout,
 };
-use tokio_rustls::TlsAcceptor;
 use tokio_tungstenite::{
     WebSocketStream, accept_hdr_async_with_config, client_async_with_config,
     tungstenite::{
@@ -670,19 +669,8 @@ async fn websockets_of_every_kind_of_upstream(local: &Local) {
             tokio::spawn(serve(stream));
         }
     });
-    let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/../agentd/tests/fixtures");
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let chain = CertificateDer::pem_file_iter(format!("{fixtures}/localhost.pem")).unwrap();
-    let key = PrivateKeyDer::from_pem_file(format!("{fixtures}/localhost.key")).unwrap();
-    let mut tls = rustls::ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(chain.map(Result::unwrap).collect(), key)
-        .unwrap();
     // Where there is a choice it is HTTP/2, over which this handshake cannot be made.
-    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    let tls = TlsAcceptor::from(Arc::new(tls));
+    let tls = acceptor(&[b"h2", b"http/1.1"]);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
@@ -697,7 +685,7 @@ async fn websockets_of_every_kind_of_upstream(local: &Local) {
     });
     for upstream in [
         format!("upstream = \"unix:{}\"", path.display()),
-        format!("upstream = \"https://localhost:{port}\"\nca_file = \"{fixtures}/ca.pem\""),
+        format!("upstream = \"https://localhost:{port}\"\nca_file = {:?}", fixture("ca.pem")),
     ] {
         let agent = local.agent_with(&format!("[[tunnel]]\nname = \"web\"\n{upstream}\n"), &["web"]);
         let mut socket = connected(local).await;

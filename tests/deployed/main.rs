@@ -18,23 +18,24 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io::Write as _,
     path::Path,
-    sync::Arc,
 };
 
 use config::{Config, OF_THE_STACK, SKIPPED};
 use edge::config::{Env, env};
 use local::latency::Profile;
 use report::Report;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use serde_json::json;
-use tests::{Local, sockets::Port};
+use tests::{
+    Local,
+    sockets::Port,
+    tls::{acceptor, fixture},
+};
 use tokio::{
     io::copy_bidirectional,
     net::{TcpListener, TcpStream},
     signal::unix::{SignalKind, signal},
     task::JoinHandle,
 };
-use tokio_rustls::TlsAcceptor;
 
 /// What `local` answers a client with that gets no answer.
 const REPLY_TIMEOUT_SECS: &str = "3";
@@ -387,23 +388,9 @@ fn the_output_of_the_stack_sets_what_a_run_needs() {
     assert_eq!(set, OF_THE_STACK);
 }
 
-/// A certificate for `localhost` and the authority that signed it, as the agent's own tests have them.
-fn fixture(name: &str) -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../agentd/tests/fixtures").join(name)
-}
-
 /// TLS before something that speaks none, as every front of AWS is; the port, and the task that does it.
 async fn tls_before(address: String) -> (u16, JoinHandle<()>) {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let chain = CertificateDer::pem_file_iter(fixture("localhost.pem")).unwrap();
-    let key = PrivateKeyDer::from_pem_file(fixture("localhost.key")).unwrap();
-    let config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(chain.map(Result::unwrap).collect(), key)
-        .unwrap();
-    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let acceptor = acceptor(&[]);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     let task = tokio::spawn(async move {

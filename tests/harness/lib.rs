@@ -20,6 +20,7 @@ pub mod raw_agent;
 pub mod signature;
 pub mod sockets;
 pub mod stack;
+pub mod tls;
 pub mod upstream;
 
 use std::{

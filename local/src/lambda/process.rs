@@ -31,7 +31,8 @@ use super::{
 /// The most bytes of one line of a function's output; the rest of a longer one is a line of its own.
 const LINE_BYTES: u64 = 16 * 1024;
 
-/// How much of what a process prints is read at a time: a line of the log, or a few. There are hundreds of processes, each with two pipes.
+/// How much of what a process prints is read at a time: a line of the log, or a few. There are hundreds of processes, each
+/// with two pipes.
 const READ_BYTES: usize = 1024;
 
 /// The functions that nobody waits for. In AWS each process of a function has processors of its own; here they share the
