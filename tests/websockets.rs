@@ -685,7 +685,7 @@ async fn websockets_of_every_kind_of_upstream(local: &Local) {
     });
     for upstream in [
         format!("upstream = \"unix:{}\"", path.display()),
-        format!("upstream = \"https://localhost:{port}\"\nca_file = {:?}", fixture("ca.pem")),
+        format!("upstream = \"https://localhost:{port}\"\nca_file = \"{}\"", fixture("ca.pem").display()),
     ] {
         let agent = local.agent_with(&format!("[[tunnel]]\nname = \"web\"\n{upstream}\n"), &["web"]);
         let mut socket = connected(local).await;

@@ -13,9 +13,10 @@ use rustls::{
 use tokio_rustls::TlsAcceptor;
 
 /// A file of the agent's own tests: a certificate for `localhost` (`localhost.pem`), its key (`localhost.key`), or the
-/// authority that signed it (`ca.pem`).
+/// authority that signed it (`ca.pem`). The path is absolute, as configurations and environments of programs need it.
 pub fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../agentd/tests/fixtures").join(name)
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../agentd/tests/fixtures");
+    folder.join(name).canonicalize().unwrap()
 }
 
 /// The server's side, with a certificate that the fixture's authority signed, and what it offers by ALPN, best first.
