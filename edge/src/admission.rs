@@ -38,7 +38,7 @@ impl Admission {
         })
     }
 
-    /// Takes a connection's rows away, so that nothing more is dispatched to it, and closes it.
+    /// Takes a connection's rows away, so that nothing more is dispatched to it, and closes it. `disconnect` announces its end.
     ///
     /// # Errors
     ///
@@ -46,8 +46,8 @@ impl Admission {
     /// tried again.
     pub async fn cut(&self, connection: &ConnectionId, owner: &Owner) -> Result<(), Error> {
         // Closed even where its rows stay: a post to it says that it is gone.
-        let forgotten = self.registry.forget(connection, Some(owner)).await;
+        let withdrawn = self.registry.withdraw(connection, Some(owner)).await;
         self.link.close(connection).await?;
-        forgotten.map(drop)
+        withdrawn.map(drop)
     }
 }

@@ -224,11 +224,8 @@ impl Registry {
         for name in before.difference(tunnels) {
             self.delete(name.as_str(), connection.id.as_str()).await?;
         }
-        if tunnels.is_empty() {
-            if !before.is_empty() {
-                self.delete(&reverse_key(&connection.id), REVERSE_ROW).await?;
-            }
-        } else if all != *tunnels {
+        if all != *tunnels {
+            // Also where it serves none any more: what it was given before may still be under way.
             self.put_reverse(connection, tunnels).await?;
         }
         Ok(outcomes)
@@ -314,8 +311,31 @@ impl Registry {
         Ok(())
     }
 
-    /// Removes every row of a connection that has ended, and returns the tunnels it served. Without its
-    /// owner, the row among the owner's connections stays until it expires.
+    /// Removes the rows by which anything is dispatched to a connection, and returns the tunnels it served; `None` where it
+    /// never served any. What it was dispatched may still be under way, so that its end is still to be announced:
+    /// [`Self::forget`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; rows that stay expire, and a post to a connection that has gone says so.
+    pub async fn withdraw(
+        &self,
+        connection: &ConnectionId,
+        owner: Option<&Owner>,
+    ) -> Result<Option<BTreeSet<TunnelName>>, Error> {
+        if let Some(owner) = owner {
+            self.delete(&owner_key(owner), connection.as_str()).await?;
+        }
+        let tunnels = self.reverse(connection).await?;
+        for name in tunnels.iter().flatten() {
+            // The key holds the connection: a newer connection's row cannot be hit.
+            self.delete(name.as_str(), connection.as_str()).await?;
+        }
+        Ok(tunnels)
+    }
+
+    /// Removes every row of a connection that has ended, and returns the tunnels it served; `None` where it never served
+    /// any. Without its owner, the row among the owner's connections stays until it expires.
     ///
     /// # Errors
     ///
@@ -324,16 +344,9 @@ impl Registry {
         &self,
         connection: &ConnectionId,
         owner: Option<&Owner>,
-    ) -> Result<BTreeSet<TunnelName>, Error> {
-        if let Some(owner) = owner {
-            self.delete(&owner_key(owner), connection.as_str()).await?;
-        }
-        let tunnels = self.tunnels_of(connection).await?;
-        for name in &tunnels {
-            // The key holds the connection: a newer connection's row cannot be hit.
-            self.delete(name.as_str(), connection.as_str()).await?;
-        }
-        if !tunnels.is_empty() {
+    ) -> Result<Option<BTreeSet<TunnelName>>, Error> {
+        let tunnels = self.withdraw(connection, owner).await?;
+        if tunnels.is_some() {
             self.delete(&reverse_key(connection), REVERSE_ROW).await?;
         }
         Ok(tunnels)
@@ -549,6 +562,11 @@ impl Registry {
     ///
     /// [`Error`].
     pub async fn tunnels_of(&self, connection: &ConnectionId) -> Result<BTreeSet<TunnelName>, Error> {
+        Ok(self.reverse(connection).await?.unwrap_or_default())
+    }
+
+    /// The tunnels that a connection serves; `None` where it never served any.
+    async fn reverse(&self, connection: &ConnectionId) -> Result<Option<BTreeSet<TunnelName>>, Error> {
         let output = self
             .client
             .get_item()
@@ -558,7 +576,7 @@ impl Registry {
             .send()
             .await
             .map_err(|error| classify("GetItem", error))?;
-        Ok(names(output.item().and_then(|item| item.get("tunnels"))))
+        Ok(output.item().map(|item| names(item.get("tunnels"))))
     }
 
     async fn put_reverse(
@@ -566,16 +584,18 @@ impl Registry {
         connection: &Connection,
         tunnels: &BTreeSet<TunnelName>,
     ) -> Result<(), Error> {
-        self.client
+        let mut request = self
+            .client
             .put_item()
             .table_name(&self.table)
             .item("tunnel", text(&reverse_key(&connection.id)))
             .item("connection_id", text(REVERSE_ROW))
-            .item("tunnels", set(tunnels))
-            .item("expires_at", number(connection.expires_at))
-            .send()
-            .await
-            .map_err(|error| classify("PutItem", error))?;
+            .item("expires_at", number(connection.expires_at));
+        // A set is never empty.
+        if !tunnels.is_empty() {
+            request = request.item("tunnels", set(tunnels));
+        }
+        request.send().await.map_err(|error| classify("PutItem", error))?;
         Ok(())
     }
 

@@ -1,14 +1,16 @@
 //! Lambda `disconnect`: cleans up after an agent's connection.
 //!
 //! It removes the connection's rows, so that no further request is dispatched there, and tells every leased
-//! mailbox, so that whoever waits for an answer over that connection stops waiting. API Gateway delivers
+//! mailbox, so that whoever waits for an answer over that connection stops waiting. One that served no tunnel was
+//! dispatched nothing, so that nobody waits for it: each notice has to be taken out of its mailbox by the next request there,
+//! and connections cost whoever may open them nothing. API Gateway delivers
 //! `$disconnect` as best it can: what is missed here is noticed by expiry, by 410 on a post, and by the check
 //! that follows each long poll.
 //!
 //! Permissions it needs: read and delete rows of the connections table, read the mailboxes table, send to
 //! mailboxes.
 
-use std::process::ExitCode;
+use std::{collections::BTreeSet, process::ExitCode};
 
 use edge::{
     Error,
@@ -56,13 +58,13 @@ impl Disconnect {
 pub async fn handle(event: AgentEvent, disconnect: &Disconnect) -> Result<Answer, Error> {
     let connection = event.request_context.connection_id;
     let owner = event.request_context.authorizer.map(|authorized| authorized.owner);
-    let (forgotten, told) = tokio::join!(
-        disconnect.registry.forget(&connection, owner.as_ref()),
-        disconnect.pool.announce_lost(&connection)
-    );
+    let forgotten = disconnect.registry.forget(&connection, owner.as_ref()).await;
+    let told =
+        if matches!(forgotten, Ok(None)) { Ok(0) } else { disconnect.pool.announce_lost(&connection).await };
     match (&forgotten, &told) {
         (Ok(tunnels), Ok(told)) => {
-            tracing::info!(connection_id = %connection, tunnels = tunnels.len(), mailboxes = told, "agent connection ended");
+            let tunnels = tunnels.as_ref().map_or(0, BTreeSet::len);
+            tracing::info!(connection_id = %connection, tunnels, mailboxes = told, "agent connection ended");
         }
         (Err(error), _) | (_, Err(error)) => {
             tracing::warn!(connection_id = %connection, %error, "agent connection was cleaned up in part");
