@@ -3,12 +3,16 @@
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
+use rustix::process::Signal;
+use serde_json::json;
 use tests::{
     Local,
     acceptance::{self, assert_problem},
-    client::Request,
+    calls::{Calls, Fate, Held},
+    client::{Connection, Request},
+    raw_agent::RawAgent,
     upstream::Upstream,
 };
 
@@ -54,6 +58,62 @@ async fn a_tunnel_past_its_concurrency_is_429_and_others_notice_nothing() {
     assert_problem(&one.get("/").await, 429, "too_many_requests");
     drop(hanging);
     tests::eventually("the place is free again", async || one.get("/").await.status == 200).await;
+}
+
+#[tokio::test]
+async fn a_run_that_its_caller_has_lost_takes_no_answer_of_a_later_request() {
+    let local = Local::start(&[]);
+    let upstream = Upstream::hanging_at("/hang").await;
+    let _agent = local.agent("web", &upstream.address());
+    let calls = Calls::of(&local, "ingress").await;
+    let status = async |target: &str| Request::to("web", "GET", target).send(local.public).await;
+    assert_eq!(status("/").await.status, 200);
+
+    let lost = Arc::new(Held::default());
+    let fate = Arc::clone(&lost);
+    calls.decide(move |operation, body| match operation {
+        "StartSyncExecution" if body.contains("/hang") => Fate::Lost(Arc::clone(&fate)),
+        _ => Fate::Done,
+    });
+    let hanging = status("/hang");
+    let lose = async {
+        tests::eventually("it is at the upstream", async || {
+            upstream.recorded().iter().any(|request| request.target() == "/hang")
+        })
+        .await;
+        lost.go_on.add_permits(1);
+    };
+    assert_problem(&tokio::join!(hanging, lose).0, 500, "edge_failed");
+    // The run still waits, and the process that had begun it is asked again.
+    for _ in 0..3 {
+        assert_eq!(status("/").await.status, 200);
+    }
+    assert_eq!(calls.count(|operation, _| operation == "StartSyncExecution"), 5, "each by that one process");
+}
+
+#[tokio::test]
+async fn the_end_of_a_connection_that_served_nothing_is_announced_to_nobody() {
+    let local = Local::start(&[]);
+    let upstream = Upstream::hanging_at("/hang").await;
+    let agent = local.agent("web", &upstream.address());
+    let calls = Calls::of(&local, "disconnect").await;
+    // What a notice is about is its only attribute.
+    let notices = || calls.count(|operation, _| operation == "SendMessageBatch");
+    let ended = || calls.count(|operation, body| operation == "GetItem" && body.contains("#tunnels"));
+    let token = local.issue("alice", &["web"]);
+    for round in 1..=20 {
+        drop(RawAgent::with(&local, &token).await);
+        tests::eventually("its end is seen", async || ended() == round).await;
+    }
+    let mut hanging = Connection::open(local.public).await;
+    hanging.begin(&Request::to("web", "GET", "/hang")).await;
+    tests::eventually("it is at the upstream", async || !upstream.recorded().is_empty()).await;
+    agent.process().signal(Signal::KILL);
+    assert_problem(&hanging.answer("GET").await, 502, "agent_lost");
+    let leased = local.dynamodb("Scan", json!({"TableName": "mailboxes"})).await;
+    let leased = leased["Items"].as_array().unwrap().iter().filter(|row| row.get("holder").is_some()).count();
+    tests::eventually("all are told", async || notices() >= leased).await;
+    assert_eq!(notices(), leased, "of one connection");
 }
 
 #[tokio::test]

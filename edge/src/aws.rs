@@ -289,7 +289,13 @@ where
                 format!("{}: {}", error.code().unwrap_or("no code"), error.message().unwrap_or("no message"))
             },
         );
-        Error::Failed { call, source: text.into() }
+        let source = text.into();
+        let answered = matches!(error, SdkError::ServiceError(_) | SdkError::ConstructionFailure(_));
+        if answered || is_unsent(&error) {
+            Error::Failed { call, source }
+        } else {
+            Error::Unanswered { call, source }
+        }
     }
 }
 

@@ -57,7 +57,15 @@ pub enum Error {
         /// The name.
         name: &'static str,
     },
-    /// Anything else: permission, network, a fault of AWS.
+    /// The call was sent, or may have been, and nobody knows what became of it: its connection broke or it took too long.
+    #[error("{call} was not answered: {source}")]
+    Unanswered {
+        /// The API call.
+        call: &'static str,
+        /// What went wrong.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Anything else: permission, no connection, a fault of AWS.
     #[error("{call} failed: {source}")]
     Failed {
         /// The API call.

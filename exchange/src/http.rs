@@ -189,6 +189,7 @@ async fn relay<P: PublicSide, M: Mail>(
         let Ok(outcome) = tokio::time::timeout_at(reply_by + RUN_GRACE, outcome).await else {
             metrics::count(Counted::RunFailures);
             tracing::error!(%request_id, tunnel_id = %request.tunnel, "run did not end in its time");
+            mail.contend();
             answering.fail(ErrorCode::UpstreamTimedOut).await;
             return None;
         };
@@ -251,6 +252,9 @@ async fn relay<P: PublicSide, M: Mail>(
         Err(error) => {
             metrics::count(Counted::RunFailures);
             tracing::error!(%request_id, tunnel_id = %request.tunnel, %error, "run failed");
+            if matches!(error, Error::Unanswered { .. }) {
+                mail.contend();
+            }
             answering.fail(ErrorCode::EdgeFailed).await;
             return None;
         }

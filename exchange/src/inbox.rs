@@ -31,6 +31,10 @@ pub trait Mail {
     /// Takes what is there, waiting up to `wait` for something. To be awaited to its end.
     fn receive(&self, wait: Duration) -> impl Future<Output = Result<Vec<Letter>, Error>>;
 
+    /// Notes that a run may be waiting at its queue that nobody will hear of again: it would take what is for later
+    /// exchanges. Where no run waits there, there is nothing to note.
+    fn contend(&self) {}
+
     /// Notes messages that are to be deleted. Returns those that are to be deleted now.
     fn discard(&self, receipts: Vec<String>) -> Option<Vec<String>>;
 
@@ -62,6 +66,10 @@ impl Mail for Own<'_> {
         Ok(letters)
     }
 
+    fn contend(&self) {
+        self.inbox.contended.set(true);
+    }
+
     fn discard(&self, receipts: Vec<String>) -> Option<Vec<String>> {
         self.inbox.discard(receipts)
     }
@@ -79,6 +87,8 @@ pub struct Inbox {
     taken: RefCell<Taken>,
     /// How many messages the next receive takes.
     most: Cell<usize>,
+    /// Whether somebody else may read it.
+    contended: Cell<bool>,
 }
 
 /// How long messages that come with one receive may be together, if the next are as long as those before: all of them are
@@ -96,7 +106,7 @@ impl Inbox {
     /// A mailbox out of which nothing was taken yet.
     #[must_use]
     pub fn new(lease: Lease) -> Self {
-        Self { lease, taken: RefCell::default(), most: Cell::new(BATCH) }
+        Self { lease, taken: RefCell::default(), most: Cell::new(BATCH), contended: Cell::new(false) }
     }
 
     /// The same mailbox under a renewed lease, or another one, whose messages have other receipts.
@@ -106,12 +116,16 @@ impl Inbox {
     }
 
     /// The same mailbox with a lease that outlives a request that begins now, or another one where it has gone
-    /// to somebody else. `random` is for a new lease.
+    /// to somebody else or a run may still read it. `random` is for a new lease.
     ///
     /// # Errors
     ///
     /// [`Error`] when no mailbox can be had any more.
     pub async fn keep(self, pool: &Pool, holder: &str, random: [u8; 16]) -> Result<Self, Error> {
+        if self.contended.get() {
+            // Its lease is left to end, which it does after that run (`limits::RUN_DURATION`).
+            return Ok(Self::new(pool.lease(holder, random).await?));
+        }
         if pool.is_fresh(&self.lease, unix_now()) {
             return Ok(self);
         }

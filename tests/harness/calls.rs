@@ -25,6 +25,9 @@ pub enum Fate {
     Broken,
     /// It is carried out, and its connection ends without an answer.
     Unanswered,
+    /// It is carried out, however long that takes, and its connection ends without an answer once there is a permit; this
+    /// one tells that it has come.
+    Lost(Arc<Held>),
     /// It is carried out and answered once there is a permit, if its caller is still there; this one tells that it has come.
     Held(Arc<Held>),
 }
@@ -116,7 +119,7 @@ async fn carry_out(fate: Fate, call: Recorded, mut conn: Conn, endpoint: SocketA
                 }
             }
         }
-        Fate::Done | Fate::Unanswered => {}
+        Fate::Done | Fate::Unanswered | Fate::Lost(_) => {}
     }
     let method = call.line.split(' ').next().unwrap();
     let mut request = Request::new(method, call.target()).field("Host", &endpoint.to_string());
@@ -125,8 +128,16 @@ async fn carry_out(fate: Fate, call: Recorded, mut conn: Conn, endpoint: SocketA
             request = request.raw_field(name, value);
         }
     }
+    let request = request.body(call.body.clone());
+    if let Fate::Lost(held) = &fate {
+        held.come.add_permits(1);
+        // Not ended with the caller's connection.
+        tokio::spawn(async move { request.send(endpoint).await });
+        held.go_on.acquire().await.unwrap().forget();
+        return None;
+    }
     let answer = tokio::select! {
-        answer = async { request.body(call.body.clone()).send(endpoint).await } => answer,
+        answer = request.send(endpoint) => answer,
         // Whoever called waits no more.
         () = conn.closed() => return None,
     };
