@@ -877,6 +877,29 @@ fn reply(token: &str) -> AgentMessage<'_> {
     AgentMessage::Reply(Reply { token: token.into(), status: 200, headers, body: None, end: true })
 }
 
+#[tokio::test]
+async fn a_revoked_identity_learns_of_no_delivery_and_cancels_none() {
+    let local = Local::start(&[]);
+    let token = local.issue("alice", &["hooks"]);
+    let owner = raw(&local, &token, "hooks").await;
+    let id = accepted(&post(&local, "hooks", "/secret", b"secret").await);
+    // One that is opened in the very moment may not be found yet.
+    let mut thief = RawAgent::with(&local, &token).await;
+    local.forget_silent("alice").await;
+    assert_eq!(local.revoke(serde_json::json!({"owner": "alice"})).await, 1);
+    let (hooks, id): (TunnelName, proto::id::DeliveryId) = ("hooks".parse().unwrap(), id.parse().unwrap());
+    for question in [
+        Ask::List { tunnel: Some(hooks.clone()), state: None, since_ms: None, cursor: None },
+        Ask::Show { tunnel: hooks.clone(), id: id.clone(), body_from: Some(0) },
+        Ask::Cancel { tunnel: hooks.clone(), id },
+        Ask::Pause { tunnel: hooks },
+    ] {
+        let told = ask(&mut thief, question).await;
+        assert_eq!(told, delivery::Answer::Refused { reason: delivery::Refused::NotAllowed });
+    }
+    drop(owner);
+}
+
 // A command that is asked holds this thread; the service goes on in another.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_else_learns_of_a_delivery_or_answers_it() {

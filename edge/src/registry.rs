@@ -6,7 +6,7 @@
 //! | name | `web` | `#name` | `owner`, `expires_at` (when the name is free again), `delivery` (what its owner wants kept, as JSON), `durable` (the methods that are always kept), `paused` (while deliveries are held) |
 //! | connection | `web` | the connection | `owner`, `agent`, `connected_at`, `expires_at`, `websockets` |
 //! | reverse | `#` + the connection | `#tunnels` | `tunnels`, `expires_at`: finds the rows of a connection without a scan |
-//! | owner | `#owner#` + the owner | the connection | `agent`, `token_id`, `since_ms`, `tunnels`, `expires_at`: finds the connections of an owner |
+//! | owner | `#owner#` + the owner | the connection | `token_id`, `expires_at`: finds the connections of an owner, from before they are open; `agent`, `since_ms`, `tunnels` once they count |
 //!
 //! `expires_at` is the table's TTL attribute. AWS deletes such rows late, so every read filters them.
 
@@ -90,6 +90,14 @@ pub struct Owned {
     tunnels: BTreeSet<TunnelName>,
 }
 
+impl Owned {
+    /// Whether it has said `hello`, and no limit has refused it: only then it counts, and serves anything.
+    #[must_use]
+    pub const fn counts(&self) -> bool {
+        self.agent.is_some()
+    }
+}
+
 /// The connections table.
 #[derive(Debug, Clone)]
 pub struct Registry {
@@ -109,7 +117,32 @@ impl Registry {
         Ok(Self { client: aws.dynamodb(), table, limits: env.limits()? })
     }
 
-    /// Enters `connection` among those of its owner. From then on [`Registry::connections_of`] finds it.
+    /// Enters a connection that is being opened among those of its owner. From then on [`Registry::connections_of`] finds
+    /// it; it counts towards no limit. `expires_at` is when it is certainly over, in seconds since 1970.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`]; it may not be let in then.
+    pub async fn let_in(
+        &self,
+        connection: &ConnectionId,
+        owner: &Owner,
+        token_id: Option<&str>,
+        expires_at: u64,
+    ) -> Result<(), Error> {
+        let request = self.client.put_item().table_name(&self.table);
+        let request = request.set_item(Some(key(&owner_key(owner), connection.as_str())));
+        let request = request.item("expires_at", number(expires_at));
+        let request = match token_id {
+            Some(id) => request.item("token_id", text(id)),
+            None => request,
+        };
+        request.send().await.map_err(|error| classify("PutItem", error))?;
+        Ok(())
+    }
+
+    /// Has `connection` count among those of its owner. [`Registry::connections_of`] finds it from then on, whatever has become
+    /// of its row.
     ///
     /// Gives the time since which it has been there, in milliseconds: the order in which connections count.
     ///
@@ -252,12 +285,12 @@ impl Registry {
             // Written before the others are counted: of two that come at once, at least one sees the other.
             self.note_tunnels(connection, tunnels).await?;
             let mut others = self.connections_of(&connection.owner, now).await?;
-            others.retain(|other| other.id != connection.id);
+            others.retain(|other| other.id != connection.id && other.counts());
             if let Some(most) = of_owner.connections {
                 let mine = (since_ms, &connection.id);
                 let earlier = others.iter().filter(|other| (other.since_ms, &other.id) < mine);
                 if count(earlier, &connection.agent) >= most {
-                    self.delete(&owner_key(&connection.owner), connection.id.as_str()).await?;
+                    self.count_no_more(connection).await?;
                     for name in tunnels {
                         refuse(&mut allowed, name, Refusal::TooManyConnections);
                     }
@@ -290,6 +323,21 @@ impl Registry {
             }
         }
         Ok((allowed, outcomes))
+    }
+
+    /// Leaves a connection among those of its owner, where it is found, but has it count no more.
+    async fn count_no_more(&self, connection: &Connection) -> Result<(), Error> {
+        let request = self
+            .client
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key(&owner_key(&connection.owner), connection.id.as_str())))
+            .update_expression("REMOVE #agent, since_ms, tunnels")
+            // One that has ended meanwhile gets no row again.
+            .condition_expression("attribute_exists(expires_at)")
+            // A reserved word.
+            .expression_attribute_names("#agent", "agent");
+        crate::aws::holds(request).await.map(drop)
     }
 
     /// Notes among the owner's connections which tunnels this one serves.

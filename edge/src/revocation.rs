@@ -5,8 +5,8 @@
 //! | owner | `#revoked` | `owner#` + the owner | `revoked_at` |
 //! | token | `#revoked` | `token#` + the token's id | `revoked_at` |
 //!
-//! It is asked whenever a connection is opened and whenever one says which tunnels it serves; never while
-//! a request is served. Whoever adds to it also closes the connections that are open.
+//! It is asked whenever a connection is opened, whenever one says which tunnels it serves and whenever one asks about
+//! deliveries; never while a request is served. Whoever adds to it also closes the connections that are open.
 
 use aws_sdk_dynamodb::types::AttributeValue;
 use proto::id::Owner;

@@ -93,6 +93,23 @@ impl Local {
         got.get("Item").cloned()
     }
 
+    /// The rows of an owner's connections.
+    pub async fn connections_of(&self, owner: &str) -> Vec<Value> {
+        let query = json!({"TableName": "connections", "KeyConditionExpression": "tunnel = :t",
+            "ExpressionAttributeValues": {":t": {"S": format!("#owner#{owner}")}}});
+        let mut found = self.dynamodb("Query", query).await;
+        serde_json::from_value(found["Items"].take()).unwrap()
+    }
+
+    /// Takes away the row of the owner's one connection that has not said `hello`.
+    pub async fn forget_silent(&self, owner: &str) {
+        let rows = self.connections_of(owner).await;
+        let silent: Vec<_> = rows.iter().filter(|row| row.get("agent").is_none()).collect();
+        let [row] = silent[..] else { panic!("not one: {rows:?}") };
+        let key = json!({"tunnel": row["tunnel"], "connection_id": row["connection_id"]});
+        self.dynamodb("DeleteItem", json!({"TableName": "connections", "Key": key})).await;
+    }
+
     /// Invokes a function and gives what it answered.
     pub async fn invoke(&self, function: &str, event: &Value) -> Answer {
         let path = format!("/2015-03-31/functions/{function}/invocations");

@@ -1,12 +1,13 @@
 //! Lambda `connect`: opens an agent's connection and registers the tunnels it serves.
 //!
 //! It handles two routes. `$connect` checks that the authorizer has spoken, and that the identity has not been
-//! revoked: nothing can be posted to a connection before that route has returned, so nothing is registered
+//! revoked: nothing can be posted to a connection before that route has returned, so no tunnel is registered
 //! yet. `hello` is the agent's first message, and later ones change what it serves; the answer, `welcome`,
 //! goes back as the route's response.
 //!
-//! Whoever revokes an identity puts it on the list and then closes its connections. Here a connection is
-//! entered among its owner's and then the list is read, so that at least one of the two sees the other.
+//! Whoever revokes an identity puts it on the list and then closes its connections. On both routes a connection is
+//! entered among its owner's and then the list is read, so that at least one of the two sees the other. One that never
+//! says `hello`, or is refused by a limit, is found as well.
 //!
 //! The first tunnel of an agent that wants `relay` wakes it. Deliveries that wait for a tunnel go on once it is open, one at
 //! first.
@@ -119,10 +120,18 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
         return Ok(Answer::status(403));
     };
     let now = unix_now();
+    let connected_at = if context.connected_at == 0 { now } else { context.connected_at / 1000 };
+    let by_lifetime = connected_at + connect.lifetime.as_secs().max(1);
+    // An identity that ends takes its connections out of service.
+    let expires_at = authorized.ends_at().map_or(by_lifetime, |end| end.min(by_lifetime));
     if context.route_key == "$connect" {
-        let token_id = authorized.token_id.as_deref();
-        if connect.admission.revocations.holds(&authorized.owner, token_id).await? {
-            tracing::warn!(connection_id = %context.connection_id, owner = %authorized.owner, "agent connection refused: the identity is revoked");
+        let Admission { registry, revocations, .. } = &connect.admission;
+        let (id, owner, token_id) =
+            (&context.connection_id, &authorized.owner, authorized.token_id.as_deref());
+        registry.let_in(id, owner, token_id, expires_at).await?;
+        if revocations.holds(owner, token_id).await? {
+            tracing::warn!(connection_id = %id, %owner, "agent connection refused: the identity is revoked");
+            registry.forget(id, Some(owner)).await?;
             return Ok(Answer::status(403));
         }
         return Ok(Answer::status(200));
@@ -142,16 +151,13 @@ pub async fn handle(mut event: AgentEvent, connect: &Connect) -> Result<Answer, 
             return Ok(Answer::status(400));
         }
     };
-    let connected_at = if context.connected_at == 0 { now } else { context.connected_at / 1000 };
-    let by_lifetime = connected_at + connect.lifetime.as_secs().max(1);
     let connection = Connection {
         id: context.connection_id,
         owner: authorized.owner.clone(),
         agent: hello.agent.clone(),
         token_id: authorized.token_id.clone(),
         connected_at,
-        // An identity that ends takes its connections out of service.
-        expires_at: authorized.ends_at().map_or(by_lifetime, |end| end.min(by_lifetime)),
+        expires_at,
         websockets: hello.websockets,
     };
     let since_ms = connect.admission.registry.enter(&connection, unix_now_ms()).await?;

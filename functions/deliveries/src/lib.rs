@@ -3,8 +3,8 @@
 //! It handles the route of that name; the answer goes back as the route's response. Who asks about a tunnel that its token
 //! does not cover, or whose name is another owner's, is told the same as about one that does not exist.
 //!
-//! Permissions it needs: read and write rows of the table of deliveries; read and write rows of names and read those of
-//! connections; start, describe and stop runs of `delivery`, and answer those that wait.
+//! Permissions it needs: read and write rows of the table of deliveries; read and write rows of names, read those of
+//! connections and the list of revoked identities; start, describe and stop runs of `delivery`, and answer those that wait.
 
 use std::process::ExitCode;
 
@@ -19,6 +19,7 @@ use edge::{
     event::{AgentEvent, Authorized},
     function::Answer as Response,
     registry::Registry,
+    revocation::Revocations,
     unix_now,
 };
 use proto::{
@@ -39,6 +40,7 @@ const EMPTY_PAGES: usize = 10;
 #[derive(Debug)]
 pub struct Deliveries {
     registry: Registry,
+    revocations: Revocations,
     store: Store,
 }
 
@@ -62,6 +64,7 @@ impl Deliveries {
         let store = Store::from_env(&aws, env);
         Ok(Self {
             registry: Registry::from_env(&aws, env)?,
+            revocations: Revocations::from_env(&aws, env)?,
             store: store.ok_or_else(|| env.missing(env::DELIVERIES_TABLE))?,
         })
     }
@@ -84,10 +87,13 @@ pub async fn handle(mut event: AgentEvent, deliveries: &Deliveries) -> Result<Re
         return Ok(Response::status(400));
     };
     let answered = async {
-        if authorized.is_over(unix_now()) {
+        let Deliveries { registry, revocations, store } = deliveries;
+        // Also one that is revoked: it is being cut, and learns and changes nothing meanwhile.
+        if authorized.is_over(unix_now())
+            || revocations.holds(&authorized.owner, authorized.token_id.as_deref()).await?
+        {
             return Ok(refused(Refused::NotAllowed));
         }
-        let Deliveries { registry, store } = deliveries;
         let asked = Asked { deliveries: store, registry, authorized: &authorized };
         asked.answer(question.ask, &context.connection_id).await
     };

@@ -11,11 +11,13 @@
 //! First the list is written, so that no further connection is let in; then the rows of the connections that
 //! are open go, so that no further request is dispatched to them; then the connections are closed, and
 //! `disconnect` tells whoever waits for an answer over them. Nothing polls: who is cut is found through the
-//! owner, and is cut before the invocation ends. It may be repeated, and should be when it fails.
+//! owner, and is cut before the invocation ends. A connection that was being opened meanwhile may have seen the list as
+//! it was before, and cannot be closed until it is open: those that have said no `hello` are closed once more a moment later. It
+//! may be repeated, and should be when it fails.
 //!
 //! Permissions it needs: query, write and delete rows of the connections table, close connections.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use edge::{
     Error,
@@ -32,6 +34,10 @@ use serde::{Deserialize, Serialize};
 
 /// How many connections are closed at the same time: enough to be quick, few enough not to be throttled.
 const PARALLEL: usize = 10;
+
+/// How long a connection whose `$connect` has read the list may take to be open: an answer's way back through Lambda
+/// and API Gateway.
+const OPENING: Duration = Duration::from_secs(1);
 
 /// Everything a revocation needs.
 #[derive(Debug)]
@@ -103,11 +109,18 @@ pub async fn handle(event: Event, Revoke(admission): &Revoke) -> Result<Answer, 
     admission.revocations.add(revoked, now).await?;
     let mut connections = admission.registry.connections_of(&owner, now).await?;
     connections.retain(|connection| is_meant(connection, token_id.as_deref()));
-    let results: Vec<Result<(), Error>> = stream::iter(&connections)
+    let mut results: Vec<Result<(), Error>> = stream::iter(&connections)
         .map(|connection| admission.cut(&connection.id, &owner))
         .buffer_unordered(PARALLEL)
         .collect()
         .await;
+    let mut opening = connections.iter().filter(|connection| !connection.counts()).peekable();
+    if opening.peek().is_some() {
+        tokio::time::sleep(OPENING).await;
+        let again = stream::iter(opening).map(|connection| admission.link.close(&connection.id));
+        let again: Vec<Result<(), Error>> = again.buffer_unordered(PARALLEL).collect().await;
+        results.extend(again.into_iter().filter(Result::is_err));
+    }
     let closed = results.iter().filter(|result| result.is_ok()).count();
     let failed = results.len() - closed;
     tracing::warn!(%owner, one_token = token_id.is_some(), closed, failed, "identity revoked");
