@@ -402,7 +402,7 @@ impl Shared {
                 let table = self.table(&body);
                 let action = Action::DynamoDb(operation, table);
                 if let Err(denied) =
-                    refusal(function, action, policy::allows_on(function, action, || row(&body)))
+                    refusal(function, action, policy::allows_on(function, action, || row(table, &body)))
                 {
                     return denied.json();
                 }
@@ -635,11 +635,25 @@ fn refusal(function: &str, action: Action<'_>, allowed: bool) -> Result<(), Refu
     })
 }
 
-/// The partition key of the one row of the table of connections that a call is about.
-fn row(body: &[u8]) -> Option<String> {
+/// The one partition key of a table that a call is about: that of its row, or of its query.
+fn row(table: Table, body: &[u8]) -> Option<String> {
+    let keys = match table {
+        Table::Connections => &stack().connections,
+        Table::Mailboxes => &stack().mailboxes,
+        Table::Deliveries => &stack().deliveries,
+        Table::Other => return None,
+    };
     let call: Value = serde_json::from_slice(body).ok()?;
-    let key = call.get("Key").or_else(|| call.get("Item"))?;
-    key[&stack().connections.partition]["S"].as_str().map(str::to_owned)
+    let value = match call.get("Key").or_else(|| call.get("Item")) {
+        Some(key) => &key[&keys.partition],
+        None => {
+            let terms = call["KeyConditionExpression"].as_str()?.split(" AND ");
+            let mut equal = terms.filter_map(|term| term.split_once(" = "));
+            let (_, value) = equal.find(|(name, _)| *name == keys.partition)?;
+            &call["ExpressionAttributeValues"][value]
+        }
+    };
+    value["S"].as_str().map(str::to_owned)
 }
 
 /// The access key in an `Authorization` header of AWS.

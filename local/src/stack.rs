@@ -156,9 +156,9 @@ impl Rows {
     }
 }
 
-/// The operations that name one row by its partition key.
-const ON_ONE_ROW: [&str; 4] =
-    ["dynamodb:DeleteItem", "dynamodb:GetItem", "dynamodb:PutItem", "dynamodb:UpdateItem"];
+/// The operations that name one partition key: that of one row, or a query's.
+const IN_ONE_PARTITION: [&str; 5] =
+    ["dynamodb:DeleteItem", "dynamodb:GetItem", "dynamodb:PutItem", "dynamodb:Query", "dynamodb:UpdateItem"];
 
 /// A resource that a role names.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -317,7 +317,7 @@ fn statements(policy: &Value, name: &str) -> Result<Vec<Permission>, StackError>
                     .ok_or_else(|| StackError(format!("{name} names the unknown resource {resource}")))?;
                 let is_table =
                     matches!(resource, Resource::Connections | Resource::Mailboxes | Resource::Deliveries);
-                if rows != Rows::Any && !(is_table && ON_ONE_ROW.contains(&action)) {
+                if rows != Rows::Any && !(is_table && IN_ONE_PARTITION.contains(&action)) {
                     return Err(StackError(format!("{name} has rows for {action}, which names none")));
                 }
                 // Their names are not known beforehand: what they are of has to be.

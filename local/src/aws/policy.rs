@@ -208,7 +208,17 @@ mod tests {
             assert!(may("connect", operation, "web") && may("connect", operation, "#owner#alice"));
             assert!(!may("connect", operation, "#revoked") && !may("connect", operation, "#use#tunnel#web"));
         }
-        assert!(may("connect", "GetItem", "#revoked"));
+        for function in ["connect", "deliveries"] {
+            assert!(may(function, "GetItem", "#revoked") && !may(function, "UpdateItem", "#revoked"));
+        }
+        // It wakes runs that wait, and neither reads nor deletes what is kept.
+        for operation in ["Query", "DeleteItem"] {
+            let may = |row: &str| {
+                let action = Action::DynamoDb(operation, Table::Deliveries);
+                allows_on("connect", action, || Some(row.to_owned()))
+            };
+            assert!(may("p#web") && !may("t#web") && !may("web") && !may("p"), "{operation}");
+        }
         assert!(may("disconnect", "DeleteItem", "#c=") && !may("disconnect", "DeleteItem", "#revoked"));
         assert!(may("revoke", "PutItem", "#revoked") && !may("revoke", "PutItem", "web"));
         assert!(may("revoke", "DeleteItem", "#revoked") && may("revoke", "DeleteItem", "web"));

@@ -543,6 +543,23 @@ fn times_are_written_as_the_service_writes_them() {
 }
 
 #[test]
+fn a_call_names_a_partition_in_its_key_its_item_or_its_condition() {
+    let of = |table, call: Value| row(table, call.to_string().as_bytes());
+    let item = serde_json::json!({"tunnel": {"S": "web"}, "connection_id": {"S": "#name"}});
+    assert_eq!(of(Table::Connections, serde_json::json!({"Key": item})).as_deref(), Some("web"));
+    assert_eq!(of(Table::Connections, serde_json::json!({"Item": item})).as_deref(), Some("web"));
+    assert_eq!(of(Table::Deliveries, serde_json::json!({"Item": item})), None, "its key has another name");
+    for condition in ["pk = :pk", "pk = :pk AND sk > :sk", "sk > :sk AND pk = :pk"] {
+        let values = serde_json::json!({":pk": {"S": "p#web"}, ":sk": {"S": "t#web"}});
+        let call =
+            serde_json::json!({"KeyConditionExpression": condition, "ExpressionAttributeValues": values});
+        assert_eq!(of(Table::Deliveries, call.clone()).as_deref(), Some("p#web"), "{condition}");
+        assert_eq!(of(Table::Connections, call), None, "{condition}");
+    }
+    assert_eq!(of(Table::Deliveries, serde_json::json!({"TableName": "deliveries"})), None);
+}
+
+#[test]
 fn the_access_key_is_read_from_the_signature() {
     let header =
         "AWS4-HMAC-SHA256 Credential=KEY/20260101/eu/sqs/aws4_request, SignedHeaders=host, Signature=0";
