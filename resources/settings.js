@@ -97,6 +97,29 @@ function edgeRequests(executions) {
   return executions - Math.max(4, Math.floor(executions / 4));
 }
 
+/** An owner, as proto::id::Owner has it. */
+const OWNER = /^[!-~]{1,128}$/;
+
+/** The list of TUNNEL_REVOKED, as functions/authorizer/src/config.rs reads it: with one that it does not take, nobody
+ * could connect. */
+function revoked(text) {
+  if (text === '') return text;
+  let list;
+  try {
+    list = JSON.parse(text);
+  } catch {
+    // Said below.
+  }
+  const isList = ([key, value]) =>
+    ['token_ids', 'owners'].includes(key) &&
+    Array.isArray(value) &&
+    value.every((one) => typeof one === 'string' && (key === 'token_ids' || OWNER.test(one)));
+  if (list?.constructor !== Object || !Object.entries(list).every(isList)) {
+    fail('revoked', `'${text}' is not JSON of the form {"token_ids": ["…"], "owners": ["…"]}`);
+  }
+  return text;
+}
+
 /** The most executions that count as few, and how many Lambda never reserves. */
 const FEW_EXECUTIONS = 200;
 const UNRESERVED = 10;
@@ -183,6 +206,9 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
   const reserved =
     parameters.reservedForResponse === ''
       ? null
+    if (!parameters.tokenIssuer && WITH_KEYS.includes(command)) {
+      fail('tokenIssuer', 'is needed with jwksUrl: what the identity provider writes into the claim iss');
+    }
       : number('reservedForResponse', parameters.reservedForResponse, 1, 100_000);
   let inFlight = '';
   if (parameters.executions !== '') {
@@ -237,6 +263,9 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
     reservedForResponse: reserved,
     // A variable of a function: text. Empty counts as absent.
     edgeRequests: inFlight,
+    revoked: revoked(parameters.revoked),
+    // A variable of a function: text.
+    mailboxesKept: String(number('mailboxesKept', parameters.mailboxesKept, 1, 200)),
     // Of the longest response: what comes near it is cut, or abandoned.
     slowMilliseconds: duration * 950,
   };

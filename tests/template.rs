@@ -61,6 +61,8 @@ fn value(name: &str) -> String {
             root().join("functions/authorizer/tests/fixtures/agentd-ed.jwks.json").to_str().unwrap().into()
         }
         authorizer::config::ENV_JWKS_URL => String::new(),
+        authorizer::config::ENV_REVOKED => r#"{"token_ids": ["t1"], "owners": ["alice"]}"#.into(),
+        env::MAILBOXES_KEPT => limits::MAILBOXES_KEPT.to_string(),
         env::LIMITS => "tunnel_requests=50".into(),
         env::EDGE_REQUESTS => "6".into(),
         env::UNKNOWN_LENGTH => "hold".into(),
@@ -112,6 +114,52 @@ fn a_function_is_deployed_with_the_variables_that_it_reads() {
         assert!(surplus.is_empty(), "{name} does not read {surplus:?}");
         assert!(function.variables.contains(env::METRICS_NAMESPACE), "{name} writes no metrics");
     }
+}
+
+#[test]
+fn authorizer_is_told_all_that_it_asks_for() {
+    use authorizer::config::{ENV_HS256_SECRET, ENV_JWKS};
+    let asked = asked("authorizer");
+    let missing = asked.difference(&stack().functions["authorizer"].variables);
+    // The stack hands keys over as a file or an address, and Lambda says where the file is.
+    let otherwise = [ENV_JWKS, ENV_HS256_SECRET, "LAMBDA_TASK_ROOT"];
+    let missing: Vec<_> = missing.filter(|name| !otherwise.contains(&name.as_str())).collect();
+    assert!(missing.is_empty(), "no deployment can set {missing:?}");
+}
+
+/// What no stack sets, and the words of the page that names it which say so.
+const NOT_DEPLOYED: [(&str, &str); 4] = [
+    (authorizer::config::ENV_HS256_SECRET, "The stack has no parameter for it"),
+    (env::RELAY_LISTEN, "no parameter changes them"),
+    (env::RELAY_CONNECTIONS, "no parameter changes them"),
+    (env::RELAY_MESSAGE_BYTES, "no parameter changes them"),
+];
+
+#[test]
+fn a_variable_that_a_page_names_is_one_of_the_stack() {
+    let functions = stack().functions.values().map(|function| &function.variables);
+    let deployed: BTreeSet<_> = functions.chain([&stack().relay.variables]).flatten().collect();
+    let pages = names("docs").into_iter().map(|name| format!("docs/{name}"));
+    let pages = pages.chain(["README.md", "ARCHITECTURE.md", "SECURITY.md"].map(str::to_owned));
+    let mut found = 0;
+    for page in pages.filter(|page| page.ends_with(".md")) {
+        let text = read(&page);
+        for (at, _) in text.match_indices("TUNNEL_") {
+            let is_part = |c: &char| c.is_ascii_uppercase() || c.is_ascii_digit() || *c == '_';
+            let name: String = text[at..].chars().take_while(is_part).collect();
+            let is_said = NOT_DEPLOYED.iter().any(|(other, words)| *other == name && text.contains(words));
+            assert!(is_said || deployed.contains(&name), "{page} names {name}, which no deployment sets");
+            found += 1;
+        }
+    }
+    assert!(found > 20, "{found}");
+}
+
+/// What a parameter is by default is what the code takes where nothing is said.
+#[test]
+fn as_many_mailboxes_are_kept_as_limits_says() {
+    let declared = format!("mailboxesKept: '{}'\n", limits::MAILBOXES_KEPT);
+    assert!(read("serverless.yml").contains(&declared), "{declared}");
 }
 
 #[test]
@@ -621,6 +669,33 @@ fn the_packaged_stack_is_the_one_that_local_imitates() {
 #[test]
 fn the_keys_are_read_by_those_alone_who_need_them() {
     for (name, template) in templates() {
+/// What an operator says of tokens reaches `authorizer`, to the letter.
+#[test]
+fn what_tokens_have_to_say_is_packaged_as_it_was_given() {
+    for (name, template) in templates() {
+        let resources = &template["Resources"];
+        let variables = &resources["AuthorizerLambdaFunction"]["Properties"]["Environment"]["Variables"];
+        let given = [
+            (authorizer::config::ENV_JWKS_URL, "https://id.example.com/jwks"),
+            (authorizer::config::ENV_TOKEN_ISSUER, "https://id.example.com/"),
+            (authorizer::config::ENV_TOKEN_AUDIENCE, "edge"),
+            (authorizer::config::ENV_OWNER_CLAIM, "team"),
+            (authorizer::config::ENV_REVOKED, r#"{"token_ids": ["t1"], "owners": ["alice"]}"#),
+        ];
+        // As `resources/check` packages it.
+        for (variable, value) in given {
+            assert_eq!(variables[variable], if name == "relayed" { value } else { "" }, "{name}: {variable}");
+        }
+        let lookup = |name: &str| variables[name].as_str().map(str::to_owned);
+        if name == "relayed" {
+            authorizer::config::Config::from_env(&Env::new(&lookup)).unwrap();
+        }
+        let kept = &resources["SweepLambdaFunction"]["Properties"]["Environment"]["Variables"];
+        let expected = if name == "relayed" { 100 } else { limits::MAILBOXES_KEPT };
+        assert_eq!(kept[env::MAILBOXES_KEPT], expected.to_string(), "{name}");
+    }
+}
+
         let resources = template["Resources"].as_object().unwrap();
         // As `resources/check` packages it.
         let is_own = name != "httpapi";

@@ -19,7 +19,9 @@ use ::edge::{
     limit::{EXECUTIONS_FEW, edge_requests},
 };
 use anyhow::{Context, bail};
-use authorizer::config::{ENV_JWKS, ENV_JWKS_FILE, ENV_JWKS_URL};
+use authorizer::config::{
+    ENV_JWKS, ENV_JWKS_FILE, ENV_JWKS_URL, ENV_OWNER_CLAIM, ENV_REVOKED, ENV_TOKEN_AUDIENCE, ENV_TOKEN_ISSUER,
+};
 use proto::limits;
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use tokio::{
@@ -641,7 +643,6 @@ impl Settings<'_> {
             Function::Deliver | Function::Deliveries | Function::Response | Function::Revoke => Vec::new(),
             Function::Sweep => vec![
                 lease(),
-                (env::MAILBOXES_KEPT, self.mailboxes.to_string()),
                 (env::MAILBOX_IDLE_SECS, seconds(limits::MAILBOX_IDLE)),
                 (env::RELAY_REST_SECS, seconds(limits::RELAY_REST)),
             ],
@@ -727,6 +728,7 @@ impl Settings<'_> {
             (env::FRONT_SECRET, self.front_secret.to_owned()),
             (env::FRONT_ONLY, "true".to_owned()),
             (env::METRICS_NAMESPACE, METRICS_NAMESPACE.to_owned()),
+            (env::MAILBOXES_KEPT, self.mailboxes.to_string()),
             (env::LIMITS, self.limits.to_owned()),
             (env::EDGE_REQUESTS, self.executions.requests.map(|most| most.to_string()).unwrap_or_default()),
             (env::WEBSOCKETS, has_relay.to_string()),
@@ -740,6 +742,11 @@ impl Settings<'_> {
             // The key set is in a variable instead.
             (ENV_JWKS_FILE, String::new()),
             (ENV_JWKS_URL, String::new()),
+            // Tokens are those of `agentd token issue`.
+            (ENV_TOKEN_ISSUER, String::new()),
+            (ENV_TOKEN_AUDIENCE, String::new()),
+            (ENV_OWNER_CLAIM, String::new()),
+            (ENV_REVOKED, String::new()),
         ])
     }
 }
