@@ -99,6 +99,8 @@ enum Record<'a> {
         body: Cow<'a, str>,
         attributes: Cow<'a, BTreeMap<Box<str>, Attribute>>,
         sent_ms: u64,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        dead_letter_of: Option<Cow<'a, str>>,
     },
     Deleted {
         queue: Cow<'a, str>,
@@ -118,6 +120,7 @@ impl<'a> Record<'a> {
             body: Cow::Borrowed(&message.body),
             attributes: Cow::Borrowed(&message.attributes),
             sent_ms: message.sent_ms,
+            dead_letter_of: message.dead_letter_of.as_deref().map(Cow::Borrowed),
         }
     }
 }
@@ -152,10 +155,13 @@ impl Sqs {
         let mut last = 0;
         for change in changes {
             match serde_json::from_str(change)? {
-                Record::Sent { queue, number, id, body, attributes, sent_ms } => {
+                Record::Sent { queue, number, id, body, attributes, sent_ms, dead_letter_of } => {
                     last = last.max(number);
                     let attributes = attributes.into_owned();
-                    let message = Message::new(id.as_ref().into(), body.as_ref().into(), attributes, sent_ms);
+                    let message = Message {
+                        dead_letter_of: dead_letter_of.map(|queue| queue.as_ref().into()),
+                        ..Message::new(id.as_ref().into(), body.as_ref().into(), attributes, sent_ms)
+                    };
                     messages.insert(number, (queue.as_ref().into(), message));
                 }
                 Record::Deleted { number, .. } => drop(messages.remove(&number)),
@@ -432,7 +438,8 @@ impl Sqs {
                     for stored in taken.extract_if(.., is_dead) {
                         stock.bytes -= stored.message.body.len();
                         // The message stays who it is, and as old as it is.
-                        self.put(&dead_letters.queue, stored.message, stored.kept_until);
+                        let letter = Message::into_dead_letter(stored.message, &queue.name);
+                        self.put(&dead_letters.queue, Arc::new(letter), stored.kept_until);
                         let gone =
                             Record::Deleted { queue: Cow::Borrowed(&queue.name), number: stored.number };
                         self.keep_change(&queue, &gone);
@@ -521,9 +528,14 @@ impl Sqs {
     /// Moves every visible message of a queue that takes other queues' dead letters: to the queue it names, or back to
     /// the queue whose dead letters they are. They are new messages there. Gives how many.
     ///
+    /// Without a destination SQS moves only what it has put there itself: for a message that was sent there, the task that it
+    /// has begun ends with `CouldNotDetermineMessageSource` (SQS Developer Guide, "DLQ and DLQ redrive issues"). Here a task
+    /// is over once it was begun, so the call is refused, and nothing is moved.
+    ///
     /// # Errors
     ///
-    /// There is no such queue, it takes no dead letters, or those of several queues and no destination is named.
+    /// There is no such queue, it takes no dead letters, or no destination is named and those of several queues are taken, or
+    /// a message there is none of them.
     pub fn move_dead_letters(&self, from: &str, to: Option<&str>) -> Result<usize> {
         self.throttled()?;
         let source = self.queue(&self.url(from))?;
@@ -550,6 +562,13 @@ impl Sqs {
         let moved: Vec<Stored> = {
             let mut stock = source.stock();
             stock.refresh(now);
+            let is_known =
+                |stored: &Stored| stored.message.dead_letter_of.as_deref() == Some(&*destination.name);
+            if to.is_none() && !stock.ready.iter().all(is_known) {
+                return Err(not_valid(
+                    "CouldNotDetermineMessageSource: a message was sent to the queue itself, so a destination is needed.",
+                ));
+            }
             let moved: Vec<_> = stock.ready.drain(..).collect();
             stock.bytes -= moved.iter().map(|stored| stored.message.body.len()).sum::<usize>();
             moved

@@ -58,7 +58,7 @@ pub struct NewMessage {
 }
 
 /// A message as it was sent.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Message {
     /// The id that the sender was told.
     pub id: Box<str>,
@@ -72,6 +72,8 @@ pub struct Message {
     pub attributes_md5: Option<Box<str>>,
     /// When it was sent, in epoch milliseconds.
     pub sent_ms: u64,
+    /// The queue that it was moved from as a dead letter; nothing where it was sent to the queue that it is in.
+    pub dead_letter_of: Option<Box<str>>,
 }
 
 impl Message {
@@ -88,6 +90,17 @@ impl Message {
             body,
             attributes,
             sent_ms,
+            dead_letter_of: None,
+        }
+    }
+
+    /// The same message, once it has become a dead letter of `queue`.
+    pub(super) fn into_dead_letter(message: Arc<Self>, queue: &str) -> Self {
+        let dead_letter_of = Some(queue.into());
+        match Arc::try_unwrap(message) {
+            Ok(message) => Self { dead_letter_of, ..message },
+            // Whoever has received it looks at it still.
+            Err(message) => Self { dead_letter_of, ..(*message).clone() },
         }
     }
 }

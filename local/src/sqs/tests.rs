@@ -271,6 +271,12 @@ async fn what_is_received_too_often_goes_to_the_dead_letters_and_back() {
     assert_eq!((&*back.message.body, back.receives), ("a", 1));
     assert_ne!(*back.message.id, *id, "it is a new message");
 
+    // What was sent there goes where it is told to, and nowhere by itself; nor does anything with it.
+    sqs.send(&dead, message("b")).unwrap();
+    assert_eq!(kind(sqs.move_dead_letters("dead", None)), SqsErrorKind::InvalidParameterValue);
+    assert_eq!(sqs.move_dead_letters("dead", Some("work")), Ok(1));
+    assert_eq!(&*receive(&sqs, &url).await[0].message.body, "b");
+
     assert_eq!(kind(sqs.move_dead_letters("work", None)), SqsErrorKind::InvalidParameterValue);
     assert_eq!(kind(sqs.move_dead_letters("none", None)), SqsErrorKind::QueueDoesNotExist);
     sqs.create_kept("other", attributes).unwrap();
@@ -325,6 +331,11 @@ async fn lasting_queues_outlive_the_process() {
     assert_eq!(dead, dead_again);
     assert!(receive(&sqs, &work).await.is_empty());
     assert_eq!(receive(&sqs, &dead).await.len(), 2);
+    // Where they came from is known still.
+    let (sqs, work, _) = begin();
+    assert_eq!(sqs.move_dead_letters("dead", None), Ok(2));
+    assert_eq!(bodies(&receive(&sqs, &work).await), ["a", "c"]);
+    sqs.send(&dead, message("d")).unwrap();
     sqs.purge(&dead).unwrap();
     let (sqs, ..) = begin();
     assert!(receive(&sqs, &dead).await.is_empty());
