@@ -771,6 +771,16 @@ fn a_new_secret_of_the_front_reaches_both_ends() {
     assert!(rotated > 0 || templates().is_empty(), "no new secret was packaged");
 }
 
+        // It is sent once it is believed, by everything that it is sent to; `FrontIntegration` names `ingress` itself.
+        if let Some(front) = resources.get("FrontDistribution") {
+            let mut takers = vec!["IngressLambdaFunction"];
+            takers.extend(has_relay(&template).then_some("RelayService"));
+            assert_eq!(front["DependsOn"], serde_json::json!(takers), "{name}");
+        }
+        // And a key signs once it is accepted, also in a task that starts in the middle of a deployment.
+        if let Some(keys) = resources.get("RelayKeys") {
+            assert_eq!(keys["DependsOn"], serde_json::json!(["ResponseLambdaFunction"]), "{name}");
+        }
 /// CloudFormation refuses to make a resource of one type out of another, so no name may have two types, whatever is packaged:
 /// one front follows another on a stack that runs. Both fronts want the same records, so between them comes `none`, which
 /// has nothing of either.
