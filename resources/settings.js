@@ -134,10 +134,20 @@ const READ_MARGIN_SECS = 5;
 /** The commands that need the keys of agents' tokens; `remove` and `info` do not. */
 const WITH_KEYS = ['package', 'deploy'];
 
+/** The longest name of a stage, and with a relay: its balancer's name, tunnel-STAGE-relay, has 32 letters at most. */
+const STAGE_LETTERS = 20;
+const STAGE_LETTERS_RELAY = 19;
+
+/** How regions outside the partition `aws` begin. The state machines' files name their tasks by ARNs of that partition. */
+const OTHER_PARTITIONS = /^(cn|us-gov|us-iso[a-z]*|eu-iso[a-z]*|eusc)-/;
+
 function settings(parameters, { stage, region, root, fronts, command = 'deploy' }) {
   const { domain, hostedZoneId, agentsDomain, jwks, jwksUrl } = parameters;
-  if (!/^[a-z][a-z0-9-]{0,19}$/.test(stage)) {
-    fail('stage', `'${stage}' is not up to 20 lower-case letters, digits and hyphens`);
+  if (!/^[a-z][a-z0-9-]*$/.test(stage) || stage.length > STAGE_LETTERS) {
+    fail('stage', `'${stage}' is not up to ${STAGE_LETTERS} lower-case letters, digits and hyphens`);
+  }
+  if (OTHER_PARTITIONS.test(region)) {
+    fail('region', `'${region}' is not in the partition aws, and the state machines run in no other`);
   }
 
   const front = parameters.front || (domain ? 'cloudfront' : 'none');
@@ -148,6 +158,9 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
   if (hasRelay && frontFile !== 'cloudfront') {
     const help = 'give domain and certificateArn for the front cloudfront, or leave websockets out';
     fail('websockets', `the front ${front} cannot hand WebSockets to relay: ${help}`);
+  }
+  if (hasRelay && stage.length > STAGE_LETTERS_RELAY) {
+    fail('stage', `'${stage}' has more than ${STAGE_LETTERS_RELAY} letters, and the name of relay's balancer takes no more`);
   }
   const prefixList = parameters.relayPrefixList;
   if (prefixList && !/^pl-[0-9a-f]{8,17}$/.test(prefixList)) {
@@ -193,6 +206,9 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
 
   if (jwksUrl) {
     if (!jwksUrl.startsWith('https://')) fail('jwksUrl', 'is not an https address');
+    if (!parameters.tokenIssuer && WITH_KEYS.includes(command)) {
+      fail('tokenIssuer', 'is needed with jwksUrl: what the identity provider writes into the claim iss');
+    }
   } else if (WITH_KEYS.includes(command)) {
     publicKeys(path.resolve(root, jwks));
   }
@@ -206,15 +222,20 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
   const reserved =
     parameters.reservedForResponse === ''
       ? null
-    if (!parameters.tokenIssuer && WITH_KEYS.includes(command)) {
-      fail('tokenIssuer', 'is needed with jwksUrl: what the identity provider writes into the claim iss');
-    }
       : number('reservedForResponse', parameters.reservedForResponse, 1, 100_000);
+  const reservedConcurrency =
+    parameters.reservedConcurrency === ''
+      ? null
+      : number('reservedConcurrency', parameters.reservedConcurrency, 1, 100_000);
   let inFlight = '';
   if (parameters.executions !== '') {
     const executions = number('executions', parameters.executions, UNRESERVED, FEW_EXECUTIONS);
-    if (executions - (reserved ?? 0) < UNRESERVED) {
-      fail('reservedForResponse', `Lambda reserves nothing of the last ${UNRESERVED} of the account's ${executions} executions`);
+    let left = executions;
+    for (const [name, count] of [['reservedForResponse', reserved], ['reservedConcurrency', reservedConcurrency]]) {
+      left -= count ?? 0;
+      if (left < UNRESERVED) {
+        fail(name, `Lambda reserves nothing of the last ${UNRESERVED} of the account's ${executions} executions`);
+      }
     }
     inFlight = String(edgeRequests(executions - (reserved ?? 0)));
   }
@@ -242,6 +263,9 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
     logRetentionDays: oneOf('logRetentionDays', retention, RETENTION_DAYS),
     frontGeneration: number('frontGeneration', parameters.frontGeneration, 0, 999_999_999),
     limits: limits(parameters.limits),
+    revoked: revoked(parameters.revoked),
+    // A variable of a function: text.
+    mailboxesKept: String(number('mailboxesKept', parameters.mailboxesKept, 1, 200)),
     // A variable of a function: text.
     replyTimeoutSecs: String(reply),
     readTimeoutSecs: reply + READ_MARGIN_SECS,
@@ -256,16 +280,10 @@ function settings(parameters, { stage, region, root, fronts, command = 'deploy' 
     webAclArn: acl || { Ref: 'AWS::NoValue' },
     tracing: flag('tracing', parameters.tracing),
     pointInTimeRecovery: flag('pointInTimeRecovery', parameters.pointInTimeRecovery),
-    reservedConcurrency:
-      parameters.reservedConcurrency === ''
-        ? null
-        : number('reservedConcurrency', parameters.reservedConcurrency, 1, 100_000),
+    reservedConcurrency,
     reservedForResponse: reserved,
     // A variable of a function: text. Empty counts as absent.
     edgeRequests: inFlight,
-    revoked: revoked(parameters.revoked),
-    // A variable of a function: text.
-    mailboxesKept: String(number('mailboxesKept', parameters.mailboxesKept, 1, 200)),
     // Of the longest response: what comes near it is cut, or abandoned.
     slowMilliseconds: duration * 950,
   };

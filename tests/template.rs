@@ -506,6 +506,10 @@ fn every_substitution_is_supplied_and_the_machine_is_one_that_express_takes() {
     }
     Definition::parse(MACHINE, &supplied).unwrap();
     assert_eq!(stack().workflow.kind, "EXPRESS");
+    // The names of Step Functions' own tasks, and of nobody's account or region.
+    for text in [MACHINE, DELIVERY] {
+        assert_eq!(text.matches("arn:").count(), text.matches("arn:aws:states:::").count());
+    }
     // `Definition` refuses them by not knowing them; this is what a deployment would refuse.
     for illegal in [".waitForTaskToken", ".sync", ":activity:"] {
         assert!(!MACHINE.contains(illegal), "{illegal}");
@@ -1047,6 +1051,11 @@ fn a_packaged_relay_is_one_that_starts_and_is_reached() {
             found.unwrap()["Value"].as_str().unwrap().parse::<u64>().unwrap()
         };
         let balancer = one("AWS::ElasticLoadBalancingV2::LoadBalancer").unwrap();
+        // One of the two has the longest stage that a relay takes.
+        for of in [balancer, targets] {
+            let letters = of["Name"].as_str().unwrap().len();
+            assert!(letters <= 32 && (letters == 32) == (name == "relayed"), "{name}: {letters}");
+        }
         let idle = attribute(balancer, "LoadBalancerAttributes", "idle_timeout.timeout_seconds");
         let latest = settings_number("relay: [55, ");
         // Longer than a late head, shorter than relay keeps an idle connection.
