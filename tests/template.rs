@@ -669,10 +669,6 @@ fn the_packaged_stack_is_the_one_that_local_imitates() {
     }
 }
 
-/// Who reads which key, by what is packaged: SECURITY.md says it in words.
-#[test]
-fn the_keys_are_read_by_those_alone_who_need_them() {
-    for (name, template) in templates() {
 /// What an operator says of tokens reaches `authorizer`, to the letter.
 #[test]
 fn what_tokens_have_to_say_is_packaged_as_it_was_given() {
@@ -700,6 +696,10 @@ fn what_tokens_have_to_say_is_packaged_as_it_was_given() {
     }
 }
 
+/// Who reads which key, by what is packaged: SECURITY.md says it in words.
+#[test]
+fn the_keys_are_read_by_those_alone_who_need_them() {
+    for (name, template) in templates() {
         let resources = template["Resources"].as_object().unwrap();
         // As `resources/check` packages it.
         let is_own = name != "httpapi";
@@ -771,10 +771,6 @@ fn a_new_secret_of_the_front_reaches_both_ends() {
                 .to_string();
             assert!(secret.contains("AWSCURRENT") && secret.contains("AWSPREVIOUS"), "{name}: {secret}");
         }
-    }
-    assert!(rotated > 0 || templates().is_empty(), "no new secret was packaged");
-}
-
         // It is sent once it is believed, by everything that it is sent to; `FrontIntegration` names `ingress` itself.
         if let Some(front) = resources.get("FrontDistribution") {
             let mut takers = vec!["IngressLambdaFunction"];
@@ -785,6 +781,10 @@ fn a_new_secret_of_the_front_reaches_both_ends() {
         if let Some(keys) = resources.get("RelayKeys") {
             assert_eq!(keys["DependsOn"], serde_json::json!(["ResponseLambdaFunction"]), "{name}");
         }
+    }
+    assert!(rotated > 0 || templates().is_empty(), "no new secret was packaged");
+}
+
 /// CloudFormation refuses to make a resource of one type out of another, so no name may have two types, whatever is packaged:
 /// one front follows another on a stack that runs. Both fronts want the same records, so between them comes `none`, which
 /// has nothing of either.
@@ -1133,19 +1133,38 @@ fn packaged_alarms_and_dashboard_go_by_metrics_that_exist() {
         // The functions write where the alarm looks.
         let ingress = &template["Resources"]["IngressLambdaFunction"]["Properties"];
         assert_eq!(own["Namespace"], ingress["Environment"]["Variables"][env::METRICS_NAMESPACE], "{name}");
-        let watched: BTreeSet<String> = alarms[&"FunctionErrors".to_owned()]["Metrics"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .filter_map(|metric| {
+        let watched = |alarm: &str| -> BTreeSet<String> {
+            let metrics = alarms[&alarm.to_owned()]["Metrics"].as_array().unwrap();
+            // An alarm takes so many metrics (CloudWatch User Guide, "Create a CloudWatch alarm based on a metric math expression").
+            assert!(metrics.len() - 1 <= 10, "{name}: {alarm}");
+            let value = |metric: &Value| {
                 metric["MetricStat"]["Metric"]["Dimensions"][0]["Value"]["Ref"].as_str().map(str::to_owned)
-            })
-            .collect();
+            };
+            metrics.iter().filter_map(value).collect()
+        };
+        let all = |kind: &str, but: &[&str]| -> BTreeSet<String> {
+            of_type(&template, kind)
+                .map(|(id, _)| id.clone())
+                .filter(|id| !but.contains(&id.as_str()))
+                .collect()
+        };
+        let functions = all("AWS::Lambda::Function", &[]);
         // It refuses by failing: strangers would ring.
-        let functions = of_type(&template, "AWS::Lambda::Function").map(|(id, _)| id.clone());
-        let functions = functions.filter(|id| id != "AuthorizerLambdaFunction");
-        assert_eq!(watched, functions.collect(), "{name}: every function's errors are watched");
+        let fail = all("AWS::Lambda::Function", &["AuthorizerLambdaFunction"]);
+        assert_eq!(watched("FunctionErrors"), fail, "{name}: every function's errors are watched");
+        let mut throttled = all("AWS::Lambda::Function", &["RevokeLambdaFunction", "SweepLambdaFunction"]);
+        throttled.insert("PublicRequest".to_owned());
+        assert_eq!(watched("Throttles"), throttled, "{name}: whatever has to start at once is watched");
+        let tables = all("AWS::DynamoDB::Table", &[]);
+        assert_eq!(watched("TableThrottles"), tables, "{name}: every table is watched");
         assert_eq!(threshold("Throttles"), Some(5), "{name}");
+        // Whatever answers public requests: `ingress`, and `relay` where there is one.
+        assert_eq!(watched("ServerErrors"), BTreeSet::from(["IngressLambdaFunction".to_owned()]), "{name}");
+        if has_relay(&template) {
+            let alarm = alarms[&"RelayServerErrors".to_owned()];
+            assert_eq!(alarm["MetricName"], "HTTPCode_Target_5XX_Count", "{name}");
+            assert_eq!(alarm["Threshold"], alarms[&"ServerErrors".to_owned()]["Threshold"], "{name}");
+        }
         // Near the end of what a response may last.
         let longest = stack().functions["ingress"].timeout.as_secs() * 1000;
         assert_eq!(threshold("LongResponses"), Some(longest / 100 * 95), "{name}");
@@ -1163,6 +1182,22 @@ fn packaged_alarms_and_dashboard_go_by_metrics_that_exist() {
         let dashboards: Vec<_> = of_type(&template, "AWS::CloudWatch::Dashboard").collect();
         let body = dashboards[0].1["DashboardBody"]["Fn::Sub"].as_str().unwrap();
         let body: Value = serde_json::from_str(body).unwrap();
+        // The dashboard shows what the alarms go by.
+        let shown = |metric: &str| -> BTreeSet<String> {
+            let widgets = body["widgets"].as_array().unwrap().iter();
+            let metrics =
+                widgets.flat_map(|one| one["properties"]["metrics"].as_array().into_iter().flatten());
+            let metrics =
+                metrics.filter(|one| one[1] == *metric && one[0].as_str().unwrap().starts_with("AWS/"));
+            let names = metrics.map(|one| one[3].as_str().unwrap().trim_matches(['$', '{', '}']).to_owned());
+            names.collect()
+        };
+        assert_eq!(shown("Errors"), functions, "{name}");
+        throttled.remove("PublicRequest");
+        assert_eq!(shown("Throttles"), throttled, "{name}");
+        for metric in ["ReadThrottleEvents", "WriteThrottleEvents"] {
+            assert_eq!(shown(metric), tables, "{name}: {metric}");
+        }
         let mut own = 0;
         for widget in body["widgets"].as_array().unwrap() {
             if widget["type"] == "log" {
