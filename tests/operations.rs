@@ -174,6 +174,30 @@ async fn surplus_mailboxes_are_deleted_and_no_request_notices() {
     assert!(metrics["MailboxesFree"].last >= 1.0, "{metrics:?}");
 }
 
+/// However many deliveries wait: what takes long comes after what is soon done and what others wait for.
+#[tokio::test]
+async fn a_sweep_looks_after_mailboxes_before_deliveries() {
+    let aws = Upstream::start(|call, mut conn| async move {
+        let is_query = call.all("x-amz-target").iter().any(|target| target.ends_with(".Query"));
+        let empty: &[u8] = if is_query { br#"{"Items":[],"Count":0,"ScannedCount":0}"# } else { b"{}" };
+        conn.answer("200 OK", "", empty).await.then_some(conn)
+    })
+    .await;
+    let local = Local::start(&[]);
+    let mut variables = local.variables("sweep").await;
+    variables["AWS_ENDPOINT_URL"] = format!("http://{}", aws.address()).into();
+    local.deploy("sweep", &variables).await;
+    let swept = local.invoke("sweep", &serde_json::json!({})).await;
+    assert_eq!((swept.status, swept.field("x-amz-function-error")), (200, None), "{}", swept.text());
+    let calls: Vec<_> = aws.recorded().iter().flat_map(|call| call.all("x-amz-target")).collect();
+    let first = |operation: &str| {
+        let found = calls.iter().position(|call| call.ends_with(operation));
+        found.unwrap_or_else(|| panic!("no {operation} among {calls:?}"))
+    };
+    // The list of queues is asked for the mailboxes' sake, and dead letters for the deliveries'.
+    assert!(first(".ListQueues") < first(".ReceiveMessage"), "{calls:?}");
+}
+
 /// CloudFormation is told once how it went, a failure too, and the invocation succeeds then: Lambda would play a failed one
 /// again, after the stack has been rolled back. Where it could not be told, playing it again is what is wanted.
 #[tokio::test]

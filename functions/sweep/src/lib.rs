@@ -51,6 +51,10 @@ const MOST_BATCHES: usize = 10;
 /// How long runs are stopped when the stack goes: mailboxes are to be deleted in the rest of the function's time.
 const STOPPING: Duration = Duration::from_secs(80);
 
+/// How long after its beginning a sweep begins with another tunnel whose deliveries wait: what it has found is to be written
+/// in the rest of the function's time.
+const LOOKING: Duration = Duration::from_secs(80);
+
 /// Up to how many deliveries of a tunnel are counted.
 pub const MOST_COUNTED: usize = 1000;
 
@@ -179,16 +183,18 @@ impl Sweep {
 pub async fn handle(event: Event, sweep: &Sweep) -> Result<Report, Error> {
     match event {
         Event::Schedule(_) => {
+            let begun = Instant::now();
+            // First what is soon done: however many deliveries wait, mailboxes and `relay` do not wait for them.
+            let tidied = tidy(sweep).await;
+            if let (Ok((_, agents)), Some(fleet)) = (&tidied, &sweep.fleet) {
+                look_after(fleet, *agents).await;
+            }
             let waiting = match &sweep.deliveries {
-                Some(deliveries) => Box::pin(see_to(deliveries, &sweep.registry)).await,
+                Some(deliveries) => Box::pin(see_to(deliveries, &sweep.registry, begun)).await,
                 None => 0,
             };
-            let (report, agents) = tidy(sweep).await?;
-            let report = Report { waiting, ..report };
-            if let Some(fleet) = &sweep.fleet {
-                look_after(fleet, agents).await;
-            }
-            Ok(report)
+            let (report, _) = tidied?;
+            Ok(Report { waiting, ..report })
         }
         Event::Stopped(Stopped { detail }) => {
             let named: Named = serde_json::from_str(&detail.input)
@@ -217,20 +223,33 @@ pub async fn handle(event: Event, sweep: &Sweep) -> Result<Report, Error> {
 }
 
 /// Lets deliveries go on whose agent is there, which `connect` did not see or whose turn was lost, and those that have no
-/// run; starts what operators have moved back; says how much waits. What does not work is for the next sweep.
-async fn see_to(deliveries: &Deliveries, registry: &Registry) -> usize {
+/// run; starts what operators have moved back; says how much waits. What does not work, or takes longer than [`LOOKING`], is
+/// for the next sweep.
+async fn see_to(deliveries: &Deliveries, registry: &Registry, begun: Instant) -> usize {
     let now = unix_now();
     in_batches("dead letters were not looked at", async || deliveries.clear_dead_letters().await).await;
     in_batches("deliveries were not made again", async || deliveries.redeliver().await).await;
-    let tunnels = match deliveries.waiting(now).await {
+    let mut tunnels = match deliveries.waiting(now).await {
         Ok(tunnels) => tunnels,
         Err(error) => {
             tracing::warn!(%error, "deliveries were not looked after");
             return 0;
         }
     };
+    // Not always the same ones first: each has its turn, also where one sweep does not reach all.
+    let [one, two, ..] = random();
+    let first = usize::from(u16::from_be_bytes([one, two])) % tunnels.len().max(1);
+    tunnels.rotate_left(first);
     let (mut parked, mut oldest_ms) = (0, None::<u64>);
-    for tunnel in &tunnels {
+    for (looked_at, tunnel) in tunnels.iter().enumerate() {
+        if begun.elapsed() > LOOKING {
+            tracing::warn!(
+                looked_at,
+                tunnels = tunnels.len(),
+                "there was no time for the deliveries of every tunnel"
+            );
+            break;
+        }
         let looked = async {
             deliveries.mend_recent(tunnel).await?;
             if !registry.takers(tunnel, now).await?.connections.is_empty() {
