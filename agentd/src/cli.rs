@@ -33,6 +33,7 @@ use crate::{
     operate::diagnose,
     operate::exit,
     operate::explain::{self, Thought},
+    operate::output::{answer, complain},
     operate::reference,
     operate::requests,
     operate::service,
@@ -494,10 +495,7 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
             let places = reach.places(overrides.control_socket);
             in_background(reach.place, |state| {
                 Ok(match background::stop(state)? {
-                    Some(took) => {
-                        println!("stopped after {:.1} s", took.as_secs_f64());
-                        ExitCode::SUCCESS
-                    }
+                    Some(took) => stopped(took),
                     None => ask::stop(&places),
                 })
             })
@@ -567,11 +565,14 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
 }
 
 fn stop(state: &StateDir) -> Result<ExitCode, background::Error> {
-    match background::stop(state)? {
-        Some(took) => println!("stopped after {:.1} s", took.as_secs_f64()),
-        None => println!("not running"),
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok(match background::stop(state)? {
+        Some(took) => stopped(took),
+        None => answer("not running\n", ExitCode::SUCCESS),
+    })
+}
+
+fn stopped(took: Duration) -> ExitCode {
+    answer(&format!("stopped after {:.1} s\n", took.as_secs_f64()), ExitCode::SUCCESS)
 }
 
 /// Says what is wrong with the environment, if that is what is wrong: without it the same arguments do.
@@ -656,8 +657,9 @@ fn in_background(
 fn start(mut config: Config, source: Source, place: Place) -> ExitCode {
     in_background(place, |state| match background::start(state, config.grace_period)? {
         Forked::Starter(pid) => {
-            println!("started with pid {}; log in {}", pid.as_raw_nonzero(), state.log_dir().display());
-            Ok(ExitCode::SUCCESS)
+            let said =
+                format!("started with pid {}; log in {}\n", pid.as_raw_nonzero(), state.log_dir().display());
+            Ok(answer(&said, ExitCode::SUCCESS))
         }
         Forked::Daemon(starter) => {
             let dir = config.log.dir.get_or_insert_with(|| state.log_dir());
@@ -734,12 +736,12 @@ fn in_foreground(config: Config, is_plain: bool) -> ExitCode {
 }
 
 fn failed(message: &str) -> ExitCode {
-    eprintln!("agentd: {message}");
+    complain(message);
     ExitCode::from(exit::RUNTIME)
 }
 
 fn bad_config(error: &ConfigError) -> ExitCode {
-    eprintln!("agentd: {error}");
+    complain(error);
     ExitCode::from(exit::BAD_CONFIG)
 }
 

@@ -13,6 +13,9 @@
 //! session and its writing half, `serve` one request and the connections to its upstream. All of them
 //! run on one thread.
 
+// These end the program where nobody reads what they print: `operate::output` does not.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
 use std::{ffi::OsString, process::ExitCode};
 
 mod capture;

@@ -8,6 +8,7 @@ pub(crate) mod deliveries;
 pub(crate) mod diagnose;
 pub(crate) mod exit;
 pub(crate) mod explain;
+pub(crate) mod output;
 pub(crate) mod reference;
 pub(crate) mod requests;
 pub(crate) mod service;

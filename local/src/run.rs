@@ -178,6 +178,8 @@ fn init_log(level: LogLevel) {
         .with_target(false)
         .with_ansi(io::stderr().is_terminal())
         .with_writer(io::stderr)
+        // It would be said on standard error, which cannot be written to, and end the program.
+        .log_internal_errors(false)
         .try_init();
     // Only a second call fails; the first subscriber stays.
     drop(result);

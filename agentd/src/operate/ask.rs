@@ -1,7 +1,6 @@
 //! The commands that ask a running agent.
 
 use std::{
-    fmt::Display,
     path::PathBuf,
     process::ExitCode,
     time::{Duration, Instant},
@@ -9,7 +8,11 @@ use std::{
 
 use rustix::process::Pid;
 
-use super::exit;
+pub(super) use super::output::complain;
+use super::{
+    exit,
+    output::{answer, print},
+};
 use crate::{
     control::client::{Agent, AskError},
     operate::background::{Process, STOP_MARGIN},
@@ -33,11 +36,13 @@ impl Format {
         if json { Self::Json } else { Self::Text }
     }
 
-    fn print<T: serde::Serialize + ?Sized>(self, value: &T, text: impl FnOnce() -> String) {
-        match self {
-            Self::Json => println!("{}", json(value)),
-            Self::Text => print!("{}", text()),
-        }
+    /// Prints an answer that is there.
+    fn print<T: serde::Serialize + ?Sized>(self, value: &T, text: impl FnOnce() -> String) -> ExitCode {
+        let text = match self {
+            Self::Json => format!("{}\n", json(value)),
+            Self::Text => text(),
+        };
+        answer(&text, ExitCode::SUCCESS)
     }
 }
 
@@ -55,14 +60,13 @@ struct NoAnswer {
 pub(super) fn no_answer(error: &AskError, format: Format) -> ExitCode {
     let running = !matches!(error, AskError::NotRunning(_));
     match format {
-        Format::Json => println!("{}", json(&NoAnswer { running, error: error.to_string() })),
+        Format::Json => {
+            let said = json(&NoAnswer { running, error: error.to_string() });
+            return answer(&format!("{said}\n"), ExitCode::FAILURE);
+        }
         Format::Text => complain(error),
     }
     ExitCode::FAILURE
-}
-
-pub(super) fn complain(error: impl Display) {
-    eprintln!("agentd: {error}");
 }
 
 /// Runs one question to its end.
@@ -89,14 +93,8 @@ pub(crate) fn find(places: &[PathBuf]) -> Result<Status, AskError> {
 /// `agentd status`: code 0 if an agent runs.
 pub(crate) fn status(places: &[PathBuf], format: Format) -> ExitCode {
     match find(places) {
-        Ok(status) => {
-            format.print(&status, || status.to_text());
-            ExitCode::SUCCESS
-        }
-        Err(AskError::NotRunning(_)) if format == Format::Text => {
-            println!("not running");
-            ExitCode::FAILURE
-        }
+        Ok(status) => format.print(&status, || status.to_text()),
+        Err(AskError::NotRunning(_)) if format == Format::Text => answer("not running\n", ExitCode::FAILURE),
         Err(error) => no_answer(&error, format),
     }
 }
@@ -104,10 +102,7 @@ pub(crate) fn status(places: &[PathBuf], format: Format) -> ExitCode {
 /// `agentd tunnel list`
 pub(crate) fn tunnel_list(places: &[PathBuf], format: Format) -> ExitCode {
     match find(places) {
-        Ok(status) => {
-            format.print(&status.tunnels, || list(&status.tunnels));
-            ExitCode::SUCCESS
-        }
+        Ok(status) => format.print(&status.tunnels, || list(&status.tunnels)),
         Err(error) => no_answer(&error, format),
     }
 }
@@ -119,10 +114,7 @@ pub(crate) fn tunnel_info(places: &[PathBuf], name: &str, format: Format) -> Exi
         Err(error) => return no_answer(&error, format),
     };
     match status.tunnels.iter().find(|tunnel| tunnel.name == name) {
-        Some(tunnel) => {
-            format.print(tunnel, || tunnel.to_text());
-            ExitCode::SUCCESS
-        }
+        Some(tunnel) => format.print(tunnel, || tunnel.to_text()),
         None => {
             let names: Vec<&str> = status.tunnels.iter().map(|tunnel| tunnel.name.as_str()).collect();
             let error = format!("the agent has no tunnel {name:?}; it has {}", names.join(", "));
@@ -134,10 +126,7 @@ pub(crate) fn tunnel_info(places: &[PathBuf], name: &str, format: Format) -> Exi
 /// `agentd reload`
 pub(crate) fn reload(places: &[PathBuf], format: Format) -> ExitCode {
     match ask(places, async |agent: &mut Agent| agent.reload().await) {
-        Ok(change) => {
-            format.print(&change, || format!("{}\n", change.to_text()));
-            ExitCode::SUCCESS
-        }
+        Ok(change) => format.print(&change, || format!("{}\n", change.to_text())),
         Err(AskError::Refused(error)) => {
             let error = AskError::Refused(format!("nothing was changed: {error}"));
             no_answer(&error, format);
@@ -154,8 +143,8 @@ pub(crate) fn ready(places: &[PathBuf], patience: Duration) -> ExitCode {
         let reason = match find(places) {
             Ok(status) => match status.readiness() {
                 Ok(()) => {
-                    println!("ready: {} tunnels are open", status.tunnels.len());
-                    return ExitCode::SUCCESS;
+                    let said = format!("ready: {} tunnels are open\n", status.tunnels.len());
+                    return answer(&said, ExitCode::SUCCESS);
                 }
                 Err(reason) => reason,
             },
@@ -188,8 +177,7 @@ pub(crate) fn stop(places: &[PathBuf]) -> ExitCode {
     let (process, stopping) = match stopping {
         Ok((Ok(Some(Some(process))), stopping)) => (process, stopping),
         Ok((Ok(None | Some(None)), _)) | Err(AskError::NotRunning(_)) => {
-            println!("not running");
-            return ExitCode::SUCCESS;
+            return answer("not running\n", ExitCode::SUCCESS);
         }
         Ok((Err(error), _)) => {
             complain(error);
@@ -200,12 +188,10 @@ pub(crate) fn stop(places: &[PathBuf]) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    println!("stopping pid {}: {} requests in flight", stopping.pid, stopping.in_flight);
+    // What was asked for goes on whether or not this can be read; the last line says how it ended.
+    let _ = print(&format!("stopping pid {}: {} requests in flight\n", stopping.pid, stopping.in_flight));
     match process.wait(Duration::from_millis(stopping.grace_ms) + STOP_MARGIN) {
-        Ok(took) => {
-            println!("stopped after {:.1} s", took.as_secs_f64());
-            ExitCode::SUCCESS
-        }
+        Ok(took) => answer(&format!("stopped after {:.1} s\n", took.as_secs_f64()), ExitCode::SUCCESS),
         Err(error) => {
             complain(error);
             ExitCode::FAILURE

@@ -2,7 +2,10 @@
 
 use std::process::ExitCode;
 
-use super::exit;
+use super::{
+    exit,
+    output::{answer, complain},
+};
 use crate::config::{Config, ConfigError};
 
 /// What `config check --json` answers.
@@ -22,7 +25,7 @@ struct CheckedTunnel {
 /// Prints whether the configuration is valid, and what is wrong if not.
 pub(crate) fn run(config: &Result<Config, ConfigError>, json: bool) -> ExitCode {
     if json {
-        let answer = match config {
+        let checked = match config {
             Ok(config) => Checked::Valid {
                 ok: true,
                 edge: config.edge.url.to_string(),
@@ -37,17 +40,21 @@ pub(crate) fn run(config: &Result<Config, ConfigError>, json: bool) -> ExitCode 
             },
             Err(error) => Checked::Invalid { ok: false, error },
         };
-        println!("{}", serde_json::to_string(&answer).expect("texts and numbers are JSON"));
+        let said = serde_json::to_string(&checked).expect("texts and numbers are JSON");
+        let code = if config.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(exit::BAD_CONFIG) };
+        return answer(&format!("{said}\n"), code);
     }
     match config {
-        Ok(config) if !json => {
-            println!("the configuration is valid: {} tunnels to {}", config.tunnels.len(), config.edge.url);
-            ExitCode::SUCCESS
+        Ok(config) => {
+            let said = format!(
+                "the configuration is valid: {} tunnels to {}\n",
+                config.tunnels.len(),
+                config.edge.url
+            );
+            answer(&said, ExitCode::SUCCESS)
         }
-        Ok(_) => ExitCode::SUCCESS,
-        Err(_) if json => ExitCode::from(exit::BAD_CONFIG),
         Err(error) => {
-            eprintln!("agentd: {error}");
+            complain(error);
             ExitCode::from(exit::BAD_CONFIG)
         }
     }

@@ -41,6 +41,7 @@ use crate::{
     link::refusal::advice,
     link::websocket::Link,
     operate::exit,
+    operate::output::{answer, complain, print},
     random,
     report::SOFTWARE,
     report::access::AccessLog,
@@ -63,7 +64,7 @@ const LAST_REQUESTS: Duration = Duration::from_secs(10);
 
 /// Runs the diagnosis, prints it, and writes it to `file` as well.
 pub(crate) fn run(config: Result<Config, ConfigError>, places: &[PathBuf], file: Option<&Path>) -> ExitCode {
-    let mut report = Report::new(|line| println!("{line}"));
+    let mut report = Report::new(|line| drop(print(&format!("{line}\n"))));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let code = match runtime {
         Ok(runtime) => {
@@ -78,14 +79,15 @@ pub(crate) fn run(config: Result<Config, ConfigError>, places: &[PathBuf], file:
         }
     };
     let summary = report.summary();
-    println!("\n{summary}");
+    // A line that could not be printed before cannot be either at the end.
+    let code = answer(&format!("\n{summary}\n"), ExitCode::from(code));
     if let Some(path) = file
         && let Err(error) = write(path, &format!("{}\n{summary}\n", report.text()))
     {
-        eprintln!("agentd: cannot write {}: {error}", path.display());
+        complain(format_args!("cannot write {}: {error}", path.display()));
         return ExitCode::from(exit::RUNTIME);
     }
-    ExitCode::from(code)
+    code
 }
 
 fn write(path: &Path, text: &str) -> io::Result<()> {

@@ -5,7 +5,10 @@ use std::{net::IpAddr, process::ExitCode};
 use http::{Method, Uri};
 use proto::delivery::{DeliveryPolicy, Mode};
 
-use super::exit;
+use super::{
+    exit,
+    output::{answer, complain},
+};
 use crate::{
     config::{
         Config, ConfigError, TunnelConfig,
@@ -28,19 +31,17 @@ pub(crate) fn run(config: &Result<Config, ConfigError>, thought: &Thought) -> Ex
     let config = match config {
         Ok(config) => config,
         Err(error) => {
-            eprintln!("agentd: {error}");
+            complain(error);
             return ExitCode::from(exit::BAD_CONFIG);
         }
     };
     match explain(&config.tunnels, thought) {
         Ok(lines) => {
-            for (what, says) in lines {
-                println!("{what:<12} {says}");
-            }
-            ExitCode::SUCCESS
+            let said: String = lines.iter().map(|(what, says)| format!("{what:<12} {says}\n")).collect();
+            answer(&said, ExitCode::SUCCESS)
         }
         Err(message) => {
-            eprintln!("agentd: {message}");
+            complain(message);
             ExitCode::from(exit::RUNTIME)
         }
     }

@@ -15,6 +15,8 @@ use clap_mangen::{
     roff::{Roff, bold, roman},
 };
 
+use super::output::complain;
+
 /// The manual's name, at the foot of each page.
 const MANUAL: &str = "Tunnel agent";
 
@@ -107,7 +109,7 @@ pub(crate) fn run(command: &Command, mut program: clap::Command) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("agentd: {error}");
+            complain(error);
             ExitCode::FAILURE
         }
     }

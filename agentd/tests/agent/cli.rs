@@ -1,6 +1,10 @@
 //! Exit codes and messages.
 
-use std::{os::unix::fs::PermissionsExt as _, process::Output};
+use std::{
+    fs::File,
+    os::unix::fs::PermissionsExt as _,
+    process::{Output, Stdio},
+};
 
 use crate::stage::{Edge, TOKEN, agentd, private_file};
 
@@ -73,4 +77,43 @@ async fn an_exposed_token_is_refused_with_the_command() {
     let refused =
         output(&["http", "3000", "--edge", &edge.url, "--token-file", &shown, "--name", "www"]).await;
     assert_eq!(refused.status.code(), Some(78));
+}
+
+#[tokio::test]
+async fn an_output_that_cannot_be_written_is_an_error_and_a_reader_that_has_left_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    private_file(folder.path(), "token", TOKEN).unwrap();
+    let config = "[edge]\nurl = \"ws://127.0.0.1:1\"\ntoken_file = \"token\"\n[[tunnel]]\nname = \"web\"\nupstream = 1\n";
+    let config = private_file(folder.path(), "agentd.toml", config).unwrap().display().to_string();
+    let full = || Stdio::from(File::options().write(true).open("/dev/full").unwrap());
+    let nobody = || Stdio::from(std::io::pipe().unwrap().1);
+    for args in [
+        &["config", "check"][..],
+        &["config", "check", "--json"],
+        &["config", "explain", "https://web.example.com/"],
+        &["status"],
+        &["status", "--json"],
+        &["tunnel", "list", "--json"],
+        &["stop"],
+        &["diagnose"],
+    ] {
+        let run = async |out: Stdio, errors: Stdio| {
+            let mut asked = agentd();
+            asked.args(args).args(["--config", &config]).env("AGENTD_STATE_DIR", folder.path());
+            let ended = asked.stdout(out).stderr(errors).spawn().unwrap().wait_with_output().await.unwrap();
+            (ended.status.code(), text(&ended.stderr).to_owned())
+        };
+        let usual = run(Stdio::piped(), Stdio::piped()).await;
+        assert_eq!(run(nobody(), Stdio::piped()).await, usual, "{args:?}");
+        let (code, said) = run(full(), Stdio::piped()).await;
+        assert_eq!(code, Some(1), "{args:?}: {said}");
+        assert!(
+            said.starts_with("agentd: cannot write to standard output: No space left"),
+            "{args:?}: {said}"
+        );
+        assert_eq!(run(full(), full()).await.0, Some(1), "{args:?}");
+    }
+    let mut refused = agentd();
+    refused.args(["config", "check", "--config", "none"]).stderr(full());
+    assert_eq!(refused.status().await.unwrap().code(), Some(78));
 }

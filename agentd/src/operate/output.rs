@@ -1,0 +1,67 @@
+//! What the commands print. A reader that has left, as `head` does, is no failure; a full disk is one.
+
+use std::{
+    fmt::Display,
+    io::{self, Write},
+    process::ExitCode,
+};
+
+use super::exit;
+
+/// Prints `text` as it is. Nobody is there to read any more: then there is no more to be done.
+///
+/// # Errors
+///
+/// Whatever else keeps it from being written, such as a full disk.
+pub(crate) fn print(text: &str) -> io::Result<()> {
+    print_to(&mut io::stdout().lock(), text)
+}
+
+fn print_to(out: &mut impl Write, text: &str) -> io::Result<()> {
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        done => done,
+    }
+}
+
+/// Prints `text`, which is all that a command has to say, and ends it with `code`; with [`exit::RUNTIME`] where it cannot
+/// be printed.
+pub(crate) fn answer(text: &str, code: ExitCode) -> ExitCode {
+    match print(text) {
+        Ok(()) => code,
+        Err(error) => {
+            complain(format_args!("cannot write to standard output: {error}"));
+            ExitCode::from(exit::RUNTIME)
+        }
+    }
+}
+
+/// Tells the person who called why something failed; there is nobody else to tell if that fails too.
+pub(crate) fn complain(error: impl Display) {
+    let _ = writeln!(io::stderr().lock(), "agentd: {error}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Fails always, with this.
+    struct Broken(io::ErrorKind);
+
+    impl Write for Broken {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(self.0.into())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Err(self.0.into())
+        }
+    }
+
+    #[test]
+    fn a_reader_that_has_left_is_no_failure_and_a_full_disk_is_one() {
+        assert!(print_to(&mut Broken(io::ErrorKind::BrokenPipe), "a line\n").is_ok());
+        let full = print_to(&mut Broken(io::ErrorKind::StorageFull), "a line\n");
+        assert_eq!(full.unwrap_err().kind(), io::ErrorKind::StorageFull);
+    }
+}
