@@ -9,8 +9,8 @@ use std::{
 };
 
 use clap::{
-    Args, CommandFactory as _, Parser, Subcommand,
-    builder::{PossibleValue, StringValueParser, TypedValueParser},
+    Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand,
+    builder::{PossibleValue, Resettable, StringValueParser, TypedValueParser},
     error::{ContextKind, ContextValue, ErrorKind},
 };
 use proto::id::TunnelName;
@@ -430,7 +430,7 @@ enum ConfigCommand {
 /// Runs the program with `args`, the program's name first.
 pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
-    let cli = match Cli::try_parse_from(&args) {
+    let cli = match parse(&args) {
         Ok(cli) => cli,
         Err(error) => {
             if let Some(message) = blame_environment(&error, &args) {
@@ -444,12 +444,12 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
     let common = cli.common;
     let mut overrides = Overrides {
         edge: common.edge.filter(|value| !value.is_empty()),
-        token_file: common.token_file.filter(|value| !value.as_os_str().is_empty()),
+        token_file: common.token_file,
         token: std::env::var(ENV_TOKEN).ok().filter(|value| !value.is_empty()),
         credentials: std::env::var_os(ENV_CREDENTIALS).map(PathBuf::from),
         ca_file: common.ca_file,
         grace_period: common.grace_period,
-        control_socket: common.control_socket.filter(|value| !value.as_os_str().is_empty()),
+        control_socket: common.control_socket,
         status_address: None,
         inspect_address: None,
         log: LogConfig { level: common.log_level, format: common.log_format, ..LogConfig::default() },
@@ -555,7 +555,7 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
         Command::Config { command: ConfigCommand::Explain { url, method, ip, config } } => {
             explain::run(&config::load(&config, &overrides), &Thought { url, method, ip })
         }
-        Command::Service { command } => match service::run(command, &overrides) {
+        Command::Service { command } => match service::run(command, &overrides, environment) {
             Ok(code) => code,
             Err(service::Error::Config(error)) => bad_config(&error),
             Err(error) => failed(&error.to_string()),
@@ -575,17 +575,41 @@ fn stopped(took: Duration) -> ExitCode {
     answer(&format!("stopped after {:.1} s\n", took.as_secs_f64()), ExitCode::SUCCESS)
 }
 
+/// Reads the command line. A variable of the environment that is empty counts as one that is not set.
+fn parse(args: &[OsString]) -> Result<Cli, clap::Error> {
+    let is_empty = |(name, value): (OsString, OsString)| {
+        value.is_empty() && name.as_encoded_bytes().starts_with(b"AGENTD_")
+    };
+    if !std::env::vars_os().any(is_empty) {
+        return Cli::try_parse_from(args);
+    }
+    let mut command = without_environment(all_commands(), |value| value.is_empty());
+    let matches = command.try_get_matches_from_mut(args)?;
+    Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
+}
+
+/// The command line with what each command takes.
+fn all_commands() -> clap::Command {
+    let mut command = Cli::command();
+    command.build();
+    command
+}
+
+/// Leaves out the variables of the environment whose values are `ignored`.
+fn without_environment(command: clap::Command, ignored: fn(&OsStr) -> bool) -> clap::Command {
+    let reset = |arg: clap::Arg| {
+        let value = arg.get_env().and_then(std::env::var_os);
+        if value.is_some_and(|value| ignored(&value)) { arg.env(Resettable::Reset) } else { arg }
+    };
+    command.mut_args(reset).mut_subcommands(|command| without_environment(command, ignored))
+}
+
 /// Says what is wrong with the environment, if that is what is wrong: without it the same arguments do.
 fn blame_environment(error: &clap::Error, args: &[OsString]) -> Option<String> {
-    fn without_environment(command: clap::Command) -> clap::Command {
-        command.mut_args(|arg| arg.env(clap::builder::Resettable::Reset)).mut_subcommands(without_environment)
-    }
     if !matches!(error.kind(), ErrorKind::InvalidValue | ErrorKind::ValueValidation) {
         return None;
     }
-    let mut command = Cli::command();
-    command.build();
-    without_environment(command).try_get_matches_from(args).ok()?;
+    without_environment(all_commands(), |_| true).try_get_matches_from(args).ok()?;
     let ContextValue::String(flag) = error.get(ContextKind::InvalidArg)? else { return None };
     let flag = flag.split_whitespace().next()?.trim_start_matches('-');
     let variable = format!("AGENTD_{}", flag.replace('-', "_").to_uppercase());
@@ -594,8 +618,10 @@ fn blame_environment(error: &clap::Error, args: &[OsString]) -> Option<String> {
     Some(format!("the environment variable {variable}: {reason}"))
 }
 
+/// A folder that the environment names. One that is empty or relative counts as not named, as the XDG Base Directory
+/// Specification asks for: it would be another one in each working directory.
 fn environment(name: &str) -> Option<PathBuf> {
-    std::env::var_os(name).map(PathBuf::from)
+    std::env::var_os(name).map(PathBuf::from).filter(|folder| folder.is_absolute())
 }
 
 fn is_root() -> bool {

@@ -45,11 +45,27 @@ impl std::str::FromStr for LogFormat {
 /// # Errors
 ///
 /// A sentence for the user. A lone word that is no level is one: it would be taken for a target, and
-/// silence everything else.
+/// silence everything else. So is nothing at all, which would silence everything.
 pub fn parse_log_level(text: &str) -> Result<Targets, String> {
-    let is_known = |part: &str| part.contains('=') || part.trim().parse::<LevelFilter>().is_ok();
+    let is_level = |part: &str| !part.is_empty() && part.parse::<LevelFilter>().is_ok();
+    let is_known = |part: &str| part.contains('=') || is_level(part.trim());
     let targets = text.split(',').all(is_known).then(|| text.parse().ok()).flatten();
     targets.ok_or_else(|| {
         format!("{text:?} is not a level: use error, warn, info, debug or trace, or target=level")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_would_silence_the_log_is_no_level() {
+        for text in ["", " ", ",", "info,", "nonsense", "agentd=debug,"] {
+            assert!(parse_log_level(text).is_err(), "{text:?}");
+        }
+        for text in ["info", "off", "WARN", "agentd=debug,info", "info, agentd=trace"] {
+            assert!(parse_log_level(text).is_ok(), "{text:?}");
+        }
+    }
 }

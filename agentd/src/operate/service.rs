@@ -5,7 +5,6 @@
 //! installation that fails leaves nothing behind.
 
 use std::{
-    ffi::OsString,
     fmt, fs, io,
     io::Write as _,
     os::unix::fs::OpenOptionsExt as _,
@@ -159,7 +158,11 @@ impl Systemctl for RealSystemctl {
 }
 
 /// Runs a command. `overrides` holds what flags and environment say about the token.
-pub(crate) fn run(command: Command, overrides: &Overrides) -> Result<ExitCode, Error> {
+pub(crate) fn run(
+    command: Command,
+    overrides: &Overrides,
+    environment: impl Fn(&str) -> Option<PathBuf>,
+) -> Result<ExitCode, Error> {
     let (which, dry_run) = match &command {
         Command::Install { which, dry_run, .. } | Command::Uninstall { which, dry_run } => {
             (which.clone(), *dry_run)
@@ -179,7 +182,7 @@ pub(crate) fn run(command: Command, overrides: &Overrides) -> Result<ExitCode, E
         }
     }
     let program = std::env::current_exe().map_err(file(Path::new("/proc/self/exe")))?;
-    let service = Service::find(&which, Path::new("/"), &program, |name| std::env::var_os(name))?;
+    let service = Service::find(&which, Path::new("/"), &program, environment)?;
     let mut out = io::stdout();
     let done = match command {
         Command::Install { config, .. } => {
@@ -278,16 +281,15 @@ impl Service {
         which: &Which,
         root: &Path,
         program: &Path,
-        environment: impl Fn(&str) -> Option<OsString>,
+        environment: impl Fn(&str) -> Option<PathBuf>,
     ) -> Result<Self, Error> {
         let plain = |b: &u8| b.is_ascii_alphanumeric() || b"/._-+".contains(b);
         let text = program.to_str().filter(|text| text.bytes().all(|b| plain(&b)));
         let Some(text) = text else { return Err(Error::Program(program.into())) };
         let unit_text = |unit: &str| unit.replace(PACKAGED_PROGRAM, text);
         if which.user {
-            let home = || environment("HOME").map(|home| PathBuf::from(home).join(".config"));
-            let configured = environment("XDG_CONFIG_HOME").filter(|dir| !dir.is_empty()).map(PathBuf::from);
-            let folder = configured.or_else(home).ok_or(Error::NoHome)?;
+            let home = || environment("HOME").map(|home| home.join(".config"));
+            let folder = environment("XDG_CONFIG_HOME").or_else(home).ok_or(Error::NoHome)?;
             return Ok(Self {
                 name: "agentd.service".into(),
                 unit: folder.join("systemd/user/agentd.service"),

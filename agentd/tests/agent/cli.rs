@@ -117,3 +117,53 @@ async fn an_output_that_cannot_be_written_is_an_error_and_a_reader_that_has_left
     refused.args(["config", "check", "--config", "none"]).stderr(full());
     assert_eq!(refused.status().await.unwrap().code(), Some(78));
 }
+
+#[tokio::test]
+async fn an_empty_variable_of_the_environment_is_one_that_is_not_set() {
+    let folder = tempfile::tempdir().unwrap();
+    private_file(folder.path(), "token", TOKEN).unwrap();
+    let config = "[edge]\nurl = \"ws://127.0.0.1:1\"\ntoken_file = \"token\"\n[[tunnel]]\nname = \"web\"\nupstream = 1\n";
+    let config = private_file(folder.path(), "agentd.toml", config).unwrap().display().to_string();
+    const EMPTY: [&str; 12] = [
+        "AGENTD_CA_FILE",
+        "AGENTD_CONFIG",
+        "AGENTD_CONTROL_SOCKET",
+        "AGENTD_EDGE",
+        "AGENTD_GRACE_PERIOD",
+        "AGENTD_INSPECT_ADDRESS",
+        "AGENTD_LOG_DIR",
+        "AGENTD_LOG_FORMAT",
+        "AGENTD_LOG_LEVEL",
+        "AGENTD_STATE_DIR",
+        "AGENTD_STATUS_ADDRESS",
+        "AGENTD_TOKEN_FILE",
+    ];
+    let with_empty = async |args: &[&str]| {
+        let asked = agentd().args(args).envs(EMPTY.map(|name| (name, ""))).output().await.unwrap();
+        (asked.status.code(), format!("{}{}", text(&asked.stdout), text(&asked.stderr)))
+    };
+    let (code, said) = with_empty(&["config", "check", "--config", &config]).await;
+    assert_eq!(code, Some(0), "{said}");
+    for command in ["run", "start", "restart"] {
+        let (code, said) = with_empty(&[command, "--config", "none.toml"]).await;
+        assert_eq!(code, Some(78), "{command}: {said}");
+        assert!(said.starts_with("agentd: cannot read the configuration none.toml: "), "{command}: {said}");
+    }
+    // The default of what is not named.
+    let (code, said) = with_empty(&["config", "check", "--log-level", "info"]).await;
+    assert!(said.contains("/etc/agentd/agentd.toml") || code == Some(0), "{said}");
+    // An argument that is empty is one all the same.
+    let (code, said) = with_empty(&["config", "check", "--log-level", "", "--config", &config]).await;
+    assert!(code == Some(2) && said.contains("is not a level"), "{said}");
+
+    for value in ["", "here"] {
+        let mut asked = agentd();
+        asked.args(["tunnel", "list", "--config", &config]);
+        asked.env("XDG_RUNTIME_DIR", value).env("XDG_STATE_HOME", value);
+        let asked = asked.output().await.unwrap();
+        let said = text(&asked.stderr);
+        let places = said.split_once("looked for ").unwrap().1.trim_end().trim_end_matches(')');
+        assert!(places.split(", ").all(|place| place.starts_with('/')), "{said}");
+    }
+}
+

@@ -47,7 +47,7 @@ impl Machine {
     fn service(&self, which: &Which) -> Service {
         let home = self.path("home/me");
         Service::find(which, self.dir.path(), Path::new("/usr/local/bin/agentd"), move |name| {
-            (name == "HOME").then(|| home.clone().into())
+            (name == "HOME").then(|| home.clone())
         })
         .unwrap()
     }
