@@ -548,7 +548,7 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
                 ask::tunnel_info(&reach.places(overrides.control_socket), &name, Format::from_flag(json))
             }
         },
-        Command::Identity(command) => identity::run(command),
+        Command::Identity(command) => identity::run(command, overrides.token_file.as_deref()),
         Command::Config { command: ConfigCommand::Check { config, json } } => {
             check::run(&config::load(&config, &overrides), json)
         }

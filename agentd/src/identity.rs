@@ -62,9 +62,10 @@ pub enum TokenCommand {
     Issue(IssueToken),
     /// Show what a token says, without the token itself. Its signature is not checked
     Show {
-        /// The file that holds the token, or `-` for standard input
-        #[arg(value_name = "FILE", default_value = "-")]
-        file: PathBuf,
+        /// The file that holds the token, or `-` for standard input. Default: that of --token-file, else
+        /// standard input
+        #[arg(value_name = "FILE")]
+        file: Option<PathBuf>,
     },
 }
 
@@ -91,13 +92,14 @@ pub struct IssueToken {
     audience: String,
 }
 
-/// Carries a subcommand out and says on standard error why it could not.
+/// Carries a subcommand out and says on standard error why it could not. `token_file` is where the agent's own token is,
+/// if that was said.
 #[must_use]
-pub fn run(command: Command) -> ExitCode {
+pub fn run(command: Command, token_file: Option<&Path>) -> ExitCode {
     let result = match command {
         Command::Keys(KeysCommand::New(NewKey { alg, out })) => new_key(alg, &out),
         Command::Token(TokenCommand::Issue(arguments)) => issue_token(arguments),
-        Command::Token(TokenCommand::Show { file }) => show_token(&file),
+        Command::Token(TokenCommand::Show { file }) => show_token(file.as_deref().or(token_file)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -159,15 +161,16 @@ fn issue_token(arguments: IssueToken) -> anyhow::Result<()> {
     print(&format!("{token}\n"))
 }
 
-fn show_token(file: &Path) -> anyhow::Result<()> {
+/// Describes the token in `file`; on standard input where that is `-` or none.
+fn show_token(file: Option<&Path>) -> anyhow::Result<()> {
     // Far more than a token; the rest of a wrong file is not worth reading.
     const LIMIT: u64 = 64 * 1024;
     let mut text = String::new();
-    if file == Path::new("-") {
-        io::stdin().lock().take(LIMIT).read_to_string(&mut text).context("reading standard input")?;
-    } else {
+    if let Some(file) = file.filter(|file| *file != Path::new("-")) {
         let open = std::fs::File::open(file).and_then(|file| file.take(LIMIT).read_to_string(&mut text));
         open.with_context(|| format!("reading {}", file.display()))?;
+    } else {
+        io::stdin().lock().take(LIMIT).read_to_string(&mut text).context("reading standard input")?;
     }
     print(&token::describe(text.trim(), now())?)
 }

@@ -167,3 +167,30 @@ async fn an_empty_variable_of_the_environment_is_one_that_is_not_set() {
     }
 }
 
+#[tokio::test]
+async fn the_agents_own_token_is_shown_where_no_other_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    assert_eq!(output(&["keys", "new", "--out", &path("")]).await.status.code(), Some(0));
+    let issue = async |owner: &str| {
+        let key = path("signing-key.pem");
+        let tunnel = ["--tunnel", "web", "--expires", "1h"];
+        let issued =
+            output(&[&["token", "issue", "--key", &key, "--owner", owner], &tunnel[..]].concat()).await;
+        private_file(folder.path(), owner, text(&issued.stdout)).unwrap();
+    };
+    issue("me").await;
+    issue("other").await;
+    let shows = async |args: &[&str], variable: &str| {
+        let mut shown = agentd();
+        shown.args(["token", "show"]).args(args).env("AGENTD_TOKEN_FILE", variable);
+        text(&shown.stdin(File::open(path("me")).unwrap()).output().await.unwrap().stdout).to_owned()
+    };
+    let (mine, others) = (shows(&[&path("me")], "").await, shows(&[&path("other")], "").await);
+    assert!(mine.contains("me") && others.contains("other"), "{mine}{others}");
+    assert_eq!(shows(&[], "").await, mine, "standard input");
+    assert_eq!(shows(&["-"], &path("other")).await, mine, "standard input that is asked for");
+    assert_eq!(shows(&[], &path("other")).await, others);
+    assert_eq!(shows(&["--token-file", &path("other")], "").await, others);
+    assert_eq!(shows(&[&path("me"), "--token-file", &path("other")], "").await, mine);
+}
