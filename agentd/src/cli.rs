@@ -223,7 +223,7 @@ struct Place {
     state_dir: Option<PathBuf>,
 }
 
-/// How to run as a service.
+// How to run as a service. What is flattened has no doc comment: it would take the place of the command's own.
 #[derive(Debug, Args)]
 struct Service {
     /// The configuration file.
@@ -241,7 +241,7 @@ struct Service {
     log_dir: Option<PathBuf>,
 }
 
-/// Where a running agent is found.
+// Where a running agent is found.
 #[derive(Debug, Args)]
 struct Reach {
     #[command(flatten)]
@@ -822,6 +822,38 @@ mod tests {
             assert!(after.into_iter().any(offers), "{shell}");
         }
         assert!(Cli::try_parse_from(["agentd", "http", "3000", "--host-header", "a.example:81"]).is_ok());
+    }
+
+    #[test]
+    fn a_command_says_of_itself_what_the_list_of_commands_says_of_it() {
+        let listed = Cli::command();
+        let own = all_commands();
+        for listed in listed.get_subcommands() {
+            let own = own.find_subcommand(listed.get_name()).unwrap();
+            let about = |command: &clap::Command| command.get_about().map(ToString::to_string);
+            assert_eq!(about(own), about(listed), "{}", listed.get_name());
+            assert_eq!(own.get_long_about().map(ToString::to_string), None, "{}", listed.get_name());
+        }
+        let about = |path: [&str; 2]| {
+            let command = path.iter().fold(&own, |command, name| command.find_subcommand(name).unwrap());
+            command.get_about().unwrap().to_string()
+        };
+        for (path, wanted) in [
+            (["delivery", "list"], "Lists deliveries"),
+            (["delivery", "show"], "Shows everything"),
+            (["delivery", "retry"], "Delivers again"),
+            (["delivery", "cancel"], "Gives up"),
+            (["delivery", "pause"], "Holds everything"),
+            (["delivery", "resume"], "Goes on with"),
+            (["delivery", "drain"], "Says by its exit code"),
+            (["tunnel", "list"], "Lists all"),
+            (["tunnel", "info"], "Shows everything"),
+            (["request", "show"], "Shows everything"),
+            (["config", "check"], "Says whether"),
+            (["config", "explain"], "Says which"),
+        ] {
+            assert!(about(path).starts_with(wanted), "{path:?}: {}", about(path));
+        }
     }
 
     #[test]

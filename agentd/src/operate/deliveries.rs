@@ -36,7 +36,7 @@ use crate::{
 /// How often a tunnel that is drained is looked at: nothing tells when the edge has delivered the last one.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// Which deliveries are listed.
+// Which deliveries are listed. What is flattened has no doc comment: it would take the place of the command's own.
 #[derive(Debug, Args)]
 #[group(id = "listed")]
 pub(crate) struct List {
@@ -56,7 +56,7 @@ pub(crate) struct List {
     json: bool,
 }
 
-/// Which delivery is shown, and how much of it.
+// Which delivery is shown, and how much of it.
 #[derive(Debug, Args)]
 #[group(id = "shown")]
 pub(crate) struct Show {
@@ -72,7 +72,7 @@ pub(crate) struct Show {
     json: bool,
 }
 
-/// Which are delivered again.
+// Which are delivered again.
 #[derive(Debug, Args)]
 #[group(id = "retried", required = true, multiple = false, args = ["id", "dead"])]
 pub(crate) struct Retry {
@@ -88,7 +88,7 @@ pub(crate) struct Retry {
     json: bool,
 }
 
-/// Which is given up.
+// Which is given up.
 #[derive(Debug, Args)]
 #[group(id = "given_up")]
 pub(crate) struct Cancel {
@@ -101,7 +101,7 @@ pub(crate) struct Cancel {
     json: bool,
 }
 
-/// What is waited for.
+// What is waited for.
 #[derive(Debug, Args)]
 #[group(id = "drained")]
 pub(crate) struct Drain {
@@ -112,7 +112,7 @@ pub(crate) struct Drain {
     wait: Option<Duration>,
 }
 
-/// Whose deliveries.
+// Whose deliveries.
 #[derive(Debug, Args)]
 #[group(id = "whose")]
 pub(crate) struct Tunnel {

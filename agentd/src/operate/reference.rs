@@ -21,7 +21,7 @@ use super::output::complain;
 const MANUAL: &str = "Tunnel agent";
 
 /// When the manual last said something else than before, for the foot of each page.
-const CHANGED: &str = "2026-11-29";
+const CHANGED: &str = "2026-12-01";
 
 /// The longest line of a page's source, in bytes: what `mandoc -T lint` asks for.
 const LINE_BYTES: usize = 80;
@@ -232,7 +232,7 @@ mod tests {
         );
         let page = std::fs::read_to_string(dir.path().join("agentd.8")).unwrap();
         for wanted in [
-            concat!(".TH AGENTD 8 2026-11-29 \"agentd ", env!("CARGO_PKG_VERSION"), "\" \"Tunnel agent\""),
+            concat!(".TH AGENTD 8 2026-12-01 \"agentd ", env!("CARGO_PKG_VERSION"), "\" \"Tunnel agent\""),
             ".SH \"EXIT STATUS\"",
             "the configuration is not valid",
             "agentd\\-config(8)",

@@ -30,7 +30,7 @@ use crate::{
 /// How long a replay is waited for at a time, in seconds.
 const WAIT: u32 = 30;
 
-/// Which requests are wanted.
+// Which requests are wanted. What is flattened has no doc comment: it would take the place of the command's own.
 #[derive(Debug, Args)]
 #[group(id = "wanted")]
 pub(crate) struct Wanted {
@@ -76,7 +76,7 @@ impl Wanted {
     }
 }
 
-/// What to send again, and how.
+// What to send again, and how.
 #[derive(Debug, Args)]
 #[group(id = "again")]
 pub(crate) struct Replay {
@@ -102,7 +102,7 @@ pub(crate) struct Replay {
     data: Option<String>,
 }
 
-/// What to write where.
+// What to write where.
 #[derive(Debug, Args)]
 #[group(id = "what", required = true, multiple = false)]
 pub(crate) struct Form {
@@ -114,7 +114,7 @@ pub(crate) struct Form {
     curl: Option<u64>,
 }
 
-/// What to export.
+// What to export.
 #[derive(Debug, Args)]
 #[group(id = "exported")]
 pub(crate) struct Export {
@@ -130,7 +130,7 @@ pub(crate) struct Export {
     reveal: bool,
 }
 
-/// What to import.
+// What to import.
 #[derive(Debug, Args)]
 #[group(id = "from", required = true, multiple = false, args = ["har", "curl"])]
 pub(crate) struct Import {
