@@ -180,6 +180,45 @@ fn a_daemon_with_a_bad_configuration_is_not_started() {
     assert_eq!(daemon.run("status").0, Some(1));
 }
 
+#[tokio::test]
+async fn a_daemon_that_cannot_begin_is_not_called_started_and_a_restart_with_it_ends_nothing() {
+    let upstream = Upstream::echo().await;
+    let local = Local::start(&[]);
+    let daemon = Daemon { dir: tempfile::tempdir().unwrap() };
+    let socket = daemon.dir.path().join("control.sock");
+    let named = format!("control_socket = \"{}\"", socket.display());
+    daemon.write_config(&local, &upstream, "");
+    assert_eq!(daemon.run("start").0, Some(0));
+    let first = daemon.pid().unwrap();
+
+    // What a start would fail for is found before anything is stopped.
+    let path = daemon.dir.path().join("agentd.toml");
+    let good = std::fs::read_to_string(&path).unwrap();
+    let secure = good.replace("upstream = \"", "ca_file = \"missing.pem\"\nupstream = \"https://");
+    std::fs::write(&path, secure).unwrap();
+    let (code, printed) = daemon.run("restart");
+    assert!(code == Some(78) && printed.contains("cannot read certificates from"), "{printed}");
+    assert!(daemon.run("status").0 == Some(0) && daemon.pid() == Some(first));
+    assert_eq!(daemon.run("stop").0, Some(0));
+
+    // What can be found by starting only is said by whoever started it, and in the log.
+    daemon.write_config(&local, &upstream, &named);
+    let lock = std::fs::File::create(socket.with_extension("lock")).unwrap();
+    lock.lock().unwrap();
+    for command in ["start", "restart"] {
+        let (code, printed) = daemon.run(command);
+        assert!(code == Some(1) && printed.contains("another agent answers at"), "{printed}");
+        assert!(!printed.contains("started with"), "{printed}");
+        let gone = (Some(0), "not running".to_owned());
+        tests::eventually("it is gone", async || daemon.run("stop") == gone).await;
+    }
+    assert_eq!(daemon.log().matches("another agent answers at").count(), 2, "{}", daemon.log());
+    lock.unlock().unwrap();
+    let (code, printed) = daemon.run("start");
+    assert!(code == Some(0) && printed.starts_with("started with pid "), "{printed}");
+    assert_eq!(daemon.run("stop").0, Some(0));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_service_manager_hears_that_it_is_ready_alive_and_stopping() {
     let upstream = Upstream::echo().await;

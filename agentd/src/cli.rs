@@ -27,7 +27,7 @@ use crate::{
     identity::name,
     inspect::screen::Screen,
     operate::ask::{self, Format},
-    operate::background::{self, Forked, StateDir},
+    operate::background::{self, Forked, Starter, StateDir},
     operate::check,
     operate::deliveries,
     operate::diagnose,
@@ -469,13 +469,14 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
         Command::Run { service } => match service.load(overrides) {
             Ok((config, source)) => logged(&config.log.clone(), || {
                 let control_socket = control::place_for_service(environment, is_root());
-                run(Setup {
+                let setup = Setup {
                     config,
                     source: Some(source),
                     audience: Audience::Service,
                     control_socket,
                     screen: None,
-                })
+                };
+                run(setup, || {}).unwrap_or_else(Failure::said)
             }),
             Err(error) => bad_config(&error),
         },
@@ -632,7 +633,7 @@ fn is_root() -> bool {
 fn logged(log: &LogConfig, work: impl FnOnce() -> ExitCode) -> ExitCode {
     match telemetry::start(log, None) {
         Ok(_flush) => work(),
-        Err(error) => failed(&format!("cannot write the log: {error}")),
+        Err(error) => Failure::log(&error).said(),
     }
 }
 
@@ -687,27 +688,81 @@ fn start(mut config: Config, source: Source, place: Place) -> ExitCode {
                 format!("started with pid {}; log in {}\n", pid.as_raw_nonzero(), state.log_dir().display());
             Ok(answer(&said, ExitCode::SUCCESS))
         }
+        Forked::Failed { code, reason } => {
+            complain(reason);
+            Ok(ExitCode::from(code))
+        }
         Forked::Daemon(starter) => {
             let dir = config.log.dir.get_or_insert_with(|| state.log_dir());
             let log = LogConfig { dir: Some(dir.clone()), ..config.log.clone() };
-            // The starter reports the failure, because nobody sees this process any more.
-            let Ok(_flush) = telemetry::start(&log, None) else {
-                return Ok(ExitCode::from(exit::RUNTIME));
+            // The starter reports a failure, because nobody sees this process any more.
+            let flush = match telemetry::start(&log, None) {
+                Ok(flush) => flush,
+                Err(error) => return Ok(Failure::log(&error).said_to(starter)),
             };
-            starter.ready();
             let control_socket = Some(control::in_folder(state.path()));
-            Ok(run(Setup {
+            let setup = Setup {
                 config,
                 source: Some(source),
                 audience: Audience::Service,
                 control_socket,
                 screen: None,
+            };
+            let mut starter = Some(starter);
+            let outcome = run(setup, || {
+                if let Some(starter) = starter.take() {
+                    starter.ready();
+                }
+            });
+            drop(flush);
+            Ok(outcome.unwrap_or_else(|failure| match starter {
+                Some(starter) => failure.said_to(starter),
+                None => ExitCode::from(failure.code),
             }))
         }
     })
 }
 
-fn run(setup: Setup) -> ExitCode {
+/// Why the agent could not begin, and the code to end with.
+struct Failure {
+    code: u8,
+    reason: String,
+}
+
+impl Failure {
+    fn new(reason: String) -> Self {
+        Self { code: exit::RUNTIME, reason }
+    }
+
+    fn log(error: &std::io::Error) -> Self {
+        Self::new(format!("cannot write the log: {error}"))
+    }
+
+    /// Says it here.
+    fn said(self) -> ExitCode {
+        complain(self.reason);
+        ExitCode::from(self.code)
+    }
+
+    /// Has it said by the process that was asked to start a daemon.
+    fn said_to(self, starter: Starter) -> ExitCode {
+        starter.failed(self.code, &self.reason);
+        ExitCode::from(self.code)
+    }
+}
+
+impl From<supervisor::StartError> for Failure {
+    fn from(error: supervisor::StartError) -> Self {
+        let code = match &error {
+            supervisor::StartError::Tls(_) => exit::BAD_CONFIG,
+            supervisor::StartError::System(_) | supervisor::StartError::Listen(_) => exit::RUNTIME,
+        };
+        Self { code, reason: error.to_string() }
+    }
+}
+
+/// Runs the agent to its end; `ready` is called once it has all that it needs to serve.
+fn run(setup: Setup, ready: impl FnOnce()) -> Result<ExitCode, Failure> {
     // One thread: the work is waiting. It is started here so that whatever must happen before any
     // thread exists has happened.
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -716,17 +771,21 @@ fn run(setup: Setup) -> ExitCode {
         .build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
-        Err(error) => return failed(&format!("cannot start: {error}")),
+        Err(error) => return Err(Failure::new(format!("cannot start: {error}"))),
     };
-    let outcome = runtime.block_on(supervisor::run(setup));
+    // Elsewhere the log is where the reason is said as well.
+    let logs_to_files = setup.config.log.dir.is_some();
+    let outcome = runtime.block_on(supervisor::run(setup, ready));
     // A look-up in progress must not hold up the exit.
     runtime.shutdown_background();
     match outcome {
-        Ok(Outcome::Stopped) => ExitCode::SUCCESS,
-        Ok(Outcome::IdentityRefused) => ExitCode::from(exit::IDENTITY_REFUSED),
-        Err(supervisor::StartError::Tls(error)) => bad_config(&ConfigError::new(error.to_string())),
-        Err(error @ (supervisor::StartError::System(_) | supervisor::StartError::Listen(_))) => {
-            failed(&error.to_string())
+        Ok(Outcome::Stopped) => Ok(ExitCode::SUCCESS),
+        Ok(Outcome::IdentityRefused) => Ok(ExitCode::from(exit::IDENTITY_REFUSED)),
+        Err(error) => {
+            if logs_to_files {
+                tracing::error!("{error}");
+            }
+            Err(error.into())
         }
     }
 }
@@ -744,7 +803,7 @@ fn in_foreground(config: Config, is_plain: bool) -> ExitCode {
         Ok(flush) => flush,
         Err(error) => {
             drop(screen);
-            return failed(&format!("cannot write the log: {error}"));
+            return Failure::log(&error).said();
         }
     };
     let (terminal, lines) = match to_screen {
@@ -756,9 +815,9 @@ fn in_foreground(config: Config, is_plain: bool) -> ExitCode {
     };
     let audience = Audience::People { terminal, page: is_terminal && !is_plain };
     let control_socket = control::place_for_people(environment);
-    let code = run(Setup { config, source: None, audience, control_socket, screen });
+    let outcome = run(Setup { config, source: None, audience, control_socket, screen }, || {});
     drop((lines, log));
-    code
+    outcome.unwrap_or_else(Failure::said)
 }
 
 fn failed(message: &str) -> ExitCode {

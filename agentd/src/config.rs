@@ -49,6 +49,7 @@ use crate::{
         visitors::{VisitorRules, WebhookRule},
     },
     identity::credential::{CREDENTIAL, Token, TokenError, TokenSource},
+    tls,
 };
 
 /// Where the configuration is unless somebody says otherwise.
@@ -125,6 +126,13 @@ pub struct EdgeConfig {
     pub url: EdgeUrl,
     /// Certificates to trust beside the system's.
     pub ca_file: Option<PathBuf>,
+}
+
+impl EdgeConfig {
+    /// The certificates that are used: none without TLS.
+    pub(crate) fn trusted(&self) -> Option<&Path> {
+        self.ca_file.as_deref().filter(|_| self.url.is_secure())
+    }
 }
 
 /// One tunnel.
@@ -462,8 +470,14 @@ impl Overrides {
             },
             None => file.inspect,
         };
+        let edge = EdgeConfig { url, ca_file: self.ca_file.clone().or(file.ca_file) };
+        if self.ca_file.is_some()
+            && let Some(path) = edge.trusted()
+        {
+            tls::check(path).map_err(|error| ConfigError::new(error.to_string()))?;
+        }
         Ok(Config {
-            edge: EdgeConfig { url, ca_file: self.ca_file.clone().or(file.ca_file) },
+            edge,
             token_source,
             token,
             tunnels: file.tunnels,

@@ -99,12 +99,12 @@ pub(crate) enum Audience {
     },
 }
 
-/// Runs the agent until it is stopped.
+/// Runs the agent until it is stopped. `ready` is called once nothing can keep it from serving any more.
 ///
 /// # Errors
 ///
 /// [`StartError`] when it cannot begin. An edge or an upstream that cannot be reached is no error.
-pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
+pub(crate) async fn run(setup: Setup, ready: impl FnOnce()) -> Result<Outcome, StartError> {
     let Setup { config, source, audience, control_socket, screen } = setup;
     raise_descriptor_limit();
     let signals = Signals::new(source.is_some())?;
@@ -184,6 +184,7 @@ pub(crate) async fn run(setup: Setup) -> Result<Outcome, StartError> {
         let inspector = supervisor.inspection.inspector().clone();
         servers.spawn(screen.run(inspector, supervisor.inspection.url()));
     }
+    ready();
     let outcome = supervisor.run(asked, signals).await;
     servers.shutdown().await;
     Ok(outcome)

@@ -78,6 +78,15 @@ pub fn client_config(trust: Trust<'_>, alpn: &[&[u8]]) -> Result<Arc<ClientConfi
     Ok(finish(config, alpn))
 }
 
+/// Whether the certificates of a PEM file can be trusted: what [`client_config`] would find wrong with them.
+///
+/// # Errors
+///
+/// [`TlsError`].
+pub fn check(path: &Path) -> Result<(), TlsError> {
+    add_file(&mut RootCertStore::empty(), path).map(drop)
+}
+
 fn finish(mut config: ClientConfig, alpn: &[&[u8]]) -> Arc<ClientConfig> {
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     Arc::new(config)

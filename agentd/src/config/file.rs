@@ -18,7 +18,7 @@ use super::{
     value::{Document, Table, duration_within, nonempty_path},
     visitors,
 };
-use crate::identity::private_file::PrivateFiles;
+use crate::{identity::private_file::PrivateFiles, tls};
 
 const ROOT_KEYS: &[&str] = &[
     "control_socket",
@@ -115,7 +115,8 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
     let document = Document { path, text: &text };
     let root = document.parse()?;
     let root = Table::new(&document, root.get_ref(), root.span(), "the file", ROOT_KEYS)?;
-    if let Some(edge) = root.table("edge", EDGE_KEYS)? {
+    let edge = root.table("edge", EDGE_KEYS)?;
+    if let Some(edge) = &edge {
         config.url = edge.text("url", str::parse)?;
         config.token_file = edge.text("token_file", |text| nonempty_path(path, text))?;
         config.ca_file = edge.text("ca_file", |text| nonempty_path(path, text))?;
@@ -148,7 +149,16 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
         return Err(document.error(0..0, "there is no tunnel: add a [[tunnel]] with name and upstream"));
     }
     name_callbacks(&mut config.tunnels)?;
-    overrides.apply(config)
+    let config = overrides.apply(config)?;
+    if let (Some(edge), Some(ca_file), None) = (&edge, config.edge.trusted(), &overrides.ca_file) {
+        check_certificates(edge, ca_file)?;
+    }
+    Ok(config)
+}
+
+/// Whether the file that `ca_file` of a table names is one of certificates: the start would fail otherwise.
+pub(super) fn check_certificates(table: &Table<'_>, path: &Path) -> Result<(), ConfigError> {
+    tls::check(path).map_err(|error| table.error_at("ca_file", error.to_string()))
 }
 
 /// Tells the tunnels that others finish signing in at.
@@ -277,6 +287,9 @@ fn read_tunnel(
                 ));
             }
         }
+    }
+    if let Some(ca_file) = tunnel.ca_file.as_deref().filter(|_| !tunnel.insecure_skip_verify) {
+        check_certificates(table, ca_file)?;
     }
     Ok(tunnel)
 }

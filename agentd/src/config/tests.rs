@@ -41,6 +41,8 @@ impl Folder {
     }
 }
 
+const CA: &str = include_str!("../../tests/fixtures/ca.pem");
+
 const EDGE: &str = "[edge]\nurl = \"ws://127.0.0.1:1\"\ntoken_file = \"token\"\n";
 
 fn tunnel(lines: &str) -> String {
@@ -50,9 +52,11 @@ fn tunnel(lines: &str) -> String {
 #[test]
 fn reads_every_key() {
     let folder = Folder::new();
+    folder.write("ca.pem", CA);
+    folder.write("own/ca.pem", CA);
     let config = folder
         .load(
-            r#"
+            &r#"
             include = ["conf.d/*.toml"]
             grace_period = "5s"
             max_concurrent = 10000
@@ -97,7 +101,8 @@ fn reads_every_key() {
             name = "api2"
             upstream = 3000
             host_header = "app.example.com:8080"
-            "#,
+            "#
+            .replace("/etc/ca.pem", folder.path("own/ca.pem").to_str().unwrap()),
         )
         .unwrap();
     assert_eq!(config.edge.url.to_string(), "wss://edge.example.com/dev");
@@ -111,7 +116,7 @@ fn reads_every_key() {
     assert_eq!(web.max_concurrent, 7);
     assert_eq!(web.http2, Http2::Never);
     assert_eq!(web.keep_alive, Some(Duration::from_secs(5)));
-    assert_eq!(web.ca_file.as_deref(), Some(Path::new("/etc/ca.pem")));
+    assert_eq!(web.ca_file, Some(folder.path("own/ca.pem")));
     assert_eq!(api.upstream.as_ref().unwrap().to_string(), "http://localhost:3000");
     assert!(matches!(&api.host_header, HostHeader::Value(value) if value == "app.example.com:8080"));
     assert_eq!((config.max_concurrent, config.status_address.unwrap().port()), (10_000, 4041));
@@ -334,6 +339,10 @@ fn the_packaged_example_shows_every_key_and_nothing_else() {
     ] {
         folder.private(name, text);
     }
+    for name in ["edge-ca.pem", "upstream-ca.pem", "login-ca.pem"] {
+        folder.write(name, CA);
+    }
+    let in_force = in_force.replace("ca_file = \"/etc/agentd/", "ca_file = \"");
     fs::create_dir(folder.path("site")).unwrap();
     // Keys are in a file or at an address.
     let loaded = in_force.replace("jwks_file = ", "#");
@@ -684,4 +693,40 @@ fn what_is_kept_is_taken_at_each_bound_and_refused_past_it() {
         let error = folder.error(&tunnel(lines));
         assert!(error.contains("add delivery = \"auto\" or \"durable\""), "{error}");
     }
+}
+
+#[test]
+fn every_file_of_certificates_is_read_with_the_configuration() {
+    let folder = Folder::new();
+    folder.write("ca.pem", CA);
+    folder.write("broken.pem", "no certificate");
+    let secure = EDGE.replace("ws://127.0.0.1:1", "wss://edge.example.com");
+    let oidc = "[tunnel.oidc]\nissuer = \"https://login.example.com\"\nclient_id = \"me\"\nallow_anyone = true\nca_file = \"FILE\"";
+    let bearer = "[tunnel.bearer]\njwks_url = \"https://login.example.com/keys\"\naudience = \"me\"\nca_file = \"FILE\"";
+    for (text, place) in [
+        (format!("{secure}ca_file = \"FILE\"\n[[tunnel]]\nname = \"web\"\nupstream = 3000\n"), "4:11"),
+        (tunnel("ca_file = \"FILE\""), "7:11"),
+        (tunnel(oidc), "11:11"),
+        (tunnel(bearer), "10:11"),
+    ] {
+        let with = |file: &str| text.replace("FILE", file);
+        assert_eq!(folder.load(&with("ca.pem")).map(|_| ()), Ok(()), "{text}");
+        let error = folder.error(&with("missing.pem"));
+        let wanted = format!("agentd.toml:{place}: cannot read certificates from missing.pem: ");
+        assert!(error.starts_with(&wanted), "{error}");
+        let error = folder.error(&with("broken.pem"));
+        let wanted = format!("agentd.toml:{place}: broken.pem holds no certificate in PEM form");
+        assert_eq!(error, wanted);
+    }
+    // What is not used does not stand in the way.
+    assert!(folder.load(&tunnel("ca_file = \"missing.pem\"\ninsecure_skip_verify = true")).is_ok());
+    assert!(folder.load(&format!("{EDGE}ca_file = \"missing.pem\"\n{}", &tunnel("")[EDGE.len()..])).is_ok());
+    folder.write("agentd.toml", &format!("{secure}ca_file = \"missing.pem\"\n{}", &tunnel("")[EDGE.len()..]));
+    let load = |ca_file: &str| {
+        let overrides = Overrides { ca_file: Some(folder.path(ca_file)), ..Overrides::default() };
+        load(&folder.path("agentd.toml"), &overrides).map(|_| ())
+    };
+    assert_eq!(load("ca.pem"), Ok(()));
+    let error = load("missing.pem").unwrap_err();
+    assert!(error.place.is_none() && error.message.starts_with("cannot read certificates"), "{error}");
 }

@@ -8,6 +8,7 @@ use proto::id::TunnelName;
 
 use super::{
     ConfigError,
+    file::check_certificates,
     htpasswd::Users,
     http_url::HttpUrl,
     parse_duration,
@@ -280,6 +281,15 @@ fn file(table: &Table<'_>, key: &str) -> Result<Option<PathBuf>, ConfigError> {
     table.text(key, |text| nonempty_path(table.document().path, text))
 }
 
+/// The file that `ca_file` names. It is read each time that TLS is set up, and here to see that it can be.
+fn certificates(table: &Table<'_>) -> Result<Option<PathBuf>, ConfigError> {
+    let path = file(table, "ca_file")?;
+    if let Some(path) = &path {
+        check_certificates(table, path)?;
+    }
+    Ok(path)
+}
+
 fn read_ips(table: &Table<'_>) -> Result<Option<IpRule>, ConfigError> {
     let rule = IpRule {
         allow: list(table, "allow_ips", str::parse)?,
@@ -342,7 +352,7 @@ fn read_bearer(table: &Table<'_>) -> Result<BearerRule, ConfigError> {
         Ok::<_, String>(text)
     })?;
     let url = table.text("jwks_url", str::parse::<HttpUrl>)?;
-    let ca_file = file(table, "ca_file")?;
+    let ca_file = certificates(table)?;
     let keys = match (jwks, url) {
         (Some(set), None) => KeySource::Set(set),
         (None, Some(url)) => KeySource::Url { url, ca_file },
@@ -447,7 +457,7 @@ fn read_oidc(table: &Table<'_>, files: &PrivateFiles) -> Result<OidcRule, Config
             .text("session", |text| duration_within(text, "1s", "720h"))?
             .unwrap_or(Duration::from_secs(8 * 60 * 60)),
         session_key,
-        ca_file: file(table, "ca_file")?,
+        ca_file: certificates(table)?,
         except: except(table)?,
     })
 }

@@ -7,7 +7,10 @@
 use std::{
     fs::{self, File},
     io::{Read as _, Write as _},
-    os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
+    os::{
+        fd::{IntoRawFd as _, OwnedFd},
+        unix::fs::DirBuilderExt as _,
+    },
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -22,7 +25,7 @@ use rustix::{
 
 use crate::config::DEFAULT_GRACE_PERIOD;
 
-/// What the started daemon says once it runs.
+/// What the started daemon says once it runs. One that cannot says the code it ends with, a byte, and why.
 const READY: &[u8] = b"ready";
 
 /// How much longer than its grace period a daemon may take to stop.
@@ -34,7 +37,7 @@ pub(crate) enum Error {
     /// A daemon with this state folder runs already.
     #[error("already running with pid {0}; `agentd stop` ends it")]
     Running(i32),
-    /// It began and ended at once.
+    /// It began and ended at once, and nobody knows why.
     #[error("it ended as soon as it was started; its log is in {0}")]
     Ended(PathBuf),
     /// It did not end in time.
@@ -122,12 +125,21 @@ impl Starter {
         // Whoever started it may be gone; the daemon is not concerned.
         let _ = self.0.write_all(READY);
     }
+
+    /// The daemon ends with `code`, for this reason.
+    pub(crate) fn failed(mut self, code: u8, reason: &str) {
+        let _ = self.0.write_all(&[&[code], reason.as_bytes()].concat());
+        // It is closed by the end of this process, so that whoever waits for that finds it gone.
+        let _ = self.0.into_raw_fd();
+    }
 }
 
 /// What this process is after the fork.
 pub(crate) enum Forked {
     /// The one that was asked to start a daemon; the daemon runs with this pid.
     Starter(Pid),
+    /// The same, but the daemon could not begin, says why, and ends with this code.
+    Failed { code: u8, reason: String },
     /// The daemon.
     Daemon(Starter),
 }
@@ -158,6 +170,9 @@ pub(crate) fn start(state: &StateDir, grace_period: Duration) -> Result<Forked, 
             let mut said = Vec::new();
             let heard = File::from(reads).read_to_end(&mut said);
             heard.map_err(system("waiting for the daemon"))?;
+            if let Some((&code, reason)) = said.split_first().filter(|_| said != READY) {
+                return Ok(Forked::Failed { code, reason: String::from_utf8_lossy(reason).into_owned() });
+            }
             match state.running()? {
                 Some(pid) if said == READY => Ok(Forked::Starter(pid)),
                 // Another start was a moment earlier.
