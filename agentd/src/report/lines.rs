@@ -1,6 +1,7 @@
 //! Lines that a thread of their own writes, all that have come together in one go.
 //!
-//! Enters: lines, from anywhere. Leaves: the same lines in their order, or how many there was no room for. Nobody who
+//! Enters: lines, from anywhere. Leaves: the same lines in their order, or how many there was no room for or could not be
+//! written. Nobody who
 //! hands one in ever waits. A busy agent has a line for each request, so where they come quickly the thread is not woken for
 //! each of them but takes what has come every [`GATHERED`].
 
@@ -32,7 +33,7 @@ const KEPT_BYTES: usize = 64 * 1024;
 struct Waiting {
     text: Vec<u8>,
     lines: usize,
-    /// How many lines had no room, in all.
+    /// How many lines had no room or could not be written, in all.
     lost: u64,
     /// Nothing waits, and the thread is to be woken for the next line.
     is_idle: bool,
@@ -95,7 +96,7 @@ impl Lines {
         }
     }
 
-    /// How many lines had no room.
+    /// How many lines had no room or could not be written.
     pub(super) fn lost(&self) -> u64 {
         self.0.lock().lost
     }
@@ -134,23 +135,47 @@ impl Drop for Flush {
     }
 }
 
-/// Begins writing to `to` on a thread called `name`; `say` tells its readers how many lines were lost.
+/// Writes `text` and says how much of it was written before an error, if there was one.
+fn write_lines(to: &mut impl Write, text: &[u8]) -> Result<(), (usize, io::Error)> {
+    let mut written = 0;
+    while written < text.len() {
+        match to.write(&text[written..]) {
+            Ok(0) => return Err((written, io::ErrorKind::WriteZero.into())),
+            Ok(bytes) => written += bytes,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err((written, error)),
+        }
+    }
+    to.flush().map_err(|error| (written, error))
+}
+
+/// Begins writing to `to` on a thread called `name`; `say` tells its readers how many lines were lost, and the error if it
+/// was one that kept them from being written.
 pub(super) fn start<W: Write + Send + 'static>(
     mut to: W,
     name: &str,
-    say: fn(&mut W, u64),
+    say: fn(&mut W, u64, Option<&io::Error>),
 ) -> io::Result<(Lines, Flush)> {
     let queue = Arc::new(Queue::default());
     let taken = Arc::clone(&queue);
     let write = move || {
         let (mut room, mut said, mut said_at) = (Vec::new(), 0, None);
         let mut written_at: Option<Instant> = None;
+        let mut failed: Option<io::Error> = None;
         while let Some((mut text, lost)) = taken.take(room) {
-            // Who cannot be written to is tried again with the next lines.
-            let _ = to.write_all(&text).and_then(|()| to.flush());
-            if lost > said && said_at.is_none_or(|at: Instant| at.elapsed() >= SAID_EACH) {
-                say(&mut to, lost - said);
-                (said, said_at) = (lost, Some(Instant::now()));
+            match write_lines(&mut to, &text) {
+                Ok(()) => {
+                    if lost > said && said_at.is_none_or(|at: Instant| at.elapsed() >= SAID_EACH) {
+                        say(&mut to, lost - said, failed.take().as_ref());
+                        (said, said_at) = (lost, Some(Instant::now()));
+                    }
+                }
+                // Who cannot be written to is tried again with the next lines.
+                Err((written, error)) => {
+                    let unwritten = text[written..].iter().filter(|byte| **byte == b'\n').count();
+                    taken.lock().lost += unwritten as u64;
+                    failed = Some(error);
+                }
             }
             text.clear();
             text.shrink_to(KEPT_BYTES);
@@ -199,7 +224,10 @@ mod tests {
         let (begun, begins) = mpsc::channel();
         let text = Arc::default();
         let slow = Slow { leave: waits, begun, text: Arc::clone(&text) };
-        let say = |to: &mut Slow, lost| to.write_all(format!("{lost} were lost\n").as_bytes()).unwrap();
+        let say = |to: &mut Slow, lost, why: Option<&io::Error>| {
+            assert!(why.is_none());
+            to.write_all(format!("{lost} were lost\n").as_bytes()).unwrap();
+        };
         let (lines, flush) = start(slow, "slow", say).unwrap();
         lines.push(b"first\n");
         begins.recv().unwrap();
@@ -217,12 +245,68 @@ mod tests {
         assert_eq!(kept, std::iter::once("first".to_owned()).chain(numbers).collect::<Vec<_>>());
     }
 
+    /// Has room for so many bytes, and for any number once it may.
+    struct Full {
+        room: usize,
+        emptied: mpsc::Receiver<()>,
+        refused: mpsc::Sender<()>,
+        text: Arc<Mutex<Vec<u8>>>,
+    }
+
+    impl Write for Full {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            if self.emptied.try_recv().is_ok() {
+                self.room = usize::MAX;
+            }
+            let taken = bytes.len().min(self.room);
+            if taken == 0 {
+                let _ = self.refused.send(());
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.room -= taken;
+            self.text.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&bytes[..taken]);
+            Ok(taken)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_a_full_disk_loses_is_counted_and_said_once_there_is_room() {
+        let (empty, emptied) = mpsc::channel();
+        let (refused, refusals) = mpsc::channel();
+        let text = Arc::default();
+        let full = Full { room: 4, emptied, refused, text: Arc::clone(&text) };
+        let say = |to: &mut Full, lost, why: Option<&io::Error>| {
+            let why = why.map(io::Error::kind);
+            to.write_all(format!("{lost} were lost: {why:?}\n").as_bytes()).unwrap();
+        };
+        let (lines, flush) = start(full, "full", say).unwrap();
+        for line in ["one\n", "two\n", "three\n"] {
+            lines.push(line.as_bytes());
+        }
+        refusals.recv().unwrap();
+        // One of them may be tried by itself.
+        while lines.lost() < 2 {
+            thread::yield_now();
+        }
+        assert_eq!(lines.lost(), 2);
+        empty.send(()).unwrap();
+        lines.push(b"four\n");
+        drop(flush);
+        let text = String::from_utf8(text.lock().unwrap().clone()).unwrap();
+        assert_eq!(text, "one\nfour\n2 were lost: Some(StorageFull)\n");
+        assert_eq!(lines.lost(), 2);
+    }
+
     #[test]
     fn a_reader_that_never_reads_does_not_keep_the_program() {
         let (leave, waits) = mpsc::channel();
         let (begun, begins) = mpsc::channel();
         let slow = Slow { leave: waits, begun, text: Arc::default() };
-        let (lines, flush) = start(slow, "slow", |_, _| {}).unwrap();
+        let (lines, flush) = start(slow, "slow", |_, _, _| {}).unwrap();
         lines.push(b"one\n");
         begins.recv().unwrap();
         drop(flush);

@@ -375,7 +375,7 @@ struct LostLines;
 impl Collector for LostLines {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
         let lost = ConstCounter::new(telemetry::lost_lines());
-        let help = "Lines of log and output that were lost because their reader is slow";
+        let help = "Lines of log and output that were lost because their reader is slow or they could not be written";
         let metric = encoder.encode_descriptor("log_lines_lost", help, None, lost.metric_type())?;
         lost.encode(metric)
     }

@@ -2,7 +2,8 @@
 //! background, one JSON object a line elsewhere. What people asked to see goes to standard output.
 //!
 //! All but the journal are written by a thread of their own: a terminal that is stopped, or a pipe that
-//! nobody reads, must not stop the agent. What does not fit the queue is lost, counted, and said when there is room.
+//! nobody reads, must not stop the agent. What does not fit the queue, or cannot be written, is lost, counted, and said
+//! when there is room.
 
 use std::{
     io::{self, IsTerminal as _, Write},
@@ -33,19 +34,27 @@ pub(crate) fn lost_lines() -> u64 {
 /// All queues of this process.
 static QUEUES: Mutex<Vec<Lines>> = Mutex::new(Vec::new());
 
-fn queue<W: Write + Send + 'static>(to: W, name: &str, say: fn(&mut W, u64)) -> io::Result<(Lines, Flush)> {
+fn queue<W: Write + Send + 'static>(
+    to: W,
+    name: &str,
+    say: fn(&mut W, u64, Option<&io::Error>),
+) -> io::Result<(Lines, Flush)> {
     let (lines, flush) = lines::start(to, name, say)?;
     QUEUES.lock().unwrap_or_else(PoisonError::into_inner).push(lines.clone());
     Ok((lines, Flush { _lines: flush }))
 }
 
 /// Says it as any other line: behind those that wait.
-fn say_in_log<W>(_: &mut W, lost: u64) {
-    tracing::warn!(lost, "{lost} lines of this log were lost: whoever reads it is too slow");
+fn say_in_log<W>(_: &mut W, lost: u64, error: Option<&io::Error>) {
+    match error {
+        Some(error) => tracing::warn!(lost, "{lost} lines of this log were lost: {error}"),
+        None => tracing::warn!(lost, "{lost} lines of this log were lost: whoever reads it is too slow"),
+    }
 }
 
-fn say_to_people<W: Write>(to: &mut W, lost: u64) {
-    let _ = to.write_all(format!("{lost} lines were lost: this output is read too slowly\n").as_bytes());
+fn say_to_people<W: Write>(to: &mut W, lost: u64, error: Option<&io::Error>) {
+    let why = error.map_or_else(|| "this output is read too slowly".to_owned(), ToString::to_string);
+    let _ = to.write_all(format!("{lost} lines were lost: {why}\n").as_bytes());
 }
 
 /// Lines for people.
