@@ -16,6 +16,7 @@ use rustix::process::Signal;
 use tests::{
     Agent, Local,
     client::{Connection, Request},
+    sockets::Port,
     upstream::{Conn, Upstream},
 };
 use tokio::task::JoinHandle;
@@ -270,4 +271,59 @@ async fn a_hundred_planned_rotations_under_load_fail_no_request() {
         assert!(!printed.contains("connection lost"), "{printed}");
     }
     println!("{} rotations, {served} requests, 0 failed", 2 * AGENTS);
+}
+
+#[tokio::test]
+async fn an_edge_that_cannot_be_reached_is_not_called_connected() {
+    let upstream = Upstream::echo().await;
+    let local = Local::start(&[]);
+    let agent = local.agent("web", &upstream.address());
+    let good = local.config(&tunnel("web", &upstream));
+    let nobody = Port::take();
+    let nowhere = format!("ws://{nobody}");
+    agent.write_config(&good.replace(&local.agents, &nowhere));
+    let (code, printed) = agent.ask(&["reload"]);
+    assert_eq!(code, Some(0), "{printed}");
+    let status = async || agent.ask(&["status"]).1;
+    tests::eventually("the failure is shown", async || status().await.contains("failed ")).await;
+    let shown = status().await;
+    let before = local.agents.trim_end_matches('/');
+    for wanted in [&*nowhere, &format!(" to {before}"), ", being replaced", "Connection refused"] {
+        assert!(shown.contains(wanted), "{wanted} is not in {shown}");
+    }
+    let (code, printed) = agent.ask(&["ready"]);
+    assert!(code == Some(1) && printed.contains("still connected to"), "{printed}");
+    assert_eq!(status_of(&local, "web").await, 200, "what is open stays in use");
+
+    agent.write_config(&good);
+    assert_eq!(agent.ask(&["reload"]).0, Some(0));
+    let (code, printed) = agent.ask(&["ready", "--wait", "20s"]);
+    assert_eq!(code, Some(0), "{printed}");
+    let shown = status().await;
+    assert!(!shown.contains("being replaced") && !shown.contains("failed "), "{shown}");
+}
+
+#[tokio::test]
+async fn a_tunnel_that_is_refused_has_no_public_address() {
+    let upstream = Upstream::echo().await;
+    let local = Local::start(&[]);
+    let agent = local.agent("web", &upstream.address());
+    issue(&local, &agent);
+    let tunnels = tunnel("web", &upstream) + &tunnel("other", &upstream);
+    agent.write_config(&with_own_token(&local, &agent, &tunnels));
+    assert_eq!(agent.ask(&["reload"]).0, Some(0));
+    assert_eq!(agent.ask(&["ready", "--wait", "20s"]).0, Some(0));
+    let address = |name: &str| {
+        let info = agent.ask(&["tunnel", "info", name, "--json"]).1;
+        let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+        (info["state"].as_str().unwrap().to_owned(), info["url"].as_str().map(str::to_owned))
+    };
+    assert!(matches!(address("other"), (state, Some(_)) if state == "open"));
+
+    let token = agent.dir().join("token");
+    std::fs::write(&token, local.issue("developer", &["web"])).unwrap();
+    assert_eq!(agent.ask(&["reload"]).0, Some(0));
+    tests::eventually("it is refused", async || address("other").0 == "refused").await;
+    assert_eq!(address("other").1, None);
+    assert!(address("web").1.is_some());
 }

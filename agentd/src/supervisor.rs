@@ -383,7 +383,9 @@ impl Supervisor {
         self.told_policies.insert(name, notice.clone());
     }
 
-    fn refused(&self, refused: &RefusedTunnel) {
+    fn refused(&mut self, refused: &RefusedTunnel) {
+        // Nobody reaches it there any more.
+        self.shown.retain(|name, _| name.as_str() != refused.name);
         // The name is ours as we configured it; what the edge repeats is shortened all the same.
         let name: String = refused.name.chars().filter(|c| !c.is_control()).take(64).collect();
         let advice = advice(refused.reason);

@@ -30,6 +30,8 @@ const GREET_AGAIN: Duration = Duration::from_secs(2);
 pub(super) struct Known {
     pub(super) commands: mpsc::Sender<Command>,
     since: Instant,
+    /// Where it leads.
+    url: String,
     connection_id: Option<String>,
     pub(super) open: BTreeSet<TunnelName>,
     /// What the edge did not open on this connection, and why.
@@ -54,11 +56,17 @@ pub(super) struct Known {
 }
 
 impl Known {
-    /// One that has just been opened with `token`.
-    pub(super) const fn new(commands: mpsc::Sender<Command>, since: Instant, token: Token) -> Self {
+    /// One that has just been opened to `url` with `token`.
+    pub(super) const fn new(
+        commands: mpsc::Sender<Command>,
+        since: Instant,
+        url: String,
+        token: Token,
+    ) -> Self {
         Self {
             commands,
             since,
+            url,
             connection_id: None,
             open: BTreeSet::new(),
             refused: BTreeMap::new(),
@@ -127,6 +135,7 @@ impl Known {
     /// What is said of it.
     pub(super) fn status(&self, now: Instant) -> ConnectionStatus {
         ConnectionStatus {
+            url: Some(self.url.clone()),
             connection_id: self.connection_id.clone(),
             state: self.state(),
             age_secs: now.duration_since(self.since).as_secs(),

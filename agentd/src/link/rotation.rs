@@ -294,8 +294,9 @@ impl Rotation {
             jitter: random::fraction(),
         };
         let (shared, report) = (Arc::clone(&self.shared), self.report.clone());
+        let url = self.dialer.url().to_string();
         self.tasks.spawn(connection::run(serial, link, shared, session, inbox, report));
-        self.connections.insert(serial, Known::new(commands, Instant::now(), self.token.clone()));
+        self.connections.insert(serial, Known::new(commands, Instant::now(), url, self.token.clone()));
     }
 
     fn handle(&mut self, serial: Serial, report: Report) -> Option<News> {
@@ -554,12 +555,18 @@ impl Rotation {
             (false, Some(_)) => LinkState::Connected,
             (false, None) => LinkState::Connecting,
         };
+        // Once what is wanted serves, what failed before is over.
+        let is_trying = match state {
+            LinkState::Connecting => true,
+            LinkState::Connected => !matches!(self.opening, Opening::Idle),
+            LinkState::Stopping => false,
+        };
         let connections = self.connections.values().rev().map(|known| known.status(now));
         EdgeStatus {
             url: self.dialer.url().to_string(),
             state,
             connections: connections.collect(),
-            failures: if state == LinkState::Connecting { self.backoff.failures() } else { 0 },
+            failures: if is_trying { self.backoff.failures() } else { 0 },
             next_try_ms: match &self.opening {
                 Opening::Waiting(at) => Some(at.saturating_duration_since(now).as_millis() as u64),
                 Opening::Idle | Opening::Dialling(_) => None,

@@ -33,7 +33,7 @@ pub(crate) struct EdgeStatus {
     pub(crate) state: LinkState,
     /// All connections, the newest first.
     pub(crate) connections: Vec<ConnectionStatus>,
-    /// How many times in a row it failed to connect.
+    /// How many times in a row it failed to open the connection that is wanted now.
     pub(crate) failures: u32,
     /// When it tries again.
     pub(crate) next_try_ms: Option<u64>,
@@ -66,6 +66,9 @@ impl LinkState {
 /// One connection.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct ConnectionStatus {
+    /// Where it leads: another address than the edge's after a reload, until it is replaced.
+    #[serde(default)]
+    pub(crate) url: Option<String>,
     /// The edge's name for it, once it has said so.
     pub(crate) connection_id: Option<String>,
     pub(crate) state: ConnectionState,
@@ -234,6 +237,10 @@ impl Status {
             }
             LinkState::Connected => {}
         }
+        if let Some(before) = self.edge.served_elsewhere() {
+            let why = self.edge.last_error.as_deref().map(|error| format!(": {error}")).unwrap_or_default();
+            return Err(format!("still connected to {before}, not to {}{why}", self.edge.url));
+        }
         let closed: Vec<&str> = self
             .tunnels
             .iter()
@@ -258,17 +265,26 @@ impl Status {
             span(self.uptime_secs)
         );
         let _ = write!(text, "edge    {}  {}", self.edge.url, self.edge.state.as_str());
-        if let Some(connection) =
-            self.edge.connections.iter().find(|connection| connection.state != ConnectionState::Retiring)
+        let connection = self.edge.in_use();
+        if let Some(connection) = connection
             && let Some(id) = &connection.connection_id
         {
-            let _ = write!(text, ", connection {id} for {}", span(connection.age_secs));
+            let _ = write!(text, ", connection {id}");
+            if let Some(before) = self.edge.served_elsewhere() {
+                let _ = write!(text, " to {before}");
+            }
+            let _ = write!(text, " for {}", span(connection.age_secs));
             if let Some(watched_by) = connection.watched_by {
                 let _ = write!(text, ", watched by {}", watched_by.as_str());
             }
         }
+        let is_replaced =
+            connection.is_some_and(|connection| connection.state == ConnectionState::BeingReplaced);
+        if is_replaced {
+            text.push_str(", being replaced");
+        }
         text.push('\n');
-        if self.edge.state == LinkState::Connecting
+        if (self.edge.state == LinkState::Connecting || is_replaced)
             && let Some(error) = &self.edge.last_error
         {
             let next = self.edge.next_try_ms.map(|ms| format!(", next try in {:.1} s", ms as f64 / 1000.0));
@@ -291,6 +307,21 @@ impl Status {
         text.push('\n');
         text.push_str(&list(&self.tunnels));
         text
+    }
+}
+
+impl EdgeStatus {
+    /// The newest connection that is not taken out of service.
+    fn in_use(&self) -> Option<&ConnectionStatus> {
+        self.connections.iter().find(|connection| connection.state != ConnectionState::Retiring)
+    }
+
+    /// The address that is served where it is not the one that is wanted.
+    fn served_elsewhere(&self) -> Option<&str> {
+        use ConnectionState::{BeingReplaced, Serving};
+        let serves = |connection: &&ConnectionStatus| matches!(connection.state, Serving | BeingReplaced);
+        let url = self.connections.iter().find(serves)?.url.as_deref()?;
+        (url != self.url).then_some(url)
     }
 }
 
@@ -464,6 +495,7 @@ mod tests {
                 url: "wss://edge/".into(),
                 state: LinkState::Connected,
                 connections: vec![ConnectionStatus {
+                    url: Some("wss://edge/".into()),
                     connection_id: Some("abc=".into()),
                     state: ConnectionState::Serving,
                     age_secs: 3_700,
@@ -508,6 +540,28 @@ longer-name  refused  -                        http://localhost:3000  -       0 
         assert_eq!(status.readiness(), Err("not connected to the edge: refused".into()));
         status.edge.state = LinkState::Stopping;
         assert_eq!(status.readiness(), Err("the agent is stopping".into()));
+    }
+
+    #[test]
+    fn a_connection_that_cannot_be_replaced_is_told_from_one_that_serves_as_configured() {
+        let mut status = status();
+        status.tunnels.pop();
+        status.edge.connections[0].state = ConnectionState::BeingReplaced;
+        let line = |status: &Status| status.to_text().lines().skip(1).take(2).collect::<Vec<_>>().join("\n");
+        let of_an_hour = "edge    wss://edge/  connected, connection abc= for 1 h 1 min, watched by pings";
+        assert_eq!(line(&status), format!("{of_an_hour}, being replaced\nconfig  /a.toml, 2 reloads"));
+        assert_eq!(status.readiness(), Ok(()), "it is an hour old, and leads where it should");
+
+        status.edge.url = "wss://new/".into();
+        (status.edge.failures, status.edge.next_try_ms) = (3, Some(1_500));
+        status.edge.last_error = Some("refused".into());
+        assert_eq!(
+            line(&status),
+            "edge    wss://new/  connected, connection abc= to wss://edge/ for 1 h 1 min, watched by pings, being replaced
+        failed 3 times, next try in 1.5 s: refused"
+        );
+        let why = "still connected to wss://edge/, not to wss://new/: refused";
+        assert_eq!(status.readiness(), Err(why.into()));
     }
 
     #[test]
