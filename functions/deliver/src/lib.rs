@@ -588,31 +588,54 @@ fn kind(judged: &Judged) -> Kind {
             _ => Kind::Unknown,
         };
     };
-    match ErrorCode::from_wire(code) {
-        Some(
-            ErrorCode::AgentBusy
-            | ErrorCode::TooManyRequests
-            | ErrorCode::RateLimited
-            | ErrorCode::CircuitOpen
-            | ErrorCode::Maintenance
-            | ErrorCode::TunnelOffline
-            | ErrorCode::EdgeBusy,
-        ) => Kind::NotMade,
-        Some(
-            ErrorCode::UpstreamUnreachable
-            | ErrorCode::UpstreamTls
-            | ErrorCode::UpstreamUnhealthy
-            | ErrorCode::UpstreamInvalid,
-        ) => Kind::NoConnection,
-        Some(
-            ErrorCode::UpstreamReset
-            | ErrorCode::UpstreamTimedOut
-            | ErrorCode::AgentLost
-            | ErrorCode::Cancelled
-            | ErrorCode::EdgeFailed,
-        )
-        | None => Kind::Unknown,
-        Some(_) => Kind::Final,
+    // A code of a later release, too: nobody knows what became of it.
+    ErrorCode::from_wire(code).map_or(Kind::Unknown, kind_of)
+}
+
+/// What a failure means for a delivery. Every code has its line: what passes by itself ends no delivery.
+const fn kind_of(code: ErrorCode) -> Kind {
+    match code {
+        ErrorCode::AgentBusy
+        | ErrorCode::TooManyRequests
+        | ErrorCode::RateLimited
+        | ErrorCode::TooManyGuesses
+        | ErrorCode::SignInUnavailable
+        | ErrorCode::CircuitOpen
+        | ErrorCode::Maintenance
+        | ErrorCode::TunnelOffline
+        | ErrorCode::EdgeBusy => Kind::NotMade,
+        ErrorCode::UpstreamUnreachable
+        | ErrorCode::UpstreamTls
+        | ErrorCode::UpstreamUnhealthy
+        | ErrorCode::UpstreamInvalid => Kind::NoConnection,
+        ErrorCode::UpstreamReset
+        | ErrorCode::UpstreamTimedOut
+        | ErrorCode::AgentLost
+        | ErrorCode::Cancelled
+        | ErrorCode::EdgeFailed => Kind::Unknown,
+        ErrorCode::BadRequest
+        | ErrorCode::FrontRefused
+        | ErrorCode::NoSuchTunnel
+        | ErrorCode::RequestTooLarge
+        | ErrorCode::TargetTooLong
+        | ErrorCode::HeadTooLarge
+        | ErrorCode::UpgradeUnsupported
+        | ErrorCode::LoopDetected
+        | ErrorCode::AgentInvalid
+        | ErrorCode::ResponseTooLarge
+        | ErrorCode::AddressRefused
+        | ErrorCode::PasswordRequired
+        | ErrorCode::TokenRequired
+        | ErrorCode::SignInRequired
+        | ErrorCode::SignInFailed
+        | ErrorCode::VisitorRefused
+        | ErrorCode::WebhookRefused
+        | ErrorCode::WebhookTooLarge
+        | ErrorCode::OriginRefused
+        | ErrorCode::NoRoute
+        | ErrorCode::NoSuchFile
+        | ErrorCode::MethodRefused
+        | ErrorCode::BodyTooLarge => Kind::Final,
     }
 }
 
@@ -724,6 +747,8 @@ mod tests {
             "Tunnel.agent_busy",
             "Tunnel.too_many_requests",
             "Tunnel.maintenance",
+            "Tunnel.sign_in_unavailable",
+            "Tunnel.too_many_guesses",
         ] {
             let mut last = judged(0, code);
             last.attempt = policy().attempts;
