@@ -1,5 +1,4 @@
-//! Tokens of others (JWT, RFC 7519), verified with public keys (JWK set, RFC 7517). Pure but for the clock, which
-//! the library reads.
+//! Tokens of others (JWT, RFC 7519), verified with public keys (JWK set, RFC 7517). Pure.
 //!
 //! Only signatures that a public key verifies are known here: a set may hold secret keys or keys for encryption,
 //! and a token may name `none`; neither is ever used.
@@ -68,8 +67,8 @@ impl Expected {
     pub(crate) fn new(algorithms: &[Algorithm], issuer: Option<&str>, audience: &[String]) -> Self {
         let mut validation = Validation::new(algorithms.first().copied().unwrap_or(Algorithm::RS256));
         validation.algorithms = algorithms.to_vec();
-        validation.leeway = LEEWAY_SECS;
-        validation.validate_nbf = true;
+        // Times are compared here: the library would read the clock.
+        validation.validate_exp = false;
         validation.aud = Some(audience.iter().cloned().collect());
         validation.iss = issuer.map(|issuer| HashSet::from([issuer.to_owned()]));
         // What is not required is not looked at where it is missing.
@@ -98,12 +97,13 @@ impl PublicKeys {
         Ok(Self(keys))
     }
 
-    /// The claims of a token that is signed with one of these keys and says what is expected.
+    /// The claims of a token that is signed with one of these keys, says what is expected and is valid at `now`, the Unix
+    /// time in seconds.
     ///
     /// # Errors
     ///
     /// [`TokenFault`].
-    pub(crate) fn verify(&self, token: &str, expected: &Expected) -> Result<Value, TokenFault> {
+    pub(crate) fn verify(&self, token: &str, expected: &Expected, now: u64) -> Result<Value, TokenFault> {
         if token.len() > MOST_TOKEN_BYTES {
             return Err(TokenFault::Malformed);
         }
@@ -127,12 +127,10 @@ impl PublicKeys {
         let mut fault = TokenFault::UnknownKey;
         for key in self.0.iter().filter(fits).take(MOST_KEYS) {
             match decode::<Value>(token, &key.key, &validation) {
-                Ok(decoded) => return Ok(decoded.claims),
+                Ok(decoded) => return is_valid_at(&decoded.claims, now).map(|()| decoded.claims),
                 Err(error) => {
                     fault = match error.kind() {
                         ErrorKind::InvalidSignature => TokenFault::Signature,
-                        ErrorKind::ExpiredSignature => TokenFault::Expired,
-                        ErrorKind::ImmatureSignature => TokenFault::Early,
                         ErrorKind::InvalidAudience => TokenFault::Audience,
                         ErrorKind::InvalidIssuer => TokenFault::Issuer,
                         ErrorKind::MissingRequiredClaim(_) | ErrorKind::InvalidClaimFormat(_) => {
@@ -149,6 +147,21 @@ impl PublicKeys {
         }
         Err(fault)
     }
+}
+
+/// Compares `exp`, which every token has, and `nbf` with the time (RFC 7519 §4.1.4 and §4.1.5).
+fn is_valid_at(claims: &Value, now: u64) -> Result<(), TokenFault> {
+    let time = |name| match claims.get(name) {
+        None => Ok(None),
+        Some(time) => time.as_f64().map(Some).ok_or(TokenFault::Claim),
+    };
+    if time("exp")?.ok_or(TokenFault::Claim)? < now.saturating_sub(LEEWAY_SECS) as f64 {
+        return Err(TokenFault::Expired);
+    }
+    if time("nbf")?.is_some_and(|from| from > now.saturating_add(LEEWAY_SECS) as f64) {
+        return Err(TokenFault::Early);
+    }
+    Ok(())
 }
 
 impl PublicKey {
@@ -223,6 +236,7 @@ pub(crate) mod tests {
     use crate::identity::{Algorithm as KeyKind, Keys};
 
     pub(crate) const NOW_TO: u64 = 4_000_000_000;
+    const NOW: u64 = 2_000_000_000;
 
     /// A signing key with the set that verifies it.
     pub(crate) struct Signer {
@@ -271,7 +285,8 @@ pub(crate) mod tests {
             let signer = Signer::new(kind);
             let keys = PublicKeys::parse(signer.jwks.as_bytes()).unwrap();
             let run = |change| {
-                keys.verify(&signer.sign(&claims(change)), &expected()).map(|claims| claims["sub"].clone())
+                keys.verify(&signer.sign(&claims(change)), &expected(), NOW)
+                    .map(|claims| claims["sub"].clone())
             };
             assert_eq!(run(json!({})), Ok(json!("ann")));
             assert_eq!(run(json!({ "aud": ["other", "me"] })), Ok(json!("ann")));
@@ -282,24 +297,44 @@ pub(crate) mod tests {
             assert_eq!(run(json!({ "exp": 1 })), Err(TokenFault::Expired));
             assert_eq!(run(json!({ "exp": null })), Err(TokenFault::Claim));
             assert_eq!(run(json!({ "nbf": NOW_TO })), Err(TokenFault::Early));
+            assert_eq!(run(json!({ "exp": "2100" })), Err(TokenFault::Claim));
+            assert_eq!(run(json!({ "nbf": "1" })), Err(TokenFault::Claim));
 
             let token = signer.sign(&claims(json!({})));
             let mut changed = token.clone().into_bytes();
             let last = changed.len() - 10;
             changed[last] = if changed[last] == b'A' { b'B' } else { b'A' };
             let changed = String::from_utf8(changed).unwrap();
-            assert_eq!(keys.verify(&changed, &expected()), Err(TokenFault::Signature));
+            assert_eq!(keys.verify(&changed, &expected(), NOW), Err(TokenFault::Signature));
             let other = Signer::new(kind);
             assert_eq!(
-                keys.verify(&other.sign(&claims(json!({}))), &expected()),
+                keys.verify(&other.sign(&claims(json!({}))), &expected(), NOW),
                 Err(TokenFault::UnknownKey)
             );
             let unnamed = encode(&Header::new(other.algorithm), &claims(json!({})), &other.key).unwrap();
-            assert_eq!(keys.verify(&unnamed, &expected()), Err(TokenFault::Signature));
+            assert_eq!(keys.verify(&unnamed, &expected(), NOW), Err(TokenFault::Signature));
             let unnamed = encode(&Header::new(signer.algorithm), &claims(json!({})), &signer.key).unwrap();
-            assert!(keys.verify(&unnamed, &expected()).is_ok());
+            assert!(keys.verify(&unnamed, &expected(), NOW).is_ok());
             let only_rsa = Expected::new(&[Algorithm::RS256], None, &["me".to_owned()]);
-            assert_eq!(keys.verify(&token, &only_rsa), Err(TokenFault::Algorithm));
+            assert_eq!(keys.verify(&token, &only_rsa, NOW), Err(TokenFault::Algorithm));
+        }
+    }
+
+    #[test]
+    fn a_token_is_valid_by_the_time_that_is_given_and_no_clock() {
+        let signer = Signer::new(KeyKind::Eddsa);
+        let keys = PublicKeys::parse(signer.jwks.as_bytes()).unwrap();
+        let token = signer.sign(&claims(json!({ "nbf": 1000, "exp": 2000.5 })));
+        let at = |now| keys.verify(&token, &expected(), now).map(drop);
+        for (now, valid) in [
+            (0, Err(TokenFault::Early)),
+            (939, Err(TokenFault::Early)),
+            (940, Ok(())),
+            (2060, Ok(())),
+            (2061, Err(TokenFault::Expired)),
+            (u64::MAX, Err(TokenFault::Expired)),
+        ] {
+            assert_eq!(at(now), valid, "{now}");
         }
     }
 
@@ -311,16 +346,16 @@ pub(crate) mod tests {
         let part = |value: Value| URL_SAFE_NO_PAD.encode(value.to_string());
         for alg in ["none", "None", "NONE", "", "HS256", "ES256K"] {
             let unsigned = format!("{}.{}.", part(json!({ "alg": alg })), part(claims(json!({}))));
-            assert!(keys.verify(&unsigned, &expected()).is_err(), "{alg}");
+            assert!(keys.verify(&unsigned, &expected(), NOW).is_err(), "{alg}");
         }
         let secret = EncodingKey::from_secret(signer.jwks.as_bytes());
         let forged = encode(&Header::new(Algorithm::HS256), &claims(json!({})), &secret).unwrap();
-        assert_eq!(keys.verify(&forged, &expected()), Err(TokenFault::Algorithm));
+        assert_eq!(keys.verify(&forged, &expected(), NOW), Err(TokenFault::Algorithm));
         let critical = Header { crit: Some(vec!["b64".into()]), ..Header::new(Algorithm::EdDSA) };
         let critical = encode(&critical, &claims(json!({})), &signer.key).unwrap();
-        assert_eq!(keys.verify(&critical, &expected()), Err(TokenFault::Malformed));
+        assert_eq!(keys.verify(&critical, &expected(), NOW), Err(TokenFault::Malformed));
         for text in ["", ".", "..", "a.b.c", &"a".repeat(MOST_TOKEN_BYTES + 1)] {
-            assert!(keys.verify(text, &expected()).is_err());
+            assert!(keys.verify(text, &expected(), NOW).is_err());
         }
     }
 

@@ -58,12 +58,12 @@ impl Bearer {
         &self.rule.except
     }
 
-    /// Looks at the token of a request.
-    pub(crate) async fn check(&self, headers: &Headers) -> Shown {
+    /// Looks at the token of a request that came at `now`, the Unix time in seconds.
+    pub(crate) async fn check(&self, headers: &Headers, now: u64) -> Shown {
         let Some(token) = token(headers) else { return Shown::Nothing };
         let verified = match &self.keys {
-            Keys::Here(keys) => keys.verify(token, &self.expected),
-            Keys::Elsewhere(remote) => match verify_with(remote, token, &self.expected).await {
+            Keys::Here(keys) => keys.verify(token, &self.expected, now),
+            Keys::Elsewhere(remote) => match verify_with(remote, token, &self.expected, now).await {
                 Some(verified) => verified,
                 None => return Shown::NoKeys,
             },
@@ -98,12 +98,13 @@ pub(crate) async fn verify_with(
     keys: &Remote<PublicKeys>,
     token: &str,
     expected: &Expected,
+    now: u64,
 ) -> Option<Result<serde_json::Value, TokenFault>> {
-    let verified = keys.get(false).await?.verify(token, expected);
+    let verified = keys.get(false).await?.verify(token, expected, now);
     if verified != Err(TokenFault::UnknownKey) {
         return Some(verified);
     }
-    Some(keys.get(true).await?.verify(token, expected))
+    Some(keys.get(true).await?.verify(token, expected, now))
 }
 
 /// Reads a fetched key set.

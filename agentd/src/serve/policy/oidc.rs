@@ -365,7 +365,7 @@ impl SignIn {
         }
         let code = answer.code.as_deref().ok_or_else(|| failed("the provider sent no code"))?;
         let tokens = self.exchange(&provider, code, &state).await?;
-        let verified = verify_with(&provider.keys, &tokens.id_token, &self.expected).await;
+        let verified = verify_with(&provider.keys, &tokens.id_token, &self.expected, now).await;
         let claims = verified
             .ok_or_else(|| Failure::Unavailable("the provider's keys cannot be had".to_owned()))?
             .map_err(|fault| failed(format!("the provider's token is not believed: {fault}")))?;

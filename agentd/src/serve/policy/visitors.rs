@@ -97,7 +97,7 @@ impl Visitors {
         Ok(())
     }
 
-    /// Lets a request in or answers it, once its address is.
+    /// Lets a request in or answers it, once its address is. `now` is the Unix time in seconds at which it came.
     ///
     /// # Cancel safety
     ///
@@ -133,7 +133,7 @@ impl Visitors {
         }
         let mut shown = Shown::Nothing;
         if let Some(bearer) = bearer {
-            shown = bearer.check(asked.headers).await;
+            shown = bearer.check(asked.headers, now).await;
             if let Shown::User(user) = shown {
                 let user = Some(user).filter(|user| !user.is_empty());
                 return Ok(Visitor { user, spent_authorization: true });
