@@ -50,6 +50,31 @@ fn tunnel(lines: &str) -> String {
 }
 
 #[test]
+fn a_whole_number_is_the_same_however_it_is_written() {
+    let folder = Folder::new();
+    let with = |port: &str, bytes: &str, status: &str| {
+        let text = format!(
+            "{EDGE}[[tunnel]]\nname = \"web\"\nupstream = {port}\nmax_body = {bytes}\ndelivery = \"auto\"\n\
+             durable = {{ retry_on = [{status}] }}\n\
+             [[tunnel.route]]\npath = \"/a\"\nrespond = {{ headers = {{ x-a = {bytes}, x-b = [{bytes}] }} }}\n"
+        );
+        folder.load(&text).unwrap_or_else(|error| panic!("{text}{error}")).tunnels
+    };
+    let decimal = with("8080", "1024", "503");
+    assert_eq!(decimal[0].traffic.max_body, Some(1024));
+    for (port, bytes, status) in [
+        ("0x1F90", "0x400", "0x1f7"),
+        ("0o17620", "0o2000", "0o767"),
+        ("0b1111110010000", "0b100_0000_0000", "0b111110111"),
+        ("8_080", "1_024", "5_0_3"),
+    ] {
+        assert_eq!(with(port, bytes, status), decimal, "{port}");
+    }
+    let error = folder.error(&tunnel("max_body = 0xFFFFFFFFFFFFFFFFF"));
+    assert!(error.contains("0xFFFFFFFFFFFFFFFFF is too large a number"), "{error}");
+}
+
+#[test]
 fn reads_every_key() {
     let folder = Folder::new();
     folder.write("ca.pem", CA);

@@ -9,7 +9,7 @@ use std::{
 
 use toml::{
     Spanned,
-    de::{DeTable, DeValue},
+    de::{DeInteger, DeTable, DeValue},
 };
 
 use super::{ConfigError, Place, beside, parse_duration};
@@ -104,10 +104,20 @@ impl<'a> Table<'a> {
     ) -> Result<Option<T>, ConfigError> {
         let Some(value) = self.entries.get(key) else { return Ok(None) };
         match value.get_ref().as_integer() {
-            Some(integer) => parse(integer.as_str())
+            Some(integer) => parse(&self.decimal(integer, value.span())?)
                 .map(Some)
                 .map_err(|error| self.document.error(value.span(), error.to_string())),
             None => self.text(key, parse),
+        }
+    }
+
+    /// A whole number with decimal digits, whichever way it is written: `0x400` is 1024.
+    fn decimal(&self, integer: &DeInteger<'_>, span: Range<usize>) -> Result<String, ConfigError> {
+        match integer.radix() {
+            10 => Ok(integer.as_str().to_owned()),
+            radix => u64::from_str_radix(integer.as_str(), radix)
+                .map(|number| number.to_string())
+                .map_err(|_| self.document.error(span, format!("{integer} is too large a number"))),
         }
     }
 
@@ -172,7 +182,7 @@ impl<'a> Table<'a> {
         let wrong = |value: &_| self.wrong_type(key, value, "a list of texts and whole numbers");
         let read = |value: &Spanned<DeValue<'a>>| match value.get_ref() {
             DeValue::String(text) => Ok((text.to_string(), value.span())),
-            DeValue::Integer(number) => Ok((number.as_str().to_owned(), value.span())),
+            DeValue::Integer(number) => Ok((self.decimal(number, value.span())?, value.span())),
             _ => Err(wrong(value)),
         };
         value.get_ref().as_array().ok_or_else(|| wrong(value))?.iter().map(read).collect()
@@ -193,7 +203,7 @@ impl<'a> Table<'a> {
         let text = |name: &str, value: &Spanned<DeValue<'a>>| match value.get_ref() {
             DeValue::String(text) => Ok(text.to_string()),
             DeValue::Boolean(truth) => Ok(truth.to_string()),
-            DeValue::Integer(number) => Ok(number.as_str().to_owned()),
+            DeValue::Integer(number) => self.decimal(number, value.span()),
             _ => Err(self.wrong_type(name, value, "a text or a list of texts")),
         };
         let read = |(name, value): (&Spanned<Cow<'a, str>>, &Spanned<DeValue<'a>>)| {
