@@ -582,6 +582,10 @@ fn faults_in_routes_and_rules_say_what_would_be_right() {
         ("response_headers = { delete = [] }".to_owned(), "unknown key \"delete\""),
         ("cors = { methods = [\"GET\"] }".to_owned(), "this cors has no origins"),
         ("cors = { origins = [\"*\"], credentials = true }".to_owned(), "name the origins"),
+        (
+            "cors = { origins = [\"https://a.example\", \"null\"], credentials = true }".to_owned(),
+            "name the origins",
+        ),
         ("cors = { origins = [\"app.example.com\"] }".to_owned(), "is no origin"),
         ("cors = { origins = [\"https://a.example/\"] }".to_owned(), "is no origin"),
         ("forwarded = \"all\"".to_owned(), "is none of \"both\""),

@@ -590,7 +590,8 @@ fn read_cors(table: &Table<'_>) -> Result<CorsRule, ConfigError> {
         return Err(table.error("this cors has no origins: add origins = [\"https://app.example.com\"]"));
     }
     let credentials = table.flag("credentials")?.unwrap_or(false);
-    if credentials && origins.iter().any(|origin| origin == "*") {
+    // Any page can open one whose origin is null: in a sandboxed frame.
+    if credentials && origins.iter().any(|origin| matches!(&**origin, "*" | "null")) {
         return Err(table
             .error_at("credentials", "pages of every origin would act as your visitors: name the origins"));
     }

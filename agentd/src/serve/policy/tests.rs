@@ -205,7 +205,7 @@ const CASES: &[Case] = &[
     Case {
         rules: r#"
             [tunnel.cors]
-            origins = ["https://app.example", "https://*.app.example", "http://localhost:5173", "null"]
+            origins = ["https://app.example", "https://*.app.example", "http://localhost:5173"]
             methods = ["GET", "PUT"]
             headers = ["x-a", "content-type"]
             credentials = true
@@ -221,7 +221,7 @@ const CASES: &[Case] = &[
             "OPTIONS / origin:https://app.example access-control-request-method:PUT => 204  access-control-allow-origin:https://app.example access-control-allow-methods:GET,_PUT access-control-allow-headers:x-a,_content-type access-control-allow-credentials:true access-control-max-age:600",
             "OPTIONS /x origin:https://a.app.example access-control-request-method:GET => 204  access-control-allow-origin:https://a.app.example",
             "OPTIONS / origin:http://localhost:5173 access-control-request-method:GET => 204  access-control-allow-origin:http://localhost:5173",
-            "OPTIONS / origin:null access-control-request-method:GET => 204  access-control-allow-origin:null",
+            "OPTIONS / origin:null access-control-request-method:GET => 403 origin_refused",
             "OPTIONS / origin:http://app.example access-control-request-method:GET => 403 origin_refused vary:origin",
             "OPTIONS / origin:https://app.example:444 access-control-request-method:GET => 403 origin_refused",
             "OPTIONS / origin:https://app.example.evil access-control-request-method:GET => 403 origin_refused",
@@ -239,6 +239,12 @@ const CASES: &[Case] = &[
             "OPTIONS / origin:null access-control-request-method:PATCH => 204  access-control-allow-origin:*",
             "OPTIONS / origin:https://any.example => own /",
         ],
+    Case {
+        rules: "[tunnel.cors]\norigins = [\"null\"]\n",
+        requests: &[
+            "OPTIONS / origin:null access-control-request-method:GET => 204  access-control-allow-origin:null",
+        ],
+    },
     },
     Case {
         rules: "rate_limit = { requests = 2, per = \"1h\" }",
