@@ -5,6 +5,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     fs,
+    net::SocketAddr,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
@@ -16,6 +17,10 @@ use base64::{
     Engine as _,
     engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
 };
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Empty};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::TokioIo;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
@@ -27,6 +32,7 @@ use tests::{
     sockets::Port,
     upstream::{Recorded, Upstream},
 };
+use tokio::net::TcpListener;
 
 /// Files with secrets, as an operator keeps them.
 struct Secrets(tempfile::TempDir);
@@ -914,6 +920,86 @@ async fn come_beside(beside: Beside, public: std::net::SocketAddr, answers: &mut
     }
     let mut all = tokio::task::JoinSet::new();
     let mut each = tokio::time::interval(Duration::from_millis(10));
+/// An upstream that takes every body, however its end is said; with the lengths of those that came whole.
+async fn taking() -> (SocketAddr, Arc<Mutex<Vec<usize>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, lengths) = (listener.local_addr().unwrap(), Arc::new(Mutex::new(Vec::new())));
+    let taken = Arc::clone(&lengths);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let taken = Arc::clone(&taken);
+            let service = service_fn(move |request: http::Request<Incoming>| {
+                let taken = Arc::clone(&taken);
+                async move {
+                    let body = request.into_body().collect().await?.to_bytes();
+                    taken.lock().unwrap().push(body.len());
+                    Ok::<_, hyper::Error>(http::Response::new(Empty::<Bytes>::new()))
+                }
+            });
+            tokio::spawn(
+                hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service),
+            );
+        }
+    });
+    (address, lengths)
+}
+
+/// Through a relay a body may come without a length: it is counted, and a short one is as good as an announced one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_body_of_unknown_length_is_held_to_the_same_limits() {
+    let secrets = Secrets::new();
+    let (address, lengths) = taking().await;
+    let github = secrets.write("github", "new\n");
+    let verify =
+        format!("verify = {{ scheme = \"github\", secret_file = \"{github}\", paths = [\"/github\"] }}");
+    let tunnels = [("small", "max_body = 1000"), ("hooks", &verify)]
+        .map(|(name, rules)| format!("[[tunnel]]\nname = \"{name}\"\nupstream = \"{address}\"\n{rules}\n"));
+    let local = Local::start(&["--front", "relay", "--websockets", "relay"]);
+    let agent = local.agent_with(&tunnels.concat(), &["small", "hooks"]);
+    let send = async |request: Request, body: &[u8]| {
+        let mut client = Connection::open(local.public).await;
+        client.begin(&request.field("Transfer-Encoding", "chunked")).await;
+        for piece in body.chunks(64 * 1024) {
+            client.write(format!("{:x}\r\n", piece.len()).as_bytes()).await;
+            client.write(piece).await;
+            client.write(b"\r\n").await;
+        }
+        client.write(b"0\r\n\r\n").await;
+        let answer = client.answer("POST").await;
+        (answer.status, answer.field("x-tunnel-error").unwrap_or_default())
+    };
+    let post = |tunnel: &str, path: &str| Request::to(tunnel, "POST", path);
+    let mut passed = Vec::new();
+    for (bytes, expected) in [(0, 200), (1, 200), (1000, 200), (1001, 413), (200_000, 413)] {
+        let (status, code) = send(post("small", "/"), &vec![1; bytes]).await;
+        assert_eq!(
+            (status, &*code),
+            (expected, if expected == 200 { "" } else { "body_too_large" }),
+            "{bytes}"
+        );
+        passed.extend((expected == 200).then_some(bytes));
+    }
+    for (bytes, expected) in [(2, 200), (1 << 20, 200), ((1 << 20) + 1, 413)] {
+        let body = vec![b'x'; bytes];
+        let signature = format!("sha256={}", hex(&mac(b"new", &[&body])));
+        let signed = post("hooks", "/github").field("x-hub-signature-256", &signature);
+        let (status, code) = send(signed, &body).await;
+        assert_eq!(
+            (status, &*code),
+            (expected, if expected == 200 { "" } else { "webhook_too_large" }),
+            "{bytes}"
+        );
+        passed.extend((expected == 200).then_some(bytes));
+    }
+    assert_eq!(send(post("hooks", "/github"), b"{}").await, (401, "webhook_refused".to_owned()));
+    assert_eq!(
+        *lengths.lock().unwrap(),
+        passed,
+        "nothing that was refused reached the upstream as if it were whole"
+    );
+    denials(&agent, &[("small", "max_body"), ("hooks", "verify")]).await;
+}
+
     let first = getrandom::u32().unwrap();
     for number in 0_u32.. {
         tokio::select! {

@@ -33,6 +33,7 @@ use crate::{
     report::access::{AccessLine, AccessLog, Ending, SocketLine},
     report::cause,
     serve::hint::{NO_HTTP, Refusal},
+    report::denial::DeniedBy,
     serve::host::HostRule,
     serve::origin::{Rewrites, View, without_own_via},
     serve::outbox::{LinkGone, Outbox},
@@ -44,7 +45,7 @@ use crate::{
     serve::sockets::{Serial, Sockets},
     serve::tunnel::{Place, SocketPlace, Tunnel, Tunnels},
     serve::upgrade,
-    serve::upload::{UploadBody, UploadProgress},
+    serve::upload::{UploadBody, UploadError, UploadProgress},
     serve::upstream::{self, Dialled, RequestBody, ResponseBody, Upstream, UpstreamError},
 };
 
@@ -366,6 +367,9 @@ async fn answer(
                 }
             }
         }),
+                    if let UpstreamError::Upload(UploadError::OverLimit(code)) = error {
+                        line.denied_by(DeniedBy::of(code));
+                    }
     )
     .await;
     let outcome = answered.unwrap_or_else(|| {
@@ -518,8 +522,10 @@ async fn admit<'a>(
     due: Instant,
 ) -> Result<(Option<&'a Webhook>, Box<Passage<'a>>), Answer> {
     let body_bytes = match &job.body {
-        JobBody::Whole(bytes) => bytes.len() as u64,
-        JobBody::Announced(body, _) => body.announced(),
+        JobBody::Whole(bytes) => Some(bytes.len() as u64),
+        JobBody::Announced(body, _) => {
+            Some(body.announced()).filter(|&length| length != limits::UNKNOWN_LENGTH)
+        }
     };
     let admitted = timeout_at(due, policy.admit(&asked(job), &job.request_id, body_bytes, job.time())).await;
     let admitted = admitted.unwrap_or_else(|_| Err(Answer::refusal(ErrorCode::SignInUnavailable)))?;
@@ -537,16 +543,22 @@ async fn signed_body(
 ) -> Result<Result<Signature, Answer>, Stop> {
     let bytes = match std::mem::replace(&mut job.body, JobBody::Whole(Bytes::new())) {
         JobBody::Whole(bytes) => bytes,
-        JobBody::Announced(body, _) => {
+        JobBody::Announced(mut body, _) => {
+            body.limit(policy::SIGNED_BODY_BYTES, ErrorCode::WebhookTooLarge);
+    if let (JobBody::Announced(body, _), Some(most)) = (&mut job.body, admitted.passage.max_body) {
+        body.limit(most, ErrorCode::BodyTooLarge);
+    }
             let whole = async {
-                let most = body.announced();
+                // Of a body of unknown length what is taken, and what waits behind it.
+                let most = min(body.announced(), policy::SIGNED_BODY_BYTES + body.most_held());
                 let body = ask_for(body, most, tunnels, sender).await?;
-                let whole = http_body_util::BodyExt::collect(body).await;
-                whole
-                    .map(http_body_util::Collected::to_bytes)
-                    .map_err(|error| fail(UpstreamError::Upload(error).code()))
+                Ok(http_body_util::BodyExt::collect(body).await)
             };
-            timeout_at(due, whole).await.unwrap_or(Err(fail(ErrorCode::UpstreamTimedOut)))?
+            match timeout_at(due, whole).await.unwrap_or(Err(fail(ErrorCode::UpstreamTimedOut)))? {
+                Ok(whole) => whole.to_bytes(),
+                Err(UploadError::OverLimit(code)) => return Ok(Err(Answer::refusal(code))),
+                Err(error) => return Err(fail(UpstreamError::Upload(error).code())),
+            }
         }
     };
     // The sender's second try is one of ours, where this is not the first.

@@ -102,8 +102,8 @@ impl Policy {
         self.traffic.error_page(code)
     }
 
-    /// Lets a request in by its head, or answers it. `body_bytes` is what its body was announced to have, `now` the Unix time
-    /// in seconds by which tokens are judged.
+    /// Lets a request in by its head, or answers it. `body_bytes` is what its body was announced to have, `None` where nobody
+    /// knows yet; `now` the Unix time in seconds by which tokens are judged.
     ///
     /// # Cancel safety
     ///
@@ -112,14 +112,14 @@ impl Policy {
         &'a self,
         asked: &Asked<'_>,
         request_id: &RequestId,
-        body_bytes: u64,
+        body_bytes: Option<u64>,
         now: u64,
     ) -> Result<Admitted<'a>, Answer> {
         self.visitors.address(asked)?;
         let choice = self.traffic.enter(asked, Instant::now())?;
         let visitor = self.visitors.admit(asked, now).await?;
         let signed = self.webhooks.iter().find(|webhook| webhook.covers(asked.target.path()));
-        if signed.is_some() && body_bytes > SIGNED_BODY_BYTES {
+        if signed.is_some() && body_bytes.is_some_and(|bytes| bytes > SIGNED_BODY_BYTES) {
             return Err(Answer::refusal(ErrorCode::WebhookTooLarge));
         }
         if let (Some(_), Choice::Route(_, route)) = (signed, choice)

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use http_body::{Frame, SizeHint};
 use proto::{
     chunk::{Accepted, Reassembler},
+    error::ErrorCode,
     limits,
 };
 use tokio::{
@@ -39,6 +40,9 @@ pub(crate) enum UploadError {
     /// The upstream's connection let go of it. Nothing is wrong with the body.
     #[error("nobody takes the rest of the body")]
     Unwanted,
+    /// It has come to more bytes than may be taken, which the code says.
+    #[error("the body is longer than it may be")]
+    OverLimit(ErrorCode),
 }
 
 /// No sender needs smaller pieces than this, so it bounds how many of them can be waiting.
@@ -53,6 +57,8 @@ struct State {
     /// How many bytes there are to be; [`limits::UNKNOWN_LENGTH`] until the last piece says so.
     announced: u64,
     streamed: bool,
+    /// The most bytes of it that are taken, and what more are refused with.
+    limit: Option<(u64, ErrorCode)>,
     received: u64,
     passed_on: u64,
     accepting: bool,
@@ -123,6 +129,7 @@ pub(crate) fn new(announced: u64, streamed: bool) -> (Upload, Box<UploadBody>, U
         pieces: Reassembler::new(1, window),
         announced,
         streamed,
+        limit: None,
         received: 0,
         passed_on: 0,
         accepting: false,
@@ -161,6 +168,11 @@ impl Upload {
         if end {
             state.last = Some(seq);
         }
+        if let Some((most, code)) = state.limit
+            && state.received > most
+        {
+            return state.fail(UploadError::OverLimit(code));
+        }
         if state.received > state.announced {
             return state.fail(UploadError::Length);
         }
@@ -194,6 +206,15 @@ impl UploadBody {
     pub(crate) fn accept(&mut self, budget: OwnedSemaphorePermit) {
         self.budget = Some(budget);
         lock(&self.state).accepting = true;
+    }
+
+    /// Takes no more than `most` bytes of it, and no more than was said before; where there are more, it fails with
+    /// `code`. For a body whose length nobody knows yet.
+    pub(crate) fn limit(&mut self, most: u64, code: ErrorCode) {
+        let mut state = lock(&self.state);
+        if state.limit.is_none_or(|(before, _)| most < before) {
+            state.limit = Some((most, code));
+        }
     }
 
     /// Whether pieces are taken already.
@@ -348,6 +369,26 @@ mod tests {
         let (upload, mut body, progress) = new(announced, is_streamed);
         body.accept(Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap());
         (upload, body, progress)
+    }
+
+    #[tokio::test]
+    async fn a_body_of_unknown_length_is_counted_and_ends_at_its_smallest_limit() {
+        for (most, bytes, expected) in [
+            (4, "abcd", Ok(Bytes::from("abcd"))),
+            (3, "abcd", Err(UploadError::OverLimit(ErrorCode::BodyTooLarge))),
+            (0, "a", Err(UploadError::OverLimit(ErrorCode::BodyTooLarge))),
+            (0, "", Ok(Bytes::new())),
+            (9, "abcdefgh", Err(UploadError::OverLimit(ErrorCode::WebhookTooLarge))),
+        ] {
+            let (upload, mut body, _) = accepted(limits::UNKNOWN_LENGTH, true).await;
+            body.limit(6, ErrorCode::WebhookTooLarge);
+            body.limit(most, ErrorCode::BodyTooLarge);
+            let (front, back) = bytes.split_at(bytes.len() / 2);
+            upload.push(2, back.into(), true);
+            upload.push(1, front.into(), false);
+            let whole = body.collect().await.map(http_body_util::Collected::to_bytes);
+            assert_eq!(whole, expected, "{bytes} of {most}");
+        }
     }
 
     #[tokio::test]

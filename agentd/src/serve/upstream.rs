@@ -97,6 +97,7 @@ impl UpstreamError {
             Self::Invalid { .. } => ErrorCode::UpstreamInvalid,
             Self::Upload(UploadError::Gone | UploadError::Unwanted) => ErrorCode::EdgeFailed,
             Self::Upload(UploadError::Length | UploadError::Range) => ErrorCode::BadRequest,
+            Self::Upload(UploadError::OverLimit(code)) => *code,
         }
     }
 }

@@ -12,7 +12,7 @@ use proto::{
 use super::*;
 use crate::{config, report::denial::DeniedBy, serve::tunnel::Tunnel};
 
-/// One tunnel's rules, and requests as `METHOD TARGET [@host] [from=IP] [bytes=N] [name:value …] => OUTCOME`.
+/// One tunnel's rules, and requests as `METHOD TARGET [@host] [from=IP] [bytes=N|unknown] [name:value …] => OUTCOME`.
 struct Case {
     rules: &'static str,
     requests: &'static [&'static str],
@@ -188,6 +188,7 @@ const CASES: &[Case] = &[
             "POST /big bytes=1024 => 2 /big",
             "POST /big bytes=1025 => 413 body_too_large",
             "POST /bigger bytes=101 => 413 body_too_large",
+            "POST / bytes=unknown => own /",
             "POST /small bytes=0 => 3 /small",
             "POST /small bytes=1 => 413 body_too_large",
             "GET /small => 3 /small",
@@ -195,6 +196,7 @@ const CASES: &[Case] = &[
     },
     Case {
         rules: "maintenance = true\nmax_body = 1\nallow_ips = [\"192.0.2.0/24\"]",
+            "POST /small bytes=unknown => 3 /small",
         requests: &[
             "GET / => 503 maintenance retry-after:60",
             "POST / bytes=2 => 503 maintenance",
@@ -472,7 +474,7 @@ async fn ask(policy: &Option<Policy>, text: &str, failing: bool) -> (String, BTr
     let mut words = text.split(' ');
     let method: Method = words.next().unwrap().parse().unwrap();
     let target = Target::parse(words.next().unwrap()).unwrap();
-    let (mut host, mut client, mut bytes) = ("web.tunnel.example.com", "192.0.2.1".parse().ok(), 0);
+    let (mut host, mut client, mut bytes) = ("web.tunnel.example.com", "192.0.2.1".parse().ok(), Some(0));
     let mut headers = Headers::new();
     for word in words {
         if let Some(named) = word.strip_prefix('@') {
@@ -480,7 +482,7 @@ async fn ask(policy: &Option<Policy>, text: &str, failing: bool) -> (String, BTr
         } else if let Some(from) = word.strip_prefix("from=") {
             client = from.parse().ok();
         } else if let Some(count) = word.strip_prefix("bytes=") {
-            bytes = count.parse().unwrap();
+            bytes = (count != "unknown").then(|| count.parse().unwrap());
         } else {
             let (name, value) = word.split_once(':').unwrap();
             headers.push(

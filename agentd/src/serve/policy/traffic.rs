@@ -150,14 +150,15 @@ impl Traffic {
         Ok(choice)
     }
 
-    /// Leads a request that was let in to where `choice` says. `body_bytes` is what its body was announced to have.
+    /// Leads a request that was let in to where `choice` says. `body_bytes` is what its body was announced to have,
+    /// `None` where nobody knows yet.
     pub(crate) async fn lead<'a>(
         &'a self,
         choice: Choice<'a>,
         asked: &Asked<'_>,
         user: Option<&str>,
         request_id: &RequestId,
-        body_bytes: u64,
+        body_bytes: Option<u64>,
     ) -> Result<Passage<'a>, Answer> {
         let now = Instant::now();
         if let Some(rate) = self.rate.as_ref().filter(|rate| rate.rule().by == LimitedBy::User) {
@@ -169,7 +170,7 @@ impl Traffic {
             Choice::Tunnel | Choice::Ambiguous => None,
         };
         let most = route.and_then(|route| route.max_body).or(self.rules.max_body);
-        if most.is_some_and(|most| body_bytes > most) {
+        if most.zip(body_bytes).is_some_and(|(most, bytes)| bytes > most) {
             return Err(Answer::refusal(ErrorCode::BodyTooLarge));
         }
         let facts = Facts {
@@ -182,6 +183,7 @@ impl Traffic {
         let mut passage = Passage {
             traffic: self,
             upstream: None,
+            max_body: most,
             target: None,
             public_prefix: String::new(),
             strip: String::new(),
@@ -355,6 +357,8 @@ impl Passage<'_> {
     /// What the path is moved from and to, if it is: as the public client knows it, and as the upstream does.
     pub(crate) fn prefixes(&self) -> Option<(&str, &str)> {
         self.target.as_ref().map(|_| (&*self.public_prefix, self.add))
+    /// The longest body it may have, in bytes; to be looked at where its length was not announced.
+    pub(crate) max_body: Option<u64>,
     }
 
     /// Changes what the upstream is sent.
