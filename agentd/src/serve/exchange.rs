@@ -310,15 +310,18 @@ async fn answer(
     let signature = match signed {
         Some(webhook) => {
             let signed = Box::pin(signed_body(webhook, job, tunnels, head_due, sender)).await;
-            match signed.inspect_err(|_| head(job, capture))? {
-                Ok(signature) => Some(signature),
-                Err(answer) => {
-                    let tap = capture.as_ref().map(Capture::tap);
-                    return Err(Box::pin(answer_here(answer, job, &tunnel, sender, codecs, line, tap)).await);
-                }
-            }
+            signed.inspect_err(|_| head(job, capture))?.map(Some)
         }
-        None => None,
+        None => Ok(None),
+    };
+    let entered = signature
+        .and_then(|signature| passage.as_mut().map_or(Ok(()), |passage| passage.enter()).map(|()| signature));
+    let signature = match entered {
+        Ok(signature) => signature,
+        Err(answer) => {
+            let tap = capture.as_ref().map(Capture::tap);
+            return Err(Box::pin(answer_here(answer, job, &tunnel, sender, codecs, line, tap)).await);
+        }
     };
     let host = host_for(job, host_rule).map_err(|code| refuse(job, capture, code))?;
     let way = Way { upstream, host: &host, passage: passage.as_deref() };

@@ -15,8 +15,19 @@ struct State {
     failures: u32,
     /// Until when nothing is let through.
     open_until: Option<Instant>,
-    /// Whether a request is trying the upstream now.
-    trying: bool,
+    /// The request that is trying the upstream now, and when the next one may, whatever has become of it.
+    trial: Option<(u64, Instant)>,
+    /// How many there have been.
+    trials: u64,
+}
+
+impl State {
+    /// How long nothing is let through; `None` where the next one is.
+    fn wait(&self, now: Instant) -> Option<Duration> {
+        let open_until = self.open_until?;
+        let until = self.trial.map_or(open_until, |(_, due)| due.max(open_until));
+        Some(until.saturating_duration_since(now)).filter(|wait| !wait.is_zero())
+    }
 }
 
 /// The breaker of one route or of the tunnel's own upstream.
@@ -31,7 +42,8 @@ pub(crate) struct Breaker {
 #[derive(Debug)]
 pub(crate) struct Attempt {
     breaker: Arc<Breaker>,
-    is_trial: bool,
+    /// Its number, if it tries whether the upstream is well again.
+    trial: Option<u64>,
 }
 
 impl Breaker {
@@ -43,32 +55,45 @@ impl Breaker {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets a request through, or says when to come back.
+    /// Says when to come back if nothing is let through now. Takes nobody's turn.
+    pub(crate) fn look(&self, now: Instant) -> Result<(), Duration> {
+        self.state().wait(now).map_or(Ok(()), Err)
+    }
+
+    /// Lets a request through, or says when to come back. A trial has as long as the upstream is left alone: what is slow,
+    /// or waits for its client, does not keep everybody else out.
     pub(crate) fn enter(self: &Arc<Self>, now: Instant) -> Result<Attempt, Duration> {
         let mut state = self.state();
-        let is_trial = match state.open_until {
-            None => false,
-            Some(until) if now < until => return Err(until - now),
-            Some(_) if state.trying => return Err(self.rule.retry_after),
-            Some(_) => true,
-        };
-        state.trying |= is_trial;
-        Ok(Attempt { breaker: Arc::clone(self), is_trial })
+        if let Some(wait) = state.wait(now) {
+            return Err(wait);
+        }
+        let trial = state.open_until.is_some().then(|| {
+            state.trials += 1;
+            state.trial = Some((state.trials, now + self.rule.retry_after));
+            state.trials
+        });
+        Ok(Attempt { breaker: Arc::clone(self), trial })
     }
 }
 
 impl Attempt {
+    /// Whether it is the trial that is waited for.
+    fn is_trial(&self, state: &State) -> bool {
+        state.trial.is_some_and(|(number, _)| self.trial == Some(number))
+    }
+
     /// Notes whether the upstream answered properly.
     pub(crate) fn came_to(self, good: bool, now: Instant) {
         let mut state = self.breaker.state();
+        let is_trial = self.is_trial(&state);
         if good {
             // A late success of a request from before says nothing of the upstream now.
-            if self.is_trial || state.open_until.is_none() {
+            if is_trial || state.open_until.is_none() {
                 (state.failures, state.open_until) = (0, None);
             }
         } else {
             state.failures = state.failures.saturating_add(1);
-            if self.is_trial || state.failures >= self.breaker.rule.open_after {
+            if is_trial || state.failures >= self.breaker.rule.open_after {
                 state.open_until = Some(now + self.breaker.rule.retry_after);
             }
         }
@@ -77,8 +102,9 @@ impl Attempt {
 
 impl Drop for Attempt {
     fn drop(&mut self) {
-        if self.is_trial {
-            self.breaker.state().trying = false;
+        let mut state = self.breaker.state();
+        if self.is_trial(&state) {
+            state.trial = None;
         }
     }
 }
@@ -109,6 +135,27 @@ mod tests {
             ask(23, false).unwrap();
         }
         ask(23, true).expect("closed: it counts from nothing again");
+    }
+
+    #[test]
+    fn a_trial_that_comes_to_nothing_in_time_makes_room_for_the_next() {
+        let breaker =
+            Arc::new(Breaker::new(BreakerRule { open_after: 1, retry_after: Duration::from_secs(10) }));
+        let start = Instant::now();
+        let at = |secs| start + Duration::from_secs(secs);
+        breaker.enter(at(0)).unwrap().came_to(false, at(0));
+        for _ in 0..2 {
+            breaker.look(at(10)).expect("to look is no trial");
+        }
+        let slow = breaker.enter(at(10)).unwrap();
+        assert_eq!(breaker.look(at(12)).unwrap_err(), Duration::from_secs(8));
+        assert_eq!(breaker.enter(at(19)).unwrap_err(), Duration::from_secs(1));
+        let next = breaker.enter(at(20)).unwrap();
+        breaker.enter(at(20)).unwrap_err();
+        drop(slow);
+        breaker.enter(at(21)).expect_err("the next one is still on its way");
+        next.came_to(true, at(22));
+        breaker.enter(at(22)).unwrap();
     }
 
     #[test]

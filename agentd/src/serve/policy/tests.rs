@@ -537,3 +537,4 @@ async fn ask(policy: &Option<Policy>, text: &str, failing: bool) -> (String, BTr
         }
     }
 }
+            passage.enter().unwrap();

@@ -188,12 +188,13 @@ impl Traffic {
             public_prefix: String::new(),
             strip: String::new(),
             add: "",
+            breaker: None,
             attempt: None,
             facts,
             origin: asked.headers.get(header::ORIGIN).cloned(),
         };
         let Choice::Route(index, route) = choice else {
-            passage.attempt = self.attempt(self.breaker.as_ref(), now)?;
+            passage.breaker = self.closed(self.breaker.as_ref(), now)?;
             return Ok(passage);
         };
         if route.strip > 0 || !route.add.is_empty() {
@@ -209,7 +210,7 @@ impl Traffic {
                 let member = members
                     .pick()
                     .ok_or_else(|| self.unavailable(ErrorCode::UpstreamUnhealthy, Duration::from_secs(2)))?;
-                passage.attempt = self.attempt(members.breaker.as_ref(), now)?;
+                passage.breaker = self.closed(members.breaker.as_ref(), now)?;
                 passage.upstream = Some((&member.upstream, &member.host));
                 Ok(passage)
             }
@@ -251,9 +252,22 @@ impl Traffic {
         }
     }
 
-    fn attempt(&self, breaker: Option<&Arc<Breaker>>, now: Instant) -> Result<Option<Attempt>, Answer> {
-        let Some(breaker) = breaker else { return Ok(None) };
-        breaker.enter(now).map(Some).map_err(|wait| self.unavailable(ErrorCode::CircuitOpen, wait))
+    /// Says in a refusal who may read it, as other answers do: a page could not tell it from a network that is down.
+    pub(crate) fn mark_refusal(&self, code: ErrorCode, asked: &Headers, answer: &mut Headers) {
+        // The answer to a preflight has said so.
+        if let Some(rule) = self.rules.cors.as_ref().filter(|_| code != ErrorCode::OriginRefused) {
+            cors::mark(rule, asked.get(header::ORIGIN), answer);
+        }
+    }
+
+    /// A breaker that lets somebody through now, or none at all.
+    fn closed<'a>(
+        &self,
+        breaker: Option<&'a Arc<Breaker>>,
+        now: Instant,
+    ) -> Result<Option<&'a Arc<Breaker>>, Answer> {
+        let state = breaker.map_or(Ok(()), |breaker| breaker.look(now));
+        state.map(|()| breaker).map_err(|wait| self.unavailable(ErrorCode::CircuitOpen, wait))
     }
 
     fn unavailable(&self, code: ErrorCode, wait: Duration) -> Answer {
@@ -351,6 +365,7 @@ pub(crate) struct Passage<'a> {
     attempt: Option<Attempt>,
     facts: Facts,
     origin: Option<HeaderValue>,
+    breaker: Option<&'a Arc<Breaker>>,
 }
 
 impl Passage<'_> {
@@ -426,6 +441,17 @@ impl Passage<'_> {
     pub(crate) fn came_to(&mut self, good: bool) {
         if let Some(attempt) = self.attempt.take() {
             attempt.came_to(good, Instant::now());
+    /// Takes its turn at an upstream that may have been left alone. To be called when nothing is left to wait for before
+    /// the upstream is: a body whose signature is checked is there.
+    pub(crate) fn enter(&mut self) -> Result<(), Answer> {
+        if let Some(breaker) = self.breaker {
+            let entered = breaker.enter(Instant::now());
+            let refused = |wait| self.traffic.unavailable(ErrorCode::CircuitOpen, wait);
+            self.attempt = Some(entered.map_err(refused)?);
+        }
+        Ok(())
+    }
+
         }
     }
 }
