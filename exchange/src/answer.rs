@@ -10,7 +10,8 @@ use crate::public::Head;
 pub fn finish(headers: &mut Headers, request_id: &RequestId, path: Option<&str>, host: &str) {
     headers.strip_hop_by_hop();
     if let Some(path) = path {
-        prefix::move_fields(headers, "", path, host);
+        // What the upstream knows of its prefix, the agent has taken off.
+        prefix::move_fields(headers, "", path, "", host);
     }
     let id = HeaderValue::from_str(request_id.as_str()).expect("hexadecimal digits are a header value");
     headers.set(forwarded::REQUEST_ID, id);

@@ -1,6 +1,8 @@
 //! Paths in the fields of a response, moved from where the upstream believes itself to be to where the public
 //! client finds it. Pure.
 //!
+//! An upstream that was told the prefix (`X-Forwarded-Prefix`) may say it itself: such a path is public already.
+//!
 //! A rule of its own for each field: `Location` and `Content-Location` as absolute paths and as addresses of the
 //! public host, `Refresh` as an absolute path, `Path` of `Set-Cookie`. Other paths are relative and stay true.
 
@@ -8,13 +10,15 @@ use http::HeaderValue;
 
 use crate::header::Headers;
 
-/// Moves the paths below `from` to below `to`, both such as `/web` or empty. `host` is the public one.
-pub fn move_fields(headers: &mut Headers, from: &str, to: &str, host: &str) {
+/// Moves the paths below `from` to below `to`, both such as `/web` or empty. `host` is the public one. `told` is the whole
+/// public prefix where the upstream may say it itself ([`told`]), else empty: what is below it goes below `to` as well.
+pub fn move_fields(headers: &mut Headers, from: &str, to: &str, told: &str, host: &str) {
+    let way = Way { from, to, told, host };
     let fields = std::mem::take(headers).into_iter().map(|(name, value)| {
         let moved = match name.as_str() {
-            "location" | "content-location" => move_location(&value, from, to, host),
-            "refresh" => move_refresh(&value, from, to),
-            "set-cookie" => move_cookie(&value, from, to),
+            "location" | "content-location" => way.move_location(&value),
+            "refresh" => way.move_refresh(&value),
+            "set-cookie" => way.move_cookie(&value),
             _ => None,
         };
         (name, moved.unwrap_or(value))
@@ -29,6 +33,13 @@ pub fn without<'a>(path: &'a str, prefix: &str) -> Option<&'a str> {
     (prefix.is_empty() || rest.is_empty() || rest.starts_with(['/', '?', '#'])).then_some(rest)
 }
 
+/// `public` as a prefix that an upstream may say itself, or nothing where it has such a path of its own: it was asked for
+/// `target`.
+#[must_use]
+pub fn told<'a>(public: &'a str, target: &str) -> &'a str {
+    if without(target, public).is_some() { "" } else { public }
+}
+
 /// `path` below `to` instead of `from`.
 fn moved(path: &str, from: &str, to: &str) -> Option<String> {
     let rest = without(path, from)?;
@@ -36,67 +47,86 @@ fn moved(path: &str, from: &str, to: &str) -> Option<String> {
     Some(format!("{to}{slash}{rest}"))
 }
 
-fn move_location(value: &HeaderValue, from: &str, to: &str, host: &str) -> Option<HeaderValue> {
-    let location = value.to_str().ok()?;
-    if location.starts_with('/') && !location.starts_with("//") {
-        return HeaderValue::from_str(&moved(location, from, to)?).ok();
-    }
-    // An absolute address of our own public host, as an upstream makes it from X-Forwarded-Host.
-    let (scheme, rest) =
-        location.split_once("://").filter(|(scheme, _)| matches!(*scheme, "http" | "https"))?;
-    let path = rest.strip_prefix(host)?;
-    let is_moved = !to.is_empty() && without(path, to).is_some_and(|rest| rest.starts_with('/'));
-    if !(path.is_empty() || path.starts_with(['/', '?', '#'])) || is_moved {
-        return None;
-    }
-    let rest = without(path, from)?;
-    HeaderValue::from_str(&format!("{scheme}://{host}{to}{rest}")).ok()
+/// From where to where paths are moved, see [`move_fields`].
+struct Way<'a> {
+    from: &'a str,
+    to: &'a str,
+    told: &'a str,
+    host: &'a str,
 }
 
-/// `5; url=/next`: only an absolute path is moved; an address of the upstream's own is public already.
-fn move_refresh(value: &HeaderValue, from: &str, to: &str) -> Option<HeaderValue> {
-    let text = value.to_str().ok()?;
-    let (before, url) = text.split_at(text.find('/')?);
-    let is_whole = before.trim_end_matches(['\'', '"']).trim_end().ends_with(['=', ';', ',']);
-    if !is_whole || url.starts_with("//") {
-        return None;
+impl Way<'_> {
+    /// A path as the public client knows it, or as the next hop expects it from who knows of no prefix.
+    fn moved(&self, path: &str) -> Option<String> {
+        let told = Some(self.told).filter(|told| !told.is_empty());
+        told.and_then(|told| moved(path, told, self.to)).or_else(|| moved(path, self.from, self.to))
     }
-    HeaderValue::from_str(&format!("{before}{}", moved(url, from, to)?)).ok()
-}
 
-fn move_cookie(value: &HeaderValue, from: &str, to: &str) -> Option<HeaderValue> {
-    let bytes = value.as_bytes();
-    // Browsers take a cookie of such a name with Path=/ only, in whatever case it is written (RFC 6265bis §4.1.3.2).
-    if bytes.get(..7).is_some_and(|name| name.eq_ignore_ascii_case(b"__Host-")) {
-        return None;
-    }
-    let mut cookie = Vec::with_capacity(bytes.len() + to.len());
-    let mut changed = false;
-    for (index, part) in bytes.split(|&b| b == b';').enumerate() {
-        if index > 0 {
-            cookie.push(b';');
+    fn move_location(&self, value: &HeaderValue) -> Option<HeaderValue> {
+        let location = value.to_str().ok()?;
+        if location.starts_with('/') && !location.starts_with("//") {
+            return HeaderValue::from_str(&self.moved(location)?).ok();
         }
-        let attribute = part.trim_ascii_start();
-        let is_path = index > 0 && attribute.len() > 5 && attribute[..5].eq_ignore_ascii_case(b"path=");
-        let path = attribute.get(5..).filter(|path| is_path && path.starts_with(b"/"));
-        let path = path.and_then(|path| std::str::from_utf8(path.trim_ascii_end()).ok());
-        let new = path.and_then(|path| match (path, to) {
-            // "/" alone would become "/web/", which does not cover "/web".
-            ("/", "") => None,
-            ("/", to) => Some(to.to_owned()),
-            (path, to) => moved(path, from, to),
-        });
-        match new {
-            Some(new) => {
-                let space = part.len() - attribute.len();
-                cookie.extend_from_slice(&part[..space + 5]);
-                cookie.extend_from_slice(new.as_bytes());
-                changed = true;
+        // An absolute address of our own public host, as an upstream makes it from X-Forwarded-Host.
+        let (scheme, rest) =
+            location.split_once("://").filter(|(scheme, _)| matches!(*scheme, "http" | "https"))?;
+        let path = rest.strip_prefix(self.host)?;
+        let is_below = |prefix: &str| {
+            !prefix.is_empty() && without(path, prefix).is_some_and(|rest| rest.starts_with('/'))
+        };
+        let is_moved = is_below(self.to) || is_below(self.told);
+        if !(path.is_empty() || path.starts_with(['/', '?', '#'])) || is_moved {
+            return None;
+        }
+        let rest = without(path, self.from)?;
+        HeaderValue::from_str(&format!("{scheme}://{}{}{rest}", self.host, self.to)).ok()
+    }
+
+    /// `5; url=/next`: only an absolute path is moved; an address of the upstream's own is public already.
+    fn move_refresh(&self, value: &HeaderValue) -> Option<HeaderValue> {
+        let text = value.to_str().ok()?;
+        let (before, url) = text.split_at(text.find('/')?);
+        let is_whole = before.trim_end_matches(['\'', '"']).trim_end().ends_with(['=', ';', ',']);
+        if !is_whole || url.starts_with("//") {
+            return None;
+        }
+        HeaderValue::from_str(&format!("{before}{}", self.moved(url)?)).ok()
+    }
+
+    fn move_cookie(&self, value: &HeaderValue) -> Option<HeaderValue> {
+        let bytes = value.as_bytes();
+        // Browsers take a cookie of such a name with Path=/ only, in whatever case it is written (RFC 6265bis §4.1.3.2).
+        if bytes.get(..7).is_some_and(|name| name.eq_ignore_ascii_case(b"__Host-")) {
+            return None;
+        }
+        let mut cookie = Vec::with_capacity(bytes.len() + self.to.len());
+        let mut changed = false;
+        for (index, part) in bytes.split(|&b| b == b';').enumerate() {
+            if index > 0 {
+                cookie.push(b';');
             }
-            None => cookie.extend_from_slice(part),
+            let attribute = part.trim_ascii_start();
+            let is_path = index > 0 && attribute.len() > 5 && attribute[..5].eq_ignore_ascii_case(b"path=");
+            let path = attribute.get(5..).filter(|path| is_path && path.starts_with(b"/"));
+            let path = path.and_then(|path| std::str::from_utf8(path.trim_ascii_end()).ok());
+            let new = path.and_then(|path| match (path, self.to) {
+                // "/" alone would become "/web/", which does not cover "/web".
+                ("/", "") => None,
+                ("/", to) => Some(to.to_owned()),
+                (path, _) => self.moved(path),
+            });
+            match new {
+                Some(new) => {
+                    let space = part.len() - attribute.len();
+                    cookie.extend_from_slice(&part[..space + 5]);
+                    cookie.extend_from_slice(new.as_bytes());
+                    changed = true;
+                }
+                None => cookie.extend_from_slice(part),
+            }
         }
+        changed.then(|| HeaderValue::from_bytes(&cookie).ok()).flatten()
     }
-    changed.then(|| HeaderValue::from_bytes(&cookie).ok()).flatten()
 }
 
 #[cfg(test)]
@@ -106,9 +136,13 @@ mod tests {
     use super::*;
 
     fn moved(name: http::HeaderName, value: &str, from: &str, to: &str) -> String {
+        moved_by(name, value, from, to, "")
+    }
+
+    fn moved_by(name: http::HeaderName, value: &str, from: &str, to: &str, told: &str) -> String {
         let mut headers: Headers =
             [(name.clone(), HeaderValue::from_str(value).unwrap())].into_iter().collect();
-        move_fields(&mut headers, from, to, "pub:8080");
+        move_fields(&mut headers, from, to, told, "pub:8080");
         headers.get(name).unwrap().to_str().unwrap().to_owned()
     }
 
@@ -148,5 +182,45 @@ mod tests {
         }
         assert_eq!(moved(header::REFRESH, "5; url=/v1/x", "/v1", "/api"), "5; url=/api/x");
         assert_eq!(moved(header::REFRESH, "5; url=/x", "/v1", "/api"), "5; url=/x");
+    }
+
+    #[test]
+    fn what_an_upstream_says_below_the_prefix_that_it_was_told_is_not_moved_again() {
+        // A route's own prefix, that of path mode alone, and both: the edge puts the latter's back.
+        for (from, to, told, sent, public) in [
+            ("", "/api", "/api", "/api/x", "/api/x"),
+            ("", "/api", "/api", "/api", "/api"),
+            ("", "/api", "/api", "/api?y", "/api?y"),
+            ("", "/api", "/api", "/apix", "/api/apix"),
+            ("/v1", "/api", "/api", "/api/x", "/api/x"),
+            ("/v1", "/api", "/api", "/v1/x", "/api/x"),
+            ("", "", "/web", "/web/x", "/x"),
+            ("", "", "/web", "/web", "/"),
+            ("", "", "/web", "/x", "/x"),
+            ("", "/api", "/web/api", "/web/api/x", "/api/x"),
+            ("", "/api", "/web/api", "/x", "/api/x"),
+            ("", "/api", "/web/api", "https://pub:8080/web/api/x", "https://pub:8080/web/api/x"),
+            ("", "/api", "/web/api", "https://pub:8080/x", "https://pub:8080/api/x"),
+            ("/v1", "/api", "/api", "//api/x", "//api/x"),
+        ] {
+            let by = |name, sent: &str| moved_by(name, sent, from, to, told);
+            assert_eq!(by(header::LOCATION, sent), public, "{from} -> {to}, {told}: {sent}");
+            if sent.starts_with('/') && !sent.starts_with("//") {
+                assert_eq!(by(header::REFRESH, &format!("5; url={sent}")), format!("5; url={public}"));
+                assert_eq!(
+                    by(header::SET_COOKIE, &format!("a=1; Path={sent}")),
+                    format!("a=1; Path={public}")
+                );
+            }
+        }
+        for (public, target, is) in [
+            ("/api", "/x", "/api"),
+            ("/api", "/api/x", ""),
+            ("/api", "/api?y", ""),
+            ("/api", "/apix", "/api"),
+            ("", "/x", ""),
+        ] {
+            assert_eq!(told(public, target), is, "{public} {target}");
+        }
     }
 }

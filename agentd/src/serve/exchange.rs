@@ -16,6 +16,7 @@ use proto::{
     id::{RequestId, TunnelName},
     limits,
     message::{AgentMessage, Chunk, Continue, Failed, Progress, Reply, Upgrade},
+    prefix,
     target::Target,
 };
 use tokio::{
@@ -451,9 +452,7 @@ async fn answer(
         return Ok(());
     }
     let way = Way { upstream, host: &host, passage: passage.as_deref() };
-    if let Some(passage) = way.passage {
-        passage.move_response(&mut headers, job.public_host());
-    }
+    way.move_response(job, &mut headers);
     if tunnel.rewrites_location()
         && View::concerns(&headers)
         && let Some(view) = way.view(job)
@@ -497,6 +496,18 @@ struct Way<'a> {
 impl<'a> Way<'a> {
     fn target<'t>(&'t self, job: &'t Job) -> &'t Target {
         self.passage.and_then(|passage| passage.target.as_ref()).unwrap_or(&job.target)
+    }
+
+    /// Says paths of the upstream as the edge expects them, where they are others.
+    fn move_response(&self, job: &Job, headers: &mut Headers) {
+        let target = self.target(job);
+        if let Some(passage) = self.passage {
+            return passage.move_response(headers, target, job.public_host());
+        }
+        let told = prefix::told(asked(job).prefix(), target.as_str());
+        if !told.is_empty() {
+            prefix::move_fields(headers, "", "", told, job.public_host());
+        }
     }
 
     fn view<'v>(&'v self, job: &'v Job) -> Option<View<'v>>

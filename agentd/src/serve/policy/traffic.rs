@@ -185,7 +185,7 @@ impl Traffic {
             upstream: None,
             max_body: most,
             target: None,
-            public_prefix: String::new(),
+            public_prefix: asked.prefix().to_owned(),
             strip: String::new(),
             add: "",
             breaker: None,
@@ -358,7 +358,7 @@ pub(crate) struct Passage<'a> {
     pub(crate) upstream: Option<(&'a Arc<Upstream>, &'a HostRule)>,
     /// What the upstream is asked for, where that is not what the public client asked for.
     pub(crate) target: Option<Target>,
-    /// What was taken off the path, also in path mode; empty where no route changes it.
+    /// What was taken off the path, also in path mode.
     public_prefix: String,
     strip: String,
     add: &'a str,
@@ -411,10 +411,13 @@ impl Passage<'_> {
         });
     }
 
-    /// Says paths of the upstream as the public client knows them, where they are others.
-    pub(crate) fn move_response(&self, headers: &mut Headers, public_host: &str) {
-        if self.target.is_some() {
-            prefix::move_fields(headers, self.add, &self.strip, public_host);
+    /// Says paths of the upstream as the public client knows them, where they are others; in path mode without the
+    /// tunnel's prefix, which the edge puts before them. `target` is what the upstream was asked for.
+    pub(crate) fn move_response(&self, headers: &mut Headers, target: &Target, public_host: &str) {
+        let says = matches!(self.traffic.rules.forwarded, ForwardedFields::Both | ForwardedFields::X);
+        let told = if says { prefix::told(&self.public_prefix, target.as_str()) } else { "" };
+        if self.target.is_some() || !told.is_empty() {
+            prefix::move_fields(headers, self.add, &self.strip, told, public_host);
         }
     }
 
