@@ -828,6 +828,23 @@ async fn requests_go_where_their_rules_say_and_are_changed_on_the_way() {
     let read = sent(&get("routes", "/x").field("origin", "https://app.example")).await;
     assert_eq!(read.field("access-control-allow-origin").as_deref(), Some("https://app.example"));
 
+    let evil = sent(&get("routes", "/x").field("origin", "https://evil.example")).await;
+    assert_eq!((evil.status, evil.field("access-control-allow-origin")), (200, None));
+    // A page may read why it was refused.
+    for (request, status, code) in [
+        (post("/x", 1001), 413, "body_too_large"),
+        (get("routes", "/site/nothing"), 404, "no_such_file"),
+        (get("routes", "/api/../x"), 400, "bad_request"),
+    ] {
+        for (origin, allowed) in
+            [("https://app.example", Some("https://app.example")), ("https://evil.example", None)]
+        {
+            let refused = is_refused(&local, &request.clone().field("origin", origin), status, code).await;
+            assert_eq!(refused.field("access-control-allow-origin").as_deref(), allowed, "{code}");
+            assert_eq!(refused.all("vary"), ["origin"], "{code}");
+        }
+    }
+
     // What the upstream learns.
     sent(&get("plain", "/")).await;
     let seen = own.recorded().last().unwrap().clone();
@@ -903,23 +920,6 @@ async fn requests_go_where_their_rules_say_and_are_changed_on_the_way() {
     }
 }
 
-/// What comes in beside the requests that are measured, a hundred a second, each from an address of its own.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Beside {
-    Nothing,
-    /// Requests that show no password, to a path that wants none.
-    Requests,
-    /// Wrong passwords.
-    Guesses,
-}
-
-/// Sends what is to come beside for as long as it is polled; counts the answers by status.
-async fn come_beside(beside: Beside, public: std::net::SocketAddr, answers: &mut HashMap<u16, usize>) {
-    if beside == Beside::Nothing {
-        return std::future::pending().await;
-    }
-    let mut all = tokio::task::JoinSet::new();
-    let mut each = tokio::time::interval(Duration::from_millis(10));
 /// An upstream that takes every body, however its end is said; with the lengths of those that came whole.
 async fn taking() -> (SocketAddr, Arc<Mutex<Vec<usize>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -1000,6 +1000,23 @@ async fn a_body_of_unknown_length_is_held_to_the_same_limits() {
     denials(&agent, &[("small", "max_body"), ("hooks", "verify")]).await;
 }
 
+/// What comes in beside the requests that are measured, a hundred a second, each from an address of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Beside {
+    Nothing,
+    /// Requests that show no password, to a path that wants none.
+    Requests,
+    /// Wrong passwords.
+    Guesses,
+}
+
+/// Sends what is to come beside for as long as it is polled; counts the answers by status.
+async fn come_beside(beside: Beside, public: std::net::SocketAddr, answers: &mut HashMap<u16, usize>) {
+    if beside == Beside::Nothing {
+        return std::future::pending().await;
+    }
+    let mut all = tokio::task::JoinSet::new();
+    let mut each = tokio::time::interval(Duration::from_millis(10));
     let first = getrandom::u32().unwrap();
     for number in 0_u32.. {
         tokio::select! {

@@ -657,7 +657,10 @@ async fn answer_here(
     if job.delivery.is_some() {
         return outcome_here(answer, job, sender, line, tap).await;
     }
-    let (status, headers, body) = answer.into_parts(&job.request_id, asked(job).wants_html());
+    let (status, mut headers, body) = answer.into_parts(&job.request_id, asked(job).wants_html());
+    if let (Some(code), Some(policy)) = (code, tunnel.policy()) {
+        policy.traffic().mark_refusal(code, &job.headers, &mut headers);
+    }
     line.head(status);
     // The length stays in the head, also for whoever wants no body.
     let body = Source::Local(if job.method == Method::HEAD { LocalBody::default() } else { body });
