@@ -33,8 +33,8 @@ use crate::{
     },
     report::access::{AccessLine, AccessLog, Ending, SocketLine},
     report::cause,
-    serve::hint::{NO_HTTP, Refusal},
     report::denial::DeniedBy,
+    serve::hint::{NO_HTTP, Refusal},
     serve::host::HostRule,
     serve::origin::{Rewrites, View, without_own_via},
     serve::outbox::{LinkGone, Outbox},
@@ -367,13 +367,13 @@ async fn answer(
                     let upload = progress.and_then(|progress| progress.failure());
                     let error = upload.map_or(error, UpstreamError::Upload);
                     log_failure(job, &tunnel, upstream, &error, line);
+                    if let UpstreamError::Upload(UploadError::OverLimit(code)) = error {
+                        line.denied_by(DeniedBy::of(code));
+                    }
                     Err(fail(error.code()))
                 }
             }
         }),
-                    if let UpstreamError::Upload(UploadError::OverLimit(code)) = error {
-                        line.denied_by(DeniedBy::of(code));
-                    }
     )
     .await;
     let outcome = answered.unwrap_or_else(|| {
@@ -544,6 +544,9 @@ async fn admit<'a>(
     let admitted = timeout_at(due, policy.admit(&asked(job), &job.request_id, body_bytes, job.time())).await;
     let admitted = admitted.unwrap_or_else(|_| Err(Answer::refusal(ErrorCode::SignInUnavailable)))?;
     admitted.visitor.mark(&mut job.headers);
+    if let (JobBody::Announced(body, _), Some(most)) = (&mut job.body, admitted.passage.max_body) {
+        body.limit(most, ErrorCode::BodyTooLarge);
+    }
     Ok((admitted.signed, Box::new(admitted.passage)))
 }
 
@@ -559,9 +562,6 @@ async fn signed_body(
         JobBody::Whole(bytes) => bytes,
         JobBody::Announced(mut body, _) => {
             body.limit(policy::SIGNED_BODY_BYTES, ErrorCode::WebhookTooLarge);
-    if let (JobBody::Announced(body, _), Some(most)) = (&mut job.body, admitted.passage.max_body) {
-        body.limit(most, ErrorCode::BodyTooLarge);
-    }
             let whole = async {
                 // Of a body of unknown length what is taken, and what waits behind it.
                 let most = min(body.announced(), policy::SIGNED_BODY_BYTES + body.most_held());

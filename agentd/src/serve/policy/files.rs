@@ -33,11 +33,13 @@ struct About {
     content_type: HeaderValue,
 }
 
-/// Answers a request for `path`, which may be escaped; `query` with its `?`.
+/// Answers a request for `path`, which may be escaped. The public client asked for it as `asked`, which a folder's address
+/// is made of; `query` with its `?`.
 pub(crate) async fn serve(
     folder: &Path,
     method: &Method,
     path: &str,
+    asked: &str,
     query: &str,
     fields: &Headers,
     now: SystemTime,
@@ -47,7 +49,7 @@ pub(crate) async fn serve(
         return Answer::refusal(ErrorCode::MethodRefused).with(header::ALLOW, Some(allow));
     }
     let Some(name) = relative(path) else { return Answer::refusal(ErrorCode::NoSuchFile) };
-    let (folder, wants_folder) = (folder.to_owned(), path.ends_with('/'));
+    let (folder, wants_folder) = (folder.to_owned(), asked.ends_with('/'));
     let found = tokio::task::spawn_blocking(move || find(&folder, &name, wants_folder)).await;
     match found {
         Ok(Ok(Found::File(file, about))) => {
@@ -68,7 +70,7 @@ pub(crate) async fn serve(
             }
             Answer::whole(plan.status, plan.headers, body)
         }
-        Ok(Ok(Found::Folder)) => match HeaderValue::try_from(format!("{path}/{query}")) {
+        Ok(Ok(Found::Folder)) => match HeaderValue::try_from(format!("{asked}/{query}")) {
             Ok(location) => {
                 Answer::empty(StatusCode::MOVED_PERMANENTLY).with(header::LOCATION, Some(location))
             }
@@ -471,7 +473,7 @@ mod tests {
     }
 
     async fn got(folder: &Path, path: &str) -> (u16, String, Option<ErrorCode>) {
-        let answer = serve(folder, &Method::GET, path, "?q", &Headers::new(), SystemTime::now()).await;
+        let answer = serve(folder, &Method::GET, path, path, "?q", &Headers::new(), SystemTime::now()).await;
         let code = answer.code;
         let id = proto::id::RequestId::from_random([1; 16]);
         let (status, headers, mut body) = answer.into_parts(&id, false);
@@ -604,7 +606,7 @@ mod tests {
             assert_eq!((status, code), (404, Some(ErrorCode::NoSuchFile)), "{path}: {text}");
             assert!(!text.contains("secret\n") && !text.contains("/bin/"), "{path}");
         }
-        let answer = serve(&folder, &Method::POST, "/", "", &Headers::new(), SystemTime::now()).await;
+        let answer = serve(&folder, &Method::POST, "/", "/", "", &Headers::new(), SystemTime::now()).await;
         assert_eq!(answer.code, Some(ErrorCode::MethodRefused));
         assert!(answer.fields.iter().any(|(name, value)| name == header::ALLOW && value == "GET, HEAD"));
     }

@@ -10,7 +10,12 @@ use proto::{
 };
 
 use super::*;
-use crate::{config, report::denial::DeniedBy, serve::tunnel::Tunnel};
+use crate::{
+    config,
+    identity::{Algorithm, public_keys::tests::Signer},
+    report::denial::DeniedBy,
+    serve::tunnel::Tunnel,
+};
 
 /// One tunnel's rules, and requests as `METHOD TARGET [@host] [from=IP] [bytes=N|unknown] [name:value …] => OUTCOME`.
 struct Case {
@@ -183,20 +188,20 @@ const CASES: &[Case] = &[
             "POST / bytes=99 => own /",
             "POST / bytes=100 => own /",
             "POST / bytes=101 => 413 body_too_large",
+            "POST / bytes=unknown => own /",
             "POST /x bytes=5000000 => 413 body_too_large",
             "POST /big bytes=101 => 2 /big",
             "POST /big bytes=1024 => 2 /big",
             "POST /big bytes=1025 => 413 body_too_large",
             "POST /bigger bytes=101 => 413 body_too_large",
-            "POST / bytes=unknown => own /",
             "POST /small bytes=0 => 3 /small",
             "POST /small bytes=1 => 413 body_too_large",
+            "POST /small bytes=unknown => 3 /small",
             "GET /small => 3 /small",
         ],
     },
     Case {
         rules: "maintenance = true\nmax_body = 1\nallow_ips = [\"192.0.2.0/24\"]",
-            "POST /small bytes=unknown => 3 /small",
         requests: &[
             "GET / => 503 maintenance retry-after:60",
             "POST / bytes=2 => 503 maintenance",
@@ -235,18 +240,18 @@ const CASES: &[Case] = &[
         ],
     },
     Case {
+        rules: "[tunnel.cors]\norigins = [\"null\"]\n",
+        requests: &[
+            "OPTIONS / origin:null access-control-request-method:GET => 204  access-control-allow-origin:null",
+        ],
+    },
+    Case {
         rules: "[tunnel.cors]\norigins = [\"*\"]\n",
         requests: &[
             "OPTIONS / origin:https://any.example access-control-request-method:PATCH access-control-request-headers:x-b => 204  access-control-allow-origin:* access-control-allow-headers:x-b",
             "OPTIONS / origin:null access-control-request-method:PATCH => 204  access-control-allow-origin:*",
             "OPTIONS / origin:https://any.example => own /",
         ],
-    Case {
-        rules: "[tunnel.cors]\norigins = [\"null\"]\n",
-        requests: &[
-            "OPTIONS / origin:null access-control-request-method:GET => 204  access-control-allow-origin:null",
-        ],
-    },
     },
     Case {
         rules: "rate_limit = { requests = 2, per = \"1h\" }",
@@ -456,6 +461,76 @@ async fn requests_meet_the_rules_of_their_tunnel() {
     assert!(seen >= 200, "{seen} requests");
 }
 
+#[tokio::test]
+async fn who_has_not_shown_a_whole_body_keeps_nobody_from_an_upstream_that_is_tried() {
+    let policy = policy("circuit_breaker = { open_after = 1, retry_after = \"500ms\" }").unwrap();
+    let (target, headers) = (Target::parse("/").unwrap(), Headers::new());
+    let asked = Asked { method: &Method::POST, target: &target, headers: &headers, upgrade: false };
+    let request_id = RequestId::from_random([1; 16]);
+    let admit =
+        async || policy.admit(&asked, &request_id, None, unix_now()).await.map(|let_in| let_in.passage);
+    let mut failing = admit().await.unwrap();
+    failing.enter().unwrap();
+    failing.came_to(false);
+    assert_eq!(admit().await.err().unwrap().code, Some(ErrorCode::CircuitOpen));
+    let mut held = loop {
+        match admit().await {
+            Ok(passage) => break passage,
+            Err(_) => tokio::time::sleep(std::time::Duration::from_millis(10)).await,
+        }
+    };
+    let mut whole = admit().await.unwrap();
+    whole.enter().unwrap();
+    whole.came_to(true);
+    held.enter().unwrap();
+}
+
+#[tokio::test]
+async fn a_folder_below_a_route_leads_to_itself_and_not_out_of_the_route() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(dir.path().join("sub/added")).unwrap();
+    std::fs::write(dir.path().join("index.html"), "home").unwrap();
+    std::fs::write(dir.path().join("sub/index.html"), "sub").unwrap();
+    let files = format!("files = \"{}\"", dir.path().display());
+    let policy = policy(&format!(
+        "[[tunnel.route]]\npath = \"/docs\"\n{files}\nstrip_prefix = true\n\
+         [[tunnel.route]]\npath = \"/added\"\n{files}\nadd_prefix = \"/sub\"\n"
+    ));
+    for (asked, outcome) in [
+        ("GET /docs", "301 /docs/"),
+        ("GET /docs?x=/", "301 /docs/?x=/"),
+        ("GET /docs/", "200 home"),
+        ("GET /docs/sub", "301 /docs/sub/"),
+        ("GET /%64ocs/sub?x", "301 /%64ocs/sub/?x"),
+        ("GET /docs/sub/", "200 sub"),
+        ("GET /docs/index.html", "200 home"),
+        ("GET /docs/index.html/", "404 no_such_file"),
+        ("GET /added", "301 /added/"),
+    ] {
+        assert_eq!(ask(&policy, asked, false).await.0, outcome, "{asked}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_is_judged_by_the_time_at_which_its_request_came() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, signer) = (dir.path().join("jwks.json"), Signer::new(Algorithm::Es256));
+    std::fs::write(&file, &signer.jwks).unwrap();
+    let policy =
+        policy(&format!("[tunnel.bearer]\njwks_file = \"{}\"\naudience = \"me\"", file.display())).unwrap();
+    let token = signer.sign(&serde_json::json!({ "aud": "me", "sub": "ann", "exp": 1_000_000 }));
+    let target = Target::parse("/").unwrap();
+    let mut headers = Headers::new();
+    headers.push(http::header::AUTHORIZATION, HeaderValue::try_from(format!("Bearer {token}")).unwrap());
+    let asked = Asked { method: &Method::POST, target: &target, headers: &headers, upgrade: false };
+    let request_id = RequestId::from_random([1; 16]);
+    let at =
+        async |now| policy.admit(&asked, &request_id, Some(0), now).await.map(|let_in| let_in.visitor.user);
+    // One that was kept until its token had expired.
+    assert_eq!(at(999_999).await.unwrap().as_deref(), Some("ann"));
+    assert_eq!(at(1_000_100).await.unwrap_err().code, Some(ErrorCode::TokenRequired));
+}
+
 /// `None` where the rules ask for nothing.
 fn policy(rules: &str) -> Option<Policy> {
     let dir = tempfile::tempdir().unwrap();
@@ -504,6 +579,7 @@ async fn ask(policy: &Option<Policy>, text: &str, failing: bool) -> (String, BTr
                 None => "own".to_owned(),
                 Some((upstream, _)) => upstream.address().to_string().rsplit(':').next().unwrap().to_owned(),
             };
+            passage.enter().unwrap();
             passage.came_to(!failing);
             (format!("{to} {target}"), BTreeMap::new())
         }
@@ -537,4 +613,3 @@ async fn ask(policy: &Option<Policy>, text: &str, failing: bool) -> (String, BTr
         }
     }
 }
-            passage.enter().unwrap();

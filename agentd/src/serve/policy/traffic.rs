@@ -221,6 +221,7 @@ impl Traffic {
                     folder,
                     asked.method,
                     target.path(),
+                    asked.target.path(),
                     query,
                     asked.headers,
                     SystemTime::now(),
@@ -356,24 +357,24 @@ pub(crate) struct Passage<'a> {
     traffic: &'a Traffic,
     /// Where a route leads; `None` for the tunnel's own upstream.
     pub(crate) upstream: Option<(&'a Arc<Upstream>, &'a HostRule)>,
+    /// The longest body it may have, in bytes; to be looked at where its length was not announced.
+    pub(crate) max_body: Option<u64>,
     /// What the upstream is asked for, where that is not what the public client asked for.
     pub(crate) target: Option<Target>,
     /// What was taken off the path, also in path mode.
     public_prefix: String,
     strip: String,
     add: &'a str,
+    breaker: Option<&'a Arc<Breaker>>,
     attempt: Option<Attempt>,
     facts: Facts,
     origin: Option<HeaderValue>,
-    breaker: Option<&'a Arc<Breaker>>,
 }
 
 impl Passage<'_> {
     /// What the path is moved from and to, if it is: as the public client knows it, and as the upstream does.
     pub(crate) fn prefixes(&self) -> Option<(&str, &str)> {
         self.target.as_ref().map(|_| (&*self.public_prefix, self.add))
-    /// The longest body it may have, in bytes; to be looked at where its length was not announced.
-    pub(crate) max_body: Option<u64>,
     }
 
     /// Changes what the upstream is sent.
@@ -440,10 +441,6 @@ impl Passage<'_> {
         self.traffic.rules.cors.as_ref()
     }
 
-    /// Notes whether the upstream answered properly.
-    pub(crate) fn came_to(&mut self, good: bool) {
-        if let Some(attempt) = self.attempt.take() {
-            attempt.came_to(good, Instant::now());
     /// Takes its turn at an upstream that may have been left alone. To be called when nothing is left to wait for before
     /// the upstream is: a body whose signature is checked is there.
     pub(crate) fn enter(&mut self) -> Result<(), Answer> {
@@ -455,6 +452,10 @@ impl Passage<'_> {
         Ok(())
     }
 
+    /// Notes whether the upstream answered properly.
+    pub(crate) fn came_to(&mut self, good: bool) {
+        if let Some(attempt) = self.attempt.take() {
+            attempt.came_to(good, Instant::now());
         }
     }
 }
