@@ -172,6 +172,26 @@ async fn requests_show_up_are_read_and_sent_again_and_stay_text() {
     browser.close().await;
 }
 
+#[tokio::test]
+async fn the_rows_of_several_tunnels_are_as_wide_as_the_list() {
+    let Some(mut browser) = Chromium::start().await else { return };
+    let second = "inspect = true\n[[tunnel]]\nname = \"other\"\nupstream = {upstream}\ninspect = true";
+    let mut stage = Inspected::daemon(second).await;
+    stage.pass(posted("/first", b"{}"), JSON).await;
+    browser.open(&format!("http://{}/", stage.address)).await;
+    browser.wait_for("document.querySelector('#space .row .tunnel')?.textContent === 'web'").await;
+    for width in [1300, 500] {
+        let size = json!({"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": false});
+        browser.command("Emulation.setDeviceMetricsOverride", size).await;
+        let shares = "['.row', '.row .target'].map((part) => \
+            document.querySelector(part).offsetWidth / document.querySelector('#list').offsetWidth)";
+        let shares = browser.evaluate(shares).await;
+        let share = |at: usize| shares[at].as_f64().unwrap();
+        assert!(share(0) > 0.9 && share(1) > 0.1, "{width}: {shares}");
+    }
+    browser.close().await;
+}
+
 /// An edge that keeps deliveries, and what it was asked to do with them.
 #[derive(Default)]
 struct Shelf {

@@ -169,7 +169,7 @@ async function showState() {
   byId("import-tunnel-label").hidden = names.length < 2;
   if (list.showTunnel !== names.length > 1) {
     list.showTunnel = names.length > 1;
-    byId("list").classList.toggle("tunnels", list.showTunnel);
+    byId("list").classList.toggle("several", list.showTunnel);
     list.redraw();
   }
   const gone = inspected.evicted > 0 ? `, ${count(inspected.evicted)} older ones made room` : "";
