@@ -20,7 +20,7 @@ use super::{
     har, page,
     redact::Redact,
     replay::{self, Edits, Refusal},
-    shape::{Detail, Error, Ids, List, State, Summary, TunnelState, public_url},
+    shape::{self, Delivery, Detail, Error, Ids, List, State, Summary, TunnelState, public_url},
 };
 use crate::{
     capture::{
@@ -302,10 +302,13 @@ impl Inspector {
                 self.apart(move |this| this.import(&body, is_har, query.tunnel.as_deref())).await
             }
             (&Method::POST, ["api", "deliveries"]) => {
+                let query = Query::read(query, false, &["reveal"])?;
+                self.may_reveal(query.reveal, is_trusted)?;
                 let body = collect(body).await?;
                 let ask = serde_json::from_slice(&body)
                     .map_err(|error| Refused(StatusCode::BAD_REQUEST, format!("the question: {error}")))?;
-                deliveries(self.0.desk.ask(ask).await)
+                let redact = (!query.reveal).then_some(self.redact());
+                deliveries(self.0.desk.ask(ask).await, redact)
             }
             (&Method::GET, [_]) if let Some((kind, text)) = page::file(path) => Ok(content(kind, text)),
             (_, [""])
@@ -522,7 +525,10 @@ impl Inspector {
         match &inspected.collect::<Vec<_>>()[..] {
             [one] => Ok(Arc::clone(one)),
             [] => refuse(StatusCode::CONFLICT, "no tunnel is inspected"),
-            _ => refuse(StatusCode::CONFLICT, "several tunnels are inspected: name one with tunnel=NAME"),
+            _ => refuse(
+                StatusCode::CONFLICT,
+                "several tunnels are inspected: name one with tunnel=NAME",
+            ),
         }
     }
 
@@ -567,8 +573,8 @@ impl Inspector {
     }
 }
 
-/// What the edge answers about deliveries.
-fn deliveries(answer: Result<delivery::Answer<'static>, NoAnswer>) -> Answer {
+/// What the edge answers about deliveries; with `redact` without what that hides.
+fn deliveries(answer: Result<delivery::Answer<'static>, NoAnswer>, redact: Option<&Redact>) -> Answer {
     match answer {
         Ok(delivery::Answer::Refused { reason }) => {
             let (status, why) = match reason {
@@ -585,6 +591,10 @@ fn deliveries(answer: Result<delivery::Answer<'static>, NoAnswer>) -> Answer {
                 delivery::Refused::Other => (StatusCode::CONFLICT, "the edge refuses it"),
             };
             refuse(status, why)
+        }
+        Ok(delivery::Answer::Delivery { summary, headers, body, more }) => {
+            let headers = shape::head(&headers, redact);
+            Ok(json(StatusCode::OK, &Delivery { summary, headers, body, more }))
         }
         Ok(answer) => Ok(json(StatusCode::OK, &answer)),
         Err(error @ (NoAnswer::NotConnected | NoAnswer::Lost)) => {

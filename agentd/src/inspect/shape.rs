@@ -5,6 +5,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
+use proto::{delivery, header::Headers};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -49,7 +50,7 @@ pub(crate) struct TunnelState {
     pub(crate) inspect: bool,
     pub(crate) url: Option<String>,
     /// None for a tunnel that is only live.
-    pub(crate) delivery: Option<proto::delivery::Mode>,
+    pub(crate) delivery: Option<delivery::Mode>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -118,6 +119,18 @@ pub(crate) struct Times {
 pub(crate) struct Message {
     pub(crate) fields: Vec<(String, Value)>,
     pub(crate) body: Body,
+}
+
+/// One delivery, as [`delivery::Answer`] has it, but with its fields as those of a request are shown.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "kind", rename = "delivery")]
+pub(crate) struct Delivery<'a> {
+    pub(crate) summary: Box<delivery::Summary>,
+    pub(crate) headers: Vec<(String, Value)>,
+    #[serde(default, skip_serializing_if = "Option::is_none", borrow)]
+    pub(crate) body: Option<proto::body::Body<'a>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) more: Option<u64>,
 }
 
 /// The value of a field.
@@ -314,6 +327,12 @@ impl Summary {
 
 fn fields(fields: &Fields, redact: Option<&Redact>) -> Vec<(String, Value)> {
     fields.iter().map(|(name, value)| (name.to_owned(), Value::of(name, value, redact))).collect()
+}
+
+/// The fields of a head that the edge keeps; with `redact` without what that hides.
+pub(crate) fn head(head: &Headers, redact: Option<&Redact>) -> Vec<(String, Value)> {
+    let shown = |name: &str, value: &[u8]| (name.to_owned(), Value::of(name, value, redact));
+    head.iter().map(|(name, value)| shown(name.as_str(), value.as_bytes())).collect()
 }
 
 impl Body {

@@ -11,25 +11,24 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use bytes::Bytes;
 use clap::Args;
 use http::Method;
 use proto::{
-    body::Body,
     delivery::{Answer, Ask, State, Summary},
-    header::Headers,
     id::{DeliveryId, TunnelName},
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     ask::{Format, ask, no_answer},
     exit,
-    requests::{harmless, harmless_lines, json, say},
+    requests::{harmless, harmless_lines, json, say, value},
 };
 use crate::{
     config::parse_duration,
     control::client::{Agent, AskError},
-    inspect::shape,
+    inspect::shape::{self, Value},
     report::access::time_of_day_at,
 };
 
@@ -67,6 +66,9 @@ pub(crate) struct Show {
     /// With its body; where the output is no terminal, the body and nothing else, as it came.
     #[arg(long)]
     body: bool,
+    /// With what is masked otherwise.
+    #[arg(long)]
+    reveal: bool,
     /// Answer with a JSON object.
     #[arg(long)]
     json: bool,
@@ -127,13 +129,39 @@ struct Done {
     done: u32,
 }
 
+/// Asks the edge one question; `query` says how the agent shows the answer.
+async fn answered(agent: &mut Agent, ask: &Ask, query: &str) -> Result<Bytes, AskError> {
+    let path = format!("/api/deliveries{query}");
+    agent.inspect(Method::POST, &path, "application/json", json(ask).into_bytes()).await
+}
+
+fn read<'a, T: Deserialize<'a>>(answer: &'a [u8]) -> Result<T, AskError> {
+    serde_json::from_slice(answer).map_err(|error| misunderstood(&error.to_string()))
+}
+
 /// One question to the edge.
 async fn question(agent: &mut Agent, ask: &Ask) -> Result<Answer<'static>, AskError> {
-    let body = json(ask).into_bytes();
-    let answer = agent.inspect(Method::POST, "/api/deliveries", "application/json", body).await?;
-    let answer: Answer<'_> =
-        serde_json::from_slice(&answer).map_err(|error| misunderstood(&error.to_string()))?;
-    Ok(answer.into_owned())
+    let answer = answered(agent, ask, "").await?;
+    Ok(read::<Answer<'_>>(&answer)?.into_owned())
+}
+
+/// One delivery, and a piece of its body.
+struct Piece {
+    summary: Summary,
+    fields: Vec<(String, Value)>,
+    bytes: Vec<u8>,
+    more: Option<u64>,
+}
+
+/// Asks for one delivery; its secrets are masked unless they are to be revealed.
+async fn piece(agent: &mut Agent, ask: &Ask, reveal: bool) -> Result<Piece, AskError> {
+    let answer = answered(agent, ask, if reveal { "?reveal=true" } else { "" }).await?;
+    let shape::Delivery { summary, headers, body, more } = read(&answer)?;
+    let bytes = match body {
+        Some(body) => body.decode().map_err(|error| misunderstood(&error.to_string()))?,
+        None => Vec::new(),
+    };
+    Ok(Piece { summary: *summary, fields: headers, bytes, more })
 }
 
 fn misunderstood(what: &str) -> AskError {
@@ -207,14 +235,14 @@ pub(crate) fn list(places: &[PathBuf], wanted: &List) -> ExitCode {
 }
 
 /// Asks about each of the tunnels that are meant, until one knows the delivery.
-async fn first(
+async fn first<T>(
     agent: &mut Agent,
     of: &Tunnel,
-    about: impl Fn(TunnelName) -> Ask,
-) -> Result<(TunnelName, Answer<'static>), AskError> {
+    about: impl AsyncFn(&mut Agent, TunnelName) -> Result<T, AskError>,
+) -> Result<(TunnelName, T), AskError> {
     let mut refused = None;
     for tunnel in tunnels(agent, of).await? {
-        match question(agent, &about(tunnel.clone())).await {
+        match about(agent, tunnel.clone()).await {
             Ok(answer) => return Ok((tunnel, answer)),
             Err(AskError::NotFound(error)) => refused = Some(AskError::NotFound(error)),
             Err(error) => return Err(error),
@@ -227,42 +255,34 @@ async fn first(
 struct Shown<'a> {
     #[serde(flatten)]
     delivery: &'a Summary,
-    headers: &'a Headers,
+    headers: &'a [(String, Value)],
     #[serde(skip_serializing_if = "Option::is_none")]
     body: Option<String>,
 }
 
 /// `agentd delivery show`
 pub(crate) fn show(places: &[PathBuf], wanted: &Show) -> ExitCode {
-    let Show { id, of, body, json: is_json } = wanted;
+    let Show { id, of, body, reveal, json: is_json } = wanted;
     let (with_body, format) = (*body, Format::from_flag(*is_json));
     let answer = ask(places, async |agent: &mut Agent| {
-        let from = |body_from| move |tunnel| Ask::Show { tunnel, id: id.clone(), body_from };
-        let (tunnel, answer) = first(agent, of, from(with_body.then_some(0))).await?;
-        let Answer::Delivery { summary, headers, body, mut more } = answer else {
-            return Err(misunderstood("one delivery was asked for"));
+        let from = async |agent: &mut Agent, tunnel, body_from| {
+            piece(agent, &Ask::Show { tunnel, id: id.clone(), body_from }, *reveal).await
         };
-        let bytes_of = |body: Option<Body<'_>>| match body {
-            Some(body) => body.decode().map_err(|error| misunderstood(&error.to_string())),
-            None => Ok(Vec::new()),
-        };
-        let mut bytes = bytes_of(body)?;
-        while let Some(next) = more.filter(|_| with_body) {
-            let Answer::Delivery { body, more: after, .. } =
-                question(agent, &from(Some(next))(tunnel.clone())).await?
-            else {
-                return Err(misunderstood("a piece of a body was asked for"));
-            };
-            bytes.extend(bytes_of(body)?);
+        let begin = with_body.then_some(0);
+        let about = async |agent: &mut Agent, tunnel| from(agent, tunnel, begin).await;
+        let (tunnel, mut whole) = first(agent, of, about).await?;
+        while let Some(next) = whole.more.filter(|_| with_body) {
+            let piece = from(agent, tunnel.clone(), Some(next)).await?;
+            whole.bytes.extend(piece.bytes);
             // One that does not come nearer to the end has none.
-            if after.is_some_and(|after| after <= next) {
+            if piece.more.is_some_and(|after| after <= next) {
                 return Err(misunderstood("its body has no end"));
             }
-            more = after;
+            whole.more = piece.more;
         }
-        Ok((*summary, headers, bytes))
+        Ok(whole)
     });
-    finish(answer, format, |(row, headers, bytes)| {
+    finish(answer, format, |Piece { summary: row, fields: headers, bytes, .. }| {
         match format {
             Format::Json => {
                 let body = with_body.then(|| shape::to_base64(&bytes));
@@ -314,7 +334,9 @@ fn one(
     what: &str,
     about: impl Fn(TunnelName) -> Ask,
 ) -> ExitCode {
-    let answer = ask(places, async |agent: &mut Agent| first(agent, of, about).await);
+    let answer = ask(places, async |agent: &mut Agent| {
+        first(agent, of, async |agent: &mut Agent, tunnel| question(agent, &about(tunnel)).await).await
+    });
     finish(answer, format, |(tunnel, _)| {
         match format {
             Format::Json => say(&json(&Done { done: 1 })),
@@ -428,14 +450,14 @@ fn line(row: &Summary) -> String {
 }
 
 /// All of one.
-fn text(row: &Summary, headers: &Headers, body: Option<&Vec<u8>>) -> String {
+fn text(row: &Summary, fields: &[(String, Value)], body: Option<&Vec<u8>>) -> String {
     let mut text = format!("{}\n", line(row));
     if let Some(run) = &row.run {
         let _ = writeln!(text, "       run {}", harmless(run));
     }
     let _ = writeln!(text, "\n{} {}", harmless(&row.method), harmless(&row.target));
-    for (name, value) in headers.iter() {
-        let _ = writeln!(text, "  {name}: {}", harmless(&String::from_utf8_lossy(value.as_bytes())));
+    for (name, of) in fields {
+        let _ = writeln!(text, "  {}: {}", harmless(name), value(of));
     }
     let _ = writeln!(text, "  ({} bytes)", row.body_bytes);
     if let Some(bytes) = body {

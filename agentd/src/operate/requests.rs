@@ -486,7 +486,7 @@ fn line(row: &Summary) -> String {
     line
 }
 
-fn value(value: &Value) -> String {
+pub(super) fn value(value: &Value) -> String {
     match value {
         Value::Text(text) => harmless(text),
         Value::Masked { length, .. } => format!("*** ({length} bytes, --reveal shows them)"),

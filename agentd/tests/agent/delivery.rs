@@ -1,14 +1,18 @@
 //! Requests that the edge has kept: only their outcome goes back.
 
+use std::sync::Mutex;
+
 use proto::{
-    delivery::{Attempt, Holds, PolicyNotice, bounds},
+    delivery::{Attempt, Holds, PolicyNotice, State, bounds},
     error::ErrorCode,
     limits,
     message::Request,
 };
+use serde_json::json;
 use tokio::io::AsyncReadExt as _;
 
-use crate::inspector::Inspected;
+use crate::inspector::{Inspected, run_at};
+use crate::page::Shelf;
 use crate::stage::{
     Manners, OK, Sent, connected, connected_with, get, noise, request, with_body, with_header,
 };
@@ -173,5 +177,31 @@ async fn what_an_edge_does_not_take_of_a_tunnels_deliveries_is_said_and_breaks_n
         peer.write(OK).await;
         assert!(matches!(stage.line.answer().await, Sent::Reply { status: 200, .. }));
         assert!(!stage.agent.log().contains("foreign"));
+    }
+}
+
+#[tokio::test]
+async fn what_is_secret_in_a_delivery_is_masked_unless_it_is_revealed() {
+    let mut stage = Inspected::daemon("delivery = \"durable\"").await;
+    let mut shelf = Shelf::default();
+    shelf.put(State::Dead, "/dead", b"\xe4\xff", b"body");
+    let id = shelf.kept[0].0.id.to_string();
+    let shelf = Mutex::new(shelf);
+    let socket = stage.socket();
+    let shown = async {
+        let (code, text, error) = run_at(&socket, &["delivery", "show", &id]).await;
+        assert!(code == 0 && text.contains("authorization: *** (14 bytes"), "{text}{error}");
+        assert!(text.contains("x-hostile: \\xe4\\xff") && !text.contains("hunter2"), "{text}");
+        let (_, text, _) = run_at(&socket, &["delivery", "show", &id, "--json"]).await;
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let masked = json!({"masked": true, "length": 14});
+        assert_eq!(json["headers"], json!([["x-hostile", {"base64": "5P8="}], ["authorization", masked]]));
+        let (_, text, _) = run_at(&socket, &["delivery", "show", &id, "--reveal"]).await;
+        assert!(text.contains("authorization: Bearer hunter2"), "{text}");
+        assert_eq!(run_at(&socket, &["delivery", "show", &id, "--body"]).await.1, "body");
+    };
+    tokio::select! {
+        () = Shelf::serve(&shelf, &mut stage.line) => {}
+        () = shown => {}
     }
 }

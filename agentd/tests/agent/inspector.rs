@@ -112,7 +112,7 @@ impl Inspected {
         inspected
     }
 
-    fn socket(&self) -> std::path::PathBuf {
+    pub(crate) fn socket(&self) -> std::path::PathBuf {
         self.folder.path().join("control.sock")
     }
 
@@ -485,8 +485,13 @@ async fn who_is_no_page_or_program_of_this_machine_is_refused() {
 
 /// Runs a command against the agent: code, standard output, standard error.
 async fn run(stage: &Inspected, args: &[&str]) -> (i32, String, String) {
+    run_at(&stage.socket(), args).await
+}
+
+/// The same against the agent with this control socket.
+pub(crate) async fn run_at(socket: &Path, args: &[&str]) -> (i32, String, String) {
     let mut command = agentd();
-    command.env("AGENTD_CONTROL_SOCKET", stage.socket()).args(args);
+    command.env("AGENTD_CONTROL_SOCKET", socket).args(args);
     let output = patiently("the end of a command", command.output()).await.unwrap();
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
     (output.status.code().unwrap(), text(output.stdout), text(output.stderr))

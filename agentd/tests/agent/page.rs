@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 
 use futures_util::StreamExt as _;
+use http::header::AUTHORIZATION;
 use proto::{
     body::Body,
     delivery::{Answer, Ask, DeliveriesAnswer, Last, State, Summary},
@@ -194,13 +195,13 @@ async fn the_rows_of_several_tunnels_are_as_wide_as_the_list() {
 
 /// An edge that keeps deliveries, and what it was asked to do with them.
 #[derive(Default)]
-struct Shelf {
-    kept: Vec<(Summary, Headers, Vec<u8>)>,
+pub(crate) struct Shelf {
+    pub(crate) kept: Vec<(Summary, Headers, Vec<u8>)>,
     done: Vec<String>,
 }
 
 impl Shelf {
-    fn put(&mut self, state: State, target: &str, field: &[u8], body: &[u8]) {
+    pub(crate) fn put(&mut self, state: State, target: &str, field: &[u8], body: &[u8]) {
         let number = self.kept.len() as u64 + 1;
         let last = Last {
             attempt: 1,
@@ -223,7 +224,9 @@ impl Shelf {
             last: Some(last),
         };
         let value = http::HeaderValue::from_bytes(field).unwrap();
-        let headers = [(http::HeaderName::from_static("x-hostile"), value)].into_iter().collect();
+        let secret = http::HeaderValue::from_static("Bearer hunter2");
+        let headers = [(http::HeaderName::from_static("x-hostile"), value), (AUTHORIZATION, secret)];
+        let headers = headers.into_iter().collect();
         self.kept.push((summary, headers, body.to_vec()));
     }
 
@@ -258,7 +261,7 @@ impl Shelf {
     }
 
     /// Answers for as long as the agent asks.
-    async fn serve(shelf: &Mutex<Self>, line: &mut Line) {
+    pub(crate) async fn serve(shelf: &Mutex<Self>, line: &mut Line) {
         while let Some(Ok(message)) = line.ws.next().await {
             let Message::Text(text) = message else { continue };
             match AgentMessage::decode(&text).unwrap() {
@@ -322,7 +325,14 @@ async fn deliveries_are_listed_read_retried_and_cancelled_and_stay_text() {
         browser.evaluate(&click(0, 0)).await;
         browser.wait_for("document.querySelector('#delivery-detail').innerText.includes('the body of the dead one: ä')").await;
         browser.wait_for("document.querySelector('#delivery-detail').innerText.includes('POST /dead')").await;
+        // Its secrets are masked until somebody asks for them.
+        let shown = "document.querySelector('#delivery-detail').innerText";
+        let masked = browser.evaluate(shown).await;
+        let masked = masked.as_str().unwrap();
+        assert!(masked.contains("authorization") && !masked.contains("hunter2"), "{masked}");
         browser.picture("deliveries.png").await;
+        browser.evaluate("document.querySelector('#delivery-detail > button').click()").await;
+        browser.wait_for(&format!("{shown}.includes('Bearer hunter2')")).await;
         // Delivered again, and called off.
         browser.evaluate(&click(0, 1)).await;
         browser.wait_for(&says("Nothing is kept")).await;

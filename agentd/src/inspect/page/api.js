@@ -52,8 +52,8 @@ export const replay = (id, edits = {}) =>
   json(call("POST", `/api/requests/${id}/replay`, { type: "application/json", body: JSON.stringify(edits) }));
 
 /** Asks the edge about deliveries that it keeps; `question` as the schema DeliveryQuestion has it. */
-export const deliveries = (question) =>
-  json(call("POST", "/api/deliveries", { type: "application/json", body: JSON.stringify(question) }));
+export const deliveries = (question, reveal = false) =>
+  json(call("POST", "/api/deliveries", { query: { reveal }, type: "application/json", body: JSON.stringify(question) }));
 
 /** Forgets all captured requests. */
 export const clear = () => call("DELETE", "/api/requests");

@@ -2,6 +2,7 @@
 
 import { deliveries as ask } from "./api.js";
 import { fromBase64 } from "./body.js";
+import { fieldTable } from "./detail.js";
 import { byId, count, element, fullTime, longText, size, toast, visible } from "./dom.js";
 
 /** How much of a body is shown, in bytes. */
@@ -113,16 +114,17 @@ function textOf(body) {
   return new TextDecoder().decode(fromBase64(body?.base64 ?? "").subarray(0, SHOWN));
 }
 
-async function show(delivery) {
+async function show(delivery, reveal = false) {
   const place = byId("delivery-detail");
   try {
-    const answer = await ask({ op: "show", tunnel: delivery.tunnel, id: delivery.id, body_from: 0 });
+    const answer = await ask({ op: "show", tunnel: delivery.tunnel, id: delivery.id, body_from: 0 }, reveal);
+    const masked = answer.headers.some(([, value]) => value.masked);
     const text = textOf(answer.body);
     place.replaceChildren(
       element("h3", {}, visible(`${delivery.method} ${delivery.target}`.slice(0, 500))),
       element("p", { class: "quiet mono" }, delivery.id),
-      element("table", { class: "fields" }, answer.headers.map(([name, value]) => element("tr", {},
-        element("th", { scope: "row" }, visible(name)), longText("td", value)))),
+      masked || reveal ? element("button", { type: "button", class: "link", onclick: () => show(delivery, !reveal) }, reveal ? "Mask" : "Reveal") : "",
+      fieldTable(answer.headers),
       element("p", { class: "quiet" }, size(delivery.body_bytes) + (text.length === 0 && delivery.body_bytes > 0 ? ", not kept any more" : "")),
       text.length > 0 ? longText("pre", text, { class: "scroll" }, true) : "");
     place.hidden = false;

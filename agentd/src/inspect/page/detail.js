@@ -260,10 +260,10 @@ function signatureNote(signature) {
     : `The timestamp of this ${scheme} signature is ${duration(age * 1e6)} old, and its libraries accept ${allowed}: they will refuse a replay, although its bytes are the original's.`;
 }
 
-function fieldTable(fields) {
+export function fieldTable(fields) {
   const rows = fields.map(([name, value]) => {
     const shown = typeof value === "string" ? longText("td", value)
-      : value.masked ? element("td", {}, element("span", { class: "masked", title: "Masked: Reveal (v) shows it" }, "••••••••"), ` ${count(value.length)} B`)
+      : value.masked ? element("td", {}, element("span", { class: "masked", title: "Masked: Reveal shows it" }, "••••••••"), ` ${count(value.length)} B`)
         : element("td", {}, longText("span", valueText(value)), " ", element("span", { class: "tag" }, "not UTF-8"));
     return element("tr", {}, longText("th", name, { scope: "row" }), shown);
   });
