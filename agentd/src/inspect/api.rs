@@ -527,7 +527,7 @@ impl Inspector {
             [] => refuse(StatusCode::CONFLICT, "no tunnel is inspected"),
             _ => refuse(
                 StatusCode::CONFLICT,
-                "several tunnels are inspected: name one with tunnel=NAME",
+                "several tunnels are inspected: name one with --tunnel NAME (tunnel=NAME in a query)",
             ),
         }
     }

@@ -130,16 +130,24 @@ pub(crate) struct Export {
     reveal: bool,
 }
 
-// What to import.
+// What to read.
 #[derive(Debug, Args)]
-#[group(id = "from", required = true, multiple = false, args = ["har", "curl"])]
-pub(crate) struct Import {
+#[group(id = "from", required = true, multiple = false)]
+pub(crate) struct Source {
     /// A HAR file; - for standard input.
     #[arg(long, value_name = "FILE")]
     har: Option<PathBuf>,
     /// A file with a curl command line; - for standard input.
     #[arg(long, value_name = "FILE")]
     curl: Option<PathBuf>,
+}
+
+// What to import.
+#[derive(Debug, Args)]
+#[group(id = "imported")]
+pub(crate) struct Import {
+    #[command(flatten)]
+    from: Source,
     /// Whose upstream they are for. Default: the only tunnel that is inspected.
     #[arg(long, value_name = "NAME")]
     tunnel: Option<String>,
@@ -397,7 +405,7 @@ fn private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
 
 /// `agentd import`
 pub(crate) fn import(places: &[PathBuf], import: &Import) -> ExitCode {
-    let (file, kind) = match (&import.har, &import.curl) {
+    let (file, kind) = match (&import.from.har, &import.from.curl) {
         (Some(file), _) => (file, "application/json"),
         (None, Some(file)) => (file, "text/plain"),
         (None, None) => return ExitCode::from(super::exit::USAGE),

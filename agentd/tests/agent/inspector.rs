@@ -584,6 +584,11 @@ async fn the_terminal_lists_shows_follows_replays_and_exports() {
     assert_eq!(run(&stage, &["export", "--har", "-", "2"]).await.1.matches("\"startedDateTime\"").count(), 1);
     assert_eq!(run(&stage, &["export"]).await.0, 2);
     assert_eq!(run(&stage, &["import", "--har", &name]).await.1, "5\n6\n7\n8\n");
+    assert_eq!(run(&stage, &["import", "--har", &name, "--tunnel", "web"]).await.1, "9\n10\n11\n12\n");
+    let (code, _, error) = run(&stage, &["import", "--tunnel", "web"]).await;
+    assert!(code == 2 && error.contains("<--har <FILE>|--curl <FILE>>"), "{error}");
+    let (_, _, error) = run(&stage, &["import", "--har", &name, "--tunnel", "other"]).await;
+    assert!(error.contains("the tunnel other is gone"), "{error}");
     // An agent that is not there is named.
     let mut nobody = agentd();
     nobody.env("AGENTD_CONTROL_SOCKET", "none.sock").args(["requests"]);
