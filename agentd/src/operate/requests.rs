@@ -6,7 +6,10 @@ use std::{
     fmt::Write as _,
     fs::OpenOptions,
     io::{IsTerminal as _, Read as _, Write as _},
-    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    os::{
+        fd::AsFd as _,
+        unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    },
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -16,6 +19,7 @@ use clap::Args;
 use http::Method;
 use http_body_util::BodyExt as _;
 use serde::Serialize;
+use tokio::{io::Interest, net::unix::pipe::Sender};
 
 use super::ask::{Format, ask, complain, no_answer};
 use crate::{
@@ -194,11 +198,27 @@ pub(crate) fn list(
             let last = list.requests.first().map_or(0, |row| row.id);
             let known: Vec<u64> =
                 list.requests.iter().filter(|row| row.state == "ended").map(|row| row.id).collect();
-            events.print(format, |row| !(row.id <= last && known.contains(&row.id))).await?;
+            let is_news = |row: &Summary| !(row.id <= last && known.contains(&row.id));
+            tokio::select! {
+                ended = events.print(format, is_news) => ended?,
+                () = reader_leaves() => {}
+            }
         }
         Ok(())
     });
     finish(answer, format, |()| ExitCode::SUCCESS)
+}
+
+/// Waits until nobody reads standard output any more. A write would tell, but what is followed may not come for long.
+async fn reader_leaves() {
+    // A file cannot be waited for, and nobody leaves it. Nothing is written here, so it may block as it did.
+    if let Ok(out) = std::io::stdout().as_fd().try_clone_to_owned()
+        && let Ok(out) = Sender::from_owned_fd_unchecked(out)
+        && out.ready(Interest::ERROR).await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
 }
 
 /// The events of the agent at one of `places`.
@@ -216,7 +236,7 @@ async fn follow_events(places: &[PathBuf], wanted: &Wanted) -> Result<Events, As
 }
 
 impl Events {
-    /// Prints each request when it has ended, until the agent ends.
+    /// Prints each request when it has ended, until the agent ends or nobody reads any more.
     async fn print(&mut self, format: Format, is_news: impl Fn(&Summary) -> bool) -> Result<(), AskError> {
         while let Some(frame) = self.body.frame().await {
             let Ok(frame) = frame else { break };
@@ -232,9 +252,12 @@ impl Events {
                 };
                 let event: RequestEvent = read(data.as_bytes())?;
                 if let Some(row) = event.request.filter(|row| event.change == "ended" && is_news(row)) {
-                    match format {
-                        Format::Json => say(&json(&row)),
-                        Format::Text => say(&line(&row)),
+                    let printed = match format {
+                        Format::Json => print(&json(&row)),
+                        Format::Text => print(&line(&row)),
+                    };
+                    if printed.is_err() {
+                        return Ok(());
                     }
                 }
             }
@@ -437,8 +460,13 @@ pub(super) fn json<T: Serialize + ?Sized>(value: &T) -> String {
 
 /// Prints a line, or nothing where nobody reads any more.
 pub(super) fn say(line: &str) {
+    let _ = print(line);
+}
+
+/// Prints a line; an error where nobody reads any more.
+fn print(line: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout();
-    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    writeln!(out, "{line}").and_then(|()| out.flush())
 }
 
 /// A text without anything that a terminal takes for a command, or that turns letters around.

@@ -596,6 +596,35 @@ async fn the_terminal_lists_shows_follows_replays_and_exports() {
     assert_eq!(nobody.status.code(), Some(1));
 }
 
+#[tokio::test]
+async fn who_follows_ends_when_nobody_reads_any_more() {
+    use tokio::io::AsyncBufReadExt as _;
+    let mut stage = Inspected::start(&[]).await;
+    stage.pass(get("/first"), OK).await;
+    let follow = |stage: &Inspected| {
+        let mut follow = agentd();
+        follow.env("AGENTD_CONTROL_SOCKET", stage.socket()).args(["requests", "--follow"]);
+        follow
+    };
+    let mut to_pipe = follow(&stage).spawn().unwrap();
+    let mut pipe = tokio::io::BufReader::new(to_pipe.stdout.take().unwrap());
+    patiently("a line", pipe.read_line(&mut String::new())).await.unwrap();
+    drop(pipe);
+    let ended = patiently("the end of who follows", to_pipe.wait()).await.unwrap();
+    assert!(ended.success(), "{ended}");
+
+    // Of other readers the next line tells.
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let mut ours = tokio::io::BufReader::new(UnixStream::from_std(ours).unwrap());
+    let mut to_socket = follow(&stage).stdout(std::os::fd::OwnedFd::from(theirs)).spawn().unwrap();
+    patiently("a line", ours.read_line(&mut String::new())).await.unwrap();
+    drop(ours);
+    stage.pass(get("/second"), OK).await;
+    let ended = patiently("the end of who follows", to_socket.wait()).await.unwrap();
+    assert!(ended.success(), "{ended}");
+}
+
 /// Reads server-sent events as they come.
 struct Events {
     stream: TcpStream,
