@@ -17,7 +17,7 @@ use crate::stage::{
 
 /// An agent that is inspected, and how to ask it.
 pub(crate) struct Inspected {
-    _edge: Edge,
+    edge: Edge,
     pub(crate) line: Line,
     pub(crate) upstream: Upstream,
     pub(crate) agent: Agent,
@@ -101,7 +101,7 @@ impl Inspected {
     ) -> Self {
         let line = edge.welcome_with(manners).await;
         let mut inspected =
-            Self { _edge: edge, line, upstream, agent, folder, address: String::new(), token: String::new() };
+            Self { edge, line, upstream, agent, folder, address: String::new(), token: String::new() };
         let url = inspected.status().await["inspector"].as_str().unwrap_or_default().to_owned();
         if let Some(address) = url.strip_prefix("http://") {
             inspected.address = address.to_owned();
@@ -110,6 +110,16 @@ impl Inspected {
             inspected.token = rest.split_once('"').unwrap().0.to_owned();
         }
         inspected
+    }
+
+    /// Kills the daemon, and starts it anew with its inspector where it was.
+    pub(crate) async fn restart(&mut self) {
+        self.agent.child.kill().await.unwrap();
+        let config = self.folder.path().join("agentd.toml");
+        let text = std::fs::read_to_string(&config).unwrap().replace("127.0.0.1:0", &self.address);
+        private_file(self.folder.path(), "agentd.toml", &text).unwrap();
+        self.agent = Agent::run(&config);
+        self.line = self.edge.welcome_with(Manners::default()).await;
     }
 
     pub(crate) fn socket(&self) -> std::path::PathBuf {
@@ -849,7 +859,7 @@ async fn answer_sizes(upstream: Upstream) {
 
 #[tokio::test]
 async fn ten_thousand_exchanges_stay_within_the_memory() {
-    let Inspected { mut line, upstream, agent, folder, _edge, .. } = Inspected::start(&[]).await;
+    let Inspected { mut line, upstream, agent, folder, edge: _edge, .. } = Inspected::start(&[]).await;
     let upstream = tokio::spawn(answer_sizes(upstream));
     let body = noise(64 * 1024);
     let mut under_way = std::collections::VecDeque::new();

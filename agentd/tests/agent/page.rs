@@ -193,6 +193,34 @@ async fn the_rows_of_several_tunnels_are_as_wide_as_the_list() {
     browser.close().await;
 }
 
+#[tokio::test]
+async fn what_was_revealed_is_forgotten_with_the_process_that_had_it() {
+    let Some(mut browser) = Chromium::start().await else { return };
+    let mut stage = Inspected::daemon("inspect = true").await;
+    let secret = |target, cookie| with_header(posted(target, b"{}"), "cookie", cookie);
+    stage.pass(secret("/first", b"sid=FIRST"), JSON).await;
+    browser.open(&format!("http://{}/", stage.address)).await;
+    browser.wait_for("document.querySelectorAll('#space .row').length === 1").await;
+    browser.press("j").await;
+    browser.wait_for("document.querySelector('#detail h2')?.textContent === 'POST /first'").await;
+    browser.press("v").await;
+    browser.wait_for("document.querySelector('#detail').innerText.includes('sid=FIRST')").await;
+    // Another process has another request under the same number.
+    stage.restart().await;
+    stage.pass(secret("/second", b"sid=SECOND"), JSON).await;
+    browser.wait_for("document.querySelector('#space .row .target')?.textContent === '/second'").await;
+    browser.wait_for("document.querySelector('#detail h2') === null").await;
+    browser.press("j").await;
+    browser.wait_for("document.querySelector('#detail h2')?.textContent === 'POST /second'").await;
+    let shown = browser.evaluate("document.querySelector('#detail').innerText").await;
+    let shown = shown.as_str().unwrap();
+    assert!(shown.contains("cookie") && !shown.contains("SECOND"), "{shown}");
+    // The token of the new process is known.
+    browser.press("v").await;
+    browser.wait_for("document.querySelector('#detail').innerText.includes('sid=SECOND')").await;
+    browser.close().await;
+}
+
 /// An edge that keeps deliveries, and what it was asked to do with them.
 #[derive(Default)]
 pub(crate) struct Shelf {

@@ -68,12 +68,14 @@ export function events(query) {
   return new EventSource(`/api/events?${parameters}`);
 }
 
-/** Fetches the token again: that of a process that was started anew is another. */
+/** Fetches the token again; whether it is another, as that of a process that was started anew is. */
 export async function renewToken() {
+  const old = token;
   try {
     const text = await (await fetch("/", { cache: "no-store" })).text();
     token = /<meta name="token" content="([\w-]+)">/.exec(text)?.[1] ?? token;
   } catch {
     // It does not answer yet.
   }
+  return token !== old;
 }

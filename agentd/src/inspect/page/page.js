@@ -36,6 +36,7 @@ let source = null; // of the list
 let watched = null; // of the request that is open
 let loading = false;
 let unseen = 0;
+let away = false; // what happened was not heard for a while
 let query = {};
 
 // ── The list ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -53,13 +54,13 @@ function connect() {
   source?.close();
   query = filters();
   const mine = source = api.events(query);
-  let opened = false;
   mine.addEventListener("open", async () => {
-    if (opened) await api.renewToken(); // it was away, and may be another process
-    opened = true;
+    if (away && await api.renewToken()) forget(); // another process, with other requests under the same numbers
+    away = false;
     if (mine === source) await reload();
   });
   mine.addEventListener("error", () => {
+    away = true;
     if (mine !== source) return;
     live(false);
     // A refusal ends the stream for good: most often a filter that is not understood, and then the list says why.
@@ -67,13 +68,20 @@ function connect() {
   });
   mine.addEventListener("request", (event) => heard(JSON.parse(event.data)));
   mine.addEventListener("cleared", () => {
-    list.reset([], false);
-    list.chooseNone();
-    closeDetail();
+    forget();
     showEmpty();
     showState();
   });
   mine.addEventListener("lagged", reload);
+}
+
+/** Lets go of everything that a number of a request stands for. */
+function forget() {
+  list.reset([], false);
+  list.current = null;
+  list.chooseNone();
+  closeDetail();
+  byId("edit").close();
 }
 
 function live(is) {
