@@ -3,10 +3,10 @@
 //!
 //! | row | `pk` | `sk` | other attributes |
 //! |---|---|---|---|
-//! | delivery | `t#` + the tunnel | its id | `owner` `state` `received_ms` `attempt` `head` `body_bytes` `body` `pieces` `policy` `order_key` `run` `last` |
+//! | delivery | `t#` + the tunnel | its id | `owner` `state` `received_ms` `attempt` `head` `body_bytes` `body` `pieces` `policy` `order_key` `place` `run` `last` |
 //! | piece | `b#` + the id | `0001`… | `bytes` |
 //! | parked | `p#` + the tunnel | the id | `token`, `run`: written by the machine's `AwaitAgent` |
-//! | turn | `o#` + the tunnel + `#` + a hash | the id | `token`: one for each unfinished delivery of a key; the oldest has its turn |
+//! | turn | `o#` + the tunnel + `#` + a hash | the place: its id, or a later name where it was begun anew | `id` in that case, `token`: one for each unfinished delivery of a key; the oldest has its turn |
 //! | repetition | `u#` + the tunnel + `#` + a hash | `#` | `id` |
 //! | waiting | `#waiting` | the tunnel | tunnels that may have parked rows |
 //!
@@ -145,6 +145,9 @@ pub struct Kept {
     pub policy: DeliveryPolicy,
     /// What it is ordered by, as a hash.
     pub order_key: Option<String>,
+    /// Its place among those of its key since it was begun anew, which sorts as the id that one accepted then would have.
+    /// Before that its place is its own id.
+    pub place: Option<DeliveryId>,
     /// The name of its run.
     pub run: String,
     /// What became of the last attempt.
@@ -236,6 +239,43 @@ pub struct Backlog {
     pub oldest_ms: Option<u64>,
 }
 
+/// One of those that have, or wait for, the turn of a key.
+#[derive(Debug)]
+struct Turn {
+    /// Where it stands: the first has the turn.
+    place: DeliveryId,
+    /// Which delivery it is.
+    id: DeliveryId,
+    /// What its run waits with, if it does.
+    token: Option<String>,
+}
+
+impl Turn {
+    fn read(row: &Row) -> Option<Self> {
+        let part = |name: &str| row.get(name).and_then(|value| value.as_s().ok());
+        let place: DeliveryId = name_of(row)?;
+        let id = part("id").map_or_else(|| Some(place.clone()), |id| id.parse().ok())?;
+        Some(Self { place, id, token: part("token").cloned() })
+    }
+}
+
+impl Kept {
+    /// Its place among those of its key.
+    fn place(&self) -> &DeliveryId {
+        self.place.as_ref().unwrap_or(&self.id)
+    }
+
+    /// Its row among those of its key; nothing where it has none.
+    fn turn_row(&self) -> Option<Row> {
+        let pk = turn_key(&self.tunnel, self.order_key.as_ref()?);
+        let mut row = item(&pk, self.place().as_str(), self.expires_at);
+        if self.place.is_some() {
+            row.insert("id".into(), text(self.id.as_str()));
+        }
+        Some(row)
+    }
+}
+
 /// The table of deliveries and their runs.
 #[derive(Debug, Clone)]
 pub struct Deliveries {
@@ -284,7 +324,7 @@ impl Deliveries {
         let repetition =
             policy.dedupe_key(&offer.head.headers).map(|key| repetition_key(offer.tunnel, &hash(key)));
         if let Some(pk) = &repetition
-            && let Some(before) = self.repeats(offer.tunnel, pk, &id, expires_at, now_ms).await?
+            && let Some(before) = self.repeats(offer, pk, &id, expires_at, now_ms).await?
         {
             return Ok(before);
         }
@@ -305,6 +345,7 @@ impl Deliveries {
             pieces: u32::try_from(pieces).unwrap_or(u32::MAX),
             policy: policy.clone(),
             order_key,
+            place: None,
             last: None,
             buried: None,
             refused_since_ms: None,
@@ -322,8 +363,10 @@ impl Deliveries {
     /// Writes everything of a delivery, its row last.
     async fn store(&self, kept: &Kept, body: &[u8]) -> Result<(), Error> {
         let turn = async {
-            let Some(key) = &kept.order_key else { return Ok(()) };
-            self.put(item(&turn_key(&kept.tunnel, key), kept.id.as_str(), kept.expires_at)).await
+            match kept.turn_row() {
+                Some(row) => self.put(row).await,
+                None => Ok(()),
+            }
         };
         let noted = self.note_waiting(&kept.tunnel, kept.expires_at);
         tokio::try_join!(self.keep_body(kept, body), turn, noted)?;
@@ -345,15 +388,17 @@ impl Deliveries {
         self.put_if(row, "attribute_not_exists(pk) OR attribute_not_exists(received_ms)", []).await
     }
 
-    /// What was accepted under the same key; nothing where this is the first, or where the first was cut off.
+    /// What its owner was accepted under the same key; nothing where this is the first, or where the first was cut off or is
+    /// a former owner's of the tunnel.
     async fn repeats(
         &self,
-        tunnel: &TunnelName,
+        offer: &Offer<'_>,
         pk: &str,
         id: &DeliveryId,
         expires_at: u64,
         now_ms: u64,
     ) -> Result<Option<Accepted>, Error> {
+        let Offer { tunnel, terms, .. } = *offer;
         let mut row = item(pk, "#", expires_at);
         row.insert("id".into(), text(id.as_str()));
         let now_s = (":now".to_owned(), number(now_ms / 1000));
@@ -368,14 +413,22 @@ impl Deliveries {
             // An earlier try of this call has written it.
             return Ok(None);
         }
-        if let Some(kept) = self.find(tunnel, &before).await? {
-            if !kept.state.is_final() && self.run_of(&kept.run).await? == Run::Lacking {
-                self.start(&kept).await?;
+        match self.find(tunnel, &before).await? {
+            // Nobody who is not its owner learns that there is one.
+            Some(kept) if kept.owner != terms.owner => {}
+            Some(kept) => {
+                if !kept.state.is_final() && self.run_of(&kept.run).await? == Run::Lacking {
+                    self.start(&kept).await?;
+                }
+                return Ok(Some(Accepted::Before(before)));
             }
-            return Ok(Some(Accepted::Before(before)));
-        }
-        if now_ms < before.received_ms() + ACCEPTED_WITHIN_MS || !self.cut_off(tunnel, &before).await? {
-            return Ok(Some(Accepted::Unclear));
+            None => {
+                if now_ms < before.received_ms() + ACCEPTED_WITHIN_MS
+                    || !self.cut_off(tunnel, &before).await?
+                {
+                    return Ok(Some(Accepted::Unclear));
+                }
+            }
         }
         let same = (":before".to_owned(), text(before.as_str()));
         Ok(if self.put_if(row, "id = :before", [same]).await? { None } else { Some(Accepted::Unclear) })
@@ -407,7 +460,11 @@ impl Deliveries {
         let is_first = kept.run == kept.id.as_str();
         let begins_ms = if is_first { kept.received_ms } else { kept.received_ms.max(unix_now_ms()) };
         let deadline_ms = begins_ms + kept.policy.max_age_s * 1000;
-        let (attempt, turn) = if is_first { (kept.attempt, kept.order_key.is_none()) } else { (0, true) };
+        let attempt = if is_first { kept.attempt } else { 0 };
+        let turn = kept.order_key.is_none();
+        if !is_first {
+            self.line_up(kept).await?;
+        }
         let input = json!({
             "delivery": kept.id, "tunnel": kept.tunnel, "timeout_s": kept.policy.timeout_s,
             "deadline_ms": deadline_ms.min(kept.expires_at * 1000),
@@ -420,6 +477,15 @@ impl Deliveries {
             Err(error) if is_code(&error, "ExecutionAlreadyExists") => Ok(()),
             Err(error) => Err(classify("StartExecution", error)),
         }
+    }
+
+    /// Has a delivery that was begun anew stand in its place among those of its key. It may be repeated.
+    async fn line_up(&self, kept: &Kept) -> Result<(), Error> {
+        if let Some(row) = kept.turn_row() {
+            // One that is there may have the token of its run.
+            self.put_if(row, "attribute_not_exists(pk)", []).await?;
+        }
+        Ok(())
     }
 
     fn arn_of(&self, run: &str) -> String {
@@ -455,19 +521,24 @@ impl Deliveries {
         if kept.body_bytes > 0 && kept.state != State::Dead {
             return Ok(false);
         }
-        let run = format!("{}-{}", kept.id, &new_id(unix_now_ms()).as_str()[24..]);
+        // After those of its key that are there: the turn of one that is under way is not taken from it.
+        let place = new_id(unix_now_ms());
+        let run = format!("{}-{}", kept.id, &place.as_str()[24..]);
         let begun = self
             .change(&kept.tunnel, &kept.id)
-            .update_expression("SET #state = :waiting, run = :run REMOVE buried, refused_since")
+            .update_expression(
+                "SET #state = :waiting, run = :run, place = :place REMOVE buried, refused_since",
+            )
             .condition_expression("#state = :ended")
             .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
+            .expression_attribute_values(":place", text(place.as_str()))
             .expression_attribute_values(":ended", text(kept.state.as_str()))
             .expression_attribute_values(":run", text(&run));
         if !holds(begun).await? {
             return Ok(false);
         }
         self.note_waiting(&kept.tunnel, kept.expires_at).await?;
-        self.start(&Kept { run, ..kept.clone() }).await?;
+        self.start(&Kept { run, place: Some(place), ..kept.clone() }).await?;
         Ok(true)
     }
 
@@ -609,25 +680,31 @@ impl Deliveries {
         }
         if let Some(order_key) = &kept.order_key {
             let pk = turn_key(&kept.tunnel, order_key);
-            self.delete(&pk, kept.id.as_str()).await?;
+            self.delete(&pk, kept.place().as_str()).await?;
             Box::pin(self.pass_turn(&kept.tunnel, &pk)).await?;
         }
         Ok(())
     }
 
-    /// Makes a dead delivery wait once more, for a run that was redriven.
+    /// Makes a dead delivery wait once more, for a run that was redriven: after those of its key that are there.
     ///
     /// # Errors
     ///
     /// [`Error`].
     pub async fn revive(&self, kept: &Kept) -> Result<bool, Error> {
+        let place = new_id(unix_now_ms());
         let request = self
             .change(&kept.tunnel, &kept.id)
-            .update_expression("SET #state = :waiting")
+            .update_expression("SET #state = :waiting, place = :place")
             .condition_expression("#state = :dead")
             .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
+            .expression_attribute_values(":place", text(place.as_str()))
             .expression_attribute_values(":dead", text(State::Dead.as_str()));
-        holds(request).await
+        if !holds(request).await? {
+            return Ok(false);
+        }
+        self.line_up(&Kept { place: Some(place), ..kept.clone() }).await?;
+        Ok(true)
     }
 
     /// Whether no delivery of the same key came before. Where one did, [`Deliveries::await_turn`] finds out whether it goes on.
@@ -639,7 +716,7 @@ impl Deliveries {
         let Some(order_key) = &kept.order_key else { return Ok(true) };
         let rows = self.oldest(&turn_key(&kept.tunnel, order_key), 1).await?;
         let first = rows.first().and_then(|row| row.get("sk")?.as_s().ok());
-        Ok(first.is_none_or(|first| first.as_str() >= kept.id.as_str()))
+        Ok(first.is_none_or(|first| first.as_str() >= kept.place().as_str()))
     }
 
     /// Has a run wait for its turn. It is answered at once where it has it.
@@ -648,22 +725,21 @@ impl Deliveries {
     ///
     /// [`Error`]; [`TURN_UNCLEAR`] where it is not known whether the one before it will ever be delivered.
     pub async fn await_turn(&self, kept: &Kept, token: &TaskToken) -> Result<(), Error> {
-        let Some(order_key) = &kept.order_key else {
+        let (Some(order_key), Some(mut row)) = (&kept.order_key, kept.turn_row()) else {
             return self.succeed(token.as_str(), "{}").await.map(drop);
         };
         let pk = turn_key(&kept.tunnel, order_key);
-        let mut row = item(&pk, kept.id.as_str(), kept.expires_at);
         row.insert("token".into(), text(token.as_str()));
         self.put(row).await?;
         // Whoever ends before this is read leaves the first place to this one, whoever ends later finds the token.
-        while let Some((first, _)) = self.turns(&pk, 1).await?.pop() {
-            if first >= kept.id {
+        while let Some(first) = self.turns(&pk, 1).await?.pop() {
+            if first.place >= *kept.place() {
                 break;
             }
-            match self.before(&kept.tunnel, &first).await? {
+            match self.before(&kept.tunnel, &first, Some(&kept.owner)).await? {
                 Before::GoesOn => return Ok(()),
                 Before::Unclear => return Err(Error::Named { name: TURN_UNCLEAR }),
-                Before::Ended => self.delete(&pk, first.as_str()).await?,
+                Before::Ended => self.delete(&pk, first.place.as_str()).await?,
             }
         }
         self.succeed(token.as_str(), "{}").await.map(drop)
@@ -674,44 +750,44 @@ impl Deliveries {
     async fn pass_turn(&self, tunnel: &TunnelName, pk: &str) -> Result<(), Error> {
         loop {
             let turns = self.turns(pk, SPARE).await?;
-            let Some((first, token)) = turns.first() else { return Ok(()) };
-            if let Some(token) = token
+            let Some(first) = turns.first() else { return Ok(()) };
+            if let Some(token) = &first.token
                 && self.succeed(token, "{}").await? == Answered::Taken
             {
                 return Ok(());
             }
-            match self.before(tunnel, first).await? {
+            match self.before(tunnel, first, None).await? {
                 Before::GoesOn => return Ok(()),
                 Before::Unclear => {
-                    for token in turns.iter().filter_map(|(_, token)| token.as_deref()) {
+                    for token in turns.iter().filter_map(|turn| turn.token.as_deref()) {
                         if self.fail(token, TURN_UNCLEAR).await? == Answered::Taken {
                             break;
                         }
                     }
                     return Ok(());
                 }
-                Before::Ended => self.delete(pk, first.as_str()).await?,
+                Before::Ended => self.delete(pk, first.place.as_str()).await?,
             }
         }
     }
 
-    /// What there is to be expected of one that has its turn before others.
-    async fn before(&self, tunnel: &TunnelName, id: &DeliveryId) -> Result<Before, Error> {
+    /// What there is to be expected of one that has its turn before others. Whose delivery waits for it may be said: then one
+    /// of another owner is as good as ended, because the tunnel has passed on and it is delivered no more.
+    async fn before(&self, tunnel: &TunnelName, turn: &Turn, owner: Option<&Owner>) -> Result<Before, Error> {
+        let id = &turn.id;
         match self.find(tunnel, id).await? {
+            // It was begun anew since, and stands elsewhere.
+            Some(kept) if *kept.place() != turn.place => Ok(Before::Ended),
+            Some(kept) if owner.is_some_and(|owner| *owner != kept.owner) => Ok(Before::Ended),
             Some(kept) => Ok(if self.carry_on(&kept).await? { Before::GoesOn } else { Before::Ended }),
             None if unix_now_ms() < id.received_ms() + ACCEPTED_WITHIN_MS => Ok(Before::Unclear),
             None => Ok(if self.cut_off(tunnel, id).await? { Before::Ended } else { Before::Unclear }),
         }
     }
 
-    /// The oldest of a key, each with the token of its run if that waits for its turn.
-    async fn turns(&self, pk: &str, most: usize) -> Result<Vec<(DeliveryId, Option<String>)>, Error> {
-        let rows = self.oldest(pk, most).await?;
-        let turn = |row: &Row| {
-            let id = name_of(row)?;
-            Some((id, row.get("token").and_then(|token| token.as_s().ok()).cloned()))
-        };
-        Ok(rows.iter().filter_map(turn).collect())
+    /// The first of a key.
+    async fn turns(&self, pk: &str, most: usize) -> Result<Vec<Turn>, Error> {
+        Ok(self.oldest(pk, most).await?.iter().filter_map(Turn::read).collect())
     }
 
     /// Lets parked runs of a tunnel go on, the oldest first, one for each lane. Gives how many there were.
@@ -833,8 +909,15 @@ impl Deliveries {
         let Some(queue) = &self.redeliveries else { return Ok(0) };
         let received = self.queues.receive_message().queue_url(queue).max_number_of_messages(10).send().await;
         let received = received.map_err(|error| classify("ReceiveMessage", error))?;
-        for message in received.messages() {
-            match serde_json::from_str::<letters::Pointer>(message.body().unwrap_or_default()) {
+        let read = |message| (letters::Pointer::read(message), message);
+        let mut messages: Vec<_> = received.messages().iter().map(read).collect();
+        // The queue gives them in any order; of a key the oldest is begun first.
+        messages.sort_by(|(one, _), (other, _)| {
+            let id = |read: &Result<letters::Pointer, _>| read.as_ref().ok().map(|it| it.delivery.clone());
+            id(one).cmp(&id(other))
+        });
+        for (pointer, message) in messages {
+            match pointer {
                 Ok(pointer) => {
                     let restarted = match self.find(&pointer.tunnel, &pointer.delivery).await? {
                         // It may have been delivered since, in another way.
@@ -864,7 +947,7 @@ impl Deliveries {
             if_held("DeleteItem", own.send().await)?;
         }
         if let Some(key) = &kept.order_key {
-            self.delete(&turn_key(&kept.tunnel, key), kept.id.as_str()).await?;
+            self.delete(&turn_key(&kept.tunnel, key), kept.place().as_str()).await?;
         }
         self.drop_body(kept).await
     }
@@ -1044,6 +1127,9 @@ fn row_of(kept: &Kept) -> Row {
     if let Some(key) = &kept.order_key {
         row.insert("order_key".into(), text(key));
     }
+    if let Some(place) = &kept.place {
+        row.insert("place".into(), text(place.as_str()));
+    }
     row
 }
 
@@ -1066,6 +1152,7 @@ fn read_row(row: &Row) -> Option<Kept> {
         pieces: u32::try_from(whole("pieces")?).ok()?,
         policy: serde_json::from_str(string("policy")?).ok()?,
         order_key: string("order_key").cloned(),
+        place: string("place").and_then(|place| place.parse().ok()),
         run: string("run")?.clone(),
         last: string("last").and_then(|last| serde_json::from_str(last).ok()),
         buried: whole("buried"),
@@ -1104,6 +1191,7 @@ mod tests {
             pieces: 3,
             policy: DeliveryPolicy::new(Mode::Durable),
             order_key: Some(hash(b"key")),
+            place: Some(new_id(1_790_000_001_000)),
             run: "run".into(),
             last: None,
             buried: None,
@@ -1124,6 +1212,21 @@ mod tests {
         assert_eq!(lengths(in_row), [0; 0]);
         assert_eq!(lengths(in_row + 1), [in_row + 1]);
         assert_eq!(lengths(piece + 1), [piece, 1]);
+    }
+
+    #[test]
+    fn a_turn_says_which_delivery_stands_where() {
+        let (id, later) = (new_id(1), new_id(2));
+        let mut row = item("o#web#key", id.as_str(), 9);
+        let turn = Turn::read(&row).unwrap();
+        assert_eq!((turn.place, turn.id, turn.token), (id.clone(), id.clone(), None));
+        row.insert("sk".into(), text(later.as_str()));
+        row.insert("id".into(), text(id.as_str()));
+        row.insert("token".into(), text("t"));
+        let turn = Turn::read(&row).unwrap();
+        assert_eq!((turn.place, turn.id, turn.token), (later, id, Some("t".to_owned())));
+        row.insert("id".into(), text("x"));
+        assert!(Turn::read(&row).is_none());
     }
 
     #[test]

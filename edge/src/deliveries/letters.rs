@@ -1,5 +1,6 @@
 //! Pointers to what was given up, in the queue of dead letters: they go once it is dead no more.
 
+use aws_sdk_sqs::types::Message;
 use proto::{
     delivery::State,
     id::{DeliveryId, TunnelName},
@@ -19,6 +20,17 @@ pub(super) struct Pointer {
     pub(super) tunnel: TunnelName,
 }
 
+impl Pointer {
+    /// What a message points to.
+    ///
+    /// # Errors
+    ///
+    /// What makes it no pointer.
+    pub(super) fn read(message: &Message) -> Result<Self, serde_json::Error> {
+        serde_json::from_str(message.body().unwrap_or_default())
+    }
+}
+
 impl Deliveries {
     /// Looks at ten dead letters at most and deletes those of deliveries that have been delivered or called off since; gives
     /// how many it looked at.
@@ -33,9 +45,7 @@ impl Deliveries {
         let received = received.map_err(|error| classify("ReceiveMessage", error))?;
         for message in received.messages() {
             // What is no pointer is for operators to look at.
-            let Ok(pointer) = serde_json::from_str::<Pointer>(message.body().unwrap_or_default()) else {
-                continue;
-            };
+            let Ok(pointer) = Pointer::read(message) else { continue };
             let kept = self.find(&pointer.tunnel, &pointer.delivery).await?;
             if !kept.is_some_and(|kept| matches!(kept.state, State::Delivered | State::Cancelled)) {
                 continue;

@@ -101,7 +101,7 @@ impl Deliveries {
         let (mut asked, mut ended) = (0, 0);
         for kept in open.into_iter().filter(|kept| !parked.contains(&kept.id)) {
             if let Some(key) = &kept.order_key
-                && let Some(turn) = self.get(&turn_key(tunnel, key), kept.id.as_str()).await?
+                && let Some(turn) = self.get(&turn_key(tunnel, key), kept.place().as_str()).await?
                 && turn.contains_key("token")
             {
                 continue;
@@ -186,6 +186,7 @@ mod tests {
             pieces: 0,
             policy: DeliveryPolicy::new(Mode::Durable),
             order_key: None,
+            place: None,
             last: None,
             buried: None,
             refused_since_ms: None,

@@ -261,11 +261,12 @@ async fn begin(
     }
     let unready = |error: Error| unready(&error);
     let over = Error::Named { name: OVER };
-    if !turn {
+    // A run that was redriven had its turn, and has passed it on when its delivery died.
+    if !turn || redrives > 0 {
         let Some(kept) = deliver.deliveries.find(tunnel, delivery).await.map_err(unready)? else {
             return Err(over);
         };
-        if !deliver.deliveries.has_turn(&kept).await.map_err(unready)? {
+        if !kept.state.is_final() && !deliver.deliveries.has_turn(&kept).await.map_err(unready)? {
             return Err(Error::Named { name: NOT_ITS_TURN });
         }
     }
@@ -285,6 +286,10 @@ async fn begin(
         // It died when its run was stopped, and the run was redriven since.
         if !is_redriven(&kept, redrives) || !revive(store, &kept).await? {
             return Ok(Err(OVER));
+        }
+        let Some(kept) = store.find(tunnel, delivery).await? else { return Ok(Err(OVER)) };
+        if !store.has_turn(&kept).await? {
+            return Ok(Err(NOT_ITS_TURN));
         }
         Ok(store.begin(tunnel, delivery, &owner).await?.ok_or(OVER))
     };
