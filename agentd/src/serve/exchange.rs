@@ -255,7 +255,9 @@ async fn answer(
     let began = Instant::now();
     let tunnel = tunnel.ok_or(fail(ErrorCode::NoSuchTunnel))?;
     line.counted_by(tunnel.metrics());
-    let head_due = began + min(tunnel.request_timeout, job.timeout);
+    // Nobody waits for the answer to a delivery, and its own settings say how long it may take.
+    let head_due =
+        began + if job.delivery.is_some() { job.timeout } else { min(tunnel.request_timeout, job.timeout) };
     let begin = |job: &Job, elsewhere: Option<String>| {
         let kind = if job.upgrade.is_some() { Kind::Websocket } else { Kind::Http };
         tunnel.lens().map(|lens| {
@@ -331,7 +333,9 @@ async fn answer(
         capture.tap().request(headers.iter(), job.body.at_hand());
     }
 
-    tunnel.waited_for(job.timeout);
+    if job.delivery.is_none() {
+        tunnel.waited_for(job.timeout);
+    }
     let streamed = match &job.body {
         JobBody::Announced(body, progress) if body.is_streamed() => Some(progress.clone()),
         JobBody::Announced(..) | JobBody::Whole(_) => None,
