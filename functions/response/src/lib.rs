@@ -213,10 +213,15 @@ fn word(text: &str, now: u64) -> Word {
 
 /// `Retry-After` in seconds: a number of them, or a date (RFC 9110 §10.2.3).
 fn seconds(text: &str, now: u64) -> u64 {
-    if let Ok(seconds) = text.trim().parse() {
+    let text = text.trim();
+    if let Ok(seconds) = text.parse() {
         return seconds;
     }
-    let date = httpdate::parse_http_date(text.trim()).ok();
+    // More than can be counted is the longest, not none.
+    if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        return u64::MAX;
+    }
+    let date = httpdate::parse_http_date(text).ok();
     let date = date.and_then(|date| date.duration_since(std::time::UNIX_EPOCH).ok());
     date.map_or(0, |date| date.as_secs().saturating_sub(now))
 }
@@ -324,6 +329,8 @@ mod tests {
             (r#"["retry-after","Thu, 01 Jan 1970 00:01:40 GMT"]"#, 90),
             (r#"["retry-after","Thu, 01 Jan 1970 00:00:01 GMT"]"#, 0),
             (r#"["retry-after","soon"]"#, 0),
+            (r#"["retry-after","999999999999999999999999999999"]"#, u64::MAX),
+            (r#"["retry-after",""]"#, 0),
         ] {
             assert_eq!(word(&reply(fields), 10), Word::Answered { status: 503, retry_after_s }, "{fields}");
         }
