@@ -16,7 +16,7 @@ use std::{
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use proto::{
-    delivery::{self, Ask, DeliveriesAsk, DeliveryPolicy, Holds, Mode},
+    delivery::{self, Ask, DeliveriesAsk, DeliveryPolicy, Field, Holds, Mode, OrderBy},
     id::TunnelName,
     limits,
     message::{AgentMessage, EdgeMessage, Failed, Hello, Progress, Reply, VERSION},
@@ -654,7 +654,16 @@ async fn a_delivery_is_looked_after_from_the_command_line() {
     let (code, piped) = agent.ask(&["delivery", "show", &given_up, "--tunnel", "hooks", "--body"]);
     assert_eq!((code, piped.trim_end()), (Some(0), "x"));
     let (code, lines) = agent.ask(&["delivery", "list", "--limit", "1"]);
-    assert!(code == Some(0) && lines.trim_end().lines().count() == 1 && lines.contains(&given_up), "{lines}");
+    let (note, lines): (Vec<_>, Vec<_>) =
+        lines.trim_end().lines().partition(|line| line.contains("there are more than 1"));
+    assert!(code == Some(0) && lines.len() == 1 && lines[0].contains(&given_up), "{lines:?}");
+    assert_eq!(note.len(), 1, "{note:?}");
+    // Things are kept for days: the date is there.
+    let shown = asked(&agent, &["show", &given_up]);
+    let received = proto::calendar::rfc3339(shown["received_ms"].as_u64().unwrap());
+    assert!(lines[0].contains(&received), "{lines:?}");
+    let (_, lines) = agent.ask(&["delivery", "list", "--limit", "2"]);
+    assert_eq!(lines.trim_end().lines().count(), 2, "{lines}");
     // What came earlier than is asked for.
     let mut old = rows(&local, "t#hooks").await.remove(0);
     let received = (unix_now() - 7_200) * 1000;
@@ -686,6 +695,7 @@ async fn a_delivery_is_looked_after_from_the_command_line() {
     for others in [&["pause", "foreign"][..], &["resume", "foreign"], &["list", "--tunnel", "foreign"]] {
         let (code, printed) = agent.ask(&[&["delivery"], others].concat());
         assert_eq!(code, Some(1), "{others:?}: {printed}");
+        assert!(printed.contains("no such tunnel"), "{others:?}: {printed}");
     }
     // What waits is not retried, what has ended not cancelled, what is not there not found.
     let (code, printed) = agent.ask(&["delivery", "retry", &held]);
@@ -714,6 +724,7 @@ async fn a_delivery_is_looked_after_from_the_command_line() {
     // Without an edge to ask there is a code of its own.
     drop(local);
     eventually("the link is gone", async || agent.ask(&["delivery", "list"]).0 == Some(69)).await;
+    assert_eq!(agent.ask(&["delivery", "drain", "--wait", "1s"]).0, Some(69));
     leave(&mut agent);
 }
 
@@ -943,7 +954,13 @@ async fn nobody_else_learns_of_a_delivery_or_answers_it() {
                 Ask::Show { tunnel: hooks.clone(), id: id.clone(), body_from: Some(0) },
                 Ask::Retry { tunnel: hooks.clone(), id: id.clone() },
                 Ask::Cancel { tunnel: hooks.clone(), id: id.clone() },
-                Ask::List { tunnel: Some(hooks.clone()), state: None, since_ms: None, cursor: None },
+                Ask::List {
+                    tunnel: Some(hooks.clone()),
+                    state: None,
+                    open: false,
+                    since_ms: None,
+                    cursor: None,
+                },
                 Ask::RetryDead { tunnel: hooks.clone(), cursor: None },
                 Ask::Pause { tunnel: hooks.clone() },
                 Ask::Resume { tunnel: hooks.clone() },
@@ -954,8 +971,11 @@ async fn nobody_else_learns_of_a_delivery_or_answers_it() {
                 assert_eq!(answer, nothing, "{question:?}");
             }
         }
-        let all =
-            ask(&mut other, Ask::List { tunnel: None, state: None, since_ms: None, cursor: None }).await;
+        let all = ask(
+            &mut other,
+            Ask::List { tunnel: None, state: None, open: false, since_ms: None, cursor: None },
+        )
+        .await;
         assert!(matches!(all, delivery::Answer::Deliveries { list, .. } if list.is_empty()));
         // Its task token is known, and of no use: Carol's connection may not serve the tunnel, and Bob's is not its owner's.
         other.say(reply(&call.token)).await;
@@ -1016,17 +1036,7 @@ async fn nobody_else_learns_of_a_delivery_or_answers_it() {
     drop(before);
     let hers = accepted(&post(&local, "spot", "/hers", b"hers").await);
     eventually("it has parked", async || rows(&local, "p#spot").await.len() == 1).await;
-    let query = serde_json::json!({
-        "TableName": "connections", "KeyConditionExpression": "tunnel = :t",
-        "ExpressionAttributeValues": {":t": {"S": "spot"}},
-    });
-    let name_rows =
-        async || local.dynamodb("Query", query.clone()).await["Items"].as_array().unwrap().clone();
-    eventually("her connection has gone", async || name_rows().await.len() == 1).await;
-    let mut name_row = name_rows().await.remove(0);
-    assert_eq!(name_row["owner"]["S"], "erin");
-    name_row["expires_at"]["N"] = (unix_now() - 1).to_string().into();
-    local.dynamodb("PutItem", serde_json::json!({"TableName": "connections", "Item": name_row})).await;
+    let_the_name_go(&local, "spot", "erin").await;
     let mut after = raw(&local, &frank, "spot").await;
     eventually("hers is dead", async || {
         let all = rows(&local, "t#spot").await;
@@ -1042,6 +1052,62 @@ async fn nobody_else_learns_of_a_delivery_or_answers_it() {
     let of_hers = Ask::Show { tunnel: spot, id: hers.parse().unwrap(), body_from: Some(0) };
     let nothing = delivery::Answer::Refused { reason: delivery::Refused::NotFound };
     assert_eq!(ask(&mut after, of_hers).await, nothing);
+}
+
+/// Has the name of a tunnel expire whose agent leaves: now it is anybody's.
+async fn let_the_name_go(local: &Local, tunnel: &str, owner: &str) {
+    let query = serde_json::json!({
+        "TableName": "connections", "KeyConditionExpression": "tunnel = :t",
+        "ExpressionAttributeValues": {":t": {"S": tunnel}},
+    });
+    let name_rows =
+        async || local.dynamodb("Query", query.clone()).await["Items"].as_array().unwrap().clone();
+    eventually("the owner's connection has gone", async || name_rows().await.len() == 1).await;
+    let mut name_row = name_rows().await.remove(0);
+    assert_eq!(name_row["owner"]["S"], owner);
+    name_row["expires_at"]["N"] = (unix_now() - 1).to_string().into();
+    local.dynamodb("PutItem", serde_json::json!({"TableName": "connections", "Item": name_row})).await;
+}
+
+#[tokio::test]
+async fn who_has_a_name_next_is_neither_answered_nor_held_up_by_what_was_left_under_it() {
+    let local = Local::start(&[]);
+    let (erin, frank) = (local.issue("erin", &["spot"]), local.issue("frank", &["spot"]));
+    let policy = DeliveryPolicy {
+        order_by: OrderBy::Tunnel,
+        dedupe_by: Some(Field::Header("x-id".into())),
+        ..DeliveryPolicy::new(Mode::Durable)
+    };
+    let send = async |target: &str, id: &str| {
+        let request = Request::to("spot", "POST", target).field("x-id", id);
+        accepted(&request.body(b"x".to_vec()).send(local.public).await)
+    };
+    let mut before = raw_with(&local, &erin, "spot", policy.clone()).await;
+    let hers = send("/hers", "one").await;
+    assert_eq!(send("/hers", "one").await, hers);
+    // It keeps its turn for an hour more.
+    let call = before.request().await;
+    let headers = [(http::header::RETRY_AFTER, http::HeaderValue::from_static("3600"))].into_iter().collect();
+    let token = call.token.as_str().into();
+    before.say(AgentMessage::Reply(Reply { token, status: 503, headers, body: None, end: true })).await;
+    eventually("it waits for its next attempt", async || {
+        let hers = rows(&local, "t#spot").await.remove(0);
+        hers["state"]["S"] == "waiting" && hers.get("last").is_some()
+    })
+    .await;
+    drop(before);
+    let_the_name_go(&local, "spot", "erin").await;
+
+    let mut after = raw_with(&local, &frank, "spot", policy).await;
+    let his = send("/his", "one").await;
+    assert_ne!(his, hers);
+    let call = after.request().await;
+    assert_eq!(call.target, "/his");
+    after.say(reply(&call.token)).await;
+    assert_eq!(send("/his", "one").await, his, "it is his now");
+    let next = send("/next", "two").await;
+    assert_ne!(next, his);
+    assert_eq!(after.request().await.target, "/next");
 }
 
 /// What was counted since.
@@ -1573,6 +1639,131 @@ async fn what_is_dead_is_delivered_again_in_each_of_four_ways_and_says_so() {
     assert_eq!(upstream.look(<[_]>::len), 10);
     drained(&agent);
     nothing_is_left(&local, &["b#", "o#", "p#"]).await;
+}
+
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_delivered_again_has_its_turn_after_those_of_its_key_that_are_there() {
+    let local = Local::start(&[]);
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    let counts = Arc::new((AtomicUsize::new(0), AtomicUsize::new(0)));
+    let (shared, opened) = (Arc::clone(&counts), Arc::clone(&gate));
+    // What is called `/once` fails at first, and `/held` is answered once the gate lets one through.
+    let upstream = Upstream::start(move |request, mut conn: Conn| {
+        let (counts, gate) = (Arc::clone(&shared), Arc::clone(&opened));
+        async move {
+            let now = counts.0.fetch_add(1, Ordering::SeqCst) + 1;
+            counts.1.fetch_max(now, Ordering::SeqCst);
+            if request.target().starts_with("/held") {
+                gate.acquire().await.unwrap().forget();
+            }
+            let is_well = attempt(&request) > 1 || !request.target().starts_with("/once");
+            let status = if is_well { "204 No Content" } else { "500 Told" };
+            counts.0.fetch_sub(1, Ordering::SeqCst);
+            conn.answer(status, "", b"").await.then_some(conn)
+        }
+    })
+    .await;
+    let tunnels = format!(
+        "[[tunnel]]\nname = \"hooks\"\nupstream = \"{}\"\ndelivery = \"durable\"\n\
+         durable = {{ attempts = 1, order_by = \"tunnel\" }}\n",
+        upstream.address()
+    );
+    let agent = local.agent_with(&tunnels, &["hooks"]);
+    let bury = async |target: &str| {
+        let id = accepted(&post(&local, "hooks", target, b"x").await);
+        assert_eq!(ended(&agent, &id).await["state"], "dead");
+        id
+    };
+    for number in 0..6 {
+        bury(&format!("/once/{number}")).await;
+    }
+    assert_eq!(asked(&agent, &["retry", "--dead"]), serde_json::json!({"done": 6}));
+    drained(&agent);
+    let came = upstream.recorded();
+    let again: Vec<_> = came.iter().filter(|one| attempt(one) == 2).map(Recorded::target).collect();
+    assert_eq!(again, ["/once/0", "/once/1", "/once/2", "/once/3", "/once/4", "/once/5"]);
+
+    // One that is under way keeps its turn, and the one that is delivered again waits for it.
+    let behind = async |number: usize, target: &str, id: &str| {
+        let held = format!("/held/{number}");
+        eventually("it waits for its turn", async || {
+            let turns = rows(&local, "o#hooks").await;
+            turns.iter().any(|turn| turn["id"]["S"] == id && turn.get("token").is_some())
+        })
+        .await;
+        assert_eq!((count(&upstream, &held), count(&upstream, target)), (1, 1));
+        gate.add_permits(1);
+        assert_eq!(ended(&agent, id).await["state"], "delivered");
+        assert_eq!(count(&upstream, target), 2);
+    };
+    let hold = async |number: usize| {
+        let held = format!("/held/{number}");
+        accepted(&post(&local, "hooks", &held, b"x").await);
+        eventually("it has come", async || count(&upstream, &held) == 1).await;
+    };
+    let one = bury("/once/by-hand").await;
+    hold(1).await;
+    asked(&agent, &["retry", &one]);
+    behind(1, "/once/by-hand", &one).await;
+    // The same with its own run.
+    let two = bury("/once/redriven").await;
+    let machine = local.variables("ingress").await["TUNNEL_DELIVERY_MACHINE_ARN"].clone();
+    let run = format!("{}:{two}", machine.as_str().unwrap().replace(":stateMachine:", ":execution:"));
+    let run = serde_json::json!({"executionArn": run});
+    eventually("its run has failed", async || {
+        local.states("DescribeExecution", run.clone()).await["status"] == "FAILED"
+    })
+    .await;
+    hold(2).await;
+    local.states("RedriveExecution", run).await;
+    behind(2, "/once/redriven", &two).await;
+    drained(&agent);
+    assert_eq!(counts.1.load(Ordering::SeqCst), 1, "one at a time");
+    nothing_is_left(&local, &["b#", "o#", "p#"]).await;
+}
+
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_several_tunnels_have_kept_is_listed_newest_first_and_page_by_page() {
+    let local = Local::start(&[]);
+    let upstream = as_told().await;
+    let names = ["alpha", "beta", "gamma"];
+    let tunnels: String = names
+        .iter()
+        .map(|name| {
+            format!(
+                "[[tunnel]]\nname = \"{name}\"\nupstream = \"{}\"\ndelivery = \"auto\"\n",
+                upstream.address()
+            )
+        })
+        .collect();
+    introduce(&local, &tunnels, &names);
+    let mut ids = Vec::new();
+    for number in 0..8 {
+        ids.push(accepted(&post(&local, names[number % 2], &format!("/{number}"), b"x").await));
+    }
+    ids.reverse();
+    let agent = local.agent_with(&tunnels, &names);
+    drained(&agent);
+    let listed =
+        |rows: &[Value]| rows.iter().map(|row| row["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    let all = list(&agent, &[]);
+    assert_eq!(listed(&all), ids);
+    // More than fit one answer, of a length that leaves one tunnel's page half listed.
+    let kept = rows(&local, "t#alpha").await.remove(0);
+    let begin = u64::from_str_radix(&ids[0][..12], 16).unwrap() - 1_000_000;
+    let mut older: Vec<String> =
+        (0..250).map(|at| format!("{:012x}{}", begin - at, "0".repeat(20))).collect();
+    for (at, id) in older.iter().enumerate() {
+        let mut row = kept.clone();
+        row["pk"]["S"] = format!("t#{}", if at % 5 == 0 { "gamma" } else { "alpha" }).into();
+        (row["sk"]["S"], row["run"]["S"]) = (id.as_str().into(), id.as_str().into());
+        write_row(&local, row).await;
+    }
+    ids.append(&mut older);
+    assert_eq!(listed(&list(&agent, &["--state", "delivered"])), ids);
+    assert!(list(&agent, &["--state", "dead"]).is_empty());
 }
 
 // A command that is asked holds this thread; the service goes on in another.

@@ -728,6 +728,9 @@ pub enum Ask {
         /// In this state.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         state: Option<State>,
+        /// Only those that have not ended. An edge of an earlier release gives the others as well.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        open: bool,
         /// Accepted then or later, in milliseconds since 1970.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         since_ms: Option<u64>,

@@ -47,6 +47,16 @@ pub(crate) enum AskError {
     /// The edge would have to answer, and does not.
     #[error("{0}")]
     Unreachable(String),
+    /// It cannot be done now; worth another try.
+    #[error("{0}")]
+    Busy(String),
+}
+
+impl AskError {
+    /// Whether the same question may be answered in a moment.
+    pub(crate) const fn may_pass(&self) -> bool {
+        matches!(self, Self::Unreachable(_) | Self::Busy(_))
+    }
 }
 
 fn shown(places: &[PathBuf]) -> String {
@@ -198,6 +208,7 @@ impl Agent {
             Ok(refused) => match head.status {
                 StatusCode::NOT_FOUND => AskError::NotFound(refused.error),
                 StatusCode::BAD_GATEWAY => AskError::Unreachable(refused.error),
+                StatusCode::SERVICE_UNAVAILABLE => AskError::Busy(refused.error),
                 _ => AskError::Refused(refused.error),
             },
             // An agent from before it had an inspector.

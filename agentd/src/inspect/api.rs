@@ -308,7 +308,8 @@ impl Inspector {
                 let ask = serde_json::from_slice(&body)
                     .map_err(|error| Refused(StatusCode::BAD_REQUEST, format!("the question: {error}")))?;
                 let redact = (!query.reveal).then_some(self.redact());
-                deliveries(self.0.desk.ask(ask).await, redact)
+                let not_found = not_found(&ask);
+                deliveries(self.0.desk.ask(ask).await, not_found, redact)
             }
             (&Method::GET, [_]) if let Some((kind, text)) = page::file(path) => Ok(content(kind, text)),
             (_, [""])
@@ -573,15 +574,31 @@ impl Inspector {
     }
 }
 
-/// What the edge answers about deliveries; with `redact` without what that hides.
-fn deliveries(answer: Result<delivery::Answer<'static>, NoAnswer>, redact: Option<&Redact>) -> Answer {
+/// What is not there where the edge finds nothing.
+const fn not_found(ask: &delivery::Ask) -> &'static str {
+    use delivery::Ask;
+    match ask {
+        Ask::Show { .. } | Ask::Retry { .. } | Ask::Cancel { .. } => "there is no such delivery",
+        Ask::List { tunnel: None, .. } => "the list has no such page",
+        Ask::List { .. } | Ask::RetryDead { .. } | Ask::Pause { .. } | Ask::Resume { .. } => {
+            "the edge knows no such tunnel of this agent's owner"
+        }
+    }
+}
+
+/// What the edge answers about deliveries; `not_found` where it finds nothing; with `redact` without what that hides.
+fn deliveries(
+    answer: Result<delivery::Answer<'static>, NoAnswer>,
+    not_found: &str,
+    redact: Option<&Redact>,
+) -> Answer {
     match answer {
         Ok(delivery::Answer::Refused { reason }) => {
             let (status, why) = match reason {
                 delivery::Refused::NotAllowed => {
                     (StatusCode::FORBIDDEN, "the token does not cover this tunnel")
                 }
-                delivery::Refused::NotFound => (StatusCode::NOT_FOUND, "there is no such delivery"),
+                delivery::Refused::NotFound => (StatusCode::NOT_FOUND, not_found),
                 delivery::Refused::WrongState => {
                     (StatusCode::CONFLICT, "this cannot be done with a delivery in its state")
                 }

@@ -15,13 +15,14 @@ use bytes::Bytes;
 use clap::Args;
 use http::Method;
 use proto::{
+    calendar,
     delivery::{Answer, Ask, State, Summary},
     id::{DeliveryId, TunnelName},
 };
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ask::{Format, ask, no_answer},
+    ask::{Format, ask, complain, no_answer},
     exit,
     requests::{harmless, harmless_lines, json, say, value},
 };
@@ -29,7 +30,6 @@ use crate::{
     config::parse_duration,
     control::client::{Agent, AskError},
     inspect::shape::{self, Value},
-    report::access::time_of_day_at,
 };
 
 /// How often a tunnel that is drained is looked at: nothing tells when the edge has delivered the last one.
@@ -118,7 +118,7 @@ pub(crate) struct Drain {
 #[derive(Debug, Args)]
 #[group(id = "whose")]
 pub(crate) struct Tunnel {
-    /// Those of one tunnel that the token covers. Default: all tunnels of this agent that have deliveries kept.
+    /// Those of one tunnel that the token covers. Default: all tunnels of this agent.
     #[arg(long, value_name = "NAME")]
     tunnel: Option<TunnelName>,
 }
@@ -173,13 +173,9 @@ async fn tunnels(agent: &mut Agent, of: &Tunnel) -> Result<Vec<TunnelName>, AskE
     if let Some(tunnel) = &of.tunnel {
         return Ok(vec![tunnel.clone()]);
     }
-    let kept = agent.status().await?.tunnels.into_iter().filter(|tunnel| tunnel.delivery.is_some());
-    let names: Vec<TunnelName> = kept.filter_map(|tunnel| tunnel.name.parse().ok()).collect();
-    if names.is_empty() {
-        let why = "no tunnel of this agent has deliveries kept: add delivery = \"auto\" to one, or name one with --tunnel";
-        return Err(AskError::Refused(why.to_owned()));
-    }
-    Ok(names)
+    // What was kept before a tunnel became live is there still.
+    let all = agent.status().await?.tunnels.into_iter();
+    Ok(all.filter_map(|tunnel| tunnel.name.parse().ok()).collect())
 }
 
 fn finish<T>(answer: Result<T, AskError>, format: Format, print: impl FnOnce(T) -> ExitCode) -> ExitCode {
@@ -193,25 +189,26 @@ fn finish<T>(answer: Result<T, AskError>, format: Format, print: impl FnOnce(T) 
     }
 }
 
-/// Every delivery that is wanted, page by page, to at most `most`.
+/// Every delivery that is wanted, page by page, to at most `most`; and whether there are more.
 async fn rows(
     agent: &mut Agent,
     of: &Tunnel,
     state: Option<State>,
     since_ms: Option<u64>,
     most: usize,
-) -> Result<Vec<Summary>, AskError> {
+) -> Result<(Vec<Summary>, bool), AskError> {
     let mut found = Vec::new();
     let mut cursor = None;
     loop {
-        let ask = Ask::List { tunnel: of.tunnel.clone(), state, since_ms, cursor };
+        let ask = Ask::List { tunnel: of.tunnel.clone(), state, open: false, since_ms, cursor };
         let Answer::Deliveries { list, cursor: next } = question(agent, &ask).await? else {
             return Err(misunderstood("a list was asked for"));
         };
         found.extend(list);
-        if next.is_none() || found.len() >= most {
+        let is_more = found.len() > most;
+        if next.is_none() || is_more {
             found.truncate(most);
-            return Ok(found);
+            return Ok((found, is_more));
         }
         cursor = next;
     }
@@ -224,11 +221,16 @@ pub(crate) fn list(places: &[PathBuf], wanted: &List) -> ExitCode {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let since_ms = since.as_ref().map(|since| now.saturating_sub(*since).as_millis() as u64);
     let answer = ask(places, async |agent: &mut Agent| rows(agent, of, *state, since_ms, limit).await);
-    finish(answer, format, |all| {
+    finish(answer, format, |(all, is_more)| {
         match format {
             Format::Json => say(&json(&all)),
             Format::Text if all.is_empty() => say("nothing is kept"),
             Format::Text => all.iter().for_each(|row| say(&line(row))),
+        }
+        if is_more {
+            complain(format_args!(
+                "there are more than {limit}: raise --limit, or narrow it with --state or --since"
+            ));
         }
         ExitCode::SUCCESS
     })
@@ -283,17 +285,24 @@ pub(crate) fn show(places: &[PathBuf], wanted: &Show) -> ExitCode {
         Ok(whole)
     });
     finish(answer, format, |Piece { summary: row, fields: headers, bytes, .. }| {
+        // It goes when it was delivered or cancelled, if need be while it is read.
+        let is_gone = with_body && (bytes.len() as u64) < row.body_bytes;
+        let body = (with_body && !is_gone).then_some(&bytes);
         match format {
             Format::Json => {
-                let body = with_body.then(|| shape::to_base64(&bytes));
+                let body = body.map(|bytes| shape::to_base64(bytes));
                 say(&json(&Shown { delivery: &row, headers: &headers, body }));
             }
             Format::Text if with_body && !std::io::stdout().is_terminal() => {
-                if std::io::stdout().write_all(&bytes).is_err() {
+                if body.is_some_and(|bytes| std::io::stdout().write_all(bytes).is_err()) {
                     return ExitCode::FAILURE;
                 }
             }
-            Format::Text => say(text(&row, &headers, with_body.then_some(&bytes)).trim_end()),
+            Format::Text => say(text(&row, &headers, body).trim_end()),
+        }
+        if is_gone {
+            complain("its body is kept no more");
+            return ExitCode::FAILURE;
         }
         ExitCode::SUCCESS
     })
@@ -353,7 +362,12 @@ fn retry_dead(places: &[PathBuf], of: &Tunnel, format: Format) -> ExitCode {
             let mut cursor = None;
             loop {
                 let ask = Ask::RetryDead { tunnel: tunnel.clone(), cursor };
-                let Answer::Done { count, cursor: next } = question(agent, &ask).await? else {
+                let answer = match question(agent, &ask).await {
+                    // One of the agent's that the edge has not given it.
+                    Err(AskError::NotFound(_)) if of.tunnel.is_none() => break,
+                    answer => answer?,
+                };
+                let Answer::Done { count, cursor: next } = answer else {
                     return Err(misunderstood("a number was asked for"));
                 };
                 all += count;
@@ -382,28 +396,24 @@ fn switch(places: &[PathBuf], about: Ask, what: &str) -> ExitCode {
     })
 }
 
-/// How many deliveries have not ended, as far as one page tells, and whether there are more.
+/// How many deliveries have not ended, as far as one page tells, and whether there may be more.
 async fn pending(agent: &mut Agent, of: &Tunnel) -> Result<(usize, bool), AskError> {
-    let mut count = 0;
-    let mut is_more = false;
-    for state in [State::Waiting, State::Delivering] {
-        let mut next = None;
-        loop {
-            let ask =
-                Ask::List { tunnel: of.tunnel.clone(), state: Some(state), since_ms: None, cursor: next };
-            let Answer::Deliveries { list, cursor } = question(agent, &ask).await? else {
-                return Err(misunderstood("a list was asked for"));
-            };
-            count += list.len();
-            is_more |= cursor.is_some() && !list.is_empty();
-            // A page without anything need not be the last.
-            next = cursor.filter(|_| list.is_empty());
-            if next.is_none() {
-                break;
-            }
+    let mut next = None;
+    loop {
+        // All in one question: one that goes from one state to the other between two would be in neither answer.
+        let ask =
+            Ask::List { tunnel: of.tunnel.clone(), state: None, open: true, since_ms: None, cursor: next };
+        let Answer::Deliveries { list, cursor } = question(agent, &ask).await? else {
+            return Err(misunderstood("a list was asked for"));
+        };
+        // An edge of an earlier release lists the others as well.
+        let count = list.iter().filter(|row| !row.state.is_final()).count();
+        // A page without anything need not be the last.
+        if count > 0 || cursor.is_none() {
+            return Ok((count, cursor.is_some()));
         }
+        next = cursor;
     }
-    Ok((count, is_more))
 }
 
 /// `agentd delivery drain`: code 0 once nothing waits.
@@ -412,21 +422,24 @@ pub(crate) fn drain(places: &[PathBuf], Drain { of, wait }: &Drain) -> ExitCode 
     let answer = ask(places, async |agent: &mut Agent| {
         let begun = tokio::time::Instant::now();
         loop {
-            let (left, is_more) = pending(agent, of).await?;
-            let is_drained = left == 0 && !is_more;
-            if is_drained || begun.elapsed() + LOOK_AGAIN > patience {
-                return Ok((left, is_more));
+            let looked = pending(agent, of).await;
+            let is_known = match &looked {
+                Ok((left, _)) => *left == 0,
+                Err(error) => !error.may_pass(),
+            };
+            if is_known || begun.elapsed() + LOOK_AGAIN > patience {
+                return looked;
             }
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     });
     finish(answer, Format::Text, |(left, is_more)| {
-        if left == 0 && !is_more {
+        if left == 0 {
             say("nothing waits");
             return ExitCode::SUCCESS;
         }
-        let more = if is_more { "more than " } else { "" };
-        super::ask::complain(format_args!("{more}{left} deliveries have not ended"));
+        let more = if is_more { "at least " } else { "" };
+        complain(format_args!("{more}{left} deliveries have not ended"));
         ExitCode::FAILURE
     })
 }
@@ -436,7 +449,7 @@ fn line(row: &Summary) -> String {
     let mut line = format!(
         "{}  {}  {}  {:<10} {:>2}  {:<6} {}",
         row.id,
-        time_of_day_at(Duration::from_millis(row.received_ms)),
+        calendar::rfc3339(row.received_ms),
         row.tunnel,
         row.state.as_str(),
         row.attempt,

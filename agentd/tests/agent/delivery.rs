@@ -3,10 +3,15 @@
 use std::sync::Mutex;
 
 use proto::{
-    delivery::{Attempt, Holds, PolicyNotice, State, bounds},
+    body::Body,
+    delivery::{
+        Answer, Ask, Attempt, DeliveriesAnswer, Holds, PolicyNotice, Refused, State, Summary, bounds,
+    },
     error::ErrorCode,
+    header::Headers,
+    id::DeliveryId,
     limits,
-    message::Request,
+    message::{AgentMessage, EdgeMessage, Request},
 };
 use serde_json::json;
 use tokio::io::AsyncReadExt as _;
@@ -14,7 +19,7 @@ use tokio::io::AsyncReadExt as _;
 use crate::inspector::{Inspected, run_at};
 use crate::page::Shelf;
 use crate::stage::{
-    Manners, OK, Sent, connected, connected_with, get, noise, request, with_body, with_header,
+    Line, Manners, OK, Sent, connected, connected_with, get, noise, request, with_body, with_header,
 };
 
 fn kept(mut request: Request<'static>) -> Request<'static> {
@@ -204,4 +209,130 @@ async fn what_is_secret_in_a_delivery_is_masked_unless_it_is_revealed() {
         () = Shelf::serve(&shelf, &mut stage.line) => {}
         () = shown => {}
     }
+}
+
+#[tokio::test]
+async fn a_delivery_may_take_as_long_as_its_own_settings_say() {
+    let (_edge, mut line, upstream, _agent) =
+        connected_with(Manners::default(), &["--request-timeout", "200ms"]).await;
+    line.request(&kept(request("POST", "/report"))).await;
+    let mut peer = upstream.accept().await;
+    assert!(peer.head().await.starts_with("POST /report "));
+    // A live request that came later has timed out, so the delivery would have, too.
+    line.request(&get("/live")).await;
+    assert_eq!(line.failure().await, (0, ErrorCode::UpstreamTimedOut));
+    peer.write(OK).await;
+    assert!(matches!(line.answer().await, Sent::Reply { status: 200, end: true, .. }));
+    // Its own bound holds.
+    let mut brief = kept(request("POST", "/brief"));
+    brief.timeout_ms = 50;
+    line.request(&brief).await;
+    assert_eq!(line.failure().await, (0, ErrorCode::UpstreamTimedOut));
+}
+
+/// Answers what the agent asks about deliveries, one after the other; what it has asked.
+async fn tell(line: &mut Line, answers: Vec<Answer<'static>>) -> Vec<Ask> {
+    let mut asked = Vec::new();
+    for answer in answers {
+        loop {
+            let text = line.text().await.expect("a question before the end");
+            let AgentMessage::Deliveries(question) = AgentMessage::decode(&text).unwrap() else {
+                line.control(&text).await;
+                continue;
+            };
+            asked.push(question.ask);
+            line.send(&EdgeMessage::Deliveries(DeliveriesAnswer { seq: question.seq, answer })).await;
+            break;
+        }
+    }
+    asked
+}
+
+fn listed(state: State) -> Summary {
+    Summary {
+        id: DeliveryId::new(1_790_000_000_000, [1; 10]),
+        tunnel: "web".parse().unwrap(),
+        state,
+        received_ms: 1_790_000_000_000,
+        expires_at: 1_790_300_000,
+        attempt: 1,
+        method: "POST".into(),
+        target: "/".into(),
+        body_bytes: 4,
+        run: None,
+        last: None,
+    }
+}
+
+#[tokio::test]
+async fn what_is_waited_for_is_asked_in_one_question_until_the_edge_says_that_nothing_is_left() {
+    let mut stage = Inspected::daemon("delivery = \"auto\"").await;
+    let socket = stage.socket();
+    let page = |list: &[State], cursor: Option<&str>| Answer::Deliveries {
+        list: list.iter().copied().map(listed).collect(),
+        cursor: cursor.map(str::to_owned),
+    };
+    let busy = || Answer::Refused { reason: Refused::Busy };
+    // An edge of an earlier release lists what has ended, too.
+    let answers = vec![
+        page(&[State::Delivered, State::Waiting], None),
+        busy(),
+        page(&[State::Dead], Some("next")),
+        page(&[State::Delivering], Some("more")),
+        page(&[State::Delivered, State::Cancelled], Some("next")),
+        page(&[], None),
+    ];
+    let waits = ["delivery", "drain", "--wait", "60s"];
+    let ((code, said, error), asked) = tokio::join!(run_at(&socket, &waits), tell(&mut stage.line, answers));
+    assert_eq!((code, said.trim_end()), (0, "nothing waits"), "{error}");
+    let cursors: Vec<_> = asked
+        .iter()
+        .map(|ask| match ask {
+            Ask::List { tunnel: None, state: None, open: true, since_ms: None, cursor } => cursor.as_deref(),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(cursors, [None, None, None, Some("next"), None, Some("next")]);
+    // Who does not wait is told at once, and so is what another try does not change.
+    for (refused, args) in [
+        (busy(), &["delivery", "drain"][..]),
+        (Answer::Refused { reason: Refused::NotFound }, &["delivery", "drain", "--tunnel", "x", "--wait"]),
+    ] {
+        let ((code, said, _), _) = tokio::join!(run_at(&socket, args), tell(&mut stage.line, vec![refused]));
+        assert_eq!((code, &*said), (1, ""), "{args:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_a_tunnel_kept_before_it_became_live_is_found_and_a_body_that_is_gone_is_said_to_be() {
+    let mut stage = Inspected::daemon("").await;
+    let socket = stage.socket();
+    let id = listed(State::Delivered).id.to_string();
+    let shown = |state: State, body: &[u8]| Answer::Delivery {
+        summary: Box::new(listed(state)),
+        headers: Headers::new(),
+        body: Some(Body::encode(body).into_owned()),
+        more: None,
+    };
+    for (state, body, args, wanted, printed) in [
+        (State::Dead, &b"body"[..], &["--body"][..], 0, "body"),
+        (State::Delivered, b"", &["--body"], 1, ""),
+        (State::Delivered, b"", &["--body", "--json"], 1, "{"),
+        (State::Dead, b"body", &["--body", "--json"], 0, "{"),
+    ] {
+        let args = [&["delivery", "show", &id], args].concat();
+        let answers = vec![shown(state, body)];
+        let ((code, said, error), asked) =
+            tokio::join!(run_at(&socket, &args), tell(&mut stage.line, answers));
+        assert!(matches!(&asked[..], [Ask::Show { tunnel, .. }] if tunnel.as_str() == "web"), "{asked:?}");
+        assert_eq!((code, said.is_empty()), (wanted, printed.is_empty()), "{args:?}: {said}{error}");
+        assert!(said.starts_with(printed), "{said}");
+        assert_eq!(said.contains("\"body\":"), printed == "{" && !body.is_empty(), "{said}");
+        assert_eq!(error.contains("its body is kept no more"), body.is_empty(), "{error}");
+    }
+    // Where there may be several, one that the edge has not given to the agent keeps nobody from the others.
+    let answers = vec![Answer::Refused { reason: Refused::NotFound }];
+    let retry = ["delivery", "retry", "--dead", "--json"];
+    let ((code, said, _), _) = tokio::join!(run_at(&socket, &retry), tell(&mut stage.line, answers));
+    assert_eq!((code, said.trim_end()), (0, "{\"done\":0}"));
 }

@@ -25,16 +25,20 @@ pub struct Wanted<'a> {
     pub owner: &'a Owner,
     /// In this state.
     pub state: Option<State>,
+    /// Only those that have not ended.
+    pub open: bool,
     /// Accepted then or later, in milliseconds since 1970.
     pub since_ms: Option<u64>,
-    /// The last one of the page before.
+    /// The oldest first, instead of the newest.
+    pub oldest_first: bool,
+    /// What the page begins after: the last one of the page before.
     pub after: Option<&'a DeliveryId>,
 }
 
 /// A page of a list.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Page {
-    /// The newest first.
+    /// In the order that was wanted.
     pub deliveries: Vec<Kept>,
     /// What the next page begins after, if there may be one.
     pub last: Option<DeliveryId>,
@@ -74,7 +78,7 @@ impl Deliveries {
             .expression_attribute_names("#owner", "owner")
             .expression_attribute_values(":owner", text(wanted.owner.as_str()))
             .expression_attribute_values(":now", number(now))
-            .scan_index_forward(false)
+            .scan_index_forward(wanted.oldest_first)
             .consistent_read(true)
             .limit(LOOKED_AT);
         if let Some(state) = wanted.state {
@@ -82,6 +86,13 @@ impl Deliveries {
             request = request
                 .expression_attribute_names("#state", "state")
                 .expression_attribute_values(":state", text(state.as_str()));
+        }
+        if wanted.open {
+            filter.push_str(" AND #state IN (:waiting, :delivering)");
+            request = request
+                .expression_attribute_names("#state", "state")
+                .expression_attribute_values(":waiting", text(State::Waiting.as_str()))
+                .expression_attribute_values(":delivering", text(State::Delivering.as_str()));
         }
         if let Some(since_ms) = wanted.since_ms {
             // Names begin with the time.

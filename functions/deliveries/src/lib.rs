@@ -6,7 +6,7 @@
 //! Permissions it needs: read and write rows of the table of deliveries; read and write rows of names, read those of
 //! connections and the list of revoked identities; start, describe and stop runs of `delivery`, and answer those that wait.
 
-use std::process::ExitCode;
+use std::{collections::VecDeque, process::ExitCode};
 
 use edge::{
     Error,
@@ -123,13 +123,13 @@ struct Asked<'a> {
 impl Asked<'_> {
     async fn answer(&self, ask: Ask, connection: &ConnectionId) -> Result<Answer<'static>, Error> {
         match ask {
-            Ask::List { tunnel, state, since_ms, cursor } => {
+            Ask::List { tunnel, state, open, since_ms, cursor } => {
                 let tunnels = match tunnel {
                     Some(tunnel) if !self.owns(&tunnel).await? => return Ok(refused(Refused::NotFound)),
                     Some(tunnel) => vec![tunnel],
                     None => self.registry.tunnels_of(connection).await?.into_iter().collect(),
                 };
-                self.list(&tunnels, state, since_ms, cursor.as_deref()).await
+                self.list(&tunnels, &Filter { state, open, since_ms }, cursor.as_deref()).await
             }
             Ask::Show { tunnel, id, body_from } => match self.find(&tunnel, &id).await? {
                 Some(kept) => self.show(&kept, body_from).await,
@@ -196,45 +196,57 @@ impl Asked<'_> {
     async fn list(
         &self,
         tunnels: &[TunnelName],
-        state: Option<State>,
-        since_ms: Option<u64>,
+        wanted: &Filter,
         cursor: Option<&str>,
     ) -> Result<Answer<'static>, Error> {
-        let Some((mut at, mut after)) = Cursor::read(tunnels, cursor) else {
+        let Ok(after) = cursor.map(str::parse::<DeliveryId>).transpose() else {
             return Ok(refused(Refused::NotFound));
         };
+        let mut merge = Merge::new(tunnels.len(), after);
         let mut rows = Rows::default();
-        let mut empty = 0;
-        while let Some(tunnel) = tunnels.get(at) {
-            let wanted = Wanted { tunnel, owner: self.owner(), state, since_ms, after: after.as_ref() };
-            let mut page = self.deliveries.page(&wanted, unix_now()).await?;
-            // Nothing is shown as waiting that nothing will ever happen to.
-            if self.deliveries.mend(tunnel, &page.deliveries).await? > 0 {
-                page = self.deliveries.page(&wanted, unix_now()).await?;
-            }
-            let Page { deliveries, last } = page;
-            empty = if deliveries.is_empty() { empty + 1 } else { 0 };
-            for kept in deliveries {
-                let summary = kept.summary();
-                if !rows.has_room_for(&summary) {
-                    // The next page begins with it.
-                    let cursor = Cursor { tunnel, after: rows.last_of(tunnel).or(after.as_ref()) }.write();
-                    return Ok(Answer::Deliveries { list: rows.list, cursor: Some(cursor) });
+        // Each tunnel is asked once in any case.
+        let mut may_be_empty = EMPTY_PAGES + tunnels.len();
+        loop {
+            match merge.next() {
+                Next::End => return Ok(Answer::Deliveries { list: rows.list, cursor: None }),
+                Next::Row(summary) => {
+                    if !rows.has_room_for(&summary) {
+                        // The next page begins with it.
+                        let cursor = rows.list.last().map(|last| last.id.to_string());
+                        return Ok(Answer::Deliveries { list: rows.list, cursor });
+                    }
+                    rows.push(*summary);
                 }
-                rows.push(summary);
-            }
-            match last {
-                Some(last) => after = Some(last),
-                None => (at, after) = (at + 1, None),
-            }
-            if (empty >= EMPTY_PAGES || rows.list.len() >= Rows::MOST)
-                && let Some(tunnel) = tunnels.get(at)
-            {
-                let cursor = Cursor { tunnel, after: after.as_ref() }.write();
-                return Ok(Answer::Deliveries { list: rows.list, cursor: Some(cursor) });
+                Next::Ask { after: Some(after), .. } if may_be_empty == 0 => {
+                    return Ok(Answer::Deliveries { list: rows.list, cursor: Some(after.to_string()) });
+                }
+                Next::Ask { at, after } => {
+                    let (summaries, last) = self.page(&tunnels[at], wanted, after.as_ref()).await?;
+                    if summaries.is_empty() {
+                        may_be_empty = may_be_empty.saturating_sub(1);
+                    }
+                    merge.take(at, summaries, last);
+                }
             }
         }
-        Ok(Answer::Deliveries { list: rows.list, cursor: None })
+    }
+
+    /// A page of one tunnel's, and what the next one begins after if there may be one.
+    async fn page(
+        &self,
+        tunnel: &TunnelName,
+        filter: &Filter,
+        after: Option<&DeliveryId>,
+    ) -> Result<(Vec<Summary>, Option<DeliveryId>), Error> {
+        let &Filter { state, open, since_ms } = filter;
+        let wanted =
+            Wanted { tunnel, owner: self.owner(), state, open, since_ms, oldest_first: false, after };
+        let mut page = self.deliveries.page(&wanted, unix_now()).await?;
+        // Nothing is shown as waiting that nothing will ever happen to.
+        if self.deliveries.mend(tunnel, &page.deliveries).await? > 0 {
+            page = self.deliveries.page(&wanted, unix_now()).await?;
+        }
+        Ok((page.deliveries.iter().map(Kept::summary).collect(), page.last))
     }
 
     async fn show(&self, kept: &Kept, body_from: Option<u64>) -> Result<Answer<'static>, Error> {
@@ -265,8 +277,16 @@ impl Asked<'_> {
         };
         let mut count = 0;
         for _ in 0..EMPTY_PAGES {
-            let state = Some(State::Dead);
-            let wanted = Wanted { tunnel, owner: self.owner(), state, since_ms: None, after: after.as_ref() };
+            // The oldest first, so that those of a key are delivered in the order in which they came.
+            let wanted = Wanted {
+                tunnel,
+                owner: self.owner(),
+                state: Some(State::Dead),
+                open: false,
+                since_ms: None,
+                oldest_first: true,
+                after: after.as_ref(),
+            };
             let Page { deliveries, last } = self.deliveries.page(&wanted, unix_now()).await?;
             for (at, kept) in deliveries.iter().enumerate() {
                 if at == RETRIED_AT_A_TIME {
@@ -310,33 +330,79 @@ impl Rows {
         self.bytes += Self::bytes_of(&summary);
         self.list.push(summary);
     }
-
-    /// The last one of a tunnel.
-    fn last_of(&self, tunnel: &TunnelName) -> Option<&DeliveryId> {
-        self.list.last().filter(|last| last.tunnel == *tunnel).map(|last| &last.id)
-    }
 }
 
-/// Where a list goes on: at a tunnel, after one of its deliveries.
+/// Which deliveries a list has; see [`Wanted`].
 #[derive(Debug)]
-struct Cursor<'a> {
-    tunnel: &'a TunnelName,
-    after: Option<&'a DeliveryId>,
+struct Filter {
+    state: Option<State>,
+    open: bool,
+    since_ms: Option<u64>,
 }
 
-impl Cursor<'_> {
-    fn write(&self) -> String {
-        format!("{}/{}", self.tunnel, self.after.map(ToString::to_string).unwrap_or_default())
+/// What comes next in a list of several tunnels.
+#[derive(Debug)]
+enum Next {
+    /// This one.
+    Row(Box<Summary>),
+    /// It is not known before another page of this tunnel is.
+    Ask {
+        /// The place of the tunnel.
+        at: usize,
+        /// What its page begins after. All that is newer has come.
+        after: Option<DeliveryId>,
+    },
+    /// Nothing.
+    End,
+}
+
+/// What is known of one tunnel's part of a list.
+#[derive(Debug, Clone)]
+enum Known {
+    /// These rows, the newest first, and what to ask for after them if there may be more.
+    Rows(VecDeque<Summary>, Option<DeliveryId>),
+    /// Nothing before it is asked for what comes after that.
+    Unknown(Option<DeliveryId>),
+}
+
+/// The lists of several tunnels, each the newest first, as one. Pure.
+#[derive(Debug)]
+struct Merge(Vec<Known>);
+
+impl Merge {
+    /// Of so many tunnels, all that is older than `after`.
+    fn new(tunnels: usize, after: Option<DeliveryId>) -> Self {
+        Self(vec![Known::Unknown(after); tunnels])
     }
 
-    /// The place in `tunnels` and what it goes on after; `None` for what was never handed out, or a tunnel that is served
-    /// no more.
-    fn read(tunnels: &[TunnelName], text: Option<&str>) -> Option<(usize, Option<DeliveryId>)> {
-        let Some(text) = text else { return Some((0, None)) };
-        let (tunnel, after) = text.split_once('/')?;
-        let at = tunnels.iter().position(|own| own.as_str() == tunnel)?;
-        let after = if after.is_empty() { None } else { Some(after.parse().ok()?) };
-        Some((at, after))
+    fn next(&mut self) -> Next {
+        // By the newest id that may come of a tunnel; of one that has not been asked, any may.
+        let newest = |known: &Known| match known {
+            Known::Rows(rows, _) => rows.front().map(|row| (false, Some(row.id.clone()))),
+            Known::Unknown(after) => Some((after.is_none(), after.clone())),
+        };
+        let first = self.0.iter().enumerate().filter_map(|(at, known)| Some((newest(known)?, at))).max();
+        let Some((_, at)) = first else { return Next::End };
+        match &mut self.0[at] {
+            Known::Unknown(after) => Next::Ask { at, after: after.clone() },
+            Known::Rows(rows, more) => {
+                let Some(row) = rows.pop_front() else { return Next::End };
+                if rows.is_empty()
+                    && let Some(more) = more.take()
+                {
+                    self.0[at] = Known::Unknown(Some(more));
+                }
+                Next::Row(Box::new(row))
+            }
+        }
+    }
+
+    /// Takes the page of a tunnel that [`Next::Ask`] has named.
+    fn take(&mut self, at: usize, page: Vec<Summary>, last: Option<DeliveryId>) {
+        self.0[at] = match last {
+            Some(last) if page.is_empty() => Known::Unknown(Some(last)),
+            last => Known::Rows(page.into(), last),
+        };
     }
 }
 
@@ -344,35 +410,75 @@ impl Cursor<'_> {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_list_goes_on_where_it_ended_and_nowhere_else() {
-        let tunnels: Vec<TunnelName> = ["a1", "b2"].map(|name| name.parse().unwrap()).to_vec();
-        let id = DeliveryId::new(7, [1; 10]);
-        for (at, after) in [(0, None), (1, None), (1, Some(&id))] {
-            let text = Cursor { tunnel: &tunnels[at], after }.write();
-            assert_eq!(Cursor::read(&tunnels, Some(&text)), Some((at, after.cloned())), "{text}");
+    fn kept(tunnel: &str, at: u64) -> Summary {
+        Summary {
+            id: DeliveryId::new(at, [1; 10]),
+            tunnel: tunnel.parse().unwrap(),
+            state: State::Waiting,
+            received_ms: at,
+            expires_at: 8,
+            attempt: 0,
+            method: "POST".into(),
+            target: "/".into(),
+            body_bytes: 0,
+            run: None,
+            last: None,
         }
-        assert_eq!(Cursor::read(&tunnels, None), Some((0, None)));
-        for text in ["", "a1", "c3/", "a1/x", "a1/0/0"] {
-            assert_eq!(Cursor::read(&tunnels, Some(text)), None, "{text}");
+    }
+
+    /// The times of what is listed of tunnels with deliveries of these times, in pages of two that begin after `after`; and
+    /// how many pages were asked for.
+    fn merged(tunnels: &[&[u64]], after: Option<u64>) -> (Vec<u64>, usize) {
+        let mut merge = Merge::new(tunnels.len(), after.map(|at| DeliveryId::new(at, [1; 10])));
+        let (mut times, mut asked) = (Vec::new(), 0);
+        loop {
+            match merge.next() {
+                Next::End => return (times, asked),
+                Next::Row(row) => times.push(row.received_ms),
+                Next::Ask { at, after } => {
+                    asked += 1;
+                    assert!(asked < 100);
+                    // All that is newer has been listed.
+                    if let Some(after) = &after {
+                        assert!(times.last().is_none_or(|last| *last >= after.received_ms()));
+                    }
+                    let is_older = |time: &u64| after.as_ref().is_none_or(|it| *time < it.received_ms());
+                    let rest: Vec<u64> = tunnels[at].iter().copied().filter(is_older).collect();
+                    let page: Vec<u64> = rest.iter().copied().take(2).collect();
+                    let last = page.last().filter(|_| rest.len() > 2);
+                    let last = last.map(|&at| DeliveryId::new(at, [1; 10]));
+                    // What is odd does not fit what is wanted.
+                    let page = page.iter().filter(|&&time| time % 2 == 0).map(|&time| kept("web", time));
+                    merge.take(at, page.collect(), last);
+                }
+            }
         }
     }
 
     #[test]
+    fn a_list_of_several_tunnels_is_the_newest_first_and_goes_on_anywhere() {
+        let tunnels: [&[u64]; 4] = [&[20, 17, 15, 13, 12, 2], &[], &[18, 16, 14, 10, 8], &[19, 11, 9, 4]];
+        let all = [20, 18, 16, 14, 12, 10, 8, 4, 2];
+        assert_eq!(merged(&tunnels, None).0, all);
+        for (at, last) in all.iter().enumerate() {
+            assert_eq!(merged(&tunnels, Some(*last)).0, all[at + 1..], "after {last}");
+        }
+        assert_eq!(merged(&[], None), (Vec::new(), 0));
+        // What is all older than another's is not read on before it is needed.
+        let mut merge = Merge::new(2, None);
+        for (at, times) in [(1, [9, 8]), (0, [5, 4])] {
+            assert!(matches!(merge.next(), Next::Ask { at: asked, after: None } if asked == at));
+            let last = DeliveryId::new(times[1], [1; 10]);
+            merge.take(at, times.map(|time| kept("web", time)).to_vec(), Some(last));
+        }
+        assert!(matches!(merge.next(), Next::Row(row) if row.received_ms == 9));
+        assert!(matches!(merge.next(), Next::Row(row) if row.received_ms == 8));
+        assert!(matches!(merge.next(), Next::Ask { at: 1, after: Some(_) }));
+    }
+
+    #[test]
     fn a_page_fits_one_message_and_has_something() {
-        let summary = |target: usize| Summary {
-            id: DeliveryId::new(7, [1; 10]),
-            tunnel: "web".parse().unwrap(),
-            state: State::Waiting,
-            received_ms: 7,
-            expires_at: 8,
-            attempt: 0,
-            method: "POST".into(),
-            target: "/".repeat(target),
-            body_bytes: 0,
-            run: None,
-            last: None,
-        };
+        let summary = |target: usize| Summary { target: "/".repeat(target), ..kept("web", 7) };
         let mut rows = Rows::default();
         assert!(rows.has_room_for(&summary(32_768)));
         while rows.has_room_for(&summary(32_768)) {
