@@ -480,6 +480,61 @@ async fn websockets_survive_a_planned_replacement_and_end_in_order_otherwise() {
     }
 }
 
+/// A WebSocket that this agent has accepted.
+async fn opened_by(local: &Local, agent: &mut RawAgent) -> (Socket, Call) {
+    tokio::join!(connect(local), async {
+        let call = agent.request().await;
+        let accepted = Accepted {
+            token: call.token.as_str().into(),
+            subprotocol: None,
+            headers: Headers::new(),
+            codecs: Codecs::default(),
+        };
+        agent.say(AgentMessage::Accepted(accepted)).await;
+        call
+    })
+}
+
+/// A task token that leaks is of no use to another owner's agent, also to one whose own token covers the tunnel. The agent's
+/// own next connection goes on with the WebSocket.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_websocket_moves_with_its_agent_and_to_nobody_else() {
+    let local = Local::start_in(&[], &["--no-agent", "--websockets", "relay"]);
+    let mut agent = RawAgent::open(local.stack(), &["web"]).await;
+    let (mut socket, call) = opened_by(&local, &mut agent).await;
+    let say = async |agent: &mut RawAgent, seq: u32, moved: bool, text: &str| {
+        let body = Some(Body::encode(text.as_bytes()));
+        let frames = vec![Frame { kind: FrameKind::Text, body, more: false, code: None }];
+        let token = call.token.as_str().into();
+        let frames = AgentFrames { token, seq, through: 0, sent: None, moved, frames };
+        agent.say(AgentMessage::Frames(frames)).await;
+    };
+    let reads = async |agent: &mut RawAgent, wanted: &str| {
+        while !timeout(PATIENCE, agent.hear()).await.unwrap().contains(wanted) {}
+    };
+
+    let mut mallory = RawAgent::with(&local, &local.issue("mallory", &["*"])).await;
+    let sent = async || local.counters().await["sqs:SendMessage"];
+    let before = sent().await;
+    say(&mut mallory, 1, true, "forged").await;
+    let token = call.token.as_str().into();
+    mallory.say(AgentMessage::Failed(Failed { token, seq: 0, code: ErrorCode::UpstreamReset })).await;
+    eventually("both lie in the mailbox", async || sent().await >= before + 2).await;
+    say(&mut agent, 1, false, "own").await;
+    assert_eq!(next(&mut socket).await, Message::Text("own".into()));
+    socket.send(Message::Text("for the agent alone".into())).await.unwrap();
+    reads(&mut agent, "for the agent alone").await;
+
+    let mut again = RawAgent::with(local.stack(), &local.stack().token()).await;
+    say(&mut again, 2, true, "moved").await;
+    assert_eq!(next(&mut socket).await, Message::Text("moved".into()));
+    // What the old connection has still brought.
+    say(&mut agent, 3, false, "late").await;
+    assert_eq!(next(&mut socket).await, Message::Text("late".into()));
+    socket.send(Message::Text("there".into())).await.unwrap();
+    reads(&mut again, "there").await;
+}
+
 /// What agents begin to say and do not end, or clients do not take, has one memory for all: whoever finds no room in it is
 /// told to come later, and nobody else notices.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -491,18 +546,7 @@ async fn what_agents_leave_unfinished_shares_one_memory() {
     let mut agent = RawAgent::open(local.stack(), &["web"]).await;
     let mut opened = Vec::new();
     for _ in 0..2 {
-        let (socket, call) = tokio::join!(connect(&local), async {
-            let call = agent.request().await;
-            let accepted = Accepted {
-                token: call.token.as_str().into(),
-                subprotocol: None,
-                headers: Headers::new(),
-                codecs: Codecs::default(),
-            };
-            agent.say(AgentMessage::Accepted(accepted)).await;
-            call
-        });
-        opened.push((socket, call));
+        opened.push(opened_by(&local, &mut agent).await);
     }
     let [(mut first, one), (mut second, other)] = opened.try_into().ok().unwrap();
     // Says these pieces, and waits until the relay has them: it acknowledges what it holds.

@@ -404,7 +404,11 @@ mod tests {
     }
 
     fn message() -> Message {
-        let attributes = Attributes { request_id: "r\"1\"".to_owned(), connection_id: "c=".to_owned() };
+        let attributes = Attributes {
+            request_id: "r\"1\"".to_owned(),
+            connection_id: "c=".to_owned(),
+            owner: "0a".to_owned(),
+        };
         Message {
             queue_url: "https://queue".to_owned(),
             message_body: serde_json::value::to_raw_value(&every_character()).unwrap(),
@@ -424,6 +428,7 @@ mod tests {
             .message_body(every_character())
             .message_attributes("request_id", text(&message_attributes.request_id))
             .message_attributes("connection_id", text(&message_attributes.connection_id))
+            .message_attributes("owner", text(&message_attributes.owner))
     }
 
     fn receive() -> Receive {

@@ -15,6 +15,7 @@ use proto::{
     id::{ConnectionId, MailboxId, RequestId},
     limits,
     message::notice,
+    token::OwnerMark,
 };
 use serde_json::value::RawValue;
 
@@ -95,7 +96,8 @@ impl Mailboxes {
         self.url_prefix.rsplit('/').next().unwrap_or_default()
     }
 
-    /// Puts an agent's message for `request`, which came over `connection`, into `mailbox`. The message is a string in JSON.
+    /// Puts an agent's message for `request`, which came over `connection` of `owner`, into `mailbox`. The message is a string
+    /// in JSON.
     ///
     /// # Errors
     ///
@@ -105,6 +107,7 @@ impl Mailboxes {
         mailbox: &MailboxId,
         request: &RequestId,
         connection: &ConnectionId,
+        owner: OwnerMark,
         message: Box<RawValue>,
     ) -> Result<(), Error> {
         let message = Message {
@@ -113,6 +116,7 @@ impl Mailboxes {
             message_attributes: Attributes {
                 request_id: request.as_str().to_owned(),
                 connection_id: connection.as_str().to_owned(),
+                owner: owner.to_string(),
             },
         };
         match self.send.send(message).await {

@@ -31,11 +31,12 @@ pub(crate) struct Message {
     pub(crate) message_attributes: Attributes,
 }
 
-/// Who a message is for, and which connection it came over.
+/// Who a message is for, which connection it came over, and whose that is.
 #[derive(Debug, Clone)]
 pub(crate) struct Attributes {
     pub(crate) request_id: String,
     pub(crate) connection_id: String,
+    pub(crate) owner: String,
 }
 
 impl Serialize for Attributes {
@@ -50,6 +51,7 @@ impl Serialize for Attributes {
         serializer.collect_map([
             (notice::REQUEST_ID, text(&self.request_id)),
             (notice::CONNECTION_ID, text(&self.connection_id)),
+            (notice::OWNER, text(&self.owner)),
         ])
     }
 }
@@ -88,6 +90,8 @@ pub struct Letter {
     pub request_id: Option<String>,
     /// The agent connection it came over.
     pub connection_id: Option<String>,
+    /// The mark of that connection's owner.
+    pub owner: Option<String>,
     /// The agent connection whose end it reports.
     pub lost_connection: Option<String>,
     /// When it was put into the mailbox, in milliseconds since 1970.
@@ -128,6 +132,7 @@ impl<'de> Deserialize<'de> for Letter {
         struct Told {
             request_id: Option<Text>,
             connection_id: Option<Text>,
+            owner: Option<Text>,
             lost_connection: Option<Text>,
         }
         #[derive(Deserialize)]
@@ -141,6 +146,7 @@ impl<'de> Deserialize<'de> for Letter {
             receipt: receipt_handle,
             request_id: text(message_attributes.request_id),
             connection_id: text(message_attributes.connection_id),
+            owner: text(message_attributes.owner),
             lost_connection: text(message_attributes.lost_connection),
             sent_ms: attributes.sent_timestamp.and_then(|sent| sent.parse().ok()),
             body,
@@ -228,13 +234,15 @@ mod tests {
             r#"{"Messages":[{"MessageId":"m","ReceiptHandle":"h","MD5OfBody":"x","Body":"{\"a\":\"\u00e9\"}",
             "Attributes":{"SentTimestamp":"1790000000123","SenderId":"s"},"MD5OfMessageAttributes":"y",
             "MessageAttributes":{"request_id":{"StringValue":"r","DataType":"String"},
-            "connection_id":{"DataType":"String","StringValue":"c="},"other":{"BinaryValue":"AA==","DataType":"Binary"}}},
+            "connection_id":{"DataType":"String","StringValue":"c="},
+            "owner":{"DataType":"String","StringValue":"0a"},"other":{"BinaryValue":"AA==","DataType":"Binary"}}},
             {"Body":"{}","ReceiptHandle":"g","MessageAttributes":{"lost_connection":{"StringValue":"d="}}}]}"#,
         );
         let whole = Letter {
             receipt: "h".into(),
             request_id: Some("r".into()),
             connection_id: Some("c=".into()),
+            owner: Some("0a".into()),
             lost_connection: None,
             sent_ms: Some(1_790_000_000_123),
             body: "{\"a\":\"\u{e9}\"}".into(),
@@ -243,6 +251,7 @@ mod tests {
             receipt: "g".into(),
             request_id: None,
             connection_id: None,
+            owner: None,
             lost_connection: Some("d=".into()),
             sent_ms: None,
             body: "{}".into(),

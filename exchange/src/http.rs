@@ -206,6 +206,7 @@ async fn relay<P: PublicSide, M: Mail>(
                 request_id: Some(request_id.as_str().to_owned()),
                 // The run has looked at it.
                 connection_id: None,
+                owner: None,
                 lost_connection: None,
                 sent_ms,
                 body: reply,
@@ -262,13 +263,13 @@ async fn relay<P: PublicSide, M: Mail>(
     let first = if request.upgrade.is_some() {
         let handshake = Handshake { mail, request_id, connection: &connection };
         match handshake.first_word(first, reply_by).await {
-            FirstWord::Accepted(accepted, early) => {
+            FirstWord::Accepted(accepted, owner, early) => {
                 let Accepted { token: _, subprotocol, mut headers, codecs } = accepted;
                 answer::finish(&mut headers, request_id, request.prefix.as_deref(), &request.host);
                 record.answered();
                 let share = answering.public.share();
                 let opened = answering.public.accept(subprotocol.map(Cow::into_owned), headers).await;
-                let socket = Socket { connection, token, codecs, early, share };
+                let socket = Socket { connection, owner, token, codecs, early, share };
                 if opened.is_none() {
                     record.outcome.set(outcome::CLIENT_GONE);
                     socket.give_up(services, request_id).await;

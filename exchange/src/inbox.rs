@@ -254,6 +254,7 @@ mod tests {
             receipt: String::new(),
             request_id: None,
             connection_id: None,
+            owner: None,
             lost_connection: None,
             sent_ms: None,
             body: "x".repeat(bytes),

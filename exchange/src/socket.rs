@@ -50,8 +50,8 @@ pub enum Holding {
 
 /// What the agent says first.
 pub(crate) enum FirstWord {
-    /// The upstream opened a WebSocket; and what came beside that word.
-    Accepted(Accepted<'static>, Vec<Letter>),
+    /// The upstream opened a WebSocket; the mark of the agent's owner; and what came beside that word.
+    Accepted(Accepted<'static>, Option<String>, Vec<Letter>),
     /// Something else, among these.
     Other(Vec<Letter>),
 }
@@ -85,7 +85,7 @@ impl<M: Mail> Handshake<'_, M> {
                         if let Ok(AgentMessage::Accepted(accepted)) = AgentMessage::decode(&letter.body) {
                             // Batches may come in the same breath.
                             early.extend(taken);
-                            return FirstWord::Accepted(into_owned(accepted), early);
+                            return FirstWord::Accepted(into_owned(accepted), letter.owner, early);
                         }
                         return FirstWord::Other(vec![letter]);
                     }
@@ -122,13 +122,25 @@ fn into_owned(accepted: Accepted<'_>) -> Accepted<'static> {
 }
 
 fn is_from(letter: &Letter, request_id: &RequestId, connection: &ConnectionId) -> bool {
-    letter.request_id.as_deref() == Some(request_id.as_str())
-        && letter.connection_id.as_deref().is_none_or(|sender| sender == connection.as_str())
+    letter.request_id.as_deref() == Some(request_id.as_str()) && came_over(letter, connection)
+}
+
+fn came_over(letter: &Letter, connection: &ConnectionId) -> bool {
+    letter.connection_id.as_deref().is_none_or(|sender| sender == connection.as_str())
+}
+
+/// Whether a letter is of the agent that has a WebSocket: it came over the agent's connection, or another one of the same
+/// owner. The agent may replace its connection at any time, and what it says over the old one and the new one comes in no
+/// order. Where a `response` of an earlier release names no owner, whoever may serve the tunnel is believed.
+fn is_of_agent(letter: &Letter, connection: &ConnectionId, owner: Option<&str>) -> bool {
+    came_over(letter, connection) || letter.owner.as_deref() == owner
 }
 
 /// What is known of a WebSocket that the upstream has opened.
 pub(crate) struct Socket {
     pub(crate) connection: ConnectionId,
+    /// The mark of the agent's owner.
+    pub(crate) owner: Option<String>,
     pub(crate) token: String,
     pub(crate) codecs: Codecs,
     pub(crate) early: Vec<Letter>,
@@ -219,6 +231,7 @@ impl Socket {
             services,
             request_id,
             connection: self.connection,
+            owner: self.owner,
             token: self.token,
             flow: Flow::new(settings, Instant::now().into_std()),
             posts: FuturesUnordered::new(),
@@ -268,6 +281,7 @@ struct Pump<'a> {
     services: &'a Services,
     request_id: &'a RequestId,
     connection: ConnectionId,
+    owner: Option<String>,
     token: String,
     flow: Flow,
     posts: FuturesUnordered<LocalBoxFuture<'a, Posting>>,
@@ -523,14 +537,17 @@ impl<'a> Pump<'a> {
         if letter.request_id.as_deref() != Some(self.request_id.as_str()) {
             return Ok(None);
         }
+        // `response` has seen that the sender may serve the tunnel. So may agents of other owners, and the token may have leaked.
+        if !is_of_agent(&letter, &self.connection, self.owner.as_deref()) {
+            tracing::warn!(request_id = %self.request_id, "a message of another owner's agent was dropped");
+            return Ok(None);
+        }
         let message = AgentMessage::decode(&letter.body).map_err(|error| {
             tracing::warn!(request_id = %self.request_id, %error, "agent's message is invalid");
             FlowError::Invalid("it cannot be read")
         })?;
         match message {
             AgentMessage::Frames(frames) => {
-                // The token is this exchange's own, and `response` has seen that the sender may serve the tunnel: only
-                // the agent that was given it can say so.
                 if frames.token != self.token {
                     return Err(FlowError::Invalid("it is for another exchange"));
                 }
@@ -601,6 +618,7 @@ mod tests {
             receipt: String::new(),
             request_id: lost.is_none().then(|| id().as_str().to_owned()),
             connection_id: lost.is_none().then(|| "a=".to_owned()),
+            owner: lost.is_none().then(|| "0a".to_owned()),
             lost_connection: lost.map(str::to_owned),
             sent_ms: None,
             body: body.to_owned(),
@@ -612,8 +630,33 @@ mod tests {
         let (request_id, connection) = (id(), "a=".parse().unwrap());
         let handshake = Handshake { mail: &mail, request_id: &request_id, connection: &connection };
         match handshake.first_word(Vec::new(), Instant::now() + Duration::from_secs(9)).await {
-            FirstWord::Accepted(_, early) => Ok(early.len()),
+            FirstWord::Accepted(_, owner, early) => {
+                assert_eq!(owner.as_deref(), Some("0a"));
+                Ok(early.len())
+            }
             FirstWord::Other(letters) => Err(letters.len()),
+        }
+    }
+
+    #[test]
+    fn an_agent_is_known_by_its_connection_or_its_owner() {
+        let connection: ConnectionId = "a=".parse().unwrap();
+        for (sender, sender_owner, owner, is_own) in [
+            ("a=", Some("0a"), Some("0a"), true),
+            ("b=", Some("0a"), Some("0a"), true),
+            ("b=", Some("0b"), Some("0a"), false),
+            ("b=", None, Some("0a"), false),
+            ("b=", Some("0b"), None, false),
+            ("a=", None, None, true),
+            ("b=", None, None, true),
+        ] {
+            let letter = Letter {
+                connection_id: Some(sender.into()),
+                owner: sender_owner.map(str::to_owned),
+                ..letter("", None)
+            };
+            let seen = is_of_agent(&letter, &connection, owner);
+            assert_eq!(seen, is_own, "{sender} {sender_owner:?} {owner:?}");
         }
     }
 

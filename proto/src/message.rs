@@ -751,6 +751,10 @@ pub mod notice {
     /// a request was dispatched to may answer it.
     pub const CONNECTION_ID: &str = "connection_id";
 
+    /// The message attribute that has the mark of the owner whose agent an answer came from. A public WebSocket goes on
+    /// where its agent has moved to, which may be any connection of that owner.
+    pub const OWNER: &str = "owner";
+
     /// The message attribute that names an agent connection that has ended. It is sent to every
     /// leased mailbox, and whoever waits for that connection stops waiting.
     pub const LOST_CONNECTION: &str = "lost_connection";

@@ -67,7 +67,8 @@ impl std::fmt::Debug for DeliveryClaims {
     }
 }
 
-/// Stands for an owner in a token: owners may be longer than there is room for.
+/// Stands for an owner in a token, and beside an answer: owners may be longer than there is room for. As text it is in
+/// hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OwnerMark([u8; MARK_BYTES]);
 
@@ -75,6 +76,12 @@ impl From<&Owner> for OwnerMark {
     fn from(owner: &Owner) -> Self {
         let digest = Sha256::digest(owner.as_str());
         Self(*digest.first_chunk().expect("a digest is longer"))
+    }
+}
+
+impl std::fmt::Display for OwnerMark {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 

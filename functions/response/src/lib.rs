@@ -49,8 +49,8 @@ pub struct Response {
 pub enum Decision {
     /// Answer a sign of life.
     Beat(String),
-    /// Return it to whoever waits.
-    Return(Claims),
+    /// Return it to whoever waits, and say whose agent it comes from.
+    Return(Claims, OwnerMark),
     /// Return it to the run of a delivery.
     Settle(Box<DeliveryClaims>),
     /// Close the connection: its identity has ended.
@@ -132,19 +132,24 @@ pub async fn handle(event: &RawValue, response: &Response) -> Result<Answer, Err
             let Some(deliveries) = &response.deliveries else { return Ok(Answer::status(200)) };
             Box::pin(settle(deliveries, &claims, &text)).await
         }
-        Decision::Return(claims) => {
+        Decision::Return(claims, owner) => {
             let connection = &event.request_context.connection_id;
             tracing::trace!(request_id = %claims.request_id, tunnel_id = %claims.tunnel, body_bytes = text.len(), "agent's message was returned");
             // As it came: neither unfolded nor escaped once more. Without one there are no claims.
             let message = message.map(ToOwned::to_owned).unwrap_or_default();
-            let sent =
-                response.mailboxes.send(&claims.mailbox, &claims.request_id, connection, message).await;
+            let sent = response
+                .mailboxes
+                .send(&claims.mailbox, &claims.request_id, connection, owner, message)
+                .await;
             if let Err(Error::Refused { .. }) = sent {
                 // A character that no mailbox takes. Whoever waits is told at once.
                 tracing::warn!(request_id = %claims.request_id, "agent's message has a forbidden character");
                 let failed = Failed { token: "".into(), seq: 0, code: ErrorCode::AgentInvalid };
                 let failed = to_raw_value(&AgentMessage::Failed(failed).encode()).map_err(unreadable)?;
-                response.mailboxes.send(&claims.mailbox, &claims.request_id, connection, failed).await?;
+                response
+                    .mailboxes
+                    .send(&claims.mailbox, &claims.request_id, connection, owner, failed)
+                    .await?;
             } else {
                 sent?;
             }
@@ -244,12 +249,14 @@ pub fn decide<B>(event: &AgentEvent<B>, text: &str, keys: &TokenKeys, now: u64) 
         return Decision::Drop(Refused::NotAnAnswer);
     };
     let Some(authorized) = authorized else { return Decision::Drop(Refused::NoIdentity) };
+    let owner = OwnerMark::from(&authorized.owner);
     match keys.verify(token, now) {
         Err(error) => Decision::Drop(Refused::Token(error)),
-        Ok(Verified::Live(claims)) if authorized.tunnels.matches(&claims.tunnel) => Decision::Return(claims),
+        Ok(Verified::Live(claims)) if authorized.tunnels.matches(&claims.tunnel) => {
+            Decision::Return(claims, owner)
+        }
         Ok(Verified::Delivery(claims))
-            if authorized.tunnels.matches(&claims.tunnel)
-                && claims.owner == OwnerMark::from(&authorized.owner) =>
+            if authorized.tunnels.matches(&claims.tunnel) && claims.owner == owner =>
         {
             Decision::Settle(claims)
         }
@@ -355,8 +362,9 @@ mod tests {
     #[test]
     fn returns_an_answer_whose_token_fits_its_connection() {
         let text = chunk(&keys().mint(&claims()));
-        assert_eq!(decide(&may_serve("web"), &text, &keys(), 99), Decision::Return(claims()));
-        assert_eq!(decide(&may_serve("shop,w-*,web"), &text, &keys(), 99), Decision::Return(claims()));
+        let wanted = Decision::Return(claims(), OwnerMark::from(&"alice".parse().unwrap()));
+        assert_eq!(decide(&may_serve("web"), &text, &keys(), 99), wanted);
+        assert_eq!(decide(&may_serve("shop,w-*,web"), &text, &keys(), 99), wanted);
     }
 
     #[test]
