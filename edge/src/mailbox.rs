@@ -54,6 +54,14 @@ pub struct Lease {
     holder: String,
 }
 
+impl Lease {
+    /// Whether it has ended at the Unix time `now`, in seconds. Somebody else may read the mailbox from then on.
+    #[must_use]
+    pub const fn has_ended(&self, now: u64) -> bool {
+        self.until <= now
+    }
+}
+
 /// Every mailbox of the edge.
 #[derive(Debug, Clone)]
 pub struct Mailboxes {
@@ -265,12 +273,19 @@ impl Pool {
         lease.until.saturating_sub(now) > self.lease.as_secs() / 2
     }
 
-    /// Renews a lease; `None` where the mailbox has gone to somebody else.
-    ///
-    /// # Errors
-    ///
-    /// [`Error`].
-    pub async fn renew(&self, lease: &Lease) -> Result<Option<Lease>, Error> {
+    /// Renews a lease; `None` where the mailbox has gone to somebody else, or may have, because the lease has ended.
+    pub async fn keep(&self, lease: &Lease) -> Option<Lease> {
+        match self.renew(lease).await {
+            Ok(renewed) => renewed,
+            Err(error) => {
+                tracing::warn!(%error, "mailbox lease was not renewed");
+                // Nobody else has it before its end: the next look tries again.
+                (!lease.has_ended(unix_now())).then(|| lease.clone())
+            }
+        }
+    }
+
+    async fn renew(&self, lease: &Lease) -> Result<Option<Lease>, Error> {
         let now = unix_now();
         self.write(&lease.mailbox, &lease.holder, now, "holder = :holder AND leased_until > :now").await
     }
@@ -426,4 +441,32 @@ fn attribute(value: &str) -> MessageAttributeValue {
 
 fn seconds(duration: Duration) -> i32 {
     i32::try_from(duration.as_secs()).expect("limits are a few minutes")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_lease_that_is_not_renewed_is_kept_until_it_ends_and_no_longer() {
+        // Without credentials every call fails.
+        let lookup = |name: &str| match name {
+            "AWS_REGION" => Some("local-1".to_owned()),
+            env::MAILBOX_URL_PREFIX | "AWS_ENDPOINT_URL" => Some("http://127.0.0.1:1/".to_owned()),
+            env::MAILBOXES_TABLE => Some("mailboxes".to_owned()),
+            _ => None,
+        };
+        let env = Env::new(&lookup);
+        let pool = Pool::from_env(&Aws::from_env(&env).unwrap(), &env).unwrap();
+        let lease = |until| Lease {
+            mailbox: "m1".parse().unwrap(),
+            queue_url: "http://127.0.0.1:1/m1".to_owned(),
+            until,
+            holder: "this test".to_owned(),
+        };
+        let now = unix_now();
+        assert_eq!(pool.keep(&lease(now + 600)).await, Some(lease(now + 600)));
+        assert_eq!(pool.keep(&lease(now)).await, None);
+        assert_eq!(pool.keep(&lease(now - 600)).await, None);
+    }
 }

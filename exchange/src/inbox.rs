@@ -116,7 +116,7 @@ impl Inbox {
     }
 
     /// The same mailbox with a lease that outlives a request that begins now, or another one where it has gone
-    /// to somebody else or a run may still read it. `random` is for a new lease.
+    /// to somebody else, or may have, or a run may still read it. `random` is for a new lease.
     ///
     /// # Errors
     ///
@@ -129,15 +129,11 @@ impl Inbox {
         if pool.is_fresh(&self.lease, unix_now()) {
             return Ok(self);
         }
-        match pool.renew(&self.lease).await {
-            Ok(Some(renewed)) => Ok(self.renewed(renewed)),
-            Ok(None) => Ok(self.renewed(pool.lease(holder, random).await?)),
-            Err(error) => {
-                // The old lease has not ended yet: the next request tries again.
-                tracing::warn!(%error, "mailbox lease was not renewed");
-                Ok(self)
-            }
-        }
+        let lease = match pool.keep(&self.lease).await {
+            Some(kept) => kept,
+            None => pool.lease(holder, random).await?,
+        };
+        Ok(self.renewed(lease))
     }
 
     /// Notes messages that are to be deleted. Returns those that are to be deleted now.

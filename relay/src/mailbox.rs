@@ -96,6 +96,11 @@ impl Postbox {
         let mut check_at = Instant::now() + LEASE_CHECK;
         let mut tidy_at: Option<Instant> = None;
         loop {
+            if self.inbox.borrow().lease.has_ended(unix_now()) {
+                // Somebody else may read it by now.
+                check_at = check_at.min(Instant::now() + AFTER_FAILURE);
+                not_before = not_before.max(check_at);
+            }
             while polls.len() < wanted && Instant::now() >= not_before && !end.is_cancelled() {
                 let inbox = Rc::clone(&self.inbox.borrow());
                 let mailboxes = self.services.pool.mailboxes();
@@ -177,26 +182,28 @@ impl Postbox {
         if pool.is_fresh(&lease, unix_now()) {
             return;
         }
-        let renewed = match pool.renew(&lease).await {
-            Ok(Some(renewed)) => Ok(renewed),
-            Ok(None) => {
-                tracing::error!("the mailbox has gone to somebody else; exchanges in flight are broken off");
+        let kept = match pool.keep(&lease).await {
+            Some(kept) if kept == lease => return,
+            Some(kept) => Ok(kept),
+            None => {
+                tracing::error!(
+                    "the mailbox has gone to somebody else, or may have; exchanges in flight are broken off"
+                );
                 self.slots.borrow_mut().clear();
                 match crate::random() {
                     Ok(random) => pool.lease(&crate::holder(), random).await,
                     Err(_) => return,
                 }
             }
-            Err(error) => Err(error),
         };
-        match renewed {
+        match kept {
             Ok(lease) => {
                 let renewed = Rc::new(Inbox::new(lease));
                 let before = std::mem::replace(&mut *self.inbox.borrow_mut(), renewed);
                 before.flush(pool.mailboxes()).await;
             }
-            // It has not ended yet: the next look tries again.
-            Err(error) => tracing::warn!(%error, "mailbox lease was not renewed"),
+            // The next look tries again; until then nothing is read.
+            Err(error) => tracing::warn!(%error, "no mailbox was leased"),
         }
     }
 }
