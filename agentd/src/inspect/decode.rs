@@ -2,6 +2,8 @@
 
 use std::io::{self, Read};
 
+use crate::capture::fields::Fields;
+
 /// How much of a decoded body is shown.
 const MOST: usize = 2 * 1024 * 1024;
 
@@ -16,8 +18,14 @@ pub(crate) struct Decoded {
     pub(crate) error: Option<String>,
 }
 
+/// Decodes what is kept of a message's body; `None` where that is nothing, or as [`decode`] has it.
+pub(crate) fn body(fields: &Fields, kept: &[u8]) -> Option<Decoded> {
+    let coding = fields.text("content-encoding").filter(|_| !kept.is_empty())?;
+    decode(coding, kept)
+}
+
 /// Decodes as far as it goes; `None` where the coding is none, unknown, or several.
-pub(crate) fn decode(coding: &str, bytes: &[u8]) -> Option<Decoded> {
+fn decode(coding: &str, bytes: &[u8]) -> Option<Decoded> {
     let (coding, reader): (_, Box<dyn Read + '_>) = match coding.trim().to_ascii_lowercase().as_str() {
         "gzip" | "x-gzip" => ("gzip", Box::new(flate2::read::MultiGzDecoder::new(bytes))),
         // RFC 9110 §8.4.1.2 means zlib's format; some send the bare one.

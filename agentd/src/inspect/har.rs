@@ -15,7 +15,7 @@ use super::{
 use crate::capture::{
     fields::Fields,
     kept::Kept,
-    record::{Answer, Direction, FrameKind, Kind, Record},
+    record::{Answer, Direction, Frame, FrameKind, Kind, Record},
     ring::Captured,
 };
 
@@ -62,6 +62,9 @@ struct Entry {
     resource_type: Option<&'static str>,
     #[serde(rename = "_webSocketMessages", skip_serializing_if = "Option::is_none")]
     messages: Option<Vec<SocketMessage>>,
+    /// How many messages before these are not kept.
+    #[serde(rename = "_webSocketMessagesDropped", skip_serializing_if = "Option::is_none")]
+    messages_dropped: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -145,6 +148,8 @@ struct SocketMessage {
     time: f64,
     opcode: u8,
     data: String,
+    #[serde(rename = "_cut", skip_serializing_if = "std::ops::Not::not")]
+    cut: bool,
 }
 
 /// Writes records as one file; with `redact` without what that hides.
@@ -199,24 +204,34 @@ fn entry(captured: &Captured, record: &Record, redact: Option<&Redact>) -> Entry
         },
         resource_type: is_socket.then_some("websocket"),
         messages: is_socket.then(|| {
-            record
-                .frames
-                .iter()
-                .filter(|frame| frame.kind != FrameKind::Close)
-                .map(|frame| SocketMessage {
-                    direction: match frame.direction {
-                        Direction::ToUpstream => "send",
-                        Direction::ToClient => "receive",
-                    },
-                    time: seconds + frame.at_us as f64 / 1e6,
-                    opcode: if frame.kind == FrameKind::Text { 1 } else { 2 },
-                    data: match frame.kind {
-                        FrameKind::Text => String::from_utf8_lossy(&frame.first).into_owned(),
-                        FrameKind::Binary | FrameKind::Close => to_base64(&frame.first),
-                    },
-                })
-                .collect()
+            let frames = record.frames.iter().filter(|frame| frame.kind != FrameKind::Close);
+            frames.map(|frame| message(frame, seconds)).collect()
         }),
+        messages_dropped: Some(record.frames_total - record.frames.len() as u64)
+            .filter(|&dropped| dropped > 0),
+    }
+}
+
+/// A message of a WebSocket whose request came at `seconds` since 1970.
+fn message(frame: &Frame, seconds: f64) -> SocketMessage {
+    let cut = frame.first.len() < frame.size;
+    // What is cut may end within a character.
+    let whole = match std::str::from_utf8(&frame.first) {
+        Err(error) if cut && error.error_len().is_none() => error.valid_up_to(),
+        _ => frame.first.len(),
+    };
+    SocketMessage {
+        direction: match frame.direction {
+            Direction::ToUpstream => "send",
+            Direction::ToClient => "receive",
+        },
+        time: seconds + frame.at_us as f64 / 1e6,
+        opcode: if frame.kind == FrameKind::Text { 1 } else { 2 },
+        data: match frame.kind {
+            FrameKind::Text => String::from_utf8_lossy(&frame.first[..whole]).into_owned(),
+            FrameKind::Binary | FrameKind::Close => to_base64(&frame.first),
+        },
+        cut,
     }
 }
 
@@ -291,12 +306,14 @@ fn cookies(fields: &Fields, name: &str, redact: Option<&Redact>) -> Vec<Pair> {
         .collect()
 }
 
-/// A body without its coding, where that is known.
-fn plain(fields: &Fields, body: &Kept) -> Vec<u8> {
+/// A body without its coding, where that is known, and whether it goes on.
+fn plain(fields: &Fields, body: &Kept) -> (Vec<u8>, bool) {
     let bytes = body.to_vec();
-    match fields.text("content-encoding").and_then(|coding| decode::decode(coding, &bytes)) {
-        Some(decoded) if decoded.error.is_none() || body.is_cut() => decoded.bytes,
-        _ => bytes,
+    match decode::body(fields, &bytes) {
+        Some(decoded) if decoded.error.is_none() || body.is_cut() => {
+            (decoded.bytes, decoded.cut || body.is_cut())
+        }
+        _ => (bytes, body.is_cut()),
     }
 }
 
@@ -331,7 +348,7 @@ fn request(record: &Record, url: String, redact: Option<&Redact>) -> RequestShap
 fn response(answer: Option<&Answer>, redact: Option<&Redact>) -> ResponseShape {
     let none = (Fields::default(), Kept::default());
     let (fields, body) = answer.map_or((&none.0, &none.1), |answer| (&answer.fields, &answer.body));
-    let bytes = plain(fields, body);
+    let (bytes, cut) = plain(fields, body);
     let size = if body.is_cut() { body.size() } else { bytes.len() as u64 };
     let (text, encoding) = match String::from_utf8(bytes) {
         Ok(text) => (text, None),
@@ -352,7 +369,7 @@ fn response(answer: Option<&Answer>, redact: Option<&Redact>) -> ResponseShape {
             mime_type: fields.text("content-type").unwrap_or("x-unknown").to_owned(),
             text,
             encoding,
-            cut: body.is_cut(),
+            cut,
         },
         redirect_url: fields.get("location").map(|it| value("location", it, redact)).unwrap_or_default(),
         headers_size: -1,
@@ -563,6 +580,47 @@ mod tests {
             "{text}"
         );
         assert!(written(&captures, id, None).contains("hunter2"));
+    }
+
+    #[test]
+    fn what_is_not_whole_is_marked() {
+        use std::io::Write as _;
+        let (captures, id) = captured("GET", "/", &[], b"");
+        let captured = captures.get(id).unwrap();
+        let entry = |record: Record| {
+            let file = write(std::iter::once((&*captured, record)), None);
+            serde_json::from_str::<serde_json::Value>(&file).unwrap()["log"]["entries"][0].take()
+        };
+        let unpacked = |size: usize| {
+            let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            gzip.write_all(&vec![b'x'; size]).unwrap();
+            let mut record = captured.record();
+            let fields = Fields::from_pairs([("content-encoding", &b"gzip"[..])].into_iter());
+            let body = Kept::whole(&gzip.finish().unwrap(), 1 << 20);
+            record.answer = Some(Answer::new(200, fields, body));
+            entry(record)["response"]["content"].take()
+        };
+        let (whole, cut) = (unpacked(1000), unpacked(5 << 20));
+        assert_eq!((&whole["size"], whole.get("_cut")), (&1000.into(), None));
+        assert_eq!((&cut["_cut"], cut["text"].as_str().unwrap().len()), (&true.into(), 2 << 20));
+
+        let mut socket = captured.record();
+        socket.kind = Kind::Websocket;
+        let frame = |first: &'static [u8], size| Frame {
+            direction: Direction::ToClient,
+            kind: FrameKind::Text,
+            size,
+            first: first.into(),
+            code: None,
+            at_us: 0,
+        };
+        socket.frames = [frame("ä".as_bytes(), 2), frame(b"x\xc3", 3)].into();
+        socket.frames_total = 5;
+        let entry = entry(socket);
+        let messages = &entry["_webSocketMessages"];
+        assert_eq!((&messages[0]["data"], messages[0].get("_cut")), (&"ä".into(), None));
+        assert_eq!((&messages[1]["data"], &messages[1]["_cut"]), (&"x".into(), &true.into()));
+        assert_eq!(entry["_webSocketMessagesDropped"], 3);
     }
 
     #[test]

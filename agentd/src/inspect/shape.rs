@@ -139,7 +139,9 @@ pub(crate) struct Delivery<'a> {
 pub(crate) enum Value {
     Text(String),
     Masked { masked: bool, length: usize },
-    Base64 { base64: String },
+    Base64 {
+        base64: String,
+    },
 }
 
 impl Value {
@@ -338,8 +340,7 @@ pub(crate) fn head(head: &Headers, redact: Option<&Redact>) -> Vec<(String, Valu
 impl Body {
     fn of(fields: &Fields, body: &Kept) -> Self {
         let bytes = body.to_vec();
-        let decoded = fields.text("content-encoding").filter(|_| !bytes.is_empty());
-        let decoded = decoded.and_then(|coding| decode::decode(coding, &bytes)).map(|decoded| Decoded {
+        let decoded = decode::body(fields, &bytes).map(|decoded| Decoded {
             coding: decoded.coding.to_owned(),
             base64: to_base64(&decoded.bytes),
             cut: decoded.cut,
