@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::value::RawValue;
 
+use super::decode;
 use crate::capture::{fields::Fields, kept::Kept, record::Answer};
 
 /// How many differences of two JSON bodies are named.
@@ -58,16 +59,10 @@ impl Diff {
     pub(crate) fn between(before: Option<&Answer>, after: Option<&Answer>) -> Self {
         let status = |answer: Option<&Answer>| answer.map(|answer| answer.status);
         let statuses = (status(before), status(after));
-        let none = Fields::default();
-        let fields = fields_between(
-            before.map_or(&none, |answer| &answer.fields),
-            after.map_or(&none, |answer| &answer.fields),
-        );
-        let nothing = Kept::default();
-        let body = bodies(
-            before.map_or(&nothing, |answer| &answer.body),
-            after.map_or(&nothing, |answer| &answer.body),
-        );
+        let nothing = (Fields::default(), Kept::default());
+        let before = before.map_or((&nothing.0, &nothing.1), |answer| (&answer.fields, &answer.body));
+        let after = after.map_or((&nothing.0, &nothing.1), |answer| (&answer.fields, &answer.body));
+        let (fields, body) = (fields_between(before.0, after.0), bodies(before, after));
         Self { status: (statuses.0 != statuses.1).then_some(statuses), fields, body }
     }
 
@@ -98,11 +93,15 @@ fn fields_between(before: &Fields, after: &Fields) -> Vec<FieldChange> {
         .collect()
 }
 
-fn bodies(before: &Kept, after: &Kept) -> BodyDiff {
+fn bodies((fields_before, before): (&Fields, &Kept), (fields_after, after): (&Fields, &Kept)) -> BodyDiff {
     if before.is_cut() || after.is_cut() {
         return if before.size() == after.size() { BodyDiff::Unknown } else { BodyDiff::Bytes };
     }
     let (before, after) = (before.to_vec(), after.to_vec());
+    if before == after {
+        return BodyDiff::Same;
+    }
+    let (before, after) = (unpacked(fields_before, before), unpacked(fields_after, after));
     if before == after {
         return BodyDiff::Same;
     }
@@ -115,6 +114,14 @@ fn bodies(before: &Kept, after: &Kept) -> BodyDiff {
             if found.changes.is_empty() { BodyDiff::Same } else { BodyDiff::Json(found.changes, found.more) }
         }
         _ => BodyDiff::Bytes,
+    }
+}
+
+/// A body without its coding, where all of it comes out.
+fn unpacked(fields: &Fields, bytes: Vec<u8>) -> Vec<u8> {
+    match decode::body(fields, &bytes) {
+        Some(decoded) if decoded.error.is_none() && !decoded.cut => decoded.bytes,
+        _ => bytes,
     }
 }
 
@@ -263,6 +270,29 @@ mod tests {
             format!("[{}]", (from..from + 500).map(|n| n.to_string()).collect::<Vec<_>>().join(","))
         };
         assert!(matches!(body(&many(0), &many(1)), BodyDiff::Json(changes, 300) if changes.len() == MOST));
+    }
+
+    #[test]
+    fn packed_bodies_are_compared_unpacked() {
+        let packed = |body: &str, level: i32| {
+            let fields = Fields::from_pairs([("content-encoding", &b"zstd"[..])].into_iter());
+            let packed = zstd::bulk::compress(body.as_bytes(), level).unwrap();
+            Answer::new(200, fields, Kept::whole(&packed, 1 << 22))
+        };
+        let body = |before: &Answer, after: &Answer| Diff::between(Some(before), Some(after)).body;
+        let text = r#"{"a": 1, "b": "long enough to be packed in two ways"}"#
+            .repeat(1)
+            .replace("two", &"x".repeat(3000));
+        let (one, other) = (packed(&text, 1), packed(&format!("{text} "), 19));
+        assert_eq!(body(&one, &other), BodyDiff::Same, "of the same JSON");
+        let BodyDiff::Json(changes, 0) = body(&one, &packed(&text.replace('1', "2"), 1)) else {
+            panic!("JSON")
+        };
+        assert_eq!((changes.len(), &*changes[0].pointer), (1, "/a"));
+        assert_eq!(body(&packed("x", 1), &packed("y", 1)), BodyDiff::Bytes);
+        // Of what is too long nothing comes but its bytes.
+        let long = |end: &str| packed(&format!("[{}{end}]", " ".repeat(3 << 20)), 1);
+        assert_eq!(body(&long("1"), &long("2")), BodyDiff::Bytes);
     }
 
     #[test]

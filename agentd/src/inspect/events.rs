@@ -86,7 +86,7 @@ impl Listener {
                 Ok(Err(RecvError::Closed)) => return None,
                 Ok(Err(RecvError::Lagged(missed))) => return Some(event("lagged", &LaggedEvent { missed })),
                 Ok(Ok(happened)) => {
-                    if let Some(text) = self.say(happened) {
+                    if let Some(text) = self.say(happened).await {
                         return Some(text);
                     }
                 }
@@ -94,11 +94,11 @@ impl Listener {
         }
     }
 
-    fn say(&self, happened: Event) -> Option<String> {
+    async fn say(&mut self, happened: Event) -> Option<String> {
         match happened {
-            Event::Added(id) => self.changed(id, "added"),
-            Event::Changed(id) => self.changed(id, "changed"),
-            Event::Ended(id) => self.changed(id, "ended"),
+            Event::Added(id) => self.changed(id, "added").await,
+            Event::Changed(id) => self.changed(id, "changed").await,
+            Event::Ended(id) => self.changed(id, "ended").await,
             Event::Removed(id) => {
                 Some(event("request", &RequestEvent { change: "removed".to_owned(), id, request: None }))
             }
@@ -138,10 +138,18 @@ impl Listener {
         self.captures.get(id)
     }
 
-    fn changed(&self, id: u64, change: &str) -> Option<String> {
+    async fn changed(&mut self, id: u64, change: &str) -> Option<String> {
         let captured = self.captures.get(id)?;
         let record = captured.record();
-        let wanted = self.filter.wants(captured.tunnel.as_str(), &record, &self.redact);
+        let wanted = if self.filter.is_search() {
+            let (filter, redact) = (self.filter.clone(), self.redact.clone());
+            let (tunnel, record) = (captured.tunnel.clone(), record.clone());
+            // It may unpack bodies: on a thread where that holds nothing up.
+            let search = move || filter.wants(tunnel.as_str(), &record, &redact);
+            tokio::task::spawn_blocking(search).await.unwrap_or(false)
+        } else {
+            self.filter.wants(captured.tunnel.as_str(), &record, &self.redact)
+        };
         wanted.then(|| {
             let request = Some(Summary::of(&captured, &record));
             event("request", &RequestEvent { change: change.to_owned(), id, request })

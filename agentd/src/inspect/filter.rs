@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, ops::RangeInclusive};
 
 use memchr::memmem::Finder;
 
-use super::redact::Redact;
+use super::{decode, redact::Redact};
 use crate::capture::{
     fields::Fields,
     kept::Kept,
@@ -52,6 +52,11 @@ impl Filter {
             _ => return Ok(false),
         }
         Ok(true)
+    }
+
+    /// Whether bodies are searched, which takes long.
+    pub(crate) const fn is_search(&self) -> bool {
+        self.text.is_some()
     }
 
     /// Whether a record is wanted. Hidden values are not searched: that would tell them.
@@ -124,14 +129,17 @@ fn has_text(text: &Finder<'_>, record: &Record, redact: &Redact) -> bool {
     let in_fields = |fields: &Fields, found: &mut dyn FnMut(&[u8]) -> bool| {
         fields.iter().any(|(name, value)| found(name.as_bytes()) || !redact.hides(name) && found(value))
     };
-    let in_body = |body: &Kept, found: &mut dyn FnMut(&[u8]) -> bool| body.len() > 0 && found(&body.to_vec());
+    // As it passed, and as it is shown.
+    let in_body = |fields: &Fields, body: &Kept, found: &mut dyn FnMut(&[u8]) -> bool| {
+        let bytes = body.to_vec();
+        found(&bytes) || decode::body(fields, &bytes).is_some_and(|decoded| found(&decoded.bytes))
+    };
     found(record.target.as_bytes())
         || in_fields(&record.fields, &mut found)
-        || in_body(&record.body, &mut found)
-        || record
-            .answer
-            .as_ref()
-            .is_some_and(|answer| in_fields(&answer.fields, &mut found) || in_body(&answer.body, &mut found))
+        || in_body(&record.fields, &record.body, &mut found)
+        || record.answer.as_ref().is_some_and(|answer| {
+            in_fields(&answer.fields, &mut found) || in_body(&answer.fields, &answer.body, &mut found)
+        })
         || record.frames.iter().any(|frame| found(&frame.first))
 }
 
@@ -199,6 +207,24 @@ mod tests {
         ] {
             assert!(!wants(query), "{query:?}");
         }
+    }
+
+    #[test]
+    fn bodies_are_searched_unpacked_too() {
+        let mut record = record();
+        let packed = zstd::bulk::compress("a needle that is packed".repeat(10).as_bytes(), 1).unwrap();
+        for fields in [&mut record.fields, &mut record.answer.as_mut().unwrap().fields] {
+            *fields = Fields::from_pairs([("content-encoding", &b"zstd"[..])].into_iter());
+        }
+        let plain = (record.body.clone(), record.answer.as_ref().unwrap().body.clone());
+        let mut filter = Filter::default();
+        assert!(filter.take("text", "is packeda").unwrap() && filter.is_search());
+        assert!(!filter.wants("web", &record, &Redact::default()));
+        record.body = Kept::whole(&packed, 1000);
+        assert!(filter.wants("web", &record, &Redact::default()));
+        record.body = plain.0;
+        record.answer.as_mut().unwrap().body = Kept::whole(&packed, 1000);
+        assert!(filter.wants("web", &record, &Redact::default()));
     }
 
     #[test]
