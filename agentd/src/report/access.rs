@@ -12,7 +12,7 @@ use crate::{
     report::denial::DeniedBy,
     report::metrics::{Ended, TunnelMetrics},
     report::telemetry::Terminal,
-    serve::hint::Hint,
+    serve::{hint::Hint, upload::UploadProgress},
 };
 
 use http::Method;
@@ -68,6 +68,8 @@ pub(crate) struct AccessLine {
     /// How long the head took.
     head: Option<Duration>,
     request_bytes: u64,
+    /// Where a body is counted that streams.
+    upload: Option<UploadProgress>,
     bytes: u64,
     ending: Option<Ending>,
     denied_by: Option<DeniedBy>,
@@ -94,6 +96,7 @@ impl AccessLine {
             status: None,
             head: None,
             request_bytes: 0,
+            upload: None,
             bytes: 0,
             ending: None,
             denied_by: None,
@@ -119,6 +122,15 @@ impl AccessLine {
 
     pub(crate) const fn request_body(&mut self, bytes: u64) {
         self.request_bytes = bytes;
+    }
+
+    /// Notes a body that streams: what counts of it is what the upstream has taken by the end, however that comes.
+    pub(crate) fn request_upload(&mut self, upload: UploadProgress) {
+        self.upload = Some(upload);
+    }
+
+    fn request_bytes(&self) -> u64 {
+        self.upload.as_ref().map_or(self.request_bytes, UploadProgress::passed_on)
     }
 
     pub(crate) fn head(&mut self, status: u16) {
@@ -168,7 +180,7 @@ impl Drop for AccessLine {
                 denied_by: self.denied_by,
                 duration: elapsed,
                 head: self.head,
-                request_bytes: self.request_bytes,
+                request_bytes: self.request_bytes(),
                 response_bytes: self.bytes,
             });
         }
@@ -180,7 +192,7 @@ impl Drop for AccessLine {
                 method = self.method.as_str(),
                 path = &*self.path,
                 status = self.status(),
-                request_bytes = self.request_bytes,
+                request_bytes = self.request_bytes(),
                 bytes = self.bytes,
                 head_ms = self.head.map(readable_ms),
                 elapsed_ms = readable_ms(elapsed),
@@ -342,7 +354,24 @@ pub(crate) fn readable_duration(duration: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proto::limits;
+
     use super::*;
+    use crate::serve::upload;
+
+    #[test]
+    fn of_a_body_that_streams_only_what_was_taken_counts() {
+        let (_upload, _body, progress) = upload::new(limits::UNKNOWN_LENGTH, true);
+        let mut line = AccessLine::begin(
+            AccessLog::Log,
+            RequestId::from_random([1; 16]),
+            "web".parse().unwrap(),
+            &Method::POST,
+            &Target::parse("/").unwrap(),
+        );
+        line.request_upload(progress);
+        assert_eq!(line.request_bytes(), 0, "its client may leave at any time");
+    }
 
     #[test]
     fn numbers_are_short_for_people() {

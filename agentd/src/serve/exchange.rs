@@ -158,16 +158,11 @@ impl Exchange {
             &self.job.method,
             &self.job.target,
         );
-        let upload = match &self.job.body {
-            JobBody::Whole(bytes) => {
-                line.request_body(bytes.len() as u64);
-                None
-            }
-            JobBody::Announced(body, progress) => {
-                line.request_body(body.announced());
-                body.is_streamed().then(|| progress.clone())
-            }
-        };
+        match &self.job.body {
+            JobBody::Whole(bytes) => line.request_body(bytes.len() as u64),
+            JobBody::Announced(body, progress) if body.is_streamed() => line.request_upload(progress.clone()),
+            JobBody::Announced(body, _) => line.request_body(body.announced()),
+        }
         let Self { job, tunnels, outbox, codecs, tally, access, sockets, serial } = self;
         let websockets = Websockets { access, sockets, serial: *serial };
         // Those that answer have it from the sender.
@@ -184,9 +179,6 @@ impl Exchange {
             Err(Stop::Answered(Some(code)) | Stop::Fail { code, .. }) => Some(*code),
             Err(Stop::Gone) => return,
         };
-        if let Some(upload) = upload {
-            line.request_body(upload.passed_on());
-        }
         line.end(code.map_or(Ending::Complete, Ending::Failed));
         match (capture, code) {
             (Some(capture), None) => capture.complete(),
