@@ -103,6 +103,14 @@ async fn serve<S: AsyncRead + AsyncWrite + Unpin>(stream: S) {
                 let frame = CloseFrame { code: 4406.into(), reason: "Subprotocol not acceptable".into() };
                 socket.close(Some(frame)).await.unwrap();
             }
+            Message::Text(text) if text.as_str() == "much and close please" => {
+                socket.send(Message::Binary(noise(2, 16 << 20).into())).await.unwrap();
+                let frame = CloseFrame { code: 4406.into(), reason: "enough".into() };
+                socket.close(Some(frame)).await.unwrap();
+            }
+            Message::Text(text) if text.as_str() == "too long please" => {
+                let _ = socket.send(Message::Binary(noise(3, (16 << 20) + 1).into())).await;
+            }
             Message::Text(text) if text.as_str() == "vanish" => return,
             Message::Text(_) | Message::Binary(_) => {
                 if socket.send(message).await.is_err() {
@@ -315,6 +323,16 @@ async fn a_websocket_passes_as_if_there_were_no_tunnel() {
     let mut socket = connect(&local).await;
     let _ = socket.send(Message::Binary(noise(1, (16 << 20) + 1).into())).await;
     assert_eq!(close_code(&mut socket).await, Some(1009));
+    let mut socket = connect(&local).await;
+    socket.send(Message::Text("too long please".into())).await.unwrap();
+    assert_eq!(close_code(&mut socket).await, Some(1009), "the upstream's");
+
+    // A client that takes its time gets all of what was said before a close, and the close.
+    let mut socket = connect(&local).await;
+    socket.send(Message::Text("much and close please".into())).await.unwrap();
+    tokio::time::sleep(limits::SOCKET_CLOSE + Duration::from_secs(2)).await;
+    assert_eq!(next(&mut socket).await.len(), 16 << 20);
+    assert_eq!(close_code(&mut socket).await, Some(4406));
 
     // What relay counts goes where the functions' metrics go, and not into what a person reads.
     eventually("it is counted", async || local.metrics().await.contains_key("SocketsOpened")).await;
@@ -409,6 +427,15 @@ async fn what_an_upstream_answers_instead_is_handed_on_or_named() {
         .field("Sec-WebSocket-Key", "short")
         .field("Sec-WebSocket-Version", "13");
     assert_eq!(line.exchange(&bad).await.status, 400);
+    let mut line = client::Connection::open(local.public).await;
+    let other = client::Request::new("GET", "/")
+        .field("Host", "web.localhost")
+        .field("Upgrade", "websocket")
+        .field("Connection", "Upgrade")
+        .field("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ==")
+        .field("Sec-WebSocket-Version", "8");
+    let other = line.exchange(&other).await;
+    assert_eq!((other.status, other.field("sec-websocket-version").as_deref()), (400, Some("13")));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

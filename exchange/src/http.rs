@@ -351,7 +351,7 @@ fn most_bytes(request: &PublicRequest) -> usize {
 }
 
 /// The request id is random; its last digits choose among several connections.
-fn pick(request_id: &RequestId) -> f64 {
+pub(crate) fn pick(request_id: &RequestId) -> f64 {
     let digits = u32::from_str_radix(&request_id.as_str()[24..], 16).unwrap_or_default();
     f64::from(digits) / (f64::from(u32::MAX) + 1.0)
 }

@@ -55,6 +55,8 @@ pub struct Head {
 pub enum SocketError {
     /// Its client broke a rule of WebSocket and is to be told so with this code.
     Violation(u16),
+    /// Its client answers nothing any more.
+    Silent,
     /// It has ended.
     Gone,
 }

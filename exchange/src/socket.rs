@@ -10,6 +10,7 @@
 use std::{future::poll_fn, time::Duration};
 
 use edge::{
+    Error,
     agent_link::Posted,
     mailbox::Letter,
     metrics::{Line, Metric},
@@ -24,11 +25,11 @@ use proto::{
     id::{ConnectionId, RequestId, TunnelName},
     limits,
     message::{Accepted, AgentMessage, Cancel, EdgeMessage, Envelope as Tag},
-    socket::{CLOSE_RESTART, Close, Envelope, Flow, FlowError, Message, Pace, Settings},
+    socket::{CLOSE_RESTART, Close, Envelope, Flow, FlowError, Message, Pace, Settings, patience},
 };
 use tokio::time::{Instant, sleep_until};
 
-use crate::{Services, budget::Share, inbox::Mail, public::SocketError, record::Record};
+use crate::{Services, budget::Share, http::pick, inbox::Mail, public::SocketError, record::Record};
 
 /// How many batches are posted to the agent at the same time. It puts them in order.
 const POSTS: usize = 4;
@@ -36,8 +37,52 @@ const POSTS: usize = 4;
 /// Try again later: there is no room now.
 const TRY_LATER: u16 = 1013;
 
+/// A message is longer than may be.
+const TOO_LONG: u16 = 1009;
+
+/// What ends a WebSocket whose client answers no ping (1011, as clients do that are left without an answer).
+const SILENT: u16 = 1011;
+
+/// How long a batch is tried to be posted while AWS has no room for it.
+const POSTED_WITHIN: Duration = Duration::from_secs(30);
+
 /// How long a violation is kept from the client that committed it: what was sent before it is answered first.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(1);
+
+/// Posts to an agent, again for as long as AWS certainly had no room for it.
+async fn post(
+    services: &Services,
+    request_id: &RequestId,
+    connection: &ConnectionId,
+    text: String,
+) -> Result<Posted, Error> {
+    until_taken(pick(request_id), async || services.link.post_text(connection, text.clone()).await).await
+}
+
+/// `random`, in `[0, 1)`, has those that are refused together not come back together.
+async fn until_taken(
+    random: f64,
+    mut post: impl AsyncFnMut() -> Result<Posted, Error>,
+) -> Result<Posted, Error> {
+    let give_up = Instant::now() + POSTED_WITHIN;
+    let mut pause = Duration::from_millis(100);
+    loop {
+        match post().await {
+            Err(Error::Throttled { .. }) if Instant::now() + pause < give_up => {
+                tokio::time::sleep(pause.mul_f64(f64::midpoint(1.0, random))).await;
+                pause = (pause * 2).min(Duration::from_secs(3));
+            }
+            result => return result,
+        }
+    }
+}
+
+async fn cancel(services: &Services, request_id: &RequestId, connection: &ConnectionId) {
+    let cancel = EdgeMessage::Cancel(Cancel { request_id: request_id.clone() });
+    if let Err(error) = post(services, request_id, connection, cancel.encode()).await {
+        tracing::warn!(%request_id, %error, "agent was not told");
+    }
+}
 
 /// What an exchange says about the WebSocket that it holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -158,6 +203,8 @@ enum End {
     AgentLost,
     /// Something was lost on the link, or made no sense.
     Broken,
+    /// The upstream sent a message that is longer than may be.
+    TooLong,
     /// More of what the agent says would have to be held than there is room for.
     TooMuch,
     /// The agent said that it is over.
@@ -191,10 +238,7 @@ enum Posting {
 impl Socket {
     /// Tells the agent that nobody wants the WebSocket any more.
     pub(crate) async fn give_up(&self, services: &Services, request_id: &RequestId) {
-        let cancel = EdgeMessage::Cancel(Cancel { request_id: request_id.clone() });
-        if let Err(error) = services.link.post(&self.connection, &cancel).await {
-            tracing::warn!(%request_id, %error, "agent was not told");
-        }
+        cancel(services, request_id, &self.connection).await;
     }
 
     /// Carries messages until both sides have closed, or one is gone.
@@ -245,11 +289,8 @@ impl Socket {
         let end = pump.run(mail, public, self.early).await;
         let Pump { up, down, code, connection, .. } = pump;
         if end != End::Closed && end != End::AgentLost && end != End::AgentEnded {
-            let cancel = EdgeMessage::Cancel(Cancel { request_id: request_id.clone() });
             // Seldom, and larger than all the rest of this future.
-            if let Err(error) = Box::pin(services.link.post(&connection, &cancel)).await {
-                tracing::warn!(%request_id, %error, "agent was not told");
-            }
+            Box::pin(cancel(services, request_id, &connection)).await;
         }
         say(services, || Holding::Over(request_id.clone()));
         let elapsed = begun.elapsed();
@@ -330,10 +371,7 @@ impl<'a> Pump<'a> {
                             return self.finish(end, &mut sink, violation).await;
                         }
                     }
-                    Err(error) => {
-                        tracing::warn!(request_id = %self.request_id, %error, "websocket was broken off");
-                        return self.finish(End::Broken, &mut sink, violation).await;
-                    }
+                    Err(error) => return self.break_off(error, &mut sink, violation).await,
                 }
             }
             if public_ended {
@@ -347,14 +385,11 @@ impl<'a> Pump<'a> {
             if outgoing.is_none() {
                 outgoing = match self.flow.poll_message(now.into_std()) {
                     Ok(message) => message,
-                    Err(error) => {
-                        tracing::warn!(request_id = %self.request_id, %error, "websocket was broken off");
-                        return self.finish(End::Broken, &mut sink, violation).await;
-                    }
+                    Err(error) => return self.break_off(error, &mut sink, violation).await,
                 };
                 if let Some(Message::Close(close)) = &outgoing {
                     self.code = close.as_ref().map(|close| close.code);
-                    close_by.get_or_insert(now + limits::SOCKET_CLOSE);
+                    close_by.get_or_insert(now + patience(unflushed_bytes));
                     if let Some(code) = violation {
                         // Everything that was said before its violation has been answered.
                         outgoing = Some(Message::Close(Some(Close::new(code, ""))));
@@ -436,7 +471,7 @@ impl<'a> Pump<'a> {
                                 self.up.count(&message);
                                 if let Message::Close(close) = &message {
                                     self.code = self.code.or(close.as_ref().map(|close| close.code));
-                                    close_by.get_or_insert(now + limits::SOCKET_CLOSE);
+                                    close_by.get_or_insert(now + patience(self.flow.untaken()));
                                 }
                                 self.flow.send(message);
                                 // What is there at the same time travels together.
@@ -448,6 +483,12 @@ impl<'a> Pump<'a> {
                                 violation = Some(code);
                                 self.code = Some(code);
                                 self.flow.send(Message::Close(Some(Close::new(1001, "the client broke a rule"))));
+                                close_by.get_or_insert(now + ANSWERED_WITHIN);
+                            }
+                            Some(Err(SocketError::Silent)) => {
+                                violation = Some(SILENT);
+                                self.code = Some(SILENT);
+                                self.flow.send(Message::Close(Some(Close::new(1001, "the client answers nothing"))));
                                 close_by.get_or_insert(now + ANSWERED_WITHIN);
                             }
                             Some(Err(SocketError::Gone)) | None => public_ended = true,
@@ -469,11 +510,22 @@ impl<'a> Pump<'a> {
             if public_ended && !self.flow.is_closing() {
                 // It vanished without a word.
                 self.flow.send(Message::Close(Some(Close::new(1001, "the client has gone"))));
-                close_by.get_or_insert(Instant::now() + limits::SOCKET_CLOSE);
+                close_by.get_or_insert(Instant::now() + patience(self.flow.untaken()));
                 self.code = self.code.or(Some(1006));
             }
         };
         self.finish(end, &mut sink, violation).await
+    }
+
+    async fn break_off<K>(&mut self, error: FlowError, sink: &mut K, violation: Option<u16>) -> End
+    where
+        K: futures_util::Sink<Message, Error = SocketError> + Unpin,
+    {
+        tracing::warn!(request_id = %self.request_id, %error, "websocket was broken off");
+        match error {
+            FlowError::TooLong => self.finish(End::TooLong, sink, violation.or(Some(TOO_LONG))).await,
+            FlowError::Lost | FlowError::Invalid(_) => self.finish(End::Broken, sink, violation).await,
+        }
     }
 
     /// Has the public side closed and what is under way sent.
@@ -508,10 +560,10 @@ impl<'a> Pump<'a> {
     }
 
     fn post(&self, text: String) {
-        let (link, connection, request_id) = (&self.services.link, self.connection.clone(), self.request_id);
+        let (services, connection, request_id) = (self.services, self.connection.clone(), self.request_id);
         self.posts.push(
             async move {
-                match link.post_text(&connection, text.clone()).await {
+                match post(services, request_id, &connection, text.clone()).await {
                     Ok(Posted::Accepted) => Posting::Done,
                     Ok(Posted::Gone) => Posting::Gone(connection, text),
                     Err(error) => {
@@ -607,6 +659,27 @@ mod tests {
         }
 
         async fn delete(&self, _: Vec<String>) {}
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_aws_has_no_room_for_is_posted_again_and_nothing_else_is() {
+        let throttled = || Err(Error::Throttled { call: "PostToConnection" });
+        let mut left = 5;
+        let taken = until_taken(0.0, async || {
+            left -= 1;
+            if left > 0 { throttled() } else { Ok(Posted::Accepted) }
+        });
+        assert_eq!(taken.await.unwrap(), Posted::Accepted);
+        let mut tries = 0;
+        let failed = until_taken(0.9, async || {
+            tries += 1;
+            Err(Error::Failed { call: "PostToConnection", source: "no word".into() })
+        });
+        assert!(matches!(failed.await, Err(Error::Failed { .. })));
+        assert_eq!(tries, 1, "it may have arrived");
+        let begun = Instant::now();
+        assert!(matches!(until_taken(0.0, async || throttled()).await, Err(Error::Throttled { .. })));
+        assert!(begun.elapsed() <= POSTED_WITHIN, "{:?}", begun.elapsed());
     }
 
     fn id() -> RequestId {

@@ -148,6 +148,16 @@ pub enum FlowError {
     TooLong,
 }
 
+/// How many bytes in a second a side still takes at least that is not given up.
+const SLOWEST: u32 = 32 * 1024;
+
+/// How long the end is waited for after a last word while so many bytes are still to be taken before it.
+#[must_use]
+pub fn patience(bytes: usize) -> Duration {
+    let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+    limits::SOCKET_CLOSE + Duration::from_secs(1) * bytes / SLOWEST
+}
+
 /// How often batches may be sent that answer nothing and are not full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pace {
@@ -314,6 +324,12 @@ impl Flow {
     #[must_use]
     pub fn is_sent(&self) -> bool {
         self.queue.is_empty()
+    }
+
+    /// How many bytes of this end's messages the other end has not passed on, as far as is known here.
+    #[must_use]
+    pub const fn untaken(&self) -> usize {
+        self.queued + self.under_way
     }
 
     /// Whether the other end's last word has left through [`Self::poll_message`].
@@ -871,6 +887,13 @@ mod tests {
             pair.deliver(1, &text).unwrap();
         }
         assert_eq!((pair.got[1].len(), pair.now), (1, begun));
+    }
+
+    #[test]
+    fn the_end_is_waited_for_as_long_as_something_is_taken() {
+        assert_eq!(patience(0), limits::SOCKET_CLOSE);
+        assert_eq!(patience(16 << 20), limits::SOCKET_CLOSE + Duration::from_secs(512));
+        assert!(patience(usize::MAX) < Duration::from_secs(2 * 24 * 60 * 60));
     }
 
     #[test]

@@ -75,6 +75,11 @@ impl<S> Metered<S> {
         let _ = self.share.hold(0);
     }
 
+    /// Nobody has read for a while: what stands still does so from now on.
+    pub fn resume(&mut self) {
+        self.read_at = Instant::now();
+    }
+
     /// Whether reading has failed because the budget is spent.
     #[must_use]
     pub const fn is_refused(&self) -> bool {

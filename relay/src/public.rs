@@ -199,6 +199,7 @@ async fn answer_one(
         html: false,
         head_only: request.method() == Method::HEAD,
         upgrade: None,
+        is_other_version: false,
         message_bytes: relay.services.config.socket_message_bytes,
         meter: Rc::clone(&relay.meter),
         answers,
@@ -267,7 +268,10 @@ async fn read(
         }
         match websocket::check(&head.method, head.version, &head.headers) {
             Ok(key) => public.upgrade = Some((upgrade, key)),
-            Err(BadHandshake::Invalid | BadHandshake::Version) => return Err(ErrorCode::BadRequest),
+            Err(bad) => {
+                public.is_other_version = bad == BadHandshake::Version;
+                return Err(ErrorCode::BadRequest);
+            }
         }
         return Ok(routed);
     }
@@ -367,6 +371,8 @@ struct HttpAnswer {
     html: bool,
     head_only: bool,
     upgrade: Option<(OnUpgrade, String)>,
+    /// Whether it is a handshake for another version of WebSocket than 13.
+    is_other_version: bool,
     message_bytes: usize,
     meter: Rc<Meter>,
     answers: oneshot::Sender<Response<AnswerBody>>,
@@ -387,8 +393,13 @@ impl PublicSide for HttpAnswer {
     async fn fail(self, code: ErrorCode) {
         let (head, body) = answer::problem(code, &self.request_id, self.html);
         let body = if self.head_only { AnswerBody::empty() } else { AnswerBody::whole(body.into()) };
+        let mut response = response(head, body);
+        if self.is_other_version {
+            // RFC 6455 §4.2.2: the version that is understood.
+            response.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+        }
         // Nobody may be left to tell.
-        let _ = self.answers.send(response(head, body));
+        let _ = self.answers.send(response);
     }
 
     async fn gone(&mut self) {

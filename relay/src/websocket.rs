@@ -28,8 +28,11 @@ use crate::meter::Metered;
 /// How often a client is pinged, so that nothing in between takes the connection for idle.
 const PING_EVERY: Duration = Duration::from_secs(30);
 
-/// How long a client may be silent, pings unanswered.
-const SILENT: Duration = Duration::from_secs(80);
+/// How long a client may leave a ping unanswered and say nothing else.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(50);
+
+/// After how long without a look this end has not been read: whoever reads looks as often as pings are due.
+const UNREAD: Duration = PING_EVERY.saturating_add(Duration::from_secs(5));
 
 /// How much is read at once. It is kept for each WebSocket, also for an idle one.
 const READ_BUFFER_BYTES: usize = 4 * 1024;
@@ -77,7 +80,9 @@ pub fn check(method: &Method, version: Version, headers: &HeaderMap) -> Result<S
 pub struct PublicSocket<S> {
     socket: WebSocketStream<Metered<S>>,
     pings: Interval,
-    heard_at: Instant,
+    /// When the first ping was sent since anything was heard.
+    pinged_at: Option<Instant>,
+    looked_at: Instant,
     /// Whether what was read last has been given away.
     has_message: bool,
 }
@@ -93,7 +98,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> PublicSocket<S> {
         let socket = WebSocketStream::from_raw_socket(io, Role::Server, Some(config)).await;
         let mut pings = interval_at(Instant::now() + PING_EVERY, PING_EVERY);
         pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Self { socket, pings, heard_at: Instant::now(), has_message: false }
+        Self { socket, pings, pinged_at: None, looked_at: Instant::now(), has_message: false }
     }
 }
 
@@ -116,9 +121,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream for PublicSocket<S> {
     type Item = Result<Message, SocketError>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if std::mem::take(&mut self.has_message) {
+            self.socket.get_mut().release();
+        }
+        if self.looked_at.elapsed() >= UNREAD {
+            // What has stood still meanwhile did so because nobody read.
+            self.socket.get_mut().resume();
+            self.pinged_at = None;
+        }
+        self.looked_at = Instant::now();
+        // What is there counts before anybody is judged by what is not.
+        if let Poll::Ready(next) = self.poll_message(cx) {
+            return Poll::Ready(next);
+        }
         while self.pings.poll_tick(cx).is_ready() {
-            if self.heard_at.elapsed() >= SILENT {
-                return Poll::Ready(Some(Err(SocketError::Gone)));
+            if self.pinged_at.is_some_and(|at| at.elapsed() >= ANSWERED_WITHIN) {
+                return Poll::Ready(Some(Err(SocketError::Silent)));
             }
             if self.socket.get_ref().is_stalled() {
                 return Poll::Ready(Some(Err(SocketError::Violation(TRY_LATER))));
@@ -127,14 +145,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stream for PublicSocket<S> {
             if matches!(Pin::new(&mut self.socket).poll_ready(cx), Poll::Ready(Ok(()))) {
                 let _ = Pin::new(&mut self.socket).start_send(tungstenite::Message::Ping(Bytes::new()));
                 let _ = Pin::new(&mut self.socket).poll_flush(cx);
+                self.pinged_at.get_or_insert_with(Instant::now);
             }
         }
-        if std::mem::take(&mut self.has_message) {
-            self.socket.get_mut().release();
-        }
+        Poll::Pending
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> PublicSocket<S> {
+    fn poll_message(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Message, SocketError>>> {
         loop {
             let next = ready!(Pin::new(&mut self.socket).poll_next(cx));
-            self.heard_at = Instant::now();
+            self.pinged_at = None;
             self.has_message = true;
             break Poll::Ready(match next {
                 None => None,
@@ -272,6 +294,31 @@ mod tests {
         client.send(piece(OpCode::Data(Data::Binary), FREE_BYTES / 2, false)).await.unwrap();
         let waited = tokio::time::timeout(PING_EVERY + STALLED, server.next());
         assert!(waited.await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_is_judged_by_what_was_not_read() {
+        let meter = Meter::new(1 << 20);
+        let (mut client, mut server) = pair(&meter).await;
+        let long = FREE_BYTES + 100;
+        let whole = client.send(piece(OpCode::Data(Data::Binary), long, true));
+        let (sent, message) = tokio::join!(whole, server.next());
+        sent.unwrap();
+        assert_eq!(message.unwrap().unwrap().len(), long);
+        // Its upstream takes nothing for longer than a client may be silent or a message may stand still.
+        tokio::time::advance(ANSWERED_WITHIN * 2 + PING_EVERY + STALLED).await;
+        assert!(tokio::time::timeout(PING_EVERY - STALLED / 2, server.next()).await.is_err());
+        client.send(tungstenite::Message::text("still here")).await.unwrap();
+        assert_eq!(server.next().await.unwrap().unwrap(), Message::Text("still here".into()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_answers_nothing_is_told_so() {
+        let (_client, mut server) = pair(&Meter::new(1000)).await;
+        let begun = Instant::now();
+        assert_eq!(server.next().await.unwrap().unwrap_err(), SocketError::Silent);
+        let after = begun.elapsed();
+        assert!(after >= PING_EVERY + ANSWERED_WITHIN && after <= PING_EVERY * 3, "{after:?}");
     }
 
     fn headers(fields: &[(&'static str, &'static str)]) -> HeaderMap {

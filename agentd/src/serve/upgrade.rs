@@ -19,7 +19,7 @@ use proto::{
     id::RequestId,
     limits,
     message::{Accepted, AgentFrames, AgentMessage, Failed},
-    socket::{CLOSE_RESTART, Close, Envelope, Flow, FlowError, Message, Pace, Settings},
+    socket::{CLOSE_RESTART, Close, Envelope, Flow, FlowError, Message, Pace, Settings, patience},
 };
 use tokio::{
     sync::mpsc,
@@ -231,6 +231,8 @@ impl Pump<'_> {
         let far = Instant::now() + limits::SOCKET_LIFETIME + limits::RESPONSE_DURATION;
         let mut outgoing: Option<tungstenite::Message> = None;
         let mut unflushed = false;
+        // How many bytes of the last message the upstream has not taken.
+        let mut unflushed_bytes = 0;
         let mut upstream_ended = false;
         let mut violation: Option<u16> = None;
         let mut close_by: Option<Instant> = None;
@@ -250,7 +252,7 @@ impl Pump<'_> {
                         }
                         if let Message::Close(close) = &message {
                             self.line.code(close.as_ref().map(|close| close.code));
-                            close_by.get_or_insert(now + limits::SOCKET_CLOSE);
+                            close_by.get_or_insert(now + patience(unflushed_bytes));
                         }
                         last = now;
                         if upstream_ended {
@@ -305,16 +307,16 @@ impl Pump<'_> {
                 {
                     let sent = ready.and_then(|()| match outgoing.take() {
                         Some(message) => {
-                            unflushed = true;
+                            (unflushed, unflushed_bytes) = (true, message.len());
                             sink.start_send_unpin(message)
                         }
                         None => {
-                            unflushed = false;
+                            (unflushed, unflushed_bytes) = (false, 0);
                             Ok(())
                         }
                     });
                     if sent.is_err() {
-                        unflushed = false;
+                        (unflushed, unflushed_bytes) = (false, 0);
                         // What it has sent before is still to be read.
                         outgoing = None;
                     }
@@ -335,7 +337,7 @@ impl Pump<'_> {
                                 }
                                 if let Message::Close(close) = &message {
                                     self.line.code(close.as_ref().map(|close| close.code));
-                                    close_by.get_or_insert(now + limits::SOCKET_CLOSE);
+                                    close_by.get_or_insert(now + patience(self.flow.untaken()));
                                 }
                                 self.flow.send(message);
                                 // What is there at the same time travels together.
@@ -370,7 +372,7 @@ impl Pump<'_> {
                 // It vanished without a word: clients should come again.
                 self.line.code(Some(1006));
                 self.flow.send(Message::Close(Some(Close::new(CLOSE_RESTART, "the upstream has gone"))));
-                close_by.get_or_insert(Instant::now() + limits::SOCKET_CLOSE);
+                close_by.get_or_insert(Instant::now() + patience(self.flow.untaken()));
             }
         };
         if !upstream_ended && (end != End::Closed || !self.flow.is_closed() || violation.is_some()) {
