@@ -38,6 +38,17 @@ pub(crate) enum Kind {
     Websocket,
 }
 
+/// What the public client asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Asked {
+    /// The target, below what `x-forwarded-prefix` says.
+    Target,
+    /// This path and query: a route of the tunnel changes them on the way.
+    Path(Box<str>),
+    /// Something else, and nobody knows what would have led to the target.
+    Unknown,
+}
+
 /// How a request ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -150,12 +161,18 @@ pub(crate) struct Record {
     pub(crate) source: Source,
     pub(crate) kind: Kind,
     pub(crate) method: Box<str>,
+    /// As the upstream gets it.
     pub(crate) target: Box<str>,
+    pub(crate) asked: Asked,
     /// The edge's name of it.
     pub(crate) request_id: Option<RequestId>,
     pub(crate) replay_of: Option<u64>,
     pub(crate) fields: Fields,
     pub(crate) body: Kept,
+    /// Whether all of the body has passed.
+    pub(crate) is_whole: bool,
+    /// Whether no upstream was ever to get it.
+    pub(crate) leads_nowhere: bool,
     pub(crate) answer: Option<Answer>,
     pub(crate) times: Times,
     pub(crate) outcome: Option<Outcome>,
@@ -186,6 +203,19 @@ impl Record {
                     .into(),
             );
         }
+        if self.leads_nowhere {
+            return Some(
+                "no upstream was to get this: no route of the tunnel takes it, and it has none of its own that does"
+                    .into(),
+            );
+        }
+        if !self.is_whole {
+            return Some(format!(
+                "the body has not passed whole: {} bytes of it have, and sending those would be another request; \
+                 give a body",
+                self.body.size()
+            ));
+        }
         self.body.is_cut().then(|| {
             format!(
                 "the captured body is cut: {} of {} bytes are kept, and sending half of it would be another \
@@ -196,6 +226,24 @@ impl Record {
         })
     }
 
+    /// Whether there is more of the request's body than is kept, as far as anybody knows.
+    pub(crate) fn is_body_cut(&self) -> bool {
+        !self.is_whole || self.body.is_cut()
+    }
+
+    /// The public address, as the forwarding fields have it.
+    pub(crate) fn url(&self) -> Option<String> {
+        let scheme =
+            self.fields.text("x-forwarded-proto").filter(|scheme| matches!(*scheme, "http" | "https"))?;
+        let host = self.fields.text("x-forwarded-host")?;
+        let (prefix, target) = match &self.asked {
+            Asked::Target => (self.fields.text("x-forwarded-prefix").unwrap_or_default(), &self.target),
+            Asked::Path(path) => ("", path),
+            Asked::Unknown => return None,
+        };
+        Some(format!("{scheme}://{host}{prefix}{target}"))
+    }
+
     /// Whether the agent answered it, and did not refuse it: no upstream was ever meant to see it.
     fn is_settled_here(&self) -> bool {
         self.error.is_none() && self.answer.as_ref().is_some_and(|answer| answer.is_own)
@@ -203,7 +251,7 @@ impl Record {
 
     /// Whether another body makes it one that can be sent.
     pub(crate) fn lacks_only_a_body(&self) -> bool {
-        self.kind == Kind::Http && !self.is_settled_here()
+        self.kind == Kind::Http && !self.is_settled_here() && !self.leads_nowhere
     }
 
     pub(crate) const fn new(source: Source, kind: Kind, method: Box<str>, target: Box<str>) -> Self {
@@ -212,10 +260,13 @@ impl Record {
             kind,
             method,
             target,
+            asked: Asked::Target,
             request_id: None,
             replay_of: None,
             fields: Fields::NONE,
             body: Kept::EMPTY,
+            is_whole: true,
+            leads_nowhere: false,
             answer: None,
             times: Times { connected: None, head: None, first_byte: None, last_byte: None, ended: None },
             outcome: None,
@@ -262,10 +313,15 @@ impl Record {
 
     /// How much memory it takes, with what a record needs besides and what an allocator loses to gaps.
     pub(super) fn weight(&self) -> usize {
+        let asked = match &self.asked {
+            Asked::Path(path) => path.len(),
+            Asked::Target | Asked::Unknown => 0,
+        };
         let answer = self.answer.as_ref().map_or(0, |answer| answer.fields.weight() + answer.body.weight());
         let exact = size_of::<Self>()
             + self.method.len()
             + self.target.len()
+            + asked
             + self.fields.weight()
             + self.body.weight()
             + answer
@@ -285,4 +341,41 @@ const OVERHEAD: usize = 400;
 /// Microseconds from `began` until now.
 pub(super) fn since(began: Instant) -> u64 {
     began.elapsed().as_micros() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_public_address_is_what_was_asked_for() {
+        let mut record = Record::new(Source::Edge, Kind::Http, "GET".into(), "/v1/x".into());
+        assert_eq!(record.url(), None);
+        let fields = [
+            ("x-forwarded-proto", &b"https"[..]),
+            ("x-forwarded-host", b"h"),
+            ("x-forwarded-prefix", b"/web/api"),
+        ];
+        record.fields = Fields::from_pairs(fields.into_iter());
+        for (asked, url) in [
+            (Asked::Target, Some("https://h/web/api/v1/x")),
+            (Asked::Path("/web/api/x".into()), Some("https://h/web/api/x")),
+            (Asked::Unknown, None),
+        ] {
+            record.asked = asked;
+            assert_eq!(record.url().as_deref(), url);
+        }
+    }
+
+    #[test]
+    fn what_is_not_whole_or_leads_nowhere_has_an_obstacle() {
+        let mut record = Record::new(Source::Edge, Kind::Http, "POST".into(), "/".into());
+        assert_eq!(record.obstacle(), None);
+        record.is_whole = false;
+        assert!(record.obstacle().unwrap().contains("has not passed whole"));
+        assert!(record.is_body_cut() && record.lacks_only_a_body());
+        record.leads_nowhere = true;
+        assert!(record.obstacle().unwrap().contains("no upstream was to get this"));
+        assert!(!record.lacks_only_a_body());
+    }
 }

@@ -23,7 +23,7 @@ use tokio::sync::broadcast;
 use super::{
     fields::Fields,
     kept::Kept,
-    record::{Answer, Direction, Kind, Outcome, Record, Source, since},
+    record::{Answer, Asked, Direction, Kind, Outcome, Record, Source, since},
 };
 
 /// How many events may wait for somebody who listens.
@@ -237,17 +237,21 @@ impl Lens {
         Self { captures, tunnel, upstream: upstream.into(), body_bytes }
     }
 
-    /// A request has come from the edge, for `upstream` where that is not the tunnel's own.
+    /// A request has come from the edge, which `upstream` is asked for as `target`. Without one it is the tunnel's own; an
+    /// empty one says that there is none.
     pub(crate) fn request(
         &self,
         id: &RequestId,
         kind: Kind,
         method: &str,
         target: &str,
+        asked: Asked,
         upstream: Option<String>,
     ) -> Capture {
         let mut record = Record::new(Source::Edge, kind, method.into(), target.into());
         record.request_id = Some(id.clone());
+        record.asked = asked;
+        record.is_whole = false;
         self.begin(record, upstream.map(Arc::from))
     }
 
@@ -262,6 +266,10 @@ impl Lens {
     ) -> Capture {
         let mut record = Record::new(Source::Replay, Kind::Http, method.into(), target.into());
         record.replay_of = Some(of.id);
+        record.asked = of.look(|of| match &of.asked {
+            Asked::Path(_) if *of.target != *target => Asked::Unknown,
+            asked => asked.clone(),
+        });
         record.fields = fields;
         record.body = Kept::whole(body, self.body_bytes);
         self.begin(record, Some(Arc::clone(&of.upstream)))
@@ -287,7 +295,8 @@ impl Lens {
         capture.tap.captured.id
     }
 
-    fn begin(&self, record: Record, upstream: Option<Arc<str>>) -> Capture {
+    fn begin(&self, mut record: Record, upstream: Option<Arc<str>>) -> Capture {
+        record.leads_nowhere = upstream.as_ref().unwrap_or(&self.upstream).is_empty();
         let captured = self.captures.add(self, record, upstream);
         let tap = Tap { captures: Arc::clone(&self.captures), captured, body_bytes: self.body_bytes };
         Capture { tap, ended: false }
@@ -360,16 +369,24 @@ impl Tap {
         self.captures.say(event(self.captured.id));
     }
 
-    /// The head of the request, as it goes to the upstream, and its body if that is there.
+    /// The head of the request, as it goes to the upstream, and its whole body if that is there.
     pub(crate) fn request<'a>(
         &self,
         fields: impl Iterator<Item = (&'a HeaderName, &'a HeaderValue)>,
-        body: &[u8],
+        body: Option<&[u8]>,
     ) {
         self.note(|record, _| {
             record.fields = Fields::copy(fields);
-            record.body.push(body, self.body_bytes);
+            if let Some(body) = body {
+                record.body = Kept::whole(body, self.body_bytes);
+                record.is_whole = true;
+            }
         });
+    }
+
+    /// The request's body has ended as it should.
+    pub(crate) fn request_ended(&self) {
+        self.note(|record, _| record.is_whole = true);
     }
 
     /// A piece of the request's body.
@@ -457,8 +474,8 @@ mod tests {
 
     fn request(lens: &Lens, body: &[u8]) -> Capture {
         let id = RequestId::from_random([1; 16]);
-        let capture = lens.request(&id, Kind::Http, "POST", "/x", None);
-        capture.tap().request(std::iter::empty(), body);
+        let capture = lens.request(&id, Kind::Http, "POST", "/x", Asked::Target, None);
+        capture.tap().request(std::iter::empty(), Some(body));
         capture
     }
 
@@ -484,6 +501,20 @@ mod tests {
         assert_eq!((record.body.to_vec(), record.body.is_cut()), (vec![7; 50_000], false));
         let answer = record.answer.unwrap().body;
         assert_eq!((answer.size(), answer.len(), answer.is_cut()), (100_000, 64 << 10, true));
+    }
+
+    #[test]
+    fn a_request_without_an_upstream_leads_nowhere() {
+        let captures = Arc::new(Captures::new(1 << 20));
+        let leads_nowhere = |own: &str, upstream: Option<&str>| {
+            let lens = Lens::new(Arc::clone(&captures), "web".parse().unwrap(), own, 10);
+            let id = RequestId::from_random([1; 16]);
+            let capture =
+                lens.request(&id, Kind::Http, "GET", "/", Asked::Target, upstream.map(ToOwned::to_owned));
+            captures.get(capture.id()).unwrap().look(|record| record.leads_nowhere)
+        };
+        assert!(leads_nowhere("", None) && leads_nowhere("http://localhost:1", Some("")));
+        assert!(!leads_nowhere("http://localhost:1", None) && !leads_nowhere("", Some("http://localhost:2")));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::{
     har, page,
     redact::Redact,
     replay::{self, Edits, Refusal},
-    shape::{self, Delivery, Detail, Error, Ids, List, State, Summary, TunnelState, public_url},
+    shape::{self, Delivery, Detail, Error, Ids, List, State, Summary, TunnelState},
 };
 use crate::{
     capture::{
@@ -438,15 +438,17 @@ impl Inspector {
         if !query.reveal {
             request = request.masked(self.redact());
         }
-        let public = public_url(&record.fields, "");
-        let base = match (query.to_public, &public) {
+        let public = record.url();
+        let public = public.as_deref().and_then(curl::split_origin);
+        let base = match (query.to_public, public) {
             (false, _) if captured.upstream.is_empty() => {
                 return refuse(StatusCode::UNPROCESSABLE_ENTITY, "it went to no upstream");
             }
             (false, _) => &*captured.upstream,
-            (true, Some(public)) => {
+            (true, Some((origin, target))) => {
+                target.clone_into(&mut request.target);
                 request.fields.retain(|(name, _)| !is_of_the_edge(name));
-                public
+                origin
             }
             (true, None) => return refuse(StatusCode::UNPROCESSABLE_ENTITY, "it has no public address"),
         };

@@ -350,6 +350,13 @@ impl Read {
     }
 }
 
+/// Scheme and host of an address, and what follows them.
+pub(crate) fn split_origin(url: &str) -> Option<(&str, &str)> {
+    let authority = url.find("://")? + 3;
+    let end = url[authority..].find('/').map_or(url.len(), |at| authority + at);
+    Some(url.split_at(end))
+}
+
 /// Host and target of an address; without a scheme it is HTTP.
 pub(crate) fn split_url(url: &str) -> (String, String) {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);

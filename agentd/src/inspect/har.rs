@@ -10,7 +10,7 @@ use super::{
     decode,
     redact::{MASK, Redact},
     replay::Request,
-    shape::{from_base64, public_url, to_base64},
+    shape::{from_base64, to_base64},
 };
 use crate::capture::{
     fields::Fields,
@@ -178,7 +178,7 @@ fn entry(captured: &Captured, record: &Record, redact: Option<&Redact>) -> Entry
         receive: ended - head,
         ssl: -1.0,
     };
-    let url = public_url(&record.fields, &record.target).unwrap_or_else(|| {
+    let url = record.url().unwrap_or_else(|| {
         let base =
             if captured.upstream.starts_with("unix:") { "http://localhost" } else { &captured.upstream };
         format!("{}{}", base.trim_end_matches('/'), record.target)
@@ -320,9 +320,9 @@ fn plain(fields: &Fields, body: &Kept) -> (Vec<u8>, bool) {
 fn request(record: &Record, url: String, redact: Option<&Redact>) -> RequestShape {
     let query = record.target.split_once('?').map(|(_, query)| query).unwrap_or_default();
     let bytes = record.body.to_vec();
-    let post_data = (record.body.size() > 0).then(|| {
+    let post_data = (record.body.size() > 0 || !record.is_whole).then(|| {
         let mime_type = record.fields.text("content-type").unwrap_or("application/octet-stream").to_owned();
-        let cut = record.body.is_cut();
+        let cut = record.is_body_cut();
         match String::from_utf8(bytes) {
             Ok(text) => PostData { mime_type, text, base64: None, cut },
             Err(error) => {

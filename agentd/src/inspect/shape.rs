@@ -139,9 +139,7 @@ pub(crate) struct Delivery<'a> {
 pub(crate) enum Value {
     Text(String),
     Masked { masked: bool, length: usize },
-    Base64 {
-        base64: String,
-    },
+    Base64 { base64: String },
 }
 
 impl Value {
@@ -285,14 +283,6 @@ const fn outcome(outcome: Outcome) -> &'static str {
     }
 }
 
-/// The public address of a request, as its forwarding fields have it.
-pub(crate) fn public_url(fields: &Fields, target: &str) -> Option<String> {
-    let scheme = fields.text("x-forwarded-proto").filter(|scheme| matches!(*scheme, "http" | "https"))?;
-    let host = fields.text("x-forwarded-host")?;
-    let prefix = fields.text("x-forwarded-prefix").unwrap_or_default();
-    Some(format!("{scheme}://{host}{prefix}{target}"))
-}
-
 impl Summary {
     /// The row of a record.
     pub(crate) fn of(captured: &Captured, record: &Record) -> Self {
@@ -310,7 +300,7 @@ impl Summary {
             replay_of: record.replay_of,
             method: record.method.to_string(),
             target: record.target.to_string(),
-            url: public_url(&record.fields, &record.target),
+            url: record.url(),
             status: answer.map(|answer| answer.status),
             answered_by: answer.map(|answer| if answer.is_own { "agent" } else { "upstream" }.to_owned()),
             state: if record.outcome.is_some() { "ended" } else { "open" }.to_owned(),

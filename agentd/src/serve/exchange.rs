@@ -28,7 +28,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     capture::{
-        record::Kind,
+        record::{Asked as PublicTarget, Kind},
         ring::{Capture, Tap},
     },
     report::access::{AccessLine, AccessLog, Ending, SocketLine},
@@ -40,8 +40,12 @@ use crate::{
     serve::outbox::{LinkGone, Outbox},
     serve::pace::{Pace, Tally},
     serve::policy::{
-        self, Policy, Signature, Webhook, answer::Answer, asked::Asked, body::LocalBody, traffic::Passage,
-        visitors::is_user,
+        self, Policy, Signature, Webhook,
+        answer::Answer,
+        asked::Asked,
+        body::LocalBody,
+        traffic::Passage,
+        visitors::{Visitor, is_user},
     },
     serve::sockets::{Serial, Sockets},
     serve::tunnel::{Place, SocketPlace, Tunnel, Tunnels},
@@ -99,11 +103,11 @@ pub(crate) enum JobBody {
 }
 
 impl JobBody {
-    /// What of it is there from the beginning.
-    fn at_hand(&self) -> &[u8] {
+    /// All of it, where it is there from the beginning.
+    fn at_hand(&self) -> Option<&[u8]> {
         match self {
-            Self::Whole(bytes) => bytes,
-            Self::Announced(..) => &[],
+            Self::Whole(bytes) => Some(bytes),
+            Self::Announced(..) => None,
         }
     }
 }
@@ -250,21 +254,6 @@ async fn answer(
     // Nobody waits for the answer to a delivery, and its own settings say how long it may take.
     let head_due =
         began + if job.delivery.is_some() { job.timeout } else { min(tunnel.request_timeout, job.timeout) };
-    let begin = |job: &Job, elsewhere: Option<String>| {
-        let kind = if job.upgrade.is_some() { Kind::Websocket } else { Kind::Http };
-        tunnel.lens().map(|lens| {
-            lens.request(&job.request_id, kind, job.method.as_str(), job.target.as_str(), elsewhere)
-        })
-    };
-    let head = |job: &Job, capture: &Option<Capture>| {
-        if let Some(capture) = capture {
-            capture.tap().request(job.headers.iter(), job.body.at_hand());
-        }
-    };
-    let refuse = |job: &Job, capture: &Option<Capture>, code| {
-        head(job, capture);
-        fail(code)
-    };
     let says = match tunnel.policy() {
         None => {
             without_user(job);
@@ -279,7 +268,7 @@ async fn answer(
     let (signed, mut passage) = match says {
         Ok(says) => says,
         Err(answer) => {
-            *capture = begin(job, None);
+            *capture = capture_here(job, &tunnel, answer.code.is_some());
             let tap = capture.as_ref().map(Capture::tap);
             return Err(Box::pin(answer_here(answer, job, &tunnel, sender, codecs, line, tap)).await);
         }
@@ -288,24 +277,36 @@ async fn answer(
     let is_own = routed.is_none();
     let own = || tunnel.own.as_ref().map(|(upstream, rule)| (upstream, rule));
     let (upstream, host_rule) = routed.or_else(own).ok_or(fail(ErrorCode::NoRoute))?;
-    *capture = begin(job, (!is_own && tunnel.lens().is_some()).then(|| upstream.address().to_string()));
+    *capture = begin(job, &tunnel, passage.as_deref(), || (!is_own).then(|| upstream.address().to_string()));
+    let seen = |job: &Job, capture: &Option<Capture>, passage: Option<&Passage<'_>>| {
+        show(capture.as_ref(), job, &tunnel, upstream, host_rule, passage);
+    };
+    let refuse = |job: &Job, capture: &Option<Capture>, passage: Option<&Passage<'_>>, code| {
+        seen(job, capture, passage);
+        fail(code)
+    };
     let mut place = match job.upgrade {
         None => Places::Request {
-            _place: tunnels.enter(&tunnel, is_own).map_err(|code| refuse(job, capture, code))?,
+            _place: tunnels
+                .enter(&tunnel, is_own)
+                .map_err(|code| refuse(job, capture, passage.as_deref(), code))?,
         },
         Some(Upgrade::Websocket) => {
             let place = tunnels.enter_socket(&tunnel, is_own, websockets.sockets.count());
-            Places::Socket(place.map_err(|code| refuse(job, capture, code))?)
+            Places::Socket(place.map_err(|code| refuse(job, capture, passage.as_deref(), code))?)
         }
     };
     let delivery = match &job.delivery {
-        Some(_) => Some(tunnel.enter_delivery().map_err(|code| refuse(job, capture, code))?),
+        Some(_) => {
+            Some(tunnel.enter_delivery().map_err(|code| refuse(job, capture, passage.as_deref(), code))?)
+        }
         None => None,
     };
     let signature = match signed {
         Some(webhook) => {
-            let signed = Box::pin(signed_body(webhook, job, tunnels, head_due, sender)).await;
-            signed.inspect_err(|_| head(job, capture))?.map(Some)
+            // What its head announces is not known any more once the body has been taken.
+            seen(job, capture, passage.as_deref());
+            Box::pin(signed_body(webhook, job, tunnels, head_due, sender)).await?.map(Some)
         }
         None => Ok(None),
     };
@@ -314,13 +315,15 @@ async fn answer(
     let signature = match entered {
         Ok(signature) => signature,
         Err(answer) => {
+            seen(job, capture, passage.as_deref());
             let tap = capture.as_ref().map(Capture::tap);
             return Err(Box::pin(answer_here(answer, job, &tunnel, sender, codecs, line, tap)).await);
         }
     };
-    let host = host_for(job, host_rule).map_err(|code| refuse(job, capture, code))?;
+    let host = host_for(job, host_rule).map_err(|code| refuse(job, capture, passage.as_deref(), code))?;
+    check_upgrade(job).map_err(|code| refuse(job, capture, passage.as_deref(), code))?;
     let way = Way { upstream, host: &host, passage: passage.as_deref() };
-    let headers = upstream_headers(job, &tunnel, &way).map_err(|code| refuse(job, capture, code))?;
+    let headers = upstream_headers(job, &tunnel, &way);
     if let Some(capture) = capture {
         capture.tap().request(headers.iter(), job.body.at_hand());
     }
@@ -350,6 +353,11 @@ async fn answer(
             *request.method_mut() = job.method.clone();
             *request.uri_mut() = origin_form(way.target(job)).ok_or(fail(ErrorCode::BadRequest))?;
             *request.headers_mut() = headers;
+            if request.body().is_of_unknown_length() {
+                // Said, or a method that mostly has no body would be sent without it. HTTP/2 needs no word for it.
+                let chunked = HeaderValue::from_static("chunked");
+                request.headers_mut().insert(header::TRANSFER_ENCODING, chunked);
+            }
             if job.upgrade.is_some() {
                 // Boxed, as opening a connection is: who asks for no other protocol carries no room for it.
                 return Box::pin(handshake(job, &tunnel, upstream, request, line))
@@ -479,6 +487,64 @@ async fn answer(
             Err(Stop::Fail { seq: response.seq, code: error.code() })
         }
     }
+}
+
+/// Begins to show a request to the inspector, if its tunnel is inspected. `elsewhere` is its upstream where that is not
+/// the tunnel's own; empty where there is none.
+fn begin(
+    job: &Job,
+    tunnel: &Tunnel,
+    passage: Option<&Passage<'_>>,
+    elsewhere: impl FnOnce() -> Option<String>,
+) -> Option<Capture> {
+    let lens = tunnel.lens()?;
+    let kind = if job.upgrade.is_some() { Kind::Websocket } else { Kind::Http };
+    let moved = passage.and_then(|passage| passage.target.as_ref());
+    let public = match moved {
+        None => PublicTarget::Target,
+        Some(_) => PublicTarget::Path(format!("{}{}", asked(job).prefix(), job.target.as_str()).into()),
+    };
+    let target = moved.unwrap_or(&job.target).as_str();
+    Some(lens.request(&job.request_id, kind, job.method.as_str(), target, public, elsewhere()))
+}
+
+/// Shows the inspector a request as its upstream gets it, or would have.
+fn show(
+    capture: Option<&Capture>,
+    job: &Job,
+    tunnel: &Tunnel,
+    upstream: &Upstream,
+    rule: &HostRule,
+    passage: Option<&Passage<'_>>,
+) {
+    let Some(capture) = capture else { return };
+    let host = host_for(job, rule).unwrap_or_else(|_| upstream.authority().clone());
+    let headers = upstream_headers(job, tunnel, &Way { upstream, host: &host, passage });
+    capture.tap().request(headers.iter(), job.body.at_hand());
+}
+
+/// Shows the inspector a request that is answered here: as it came, but one that `is_refused` as its upstream would have
+/// got it.
+fn capture_here(job: &mut Job, tunnel: &Tunnel, is_refused: bool) -> Option<Capture> {
+    tunnel.lens()?;
+    if !is_refused {
+        let capture = begin(job, tunnel, None, || None)?;
+        capture.tap().request(job.headers.iter(), job.body.at_hand());
+        return Some(capture);
+    }
+    Visitor::default().mark(&mut job.headers);
+    let meant = tunnel.policy().and_then(|policy| policy.traffic().meant(&asked(job), &job.request_id));
+    let routed = meant.as_ref().and_then(|passage| passage.upstream);
+    let own = meant.as_ref().and_then(|_| tunnel.own.as_ref()).map(|(upstream, rule)| (upstream, rule));
+    let Some((upstream, rule)) = routed.or(own) else {
+        let capture = begin(job, tunnel, None, || Some(String::new()))?;
+        capture.tap().request(job.headers.end_to_end(), job.body.at_hand());
+        return Some(capture);
+    };
+    let capture =
+        begin(job, tunnel, meant.as_ref(), || routed.map(|(upstream, _)| upstream.address().to_string()))?;
+    show(Some(&capture), job, tunnel, upstream, rule, meant.as_ref());
+    Some(capture)
 }
 
 /// Where a request goes.
@@ -661,7 +727,6 @@ async fn answer_here(
     // The length stays in the head, also for whoever wants no body.
     let body = Source::Local(if job.method == Method::HEAD { LocalBody::default() } else { body });
     if let Some(tap) = tap {
-        tap.request(job.headers.iter(), job.body.at_hand());
         tap.own_answer(status, headers.iter());
     }
     let mut response = Outflow { tap, ..Outflow::new(sender, tunnel, body, &headers, codecs) };
@@ -688,7 +753,6 @@ async fn outcome_here(
     let (status, headers, _) = answer.into_parts(&job.request_id, false);
     line.head(status);
     if let Some(tap) = tap {
-        tap.request(job.headers.iter(), job.body.at_hand());
         tap.own_answer(status, headers.iter());
     }
     match code {
@@ -876,15 +940,20 @@ fn host_for(job: &Job, rule: &HostRule) -> Result<HeaderValue, ErrorCode> {
     }
 }
 
-/// The header fields for the upstream: in the order they came, `host` by the tunnel's rule and first,
-/// the length exact, nothing that belongs to one connection.
-fn upstream_headers(job: &Job, tunnel: &Tunnel, way: &Way<'_>) -> Result<HeaderMap, ErrorCode> {
+/// Refuses what goes on with another protocol that is not known.
+fn check_upgrade(job: &Job) -> Result<(), ErrorCode> {
     // An offer of HTTP/2 may be ignored (RFC 9110 §7.8); anything else is waited for.
     let upgrades = job.upgrade.is_none()
         && job.headers.get_all(header::UPGRADE).any(|value| !value.as_bytes().eq_ignore_ascii_case(b"h2c"));
     if upgrades || job.method == Method::CONNECT {
         return Err(ErrorCode::UpgradeUnsupported);
     }
+    Ok(())
+}
+
+/// The header fields for the upstream: in the order they came, `host` by the tunnel's rule and first,
+/// the length exact, nothing that belongs to one connection.
+fn upstream_headers(job: &Job, tunnel: &Tunnel, way: &Way<'_>) -> HeaderMap {
     let length = match &job.body {
         JobBody::Whole(bytes) => bytes.len() as u64,
         JobBody::Announced(body, _) => body.announced(),
@@ -916,14 +985,10 @@ fn upstream_headers(job: &Job, tunnel: &Tunnel, way: &Way<'_>) -> Result<HeaderM
     if let Some(length) = length {
         headers.insert(header::CONTENT_LENGTH, length);
     }
-    if !is_known {
-        // Said, or a method that mostly has no body would be sent without it. HTTP/2 needs no word for it.
-        headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-    }
     if let Some(passage) = way.passage {
         passage.edit_request(&mut headers);
     }
-    Ok(headers)
+    headers
 }
 
 /// Checks the head of a response and takes off what belongs to the upstream's connection.

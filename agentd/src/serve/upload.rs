@@ -243,6 +243,11 @@ impl UploadBody {
 
     /// Shows the inspector what passes.
     pub(crate) fn show(&mut self, tap: Option<Tap>) {
+        if let Some(tap) = &tap
+            && lock(&self.state).outcome == Some(Ok(()))
+        {
+            tap.request_ended();
+        }
         self.tap = tap;
     }
 
@@ -332,10 +337,15 @@ impl http_body::Body for UploadBody {
                 (false, true) => state.fail(UploadError::Length),
                 (false, false) => {}
             }
-            if !bytes.is_empty() {
-                if let Some(tap) = &this.tap {
+            if let Some(tap) = &this.tap {
+                if !bytes.is_empty() {
                     tap.request_piece(&bytes);
                 }
+                if state.outcome == Some(Ok(())) {
+                    tap.request_ended();
+                }
+            }
+            if !bytes.is_empty() {
                 return Poll::Ready(Some(Ok(Frame::data(bytes))));
             }
         }

@@ -132,6 +132,13 @@ pub(crate) enum RequestBody {
     Upload(Box<UploadBody>),
 }
 
+impl RequestBody {
+    /// Whether nobody has said how long it is.
+    pub(crate) fn is_of_unknown_length(&self) -> bool {
+        matches!(self, Self::Upload(body) if body.announced() == limits::UNKNOWN_LENGTH)
+    }
+}
+
 impl Body for RequestBody {
     type Data = Bytes;
     type Error = UploadError;

@@ -757,6 +757,161 @@ async fn an_announced_body_and_a_large_answer_are_cut_and_pass_whole() {
     assert!(detail["replayable"].as_str().unwrap().contains("cut"));
 }
 
+/// A request as an edge with forwarding fields sends it.
+fn forwarded(method: &'static str, target: &str) -> proto::message::Request<'static> {
+    let fields = [("x-forwarded-proto", "https"), ("x-forwarded-host", "web.example.com")];
+    fields
+        .into_iter()
+        .fold(request(method, target), |sent, (name, value)| with_header(sent, name, value.as_bytes()))
+}
+
+#[tokio::test]
+async fn what_a_route_changes_is_kept_as_the_upstream_gets_it() {
+    let mut stage = Inspected::daemon(
+        "inspect = true\n[[tunnel.route]]\npath = \"/api\"\nupstream = {upstream}\nstrip_prefix = true\nadd_prefix = \"/v1\"\n",
+    )
+    .await;
+    let (head, _) = stage.pass(forwarded("GET", "/api/json?x=1"), OK).await;
+    assert!(head.starts_with("GET /v1/json?x=1 HTTP/1.1\r\n"), "{head}");
+    let url = "https://web.example.com/api/json?x=1";
+    let row = &stage.get("/api/requests").await["requests"][0];
+    assert_eq!((&row["target"], &row["url"]), (&json!("/v1/json?x=1"), &json!(url)));
+
+    assert_eq!(stage.replay(1, &json!({})).await.status, 202);
+    let mut peer = stage.upstream.accept().await;
+    assert_eq!(peer.head().await, format!("{head}\r\nx-tunnel-replay: 1"));
+    peer.write(OK).await;
+    assert_eq!(stage.get("/api/requests/2?wait=20").await["url"], url);
+    // Which public address would lead to another target, nobody knows.
+    assert_eq!(stage.replay(1, &json!({"target": "/v2"})).await.status, 202);
+    assert!(peer.head().await.starts_with("GET /v2 HTTP/1.1\r\n"));
+    peer.write(OK).await;
+    assert_eq!(stage.get("/api/requests/3?wait=20").await["url"], Value::Null);
+
+    let har = stage.get("/api/har?ids=1").await;
+    assert_eq!(har["log"]["entries"][0]["request"]["url"], url);
+    for (target, wanted) in [
+        ("/api/requests/1/curl", format!("'http://localhost:{}/v1/json?x=1'", stage.upstream.port)),
+        ("/api/requests/1/curl?to=public", format!("'{url}'")),
+    ] {
+        let command = stage.call("GET", target, &[], b"").await.text();
+        assert!(command.contains(&format!(" {wanted} ")), "{command}");
+    }
+
+    // In path mode the edge has taken off something before.
+    let sent = with_header(forwarded("GET", "/api/json"), "x-forwarded-prefix", b"/web");
+    stage.pass(sent, OK).await;
+    assert_eq!(stage.get("/api/requests/4").await["url"], "https://web.example.com/web/api/json");
+}
+
+#[tokio::test]
+async fn what_was_refused_is_replayed_to_where_it_would_have_gone() {
+    let other = Upstream::bind().await;
+    let routes = format!(
+        "[[tunnel.route]]\npath = \"/api\"\nupstream = {}\nstrip_prefix = true\nadd_prefix = \"/v1\"\n",
+        other.port
+    );
+    for (rule, error) in [
+        ("deny_ips = [\"10.6.6.6\"]\n", "address_refused"),
+        ("[[tunnel.verify]]\nscheme = \"github\"\nsecret_file = \"token\"\n", "webhook_refused"),
+    ] {
+        let mut stage = Inspected::daemon(&format!(
+            "inspect = true\nrequest_headers = {{ set = {{ x-by = \"tunnel\" }} }}\n{rule}{routes}"
+        ))
+        .await;
+        let mut sent = with_body(forwarded("POST", "/api/hook"), b"{}");
+        for (name, value) in [("host", "web.example.com"), ("x-tunnel-user", "mallory"), ("a", "1")] {
+            sent = with_header(sent, name, value.as_bytes());
+        }
+        stage.line.request(&sent).await;
+        stage.line.whole(&sent).await;
+        let detail = stage.get("/api/requests/1?wait=20").await;
+        assert_eq!((&detail["error"], &detail["replayable"]), (&json!(error), &Value::Null));
+        assert_eq!(
+            (&detail["target"], &detail["url"]),
+            (&json!("/v1/hook"), &json!("https://web.example.com/api/hook"))
+        );
+        assert_eq!(stage.replay(1, &json!({})).await.status, 202);
+        let mut peer = other.accept().await;
+        assert_eq!(
+            peer.head().await,
+            format!(
+                "POST /v1/hook HTTP/1.1\r\nhost: localhost:{}\r\nx-forwarded-proto: https\r\n\
+                 x-forwarded-host: web.example.com\r\na: 1\r\ncontent-length: 2\r\n\
+                 x-forwarded-prefix: /api\r\nx-by: tunnel\r\nx-tunnel-replay: 1",
+                other.port
+            )
+        );
+        assert_eq!(peer.bytes(2).await, b"{}");
+        peer.write(OK).await;
+
+        // No route can be told from such a path.
+        let sent = with_body(forwarded("POST", "/api/../hook"), b"{}");
+        stage.line.request(&sent).await;
+        stage.line.whole(&sent).await;
+        for edits in [json!({}), json!({"body": {"text": "x"}})] {
+            let refused = stage.replay(3, &edits).await;
+            assert_eq!(refused.status, 422, "{refused:?}");
+            assert!(refused.text().contains("no upstream was to get this"), "{}", refused.text());
+        }
+        assert!(stage.upstream.is_untouched().await, "nothing went to the tunnel's own");
+    }
+}
+
+#[tokio::test]
+async fn half_of_a_body_is_not_sent_again() {
+    let mut stage = Inspected::start(&[]).await;
+    let mut sent = request("POST", "/upload");
+    sent.announced = Some(400_000);
+    stage.line.request(&sent).await;
+    let Sent::Continue { .. } = stage.line.answer().await else { panic!("continue is wanted") };
+    stage.line.piece(&sent, 1, &noise(90_000), false).await;
+    let mut peer = stage.upstream.accept().await;
+    peer.head().await;
+    peer.bytes(90_000).await;
+    peer.write(b"HTTP/1.1 413 x\r\nconnection: close\r\ncontent-length: 2\r\n\r\nno").await;
+    drop(peer);
+    stage.line.whole(&sent).await;
+    let detail = stage.get("/api/requests/1?wait=20").await;
+    assert_eq!((&detail["status"], &detail["request"]["body"]["size"]), (&json!(413), &json!(90_000)));
+    assert!(detail["replayable"].as_str().unwrap().contains("90000 bytes of it have"), "{detail}");
+    assert_eq!(stage.replay(1, &json!({})).await.status, 422);
+    assert_eq!(stage.call("GET", "/api/requests/1/curl", &[], b"").await.status, 422);
+    let har = stage.get("/api/har").await;
+    assert_eq!(har["log"]["entries"][0]["request"]["postData"]["_cut"], true, "{har}");
+    // Another body is whole.
+    assert_eq!(stage.replay(1, &json!({"body": {"text": "abc"}})).await.status, 202);
+    let mut peer = stage.upstream.accept().await;
+    assert!(peer.head().await.contains("\r\ncontent-length: 3\r\n"));
+    assert_eq!(peer.bytes(3).await, b"abc");
+    peer.write(OK).await;
+}
+
+#[tokio::test]
+async fn an_upload_without_a_length_is_sent_again_with_one() {
+    let mut stage = Inspected::start(&[]).await;
+    let mut sent = with_header(request("POST", "/upload"), "a", b"1");
+    (sent.announced, sent.streamed) = (Some(proto::limits::UNKNOWN_LENGTH), true);
+    stage.line.request(&sent).await;
+    let Sent::Continue { .. } = stage.line.answer().await else { panic!("continue is wanted") };
+    stage.line.piece(&sent, 1, b"abc", false).await;
+    stage.line.piece(&sent, 2, b"", true).await;
+    let mut peer = stage.upstream.accept().await;
+    let head = peer.head().await;
+    assert!(head.ends_with("\r\na: 1\r\ntransfer-encoding: chunked"), "{head}");
+    assert_eq!(peer.bytes(13).await, b"3\r\nabc\r\n0\r\n\r\n");
+    peer.write(OK).await;
+    stage.line.whole(&sent).await;
+    let detail = stage.get("/api/requests/1?wait=20").await;
+    assert_eq!(detail["replayable"], Value::Null);
+    assert!(!detail["request"]["fields"].to_string().contains("transfer-encoding"), "{detail}");
+    assert_eq!(stage.replay(1, &json!({})).await.status, 202);
+    let wanted = head.replace("transfer-encoding: chunked", "content-length: 3\r\nx-tunnel-replay: 1");
+    assert_eq!(peer.head().await, wanted);
+    assert_eq!(peer.bytes(3).await, b"abc");
+    peer.write(OK).await;
+}
+
 #[tokio::test]
 async fn a_curl_command_line_sends_the_same_bytes() {
     if std::process::Command::new("curl").arg("--version").output().is_err() {

@@ -150,6 +150,46 @@ impl Traffic {
         Ok(choice)
     }
 
+    /// Where a request that was refused would have gone, had it been let in; `None` where no upstream would have got it.
+    /// Nothing is counted for it.
+    pub(crate) fn meant<'a>(&'a self, asked: &Asked<'_>, request_id: &RequestId) -> Option<Passage<'a>> {
+        let mut passage = self.passage(asked, None, request_id);
+        match self.rules.choose(asked.method, asked.host(), asked.target.path()) {
+            Choice::Route(index, route) if matches!(route.target, RouteTarget::Upstreams(..)) => {
+                passage.follow(route, asked)?;
+                let all = &self.members[index].all;
+                let member = all.iter().find(|member| !member.health.is_down()).or(all.first())?;
+                passage.upstream = Some((&member.upstream, &member.host));
+                Some(passage)
+            }
+            Choice::Route(..) | Choice::Tunnel => self.has_own.then_some(passage),
+            Choice::Ambiguous => None,
+        }
+    }
+
+    /// The way to the tunnel's own upstream.
+    fn passage<'a>(&'a self, asked: &Asked<'_>, user: Option<&str>, request_id: &RequestId) -> Passage<'a> {
+        Passage {
+            traffic: self,
+            upstream: None,
+            target: None,
+            max_body: None,
+            public_prefix: asked.prefix().to_owned(),
+            strip: String::new(),
+            add: "",
+            breaker: None,
+            attempt: None,
+            facts: Facts {
+                client_ip: asked.client().as_ref().map(IpAddr::to_string).unwrap_or_default(),
+                user: user.unwrap_or_default().to_owned(),
+                request_id: request_id.as_str().to_owned(),
+                tunnel: self.tunnel.to_string(),
+                target: asked.target.as_str().to_owned(),
+            },
+            origin: asked.headers.get(header::ORIGIN).cloned(),
+        }
+    }
+
     /// Leads a request that was let in to where `choice` says. `body_bytes` is what its body was announced to have,
     /// `None` where nobody knows yet.
     pub(crate) async fn lead<'a>(
@@ -173,37 +213,13 @@ impl Traffic {
         if most.zip(body_bytes).is_some_and(|(most, bytes)| bytes > most) {
             return Err(Answer::refusal(ErrorCode::BodyTooLarge));
         }
-        let facts = Facts {
-            client_ip: asked.client().as_ref().map(IpAddr::to_string).unwrap_or_default(),
-            user: user.unwrap_or_default().to_owned(),
-            request_id: request_id.as_str().to_owned(),
-            tunnel: self.tunnel.to_string(),
-            target: asked.target.as_str().to_owned(),
-        };
-        let mut passage = Passage {
-            traffic: self,
-            upstream: None,
-            max_body: most,
-            target: None,
-            public_prefix: asked.prefix().to_owned(),
-            strip: String::new(),
-            add: "",
-            breaker: None,
-            attempt: None,
-            facts,
-            origin: asked.headers.get(header::ORIGIN).cloned(),
-        };
+        let mut passage = self.passage(asked, user, request_id);
+        passage.max_body = most;
         let Choice::Route(index, route) = choice else {
             passage.breaker = self.closed(self.breaker.as_ref(), now)?;
             return Ok(passage);
         };
-        if route.strip > 0 || !route.add.is_empty() {
-            let target = moved(asked.target, route.strip, &route.add);
-            passage.target = Some(target.ok_or_else(|| Answer::refusal(ErrorCode::BadRequest))?);
-            passage.strip = route.path.first(route.strip);
-            passage.public_prefix = format!("{}{}", asked.prefix(), passage.strip);
-            passage.add = &route.add;
-        }
+        passage.follow(route, asked).ok_or_else(|| Answer::refusal(ErrorCode::BadRequest))?;
         match &route.target {
             RouteTarget::Upstreams(..) => {
                 let members = &self.members[index];
@@ -371,7 +387,18 @@ pub(crate) struct Passage<'a> {
     origin: Option<HeaderValue>,
 }
 
-impl Passage<'_> {
+impl<'a> Passage<'a> {
+    /// Changes the path as a route does; `None` where that makes no target.
+    fn follow(&mut self, route: &'a RouteRule, asked: &Asked<'_>) -> Option<()> {
+        if route.strip > 0 || !route.add.is_empty() {
+            self.target = Some(moved(asked.target, route.strip, &route.add)?);
+            self.strip = route.path.first(route.strip);
+            self.public_prefix = format!("{}{}", asked.prefix(), self.strip);
+            self.add = &route.add;
+        }
+        Some(())
+    }
+
     /// What the path is moved from and to, if it is: as the public client knows it, and as the upstream does.
     pub(crate) fn prefixes(&self) -> Option<(&str, &str)> {
         self.target.as_ref().map(|_| (&*self.public_prefix, self.add))
