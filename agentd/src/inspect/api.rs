@@ -267,11 +267,7 @@ impl Inspector {
             (&Method::POST, ["api", "requests", number, "replay"]) => {
                 let captured = self.find(id(number)?)?;
                 let body = collect(body).await?;
-                let edits = match &body[..] {
-                    [] => Edits::default(),
-                    body => serde_json::from_slice(body)
-                        .map_err(|error| Refused(StatusCode::BAD_REQUEST, format!("the edits: {error}")))?,
-                };
+                let edits = Edits::read(&body)?;
                 let ids = self.replay(&captured, &edits)?;
                 Ok(json(StatusCode::ACCEPTED, &Ids { ids }))
             }
@@ -440,19 +436,29 @@ impl Inspector {
         }
         let public = record.url();
         let public = public.as_deref().and_then(curl::split_origin);
-        let base = match (query.to_public, public) {
+        if request.method.eq_ignore_ascii_case("HEAD") && !request.body.is_empty() {
+            return refuse(StatusCode::UNPROCESSABLE_ENTITY, "curl sends no body with HEAD");
+        }
+        let tunnel = self.0.tunnels.get(&captured.tunnel);
+        let reach = match (query.to_public, public) {
             (false, _) if captured.upstream.is_empty() => {
                 return refuse(StatusCode::UNPROCESSABLE_ENTITY, "it went to no upstream");
             }
-            (false, _) => &*captured.upstream,
+            (false, _) => match &tunnel {
+                Some(tunnel) => curl::Reach::as_of(tunnel.config(), &captured.upstream),
+                None => curl::Reach::to(&captured.upstream),
+            },
             (true, Some((origin, target))) => {
                 target.clone_into(&mut request.target);
-                request.fields.retain(|(name, _)| !is_of_the_edge(name));
-                origin
+                // Whatever the upstream is called, the public address names itself.
+                request
+                    .fields
+                    .retain(|(name, _)| !is_of_the_edge(name) && !name.eq_ignore_ascii_case("host"));
+                curl::Reach::to(origin)
             }
             (true, None) => return refuse(StatusCode::UNPROCESSABLE_ENTITY, "it has no public address"),
         };
-        Ok(content("text/plain; charset=utf-8", curl::command(&request, base)))
+        Ok(content("text/plain; charset=utf-8", curl::command(&request, &reach)))
     }
 
     fn har(&self, query: &Query) -> Answer {

@@ -3,12 +3,15 @@
 //! What passed is an attacker's: every word is quoted for a POSIX shell, and no byte that a terminal would take for a
 //! command is in the text.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, path::Path};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 
 use super::replay::Request;
-use crate::report::terminal::is_obeyed;
+use crate::{
+    config::{Http2, TunnelConfig},
+    report::terminal::is_obeyed,
+};
 
 /// A longer argument is not taken by Linux (128 KiB, with room for the rest).
 const ARGUMENT_BYTES: usize = 96 * 1024;
@@ -16,29 +19,88 @@ const ARGUMENT_BYTES: usize = 96 * 1024;
 /// Why a command line is not taken.
 type Refusal = String;
 
-/// A command line that sends `request` to `base`, which is `http://host:port`, `https://…` or `unix:/path`.
+/// How a server is reached.
+#[derive(Debug, Clone)]
+pub(crate) struct Reach<'a> {
+    /// `http://host:port`, `https://…` or `unix:/path`.
+    base: &'a str,
+    http2: Http2,
+    /// Whether any certificate will do.
+    insecure: bool,
+    /// Certificates that are trusted.
+    ca_file: Option<&'a Path>,
+    /// Whose certificate it has, where that is not the host's.
+    server_name: Option<String>,
+}
+
+impl<'a> Reach<'a> {
+    /// As anybody would, over HTTP/1.1.
+    pub(crate) const fn to(base: &'a str) -> Self {
+        Self { base, http2: Http2::Never, insecure: false, ca_file: None, server_name: None }
+    }
+
+    /// As a tunnel reaches its upstreams.
+    pub(crate) fn as_of(config: &'a TunnelConfig, base: &'a str) -> Self {
+        Self {
+            base,
+            http2: config.http2,
+            insecure: config.insecure_skip_verify,
+            ca_file: config.ca_file.as_deref(),
+            server_name: config.server_name.as_ref().map(|name| name.to_str().into_owned()),
+        }
+    }
+
+    /// Writes what curl is to be told; the address that the target follows.
+    fn write(&self, line: &mut String) -> String {
+        if let Some(path) = self.base.strip_prefix("unix:") {
+            let _ = write!(line, " --unix-socket {}", quoted(path.as_bytes()));
+            return "http://localhost".to_owned();
+        }
+        let base = self.base.trim_end_matches('/');
+        let Some(authority) = base.strip_prefix("https://") else { return base.to_owned() };
+        match self.ca_file {
+            _ if self.insecure => line.push_str(" --insecure"),
+            Some(path) => {
+                let _ = write!(line, " --cacert {}", quoted(path.as_os_str().as_encoded_bytes()));
+            }
+            None => {}
+        }
+        let Some(name) = &self.server_name else { return base.to_owned() };
+        // An address of IPv6 has colons of its own.
+        let port = authority.rsplit_once(':').map(|(_, port)| port).filter(|port| !port.contains(']'));
+        let colon = if port.is_some() { "" } else { ":" };
+        let _ = write!(line, " --connect-to {}", quoted(format!("::{authority}{colon}").as_bytes()));
+        let name = if name.contains(':') { format!("[{name}]") } else { name.clone() };
+        port.map_or_else(|| format!("https://{name}"), |port| format!("https://{name}:{port}"))
+    }
+
+    /// Which HTTP curl is to speak.
+    fn version(&self) -> &'static str {
+        match self.http2 {
+            Http2::Always => "--http2-prior-knowledge",
+            Http2::Auto if self.base.starts_with("https://") => "--http2",
+            Http2::Auto | Http2::Never => "--http1.1",
+        }
+    }
+}
+
+/// A command line that sends `request`. One with the method HEAD has no body: curl would not send it.
 ///
 /// curl writes the name of `Host` in its own way; everything else is the same bytes.
-pub(crate) fn command(request: &Request, base: &str) -> String {
+pub(crate) fn command(request: &Request, reach: &Reach<'_>) -> String {
     let mut line = String::new();
     let is_argument = request.body.len() <= ARGUMENT_BYTES && is_harmless(&request.body);
     if !request.body.is_empty() && !is_argument {
         let _ = write!(line, "printf %s {} | base64 -d | ", BASE64_STANDARD.encode(&request.body));
     }
-    line.push_str("curl --http1.1 --globoff --path-as-is");
+    let _ = write!(line, "curl {} --globoff --path-as-is", reach.version());
     let has = |name: &str| request.fields.iter().any(|(own, _)| own.eq_ignore_ascii_case(name));
     if request.method.eq_ignore_ascii_case("HEAD") {
         line.push_str(" --head");
     } else if request.method != "GET" || !request.body.is_empty() {
         let _ = write!(line, " --request {}", quoted(request.method.as_bytes()));
     }
-    let base = match base.strip_prefix("unix:") {
-        Some(path) => {
-            let _ = write!(line, " --unix-socket {}", quoted(path.as_bytes()));
-            "http://localhost"
-        }
-        None => base.trim_end_matches('/'),
-    };
+    let base = reach.write(&mut line);
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/-._~%!$&'()*+,;=:@?".contains(&byte);
     if request.target.starts_with('/') && request.target.bytes().all(plain) {
         let _ = write!(line, " {}", quoted(format!("{base}{}", request.target).as_bytes()));
@@ -496,7 +558,7 @@ mod tests {
             b"{\"a\": 'b'}\n",
         );
         assert_eq!(
-            command(&request, "http://localhost:3000"),
+            command(&request, &Reach::to("http://localhost:3000")),
             "curl --http1.1 --globoff --path-as-is --request POST 'http://localhost:3000/a?b=c&d' \\\n  \
              --header 'host: localhost:3000' \\\n  --header 'x: it'\\''s' \\\n  --header 'empty;' \\\n  \
              --header \"$(printf 'obs: %%\\377\\047\\\\')\" \\\n  --header 'user-agent:' \\\n  --header 'accept:' \\\n  \
@@ -505,10 +567,44 @@ mod tests {
     }
 
     #[test]
+    fn a_command_reaches_its_server_as_the_tunnel_does() {
+        let sent = request("GET", "/x", &[("user-agent", b"x"), ("accept", b"y")], b"");
+        let to = Reach::to;
+        let named = |name: &str| Some(name.to_owned());
+        for (reach, begins) in [
+            (Reach { http2: Http2::Always, ..to("http://h:1") }, "--http2-prior-knowledge # http://h:1/x"),
+            (Reach { http2: Http2::Auto, ..to("http://h:1") }, "--http1.1 # http://h:1/x"),
+            (Reach { http2: Http2::Auto, ..to("https://h") }, "--http2 # https://h/x"),
+            (Reach { insecure: true, ..to("http://h") }, "--http1.1 # http://h/x"),
+            (
+                Reach { insecure: true, ca_file: Some(Path::new("/a")), ..to("https://h") },
+                "--http1.1 # --insecure https://h/x",
+            ),
+            (
+                Reach { ca_file: Some(Path::new("/a b")), ..to("https://h") },
+                "--http1.1 # --cacert '/a b' https://h/x",
+            ),
+            (
+                Reach { server_name: named("n.example"), ..to("https://127.0.0.1:8443") },
+                "--http1.1 # --connect-to ::127.0.0.1:8443 https://n.example:8443/x",
+            ),
+            (
+                Reach { server_name: named("::1"), ..to("https://[fd00::1]") },
+                "--http1.1 # --connect-to '::[fd00::1]:' 'https://[::1]/x'",
+            ),
+        ] {
+            let begins = format!("curl {} \\\n", begins.replace('#', "--globoff --path-as-is"));
+            let line = command(&sent, &reach);
+            assert!(line.starts_with(&begins), "{line} {begins}");
+            assert_eq!(parse(&line).unwrap().target, "/x");
+        }
+    }
+
+    #[test]
     fn what_a_terminal_obeys_is_not_in_it() {
         let request =
             request("GET", "/\u{9b}31m$(id)`id`", &[("x", "\u{202e}\u{9b}1m".as_bytes())], b"\x1b]0;x\x07\0");
-        let line = command(&request, "unix:/run/a b.sock");
+        let line = command(&request, &Reach::to("unix:/run/a b.sock"));
         assert!(line.chars().all(|c| c == '\n' || !c.is_control()), "{line:?}");
         assert!(line.contains("| base64 -d | curl") && line.ends_with("--data-binary @-\n"), "{line}");
         assert!(
@@ -585,6 +681,6 @@ mod tests {
             ],
             "it's \"ä\" $HOME \\ `x`\n".as_bytes(),
         );
-        assert_eq!(parse(&command(&sent, "http://localhost:3000")).unwrap(), sent);
+        assert_eq!(parse(&command(&sent, &Reach::to("http://localhost:3000"))).unwrap(), sent);
     }
 }

@@ -40,7 +40,8 @@ impl Filter {
         match name {
             "tunnel" => self.tunnel = Some(value.to_owned()),
             "method" => {
-                self.methods = value.split(',').map(|method| method.trim().to_ascii_uppercase()).collect();
+                let methods = value.split(',').map(str::trim).filter(|method| !method.is_empty());
+                self.methods = methods.map(str::to_ascii_uppercase).collect();
             }
             "path" => self.path = Some(value.to_owned()),
             "status" => self.status = parse_statuses(value)?,
@@ -177,6 +178,7 @@ mod tests {
             &[][..],
             &[("tunnel", "web")],
             &[("method", "get,post")],
+            &[("method", "")],
             &[("path", "orders")],
             &[("path", "page=2")],
             &[("path", "/api/*/17")],

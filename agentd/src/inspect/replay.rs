@@ -54,6 +54,27 @@ pub(crate) struct Edits {
     pub(crate) times: Option<u32>,
 }
 
+impl Edits {
+    /// Reads them; nothing at all is none.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::Invalid`] for what is no object of edits.
+    pub(crate) fn read(json: &[u8]) -> Result<Self, Refusal> {
+        if json.is_empty() {
+            return Ok(Self::default());
+        }
+        // A list would be taken for the values of the fields in order.
+        let object: serde_json::Map<String, serde_json::Value> =
+            serde_json::from_slice(json).map_err(amiss)?;
+        serde_json::from_value(object.into()).map_err(amiss)
+    }
+}
+
+fn amiss(error: serde_json::Error) -> Refusal {
+    Refusal::Invalid(format!("the edits: {error}"))
+}
+
 /// Another body.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -218,23 +239,25 @@ impl Request {
         Ok(())
     }
 
-    /// Its fields as they are kept.
-    fn packed(&self) -> Fields {
-        Fields::from_pairs(self.fields.iter().map(|(name, value)| (&**name, &**value)))
+    /// Its fields as they go to the upstream: names in lower case, repetitions behind each other. `None` where one of
+    /// them is none of HTTP.
+    fn headers(&self) -> Option<HeaderMap> {
+        let mut headers = HeaderMap::with_capacity(self.fields.len());
+        for (name, value) in &self.fields {
+            headers.append(name.parse::<HeaderName>().ok()?, HeaderValue::from_bytes(value).ok()?);
+        }
+        Some(headers)
     }
 
     /// For the upstream. Every part has been checked.
     fn into_http(self) -> Option<http::Request<RequestBody>> {
         let target = Target::parse(&self.target).ok()?;
+        let headers = self.headers()?;
         let body =
             if self.body.is_empty() { RequestBody::Empty } else { RequestBody::Whole(self.body.into()) };
         let mut request = http::Request::new(body);
         *request.method_mut() = self.method.parse().ok()?;
         *request.uri_mut() = origin_form(&target)?;
-        let mut headers = HeaderMap::with_capacity(self.fields.len());
-        for (name, value) in &self.fields {
-            headers.append(name.parse::<HeaderName>().ok()?, HeaderValue::from_bytes(value).ok()?);
-        }
         *request.headers_mut() = headers;
         Some(request)
     }
@@ -268,7 +291,8 @@ fn values(
 
 /// Lists a replay of a [marked](Request::marked) request, which is then to be [sent](send).
 pub(crate) fn list(tunnel: &Tunnel, original: &Captured, request: &Request) -> Option<Capture> {
-    Some(tunnel.lens()?.replay(original, &request.method, &request.target, request.packed(), &request.body))
+    let fields = Fields::copy(request.headers()?.iter());
+    Some(tunnel.lens()?.replay(original, &request.method, &request.target, fields, &request.body))
 }
 
 /// Where a captured request went, while the tunnel still leads there.
@@ -397,6 +421,31 @@ mod tests {
             fields(&edited(r#"{"set": [["cookie", "c"]]}"#).unwrap())[1..3],
             [("cookie", "c"), ("x", "1")]
         );
+    }
+
+    #[test]
+    fn edits_are_an_object_or_nothing() {
+        assert!(Edits::read(b"").unwrap().set.is_empty());
+        assert_eq!(Edits::read(br#" {"times": 3}"#).unwrap().times, Some(3));
+        for bad in ["[]", "[null, \"/x\"]", "null", "\"x\"", "{", r#"{"mehtod": "GET"}"#] {
+            assert!(matches!(Edits::read(bad.as_bytes()), Err(Refusal::Invalid(_))), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_replay_is_listed_as_it_is_sent() {
+        let request = edited(r#"{"set": [["X-New", "n"]], "body": {"text": "abc"}}"#).unwrap();
+        let listed = request.headers().unwrap();
+        let listed: Vec<_> = listed.iter().map(|(name, value)| (name.as_str(), value.as_bytes())).collect();
+        let wanted: [(&str, &[u8]); 6] = [
+            ("host", b"localhost"),
+            ("cookie", b"a=1"),
+            ("cookie", b"b=2"),
+            ("x", b"1"),
+            ("content-length", b"3"),
+            ("x-new", b"n"),
+        ];
+        assert_eq!(listed, wanted);
     }
 
     #[test]

@@ -329,7 +329,9 @@ async fn a_replay_is_the_same_bytes_and_an_edit_changes_only_what_it_names() {
     assert!(upstream.port > 0);
     let failed = stage.get("/api/requests/5?wait=20").await;
     assert_eq!((&failed["outcome"], &failed["error"]), (&json!("failed"), &json!("upstream_reset")));
-    for bad in [json!({"times": 0}), json!({"times": 101}), json!({"target": "/a b"}), json!({"x": 1})] {
+    let bad =
+        [json!({"times": 0}), json!({"times": 101}), json!({"target": "/a b"}), json!({"x": 1}), json!([])];
+    for bad in bad {
         assert_eq!(stage.replay(1, &bad).await.status, 400, "{bad}");
     }
     assert_eq!(stage.replay(99, &json!({})).await.status, 404);
@@ -796,6 +798,8 @@ async fn what_a_route_changes_is_kept_as_the_upstream_gets_it() {
     ] {
         let command = stage.call("GET", target, &[], b"").await.text();
         assert!(command.contains(&format!(" {wanted} ")), "{command}");
+        // The edge knows the tunnel by the name in the address, and by no other.
+        assert_eq!(command.contains("host: localhost"), !target.contains("public"), "{command}");
     }
 
     // In path mode the edge has taken off something before.
@@ -944,6 +948,25 @@ async fn a_curl_command_line_sends_the_same_bytes() {
         assert!(peer.bytes(body.len()).await == body);
         peer.write(OK).await;
         assert!(patiently("the end of curl", shell.wait()).await.unwrap().success());
+    }
+}
+
+#[tokio::test]
+async fn a_curl_command_line_reaches_the_upstream_as_the_tunnel_does() {
+    let mut stage = Inspected::daemon("inspect = true\nhttp2 = \"never\"").await;
+    stage.pass(with_body(request("HEAD", "/"), b"x"), b"HTTP/1.1 200 OK\r\n\r\n").await;
+    let refused = stage.call("GET", "/api/requests/1/curl", &[], b"").await;
+    assert_eq!(refused.status, 422, "{refused:?}");
+    assert!(refused.text().contains("no body with HEAD"), "{}", refused.text());
+    stage.pass(get("/x"), OK).await;
+    for (http2, option) in [("never", "--http1.1"), ("always", "--http2-prior-knowledge")] {
+        let path = stage.folder.path().join("agentd.toml");
+        let text = std::fs::read_to_string(&path).unwrap();
+        let text = text.replace("http2 = \"never\"", &format!("http2 = \"{http2}\""));
+        private_file(stage.folder.path(), "agentd.toml", &text).unwrap();
+        assert_eq!(stage.control("POST", "/reload", b"").await.status, 200);
+        let command = stage.call("GET", "/api/requests/2/curl", &[], b"").await.text();
+        assert!(command.starts_with(&format!("curl {option} ")), "{command}");
     }
 }
 
