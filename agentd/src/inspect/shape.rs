@@ -202,6 +202,9 @@ pub(crate) struct Signature {
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct DiffShape {
     pub(crate) same: bool,
+    /// Why there is no whole answer, where that is not the same for both.
+    #[serde(default)]
+    pub(crate) error: Option<ErrorDiff>,
     pub(crate) status: Option<StatusDiff>,
     pub(crate) fields: Vec<FieldDiff>,
     pub(crate) body: BodyDiffShape,
@@ -211,6 +214,12 @@ pub(crate) struct DiffShape {
 pub(crate) struct StatusDiff {
     pub(crate) before: Option<u16>,
     pub(crate) after: Option<u16>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ErrorDiff {
+    pub(crate) before: Option<String>,
+    pub(crate) after: Option<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -371,7 +380,12 @@ impl Frame {
 }
 
 impl DiffShape {
-    fn of(diff: &Diff, redact: Option<&Redact>) -> Self {
+    fn between(before: &Record, after: &Record, redact: Option<&Redact>) -> Self {
+        let diff = Diff::between(before.answer.as_ref(), after.answer.as_ref());
+        let error = (before.error != after.error).then(|| ErrorDiff {
+            before: before.error.map(ToOwned::to_owned),
+            after: after.error.map(ToOwned::to_owned),
+        });
         let values = |name: &str, values: &[Vec<u8>]| {
             values.iter().map(|value| Value::of(name, value, redact)).collect()
         };
@@ -382,7 +396,8 @@ impl DiffShape {
             BodyDiff::Unknown => ("unknown", Vec::new(), 0),
         };
         Self {
-            same: diff.is_same(),
+            same: diff.is_same() && error.is_none(),
+            error,
             status: diff.status.map(|(before, after)| StatusDiff { before, after }),
             fields: diff
                 .fields
@@ -442,9 +457,9 @@ impl Detail {
                 tolerance_s: signed.tolerance_s,
                 too_old: signed.is_too_old(now),
             }),
-            diff: original.filter(|_| record.outcome.is_some()).map(|original| {
-                DiffShape::of(&Diff::between(original.answer.as_ref(), record.answer.as_ref()), redact)
-            }),
+            diff: original
+                .filter(|_| record.outcome.is_some())
+                .map(|original| DiffShape::between(original, record, redact)),
             replayable: record.obstacle(),
             replays,
         }

@@ -571,6 +571,10 @@ fn difference(diff: &DiffShape) -> String {
     if diff.same {
         text.push_str("       the same answer as before\n");
     }
+    if let Some(error) = &diff.error {
+        let named = |error: &Option<String>| error.as_deref().map_or("none".to_owned(), harmless);
+        let _ = writeln!(text, "       error    {} -> {}", named(&error.before), named(&error.after));
+    }
     if let Some(status) = &diff.status {
         let say = |status: Option<u16>| status.map_or_else(|| "none".to_owned(), |status| status.to_string());
         let _ = writeln!(text, "       status {} -> {}", say(status.before), say(status.after));

@@ -917,6 +917,31 @@ async fn an_upload_without_a_length_is_sent_again_with_one() {
 }
 
 #[tokio::test]
+async fn failures_of_different_kinds_are_not_the_same_answer() {
+    let mut stage = Inspected::start(&[]).await;
+    let sent = get("/");
+    stage.line.request(&sent).await;
+    let mut peer = stage.upstream.accept().await;
+    peer.head().await;
+    drop(peer);
+    assert_eq!(stage.line.failure().await.1, ErrorCode::UpstreamReset);
+    for (id, answer, error) in [
+        (2, &b""[..], Value::Null),
+        (3, b"NONSENSE\r\n\r\n", json!({"before": "upstream_reset", "after": "upstream_invalid"})),
+    ] {
+        assert_eq!(stage.replay(1, &json!({})).await.status, 202);
+        let mut peer = stage.upstream.accept().await;
+        peer.head().await;
+        peer.write(answer).await;
+        drop(peer);
+        let diff = stage.get(&format!("/api/requests/{id}?wait=20")).await["diff"].clone();
+        assert_eq!((&diff["same"], &diff["error"]), (&json!(error.is_null()), &error), "{diff}");
+    }
+    let (code, shown, _) = run(&stage, &["request", "show", "3"]).await;
+    assert!(code == 0 && shown.contains("error    upstream_reset -> upstream_invalid"), "{shown}");
+}
+
+#[tokio::test]
 async fn a_curl_command_line_sends_the_same_bytes() {
     if std::process::Command::new("curl").arg("--version").output().is_err() {
         eprintln!("SKIPPED: there is no curl");
