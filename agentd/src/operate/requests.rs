@@ -573,7 +573,7 @@ fn difference(diff: &DiffShape) -> String {
     }
     if let Some(error) = &diff.error {
         let named = |error: &Option<String>| error.as_deref().map_or("none".to_owned(), harmless);
-        let _ = writeln!(text, "       error    {} -> {}", named(&error.before), named(&error.after));
+        let _ = writeln!(text, "       error {} -> {}", named(&error.before), named(&error.after));
     }
     if let Some(status) = &diff.status {
         let say = |status: Option<u16>| status.map_or_else(|| "none".to_owned(), |status| status.to_string());

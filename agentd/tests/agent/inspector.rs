@@ -938,7 +938,7 @@ async fn failures_of_different_kinds_are_not_the_same_answer() {
         assert_eq!((&diff["same"], &diff["error"]), (&json!(error.is_null()), &error), "{diff}");
     }
     let (code, shown, _) = run(&stage, &["request", "show", "3"]).await;
-    assert!(code == 0 && shown.contains("error    upstream_reset -> upstream_invalid"), "{shown}");
+    assert!(code == 0 && shown.contains("error upstream_reset -> upstream_invalid"), "{shown}");
 }
 
 #[tokio::test]
