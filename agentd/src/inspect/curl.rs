@@ -388,6 +388,11 @@ impl Read {
         if !self.has("host") {
             self.fields.insert(0, ("host".to_owned(), host.into_bytes()));
         }
+        if let Some(user) = user_of(&url)
+            && !self.has("authorization")
+        {
+            self.field("authorization", &format!("Basic {}", BASE64_STANDARD.encode(user)));
+        }
         if !self.has("accept") {
             let accept = if self.json { "application/json" } else { "*/*" };
             self.field("accept", accept);
@@ -430,9 +435,47 @@ pub(crate) fn split_url(url: &str) -> (String, String) {
     (host.to_owned(), target)
 }
 
-/// The words of a command line, as a shell takes them apart. Nothing is expanded.
+/// User name and password of an address that names them, as they go into `authorization`.
+fn user_of(url: &str) -> Option<Vec<u8>> {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let authority = rest.split(['/', '?', '#']).next()?;
+    let (user, _) = authority.rsplit_once('@')?;
+    let (name, password) = user.split_once(':').unwrap_or((user, ""));
+    let plain = |text| percent_encoding::percent_decode_str(text);
+    Some(plain(name).chain([b':']).chain(plain(password)).collect())
+}
+
+/// Whether a shell puts something else where `$` stands before this.
+const fn is_expanded(next: Option<&u8>) -> bool {
+    matches!(
+        next,
+        Some(
+            b'a'..=b'z'
+            | b'A'..=b'Z'
+            | b'0'..=b'9'
+            | b'_'
+            | b'{'
+            | b'('
+            | b'*'
+            | b'@'
+            | b'#'
+            | b'?'
+            | b'$'
+            | b'!'
+            | b'-',
+        )
+    )
+}
+
+/// The words of a command line, as a shell takes them apart. What it would expand is refused.
 fn words(line: &str) -> Result<Vec<String>, Refusal> {
     let unclosed = || "a quote in it is not closed".to_owned();
+    let expanded = |byte: u8| {
+        format!(
+            "{:?} in it stands for what only your shell knows: write that, or quote it with '",
+            byte as char
+        )
+    };
     let mut words = Vec::new();
     let mut word: Option<Vec<u8>> = None;
     let mut rest = line.trim().bytes().peekable();
@@ -464,6 +507,8 @@ fn words(line: &str) -> Result<Vec<String>, Refusal> {
                             byte @ (b'"' | b'\\' | b'$' | b'`') => word.push(byte),
                             byte => word.extend([b'\\', byte]),
                         },
+                        b'`' => return Err(expanded(b'`')),
+                        b'$' if is_expanded(rest.peek()) => return Err(expanded(b'$')),
                         byte => word.push(byte),
                     }
                 }
@@ -472,6 +517,7 @@ fn words(line: &str) -> Result<Vec<String>, Refusal> {
             b'$' if rest.next_if_eq(&b'\'').is_some() => {
                 escaped(&mut rest, word.get_or_insert_default()).ok_or_else(unclosed)?;
             }
+            b'$' if is_expanded(rest.peek()) => return Err(expanded(b'$')),
             b'|' | b';' | b'&' | b'<' | b'>' | b'`' | b'(' | b')' => {
                 return Err(format!("{:?} outside of quotes: give the curl command alone", byte as char));
             }
@@ -637,6 +683,19 @@ mod tests {
         ];
         assert_eq!(read, request("POST", "/", &wanted, b"a=1&b=\"2\""));
 
+        let read = parse(r#"curl "http://u%40x:p%3a@h/?price=$&b=\$x" -d '$HOME'"#).unwrap();
+        let wanted: [(&str, &[u8]); 4] = [
+            ("host", b"h"),
+            ("authorization", b"Basic dUB4OnA6"),
+            ("accept", b"*/*"),
+            ("content-type", b"application/x-www-form-urlencoded"),
+        ];
+        assert_eq!(read, request("POST", "/?price=$&b=$x", &wanted, b"$HOME"));
+        let named = |line: &str| parse(line).unwrap().fields[1].1.clone();
+        assert_eq!(named("curl u@h/a@b"), b"Basic dTo=");
+        assert_eq!(named("curl h/a@b"), b"*/*");
+        assert_eq!(named("curl http://u:p@h -H 'Authorization: own'"), b"own");
+
         let read = parse("curl -G --data q=1 http://h/p?z --json '{}'").unwrap();
         assert_eq!((&*read.method, &*read.target), ("GET", "/p?z&q=1{}"));
         assert_eq!(parse("curl -I http://h").unwrap().method, "HEAD");
@@ -662,6 +721,11 @@ mod tests {
             "curl x -H",
             "curl x \\",
             "curl $'\\u",
+            "curl -H \"authorization: Bearer $TOKEN\" x",
+            "curl -H \"x: ${TOKEN}\" x",
+            "curl -H \"x: $(id)\" x",
+            "curl -H \"x: `id`\" x",
+            "curl $HOST/x",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }
