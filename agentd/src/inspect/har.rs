@@ -419,11 +419,26 @@ struct ReadPostData {
     #[serde(default)]
     text: Option<String>,
     #[serde(default)]
-    params: Vec<ReadPair>,
+    mime_type: Option<String>,
+    #[serde(default)]
+    params: Vec<ReadParam>,
     #[serde(default, rename = "_base64")]
     base64: Option<String>,
     #[serde(default, rename = "_cut")]
     cut: bool,
+}
+
+/// A field of a form.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ReadParam {
+    name: String,
+    #[serde(default)]
+    value: Option<String>,
+    #[serde(default)]
+    file_name: Option<String>,
+    #[serde(default)]
+    content_type: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -499,6 +514,9 @@ fn imported(entry: ReadEntry) -> Result<Imported, String> {
         Some(ReadPostData { text: Some(text), params, .. }) if !text.is_empty() || params.is_empty() => {
             text.into_bytes()
         }
+        Some(data) if let Some(kind) = multipart_type(&fields, data.mime_type.as_deref()) => {
+            multipart(&kind, data.params)?
+        }
         Some(data) => {
             let mut form = form_urlencoded::Serializer::new(String::new());
             for pair in data.params {
@@ -523,6 +541,54 @@ fn imported(entry: ReadEntry) -> Result<Imported, String> {
         Some((status, fields, body.unwrap_or_default()))
     });
     Ok(Imported { request: Request { method, target, fields, body }, answer })
+}
+
+/// The media type of a form whose fields are parts of their own.
+fn multipart_type(fields: &[(String, Vec<u8>)], named: Option<&str>) -> Option<String> {
+    let field = fields.iter().find(|(name, _)| name.eq_ignore_ascii_case("content-type"));
+    let kind = match field {
+        Some((_, value)) => std::str::from_utf8(value).ok()?,
+        None => named?,
+    };
+    let essence = kind.split(';').next().unwrap_or_default().trim();
+    essence.eq_ignore_ascii_case("multipart/form-data").then(|| kind.to_owned())
+}
+
+/// The body of a form with these fields, as `multipart/form-data` (RFC 7578) has it.
+///
+/// # Errors
+///
+/// A sentence for the user, where something of it is not there.
+fn multipart(kind: &str, params: Vec<ReadParam>) -> Result<Vec<u8>, String> {
+    let boundary = kind
+        .split(';')
+        .filter_map(|parameter| parameter.trim().split_once('='))
+        .find(|(name, _)| name.eq_ignore_ascii_case("boundary"))
+        .map(|(_, value)| value.trim_matches('"'))
+        .filter(|boundary| !boundary.is_empty())
+        .ok_or("the parts of its form are there, and not what stands between them")?;
+    // As browsers write a name.
+    let quoted = |name: &str| name.replace('\n', "%0A").replace('\r', "%0D").replace('"', "%22");
+    let mut body = String::new();
+    for ReadParam { name, value, file_name, content_type } in params {
+        let value = match (value, &file_name) {
+            (None, Some(file)) => return Err(format!("the file {file:?} of its form is not in it")),
+            (value, _) => value.unwrap_or_default(),
+        };
+        if value.contains(&format!("--{boundary}")) {
+            return Err(format!("the part {name:?} of its form has in it what stands between the parts"));
+        }
+        body += &format!("--{boundary}\r\nContent-Disposition: form-data; name=\"{}\"", quoted(&name));
+        if let Some(file) = file_name {
+            body += &format!("; filename=\"{}\"", quoted(&file));
+        }
+        if let Some(kind) = content_type.filter(|kind| !kind.is_empty() && !kind.contains(['\r', '\n'])) {
+            body += &format!("\r\nContent-Type: {kind}");
+        }
+        body += &format!("\r\n\r\n{value}\r\n");
+    }
+    body += &format!("--{boundary}--\r\n");
+    Ok(body.into_bytes())
 }
 
 #[cfg(test)]
@@ -633,6 +699,35 @@ mod tests {
             ("http://h", "http://h"),
         ] {
             assert_eq!(encoded(url), wanted);
+        }
+    }
+
+    #[test]
+    fn the_parts_of_a_form_are_put_together() {
+        let form = |kind: &str, params: &str| {
+            let file = format!(
+                r#"{{"log": {{"entries": [{{"request": {{"method": "POST", "url": "http://h/",
+                "headers": [{{"name": "Content-Type", "value": "{kind}"}}],
+                "postData": {{"mimeType": "x", "params": [{params}]}}}}}}]}}}}"#
+            );
+            read(file.as_bytes()).map(|mut files| String::from_utf8(files.remove(0).request.body).unwrap())
+        };
+        let plain = r#"{"name": "a", "value": "1"}"#;
+        let file = r#"{"name": "f\"", "fileName": "x.txt", "contentType": "text/plain", "value": "hi"}"#;
+        for kind in ["multipart/form-data; boundary=B", "Multipart/Form-Data;charset=x; Boundary=\\\"B\\\""] {
+            assert_eq!(
+                form(kind, &format!("{plain}, {file}")).unwrap(),
+                "--B\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n1\r\n--B\r\nContent-Disposition: form-data; \
+                 name=\"f%22\"; filename=\"x.txt\"\r\nContent-Type: text/plain\r\n\r\nhi\r\n--B--\r\n"
+            );
+        }
+        let boundary = "multipart/form-data; boundary=B";
+        for (kind, params) in [
+            ("multipart/form-data", plain),
+            (boundary, r#"{"name": "f", "fileName": "x.txt"}"#),
+            (boundary, r#"{"name": "f", "value": "\r\n--B--"}"#),
+        ] {
+            assert!(form(kind, params).is_err(), "{kind} {params}");
         }
     }
 
