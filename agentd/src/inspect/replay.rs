@@ -263,7 +263,8 @@ impl Request {
     }
 }
 
-/// The values of fields that came from outside; a mask stands for the captured value at the same place.
+/// The values of fields that came from outside; a mask stands for the captured value that it names, else for
+/// the one at the same place among those of its name.
 fn values(
     captured: &[(String, Vec<u8>)],
     fields: &[(String, Value)],
@@ -275,10 +276,14 @@ fn values(
             Value::Text(text) => text.clone().into_bytes(),
             Value::Base64 { base64 } => super::shape::from_base64(base64)
                 .ok_or_else(|| Refusal::Invalid(format!("the value of {name} is not base64")))?,
-            Value::Masked { .. } => captured
+            Value::Masked { at, .. } => captured
                 .iter()
-                .filter(|(own, _)| own.eq_ignore_ascii_case(name))
-                .nth(nth)
+                .enumerate()
+                .filter(|(_, (own, _))| own.eq_ignore_ascii_case(name))
+                .map(|(place, field)| (Some(place), field))
+                .enumerate()
+                .find(|(number, (place, _))| if at.is_some() { at == place } else { *number == nth })
+                .map(|(_, (_, field))| field)
                 .map(|(_, value)| value.clone())
                 .ok_or_else(|| {
                     Refusal::Invalid(format!("{name} is masked, and there is no captured value for it"))
@@ -475,6 +480,16 @@ mod tests {
         assert_eq!(values, [&b"h"[..], b"a=1", b"b=2", b"\xff", b"3"]);
         let third = edited(&format!(r#"{{"set": [["authorization", {mask}]]}}"#));
         assert!(matches!(third, Err(Refusal::Invalid(_))));
+        // One that says for which it stands is that one, whatever is left of the others.
+        let named = |name: &str, at: usize| {
+            let mask = format!(r#"{{"masked": true, "length": 3, "at": {at}}}"#);
+            edited(&format!(r#"{{"fields": [["{name}", {mask}]]}}"#))
+        };
+        assert_eq!(named("Cookie", 3).unwrap().fields[0].1, b"b=2");
+        assert_eq!(named("cookie", 1).unwrap().fields[0].1, b"a=1");
+        for (name, at) in [("x", 3), ("cookie", 2), ("cookie", 9)] {
+            assert!(matches!(named(name, at), Err(Refusal::Invalid(_))), "{name} {at}");
+        }
     }
 
     #[test]

@@ -138,14 +138,22 @@ pub(crate) struct Delivery<'a> {
 #[serde(untagged)]
 pub(crate) enum Value {
     Text(String),
-    Masked { masked: bool, length: usize },
-    Base64 { base64: String },
+    Masked {
+        masked: bool,
+        length: usize,
+        /// Of one that is given back: for which of the captured fields it stands, from 0.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        at: Option<usize>,
+    },
+    Base64 {
+        base64: String,
+    },
 }
 
 impl Value {
     fn of(name: &str, value: &[u8], redact: Option<&Redact>) -> Self {
         if redact.is_some_and(|redact| redact.hides(name)) {
-            return Self::Masked { masked: true, length: value.len() };
+            return Self::Masked { masked: true, length: value.len(), at: None };
         }
         match std::str::from_utf8(value) {
             Ok(text) => Self::Text(text.to_owned()),

@@ -221,6 +221,35 @@ async fn what_was_revealed_is_forgotten_with_the_process_that_had_it() {
     browser.close().await;
 }
 
+#[tokio::test]
+async fn the_editor_leaves_alone_what_nobody_touched() {
+    let Some(mut browser) = Chromium::start().await else { return };
+    let mut stage = Inspected::start(&[]).await;
+    let mut sent = with_body(request("POST", "/edited"), b"one\r\ntwo\nthree\r\n");
+    for value in [&b"first"[..], b"second"] {
+        sent = with_header(sent, "x-api-key", value);
+    }
+    stage.pass(sent, JSON).await;
+    browser.open(&format!("http://{}/", stage.address)).await;
+    browser.wait_for("document.querySelectorAll('#space .row').length === 1").await;
+    browser.press("j").await;
+    browser.wait_for("document.querySelector('#detail h2')?.textContent === 'POST /edited'").await;
+    browser.press("e").await;
+    browser.wait_for("document.querySelector('#edit[open] .target') !== null").await;
+    let edits = "{
+        const rows = [...document.querySelectorAll('#edit .rows .row')];
+        rows.find((row) => row.querySelector('.name').value === 'x-api-key').querySelector('button').click();
+        document.querySelector('#edit form').requestSubmit();
+    }";
+    browser.evaluate(edits).await;
+    let mut peer = stage.upstream.accept().await;
+    let head = peer.head().await;
+    assert!(head.contains("\r\nx-api-key: second\r\n") && !head.contains("first"), "{head}");
+    peer.bytes(16).await;
+    peer.write(JSON).await;
+    browser.close().await;
+}
+
 /// An edge that keeps deliveries, and what it was asked to do with them.
 #[derive(Default)]
 pub(crate) struct Shelf {

@@ -14,7 +14,8 @@ export function edit(request, send) {
   const target = element("input", { value: request.target, "aria-label": "Target", class: "target", required: true, spellcheck: "false" });
   const table = element("div", { class: "rows" });
   const addRow = (name, value, original) => table.append(fieldRow(name, value, original));
-  for (const [name, value] of request.request.fields) addRow(name, value, value);
+  // A mask says for which field it stands: rows before it may go.
+  request.request.fields.forEach(([name, value], at) => addRow(name, value, value.masked ? { ...value, at } : value));
   const initial = JSON.stringify(readFields(table));
   const body = bodyEditor(request.request);
   const times = element("input", { type: "number", min: "1", max: "100", value: "1", class: "times", "aria-label": "How many times" });
