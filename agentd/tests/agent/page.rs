@@ -48,6 +48,15 @@ const VIEWS: &str = r#"(async () => {
     is('hex', views.hexRows(new Uint8Array([0, 65, 255]), 0, 8), [['00000000', '00 41 ff'.padEnd(48), '·A·']]);
     is('what fits', [views.viewsOf(bytes('{}'), 'text/plain'), views.viewsOf(new Uint8Array([0, 1]), 'image/png'), views.viewsOf(bytes('a=b'), 'application/x-www-form-urlencoded')],
         [['json', 'text', 'hex'], ['image', 'hex', 'text'], ['form', 'text', 'hex']]);
+    const edited = (text, change, caret) => {
+        const before = text.replace(/\r\n?/g, '\n');
+        return views.withLineEnds(text, before, change(before), caret);
+    };
+    const put = (at, more) => [(text) => text.slice(0, at) + more + text.slice(at), at + more.length];
+    is('line ends stay', edited('a\r\nb\nc\rd\r\n', (text) => text.replace('b', 'BB')), 'a\r\nBB\nc\rd\r\n');
+    is('new ones are of their line', [edited('a\r\nb\nc\r\n', ...put(1, '\nx')), edited('a\r\nb\nc\r\n', ...put(3, '\nx')), edited('b\n\r\nc', ...put(1, '\n')), edited('a\r\nb', ...put(3, '\nc'))],
+        ['a\r\nx\r\nb\nc\r\n', 'a\r\nb\nx\nc\r\n', 'b\n\n\r\nc', 'a\r\nb\r\nc']);
+    is('what goes', [edited('a\r\nb\nc\r\n', (text) => text.replace('b\n', '')), edited('a\r\nb\r\n', () => ''), edited('\r\n\n', (text) => text.slice(1)), edited('aa', () => 'a')], ['a\r\nc\r\n', '', '\r\n', 'a']);
     return 'ok';
 })()"#;
 
@@ -239,13 +248,19 @@ async fn the_editor_leaves_alone_what_nobody_touched() {
     let edits = "{
         const rows = [...document.querySelectorAll('#edit .rows .row')];
         rows.find((row) => row.querySelector('.name').value === 'x-api-key').querySelector('button').click();
+        const area = document.querySelector('#edit textarea');
+        for (const [old, other] of [['one', '1'], ['three', '3']]) {
+            area.value = area.value.replace(old, other);
+            area.dispatchEvent(new Event('input', {bubbles: true}));
+        }
         document.querySelector('#edit form').requestSubmit();
     }";
     browser.evaluate(edits).await;
     let mut peer = stage.upstream.accept().await;
     let head = peer.head().await;
     assert!(head.contains("\r\nx-api-key: second\r\n") && !head.contains("first"), "{head}");
-    peer.bytes(16).await;
+    assert!(head.contains("content-length: 10"), "{head}");
+    assert_eq!(peer.bytes(10).await, b"1\r\ntwo\n3\r\n");
     peer.write(JSON).await;
     browser.close().await;
 }

@@ -255,3 +255,29 @@ export function viewsOf(bytes, type) {
   }
   return binary ? [...views, "hex", "text"] : [...views, "text", "hex"];
 }
+
+/** Where a place in a text area's value is in its text, whose line ends may be two characters. */
+function placeIn(text, place) {
+  let at = 0;
+  for (let passed = 0; passed < place; passed++) at += text.startsWith("\r\n", at) ? 2 : 1;
+  return at;
+}
+
+/**
+ * A text after one edit in a text area, which turned its value from `before` into `after` and writes all line ends as
+ * LF. Those outside the edit stay; new ones are as the one of the line that the edit is in. `caret` is where it has
+ * left the caret: it tells one of several equal characters from the others.
+ */
+export function withLineEnds(text, before, after, caret = after.length) {
+  const shorter = Math.min(before.length, after.length);
+  const same = (end) => before.at(-1 - end) === after.at(-1 - end);
+  let [begin, end] = [0, 0];
+  while (begin < shorter && before[begin] === after[begin]) begin++;
+  while (end < shorter - begin && same(end)) end++;
+  while (begin > 0 && after.length - end > caret && same(end)) [begin, end] = [begin - 1, end + 1];
+  const from = placeIn(text, begin);
+  const to = from + placeIn(text.slice(from), before.length - end - begin);
+  const lineEnd = /\r\n?|\n/;
+  const own = lineEnd.exec(text.slice(from))?.[0] ?? lineEnd.exec(text)?.[0] ?? "\n";
+  return text.slice(0, from) + after.slice(begin, after.length - end).replaceAll("\n", own) + text.slice(to);
+}

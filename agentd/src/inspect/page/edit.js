@@ -1,7 +1,7 @@
 // The dialog that edits a request before it is replayed. What nobody touched is not sent along, so that it stays as it
 // was, to the byte.
 
-import { asText, fromBase64, toBase64 } from "./body.js";
+import { asText, fromBase64, toBase64, withLineEnds } from "./body.js";
 import { byId, count, element, size, visible } from "./dom.js";
 
 /**
@@ -104,16 +104,21 @@ function bodyEditor(message) {
     ? `${size(body.size)} that are not text: sent as they were captured, unless you write something here or take a file`
     : `Only ${count(body.kept)} of ${count(body.size)} bytes were kept: write another body here, or take a file`;
   if (editable && unpacked) remark.textContent = `It came as ${visible(body.decoded.coding)}. Edited, it is sent unpacked, without content-encoding.`;
-  // Line ends as a text area has them.
+  // A text area has line ends of its own: those of what nobody touched stay what they were.
   const initial = area.value;
-  // What came with CRLF goes with CRLF.
-  const crlf = editable && text.includes("\r\n") && !/[^\r]\n|^\n/.test(text);
+  let [edited, seen] = [editable ? text : "", initial];
+  const follow = () => {
+    edited = withLineEnds(edited, seen, area.value, area.selectionEnd);
+    seen = area.value;
+  };
+  area.addEventListener("input", follow);
   return {
     element: element("div", {}, area, element("p", {}, element("label", {}, "or a file ", file)), remark),
     read() {
       if (picked) return { body: { base64: toBase64(picked) }, unpacked: false };
       if (area.value === initial) return null;
-      return { body: { text: crlf ? area.value.replace(/\n/g, "\r\n") : area.value }, unpacked: editable && unpacked };
+      follow();
+      return { body: { text: edited }, unpacked: editable && unpacked };
     },
   };
 }
