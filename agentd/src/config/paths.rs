@@ -8,7 +8,7 @@ use std::{borrow::Cow, fmt, str::FromStr};
 use percent_encoding::percent_decode_str;
 
 /// How often a path is decoded before nothing may be left to decode.
-const MOST_DECODINGS: usize = 4;
+pub(super) const MOST_DECODINGS: usize = 4;
 
 /// More readings of one path than this, or longer ones together, are not looked at.
 const MOST_READINGS: usize = 128;

@@ -7,6 +7,7 @@ use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use super::{
     ConfigError, HealthCheck,
     address::Address,
+    paths::MOST_DECODINGS,
     template::Template,
     value::{Table, duration_within, nonempty_path},
 };
@@ -180,12 +181,25 @@ fn is_same(segment: &str, own: &str) -> bool {
     segment == own || percent_encoding::percent_decode_str(segment).eq(own.bytes())
 }
 
-/// Whether a path leads to another place than it says, when a server resolves it: `.` and `..` in whatever way
-/// they are escaped, also behind an escaped slash or backslash.
+/// Whether a path leads to another place than it says, when a server resolves it: `.` and `..` in whatever way and
+/// however often they are escaped, also behind an escaped slash or backslash, and before a `;`.
 #[must_use]
 pub fn has_dot_segments(path: &str) -> bool {
-    let decoded: Vec<u8> = percent_encoding::percent_decode_str(path).collect();
-    decoded.split(|b| matches!(b, b'/' | b'\\')).any(|segment| segment == b"." || segment == b"..")
+    let mut path = path.as_bytes().to_vec();
+    for _ in 0..=MOST_DECODINGS {
+        let mut segments = path.split(|b| matches!(b, b'/' | b'\\'));
+        let is_dots = |segment: &[u8]| matches!(segment.split(|&b| b == b';').next(), Some(b"." | b".."));
+        if segments.any(is_dots) {
+            return true;
+        }
+        let decoded: Vec<u8> = percent_encoding::percent_decode(&path).collect();
+        if decoded.len() == path.len() {
+            return false;
+        }
+        path = decoded;
+    }
+    // Nobody writes a path like this who means only one place.
+    true
 }
 
 /// What a path leads to.
@@ -407,7 +421,9 @@ fn read_route(
     Ok(RouteRule {
         methods: list(table, "methods", method)?,
         host: table.text("host", |text| {
-            let is_host = text.parse::<http::uri::Authority>().is_ok_and(|host| !host.as_str().contains('@'));
+            // A star would be a name of its own, which no request has.
+            let is_host =
+                text.parse::<http::uri::Authority>().is_ok_and(|host| !host.as_str().contains(['@', '*']));
             if is_host && name_of(text) == text {
                 Ok(text.to_ascii_lowercase())
             } else {
@@ -619,6 +635,11 @@ fn origin(text: &str) -> Result<String, String> {
     }
     let (scheme, host) = text.split_once("://").ok_or_else(wrong)?;
     let plain = host.strip_prefix("*.").unwrap_or(host);
+    // Browsers leave out the port that the scheme has anyway, so it would never be asked for.
+    let usual_port = if scheme == "https" { ":443" } else { ":80" };
+    if let Some(host) = host.strip_suffix(usual_port) {
+        return Err(format!("browsers say this origin without its port: write it as {scheme}://{host}"));
+    }
     let is_origin = matches!(scheme, "http" | "https")
         && plain.parse::<http::uri::Authority>().is_ok_and(|host| !host.as_str().contains('@'))
         && !plain.contains(['*', '/'])
@@ -742,12 +763,30 @@ mod tests {
             "/..%5cb",
             "/a\\..\\b",
             "/..%2f",
+            "/%252e%252e/x",
+            "/%25252e/x",
+            "/a/..;/x",
+            "/a/%2e%2e%3bv/x",
+            "/a/.;v",
+            "/%25%32%35%32%35%32%35%32%35%32%35%32%35",
         ] {
             assert!(has_dot_segments(asked), "{asked}");
         }
-        for asked in
-            ["/", "//", "/...", "/a..b", "/..a", "/a.", "/.a", "/%2e%2e%2e", "/%252e%252e/x", "/a%2Fb", "/a?"]
-        {
+        for asked in [
+            "/",
+            "//",
+            "/...",
+            "/a..b",
+            "/..a",
+            "/a.",
+            "/.a",
+            "/%2e%2e%2e",
+            "/%252e%252e%252e",
+            "/a;../x",
+            "/;/x",
+            "/a%2Fb",
+            "/a?",
+        ] {
             assert!(!has_dot_segments(asked), "{asked}");
         }
     }

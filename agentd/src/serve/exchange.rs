@@ -641,7 +641,13 @@ async fn signed_body(
     let is_again = job.delivery.as_ref().is_some_and(|delivery| delivery.attempt > 1);
     let checked = webhook.check(&asked(job), &bytes, job.time(), is_again);
     job.body = JobBody::Whole(bytes);
-    Ok(checked)
+    Ok(checked.map_err(|error| {
+        tracing::info!(
+            request_id = %job.request_id, tunnel_id = %job.tunnel,
+            "a webhook was refused: {error}"
+        );
+        Answer::refusal(ErrorCode::WebhookRefused)
+    }))
 }
 
 /// Asks the edge for an announced body, once there is room for `most` of it.

@@ -38,7 +38,7 @@ use self::{
     asked::Asked,
     traffic::{Member, Passage, Traffic},
     visitors::{Visitor, Visitors},
-    webhook::Signed,
+    webhook::{Signed, WebhookError},
 };
 
 pub(crate) use self::{
@@ -143,13 +143,10 @@ impl Webhook {
         body: &[u8],
         now: u64,
         is_again: bool,
-    ) -> Result<Signature, Answer> {
+    ) -> Result<Signature, WebhookError> {
         let url = asked.url().unwrap_or_default();
         let signed = Signed { headers: asked.headers, url: &url, body, now, is_again };
-        self.verify(&signed).map_err(|error| {
-            tracing::info!("a webhook was refused: {error}");
-            Answer::refusal(ErrorCode::WebhookRefused)
-        })
+        self.verify(&signed)
     }
 }
 

@@ -9,14 +9,8 @@ use crate::{
     serve::policy::{answer::Answer, asked::Asked},
 };
 
-/// The fields of the protocol that the upstream's own answer may have: ours stand in their place.
-const OWN: [HeaderName; 5] = [
-    header::ACCESS_CONTROL_ALLOW_ORIGIN,
-    header::ACCESS_CONTROL_ALLOW_CREDENTIALS,
-    header::ACCESS_CONTROL_EXPOSE_HEADERS,
-    header::ACCESS_CONTROL_ALLOW_METHODS,
-    header::ACCESS_CONTROL_ALLOW_HEADERS,
-];
+/// How the fields of the protocol begin that the upstream's own answer may have: ours stand in their place.
+const OWN: &str = "access-control-";
 
 /// Answers a preflight.
 pub(crate) fn preflight(rule: &CorsRule, asked: &Asked<'_>) -> Option<Answer> {
@@ -54,7 +48,7 @@ const VARY_PREFLIGHT: HeaderValue =
 
 /// Says in a response who may read it.
 pub(crate) fn mark(rule: &CorsRule, origin: Option<&HeaderValue>, response: &mut Headers) {
-    response.retain(|name, _| !OWN.contains(name));
+    response.retain(|name, _| !name.as_str().starts_with(OWN));
     let is_for_all = rule.origins.iter().any(|origin| origin == "*");
     if !is_for_all {
         // Also where there is none: what a cache keeps would be wrong for the next.
@@ -97,6 +91,30 @@ fn join(names: &[HeaderName]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nothing_of_the_protocol_that_the_upstream_says_is_left() {
+        let rule = CorsRule {
+            origins: vec!["https://a.example".to_owned()],
+            methods: Vec::new(),
+            headers: Vec::new(),
+            expose: Vec::new(),
+            credentials: false,
+            max_age: None,
+        };
+        let mut response: Headers = [
+            "access-control-allow-origin",
+            "access-control-max-age",
+            "access-control-allow-private-network",
+            "x-own",
+        ]
+        .map(|name| (HeaderName::from_static(name), HeaderValue::from_static("1")))
+        .into_iter()
+        .collect();
+        mark(&rule, None, &mut response);
+        let names: Vec<_> = response.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["x-own", "vary"]);
+    }
 
     #[test]
     fn a_star_stands_for_labels_and_for_nothing_else() {

@@ -97,7 +97,8 @@ const CASES: &[Case] = &[
             "GET /x%2f..%2fapi => 400 bad_request",
             "GET /x%5c..%5capi => 400 bad_request",
             "GET /..%5c => 400 bad_request",
-            "GET /%252e%252e/api => own /%252e%252e/api",
+            "GET /%252e%252e/api => 400 bad_request",
+            "GET /api/..;/x => 400 bad_request",
             "GET /.../api => own /.../api",
             "GET /..api => own /..api",
             "GET /x?a=/../ => own /x?a=/../",
@@ -483,6 +484,39 @@ async fn who_has_not_shown_a_whole_body_keeps_nobody_from_an_upstream_that_is_tr
     whole.enter().unwrap();
     whole.came_to(true);
     held.enter().unwrap();
+}
+
+#[tokio::test]
+async fn what_an_app_says_below_its_whole_prefix_is_not_moved_again() {
+    const STRIPS: &str = "[[tunnel.route]]\npath = \"/app\"\nupstream = 2\nstrip_prefix = true\n";
+    let silent = format!("forwarded = \"none\"\n{STRIPS}");
+    for (rules, prefix, target, said, moved) in [
+        (STRIPS, None, "/app/", "/app/login", "/app/login"),
+        (STRIPS, None, "/app/", "/login", "/app/login"),
+        (STRIPS, None, "/app/app/x", "/app/login", "/app/app/login"),
+        (silent.as_str(), None, "/app/", "/app/login", "/app/app/login"),
+        // The edge puts the prefix of path mode before what comes from here.
+        (STRIPS, Some("/web"), "/app/", "/web/app/login", "/app/login"),
+        (STRIPS, Some("/web"), "/app/", "/login", "/app/login"),
+        (STRIPS, Some("/web"), "/app/", "/web/login", "/app/web/login"),
+        (STRIPS, Some("/web"), "/app/", "https://pub/web/app/login", "https://pub/web/app/login"),
+        ("max_body = 1", Some("/web"), "/", "/web/login", "/login"),
+        ("max_body = 1", Some("/web"), "/", "/login", "/login"),
+        ("max_body = 1", Some("/web"), "/web/x", "/web/login", "/web/login"),
+    ] {
+        let policy = policy(rules).unwrap();
+        let (asked_for, request_id) = (Target::parse(target).unwrap(), RequestId::from_random([1; 16]));
+        let mut headers = Headers::new();
+        let hop = Hop { client: None, scheme: "https", host: "pub", port: 443, prefix };
+        apply(&mut headers, &hop, Trust::Chain, &request_id);
+        let asked = Asked { method: &Method::GET, target: &asked_for, headers: &headers, upgrade: false };
+        let passage = policy.admit(&asked, &request_id, Some(0), unix_now()).await.unwrap().passage;
+        let mut answer: Headers =
+            [(http::header::LOCATION, HeaderValue::from_static(said))].into_iter().collect();
+        passage.move_response(&mut answer, passage.target.as_ref().unwrap_or(&asked_for), "pub");
+        let location = answer.get(http::header::LOCATION).unwrap();
+        assert_eq!(location, moved, "{rules}{prefix:?} {target}: {said}");
+    }
 }
 
 #[tokio::test]

@@ -299,12 +299,14 @@ impl Traffic {
 impl Members {
     /// The next one that is well.
     fn pick(&self) -> Option<&Member> {
-        let first = self.next.fetch_add(1, Ordering::Relaxed);
-        let count = self.all.len();
-        (0..count)
-            .map(|step| &self.all[first.wrapping_add(step) % count])
-            .find(|member| !member.health.is_down())
+        let turn = self.next.fetch_add(1, Ordering::Relaxed);
+        in_turn(turn, self.all.iter().filter(|member| !member.health.is_down()))
     }
+}
+
+/// Whose turn it is among those that are there: each has as many as every other.
+fn in_turn<T>(turn: usize, mut there: impl Iterator<Item = T> + Clone) -> Option<T> {
+    there.clone().count().checked_sub(1).and_then(|last| there.nth(turn % (last + 1)))
 }
 
 fn whole_seconds(wait: Duration) -> u64 {
@@ -484,5 +486,22 @@ impl<'a> Passage<'a> {
         if let Some(attempt) = self.attempt.take() {
             attempt.came_to(good, Instant::now());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_upstream_that_is_well_has_as_many_turns_as_the_others() {
+        for well in [&["a", "b", "c"][..], &["a", "c"], &["c"]] {
+            let mut turns: Vec<_> = (0..12).map(|turn| in_turn(turn, well.iter()).unwrap()).collect();
+            turns.sort_unstable();
+            let wanted: Vec<_> =
+                well.iter().flat_map(|name| std::iter::repeat_n(name, 12 / well.len())).collect();
+            assert_eq!(turns, wanted);
+        }
+        assert_eq!(in_turn(5, std::iter::empty::<u8>()), None);
     }
 }
