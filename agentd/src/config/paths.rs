@@ -130,11 +130,12 @@ fn readings(path: &str) -> Option<Vec<String>> {
 
 /// What some servers do to a path besides decoding it. Each gives back what it would leave alone, so that they come to
 /// an end.
-const STEPS: [fn(&str) -> String; 7] = [
+const STEPS: [fn(&str) -> String; 8] = [
     slashes_for_backslashes,
     without_parameters,
     without_rest,
-    trimmed,
+    without_blanks,
+    without_dots_at_end,
     without_empty_segments,
     without_dot_segments,
     without_authority,
@@ -154,15 +155,17 @@ fn without_rest(path: &str) -> String {
     path.split(|c: char| matches!(c, '?' | '#' | ' ') || c.is_control()).next().unwrap_or_default().to_owned()
 }
 
-/// Without control characters, and in each segment without blanks around it and dots at its end.
-fn trimmed(path: &str) -> String {
+/// Without control characters, and without blanks around a segment.
+fn without_blanks(path: &str) -> String {
     let path: String = path.chars().filter(|c| !c.is_control()).collect();
-    joined(path.split('/').map(|segment| {
-        let name = segment.trim_end_matches(|c: char| c == '.' || c.is_whitespace()).trim_start();
-        match segment.trim() {
-            dots @ ("." | "..") => dots,
-            _ => name,
-        }
+    joined(path.split('/').map(str::trim))
+}
+
+/// Without dots and blanks at the end of a segment, as Windows names its files.
+fn without_dots_at_end(path: &str) -> String {
+    joined(path.split('/').map(|segment| match segment {
+        "." | ".." => segment,
+        name => name.trim_end_matches(|c: char| c == '.' || c.is_whitespace()),
     }))
 }
 
