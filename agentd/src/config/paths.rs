@@ -409,17 +409,20 @@ mod tests {
             for index in 0..PARTS.len().pow(3) {
                 let part = |place: u32| PARTS[index / PARTS.len().pow(place) % PARTS.len()];
                 let path = [first, part(0), part(1), part(2)].concat();
-                for (server, read) in servers(&path) {
-                    let read = read.strip_suffix('/').unwrap_or(&read);
-                    if read == "/a" || read.starts_with("/a/") {
-                        assert!(below.could_be(&path), "{path}: {server}");
-                        known += 1;
-                    }
-                    assert!(read != "/a/x" || one.could_be(&path), "{path}: {server}");
+                let readings = servers(&path);
+                let reads_it = |is: fn(&str) -> bool| {
+                    readings.iter().find(|(_, read)| is(read.strip_suffix('/').unwrap_or(read)))
+                };
+                if let Some((server, _)) = reads_it(|read| read == "/a" || read.starts_with("/a/")) {
+                    assert!(below.could_be(&path), "{path}: {server}");
+                    known += 1;
+                }
+                if let Some((server, _)) = reads_it(|read| read == "/a/x") {
+                    assert!(one.could_be(&path), "{path}: {server}");
                 }
             }
         }
-        assert!(known > 10_000, "{known}");
+        assert!(known > 8000, "{known}");
     }
 
     #[test]
