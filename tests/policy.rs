@@ -1011,7 +1011,7 @@ enum Beside {
 }
 
 /// Sends what is to come beside for as long as it is polled; counts the answers by status.
-async fn come_beside(beside: Beside, public: std::net::SocketAddr, answers: &mut HashMap<u16, usize>) {
+async fn come_beside(beside: Beside, public: SocketAddr, answers: &mut HashMap<u16, usize>) {
     if beside == Beside::Nothing {
         return std::future::pending().await;
     }
