@@ -17,6 +17,7 @@ use proto::{
     body::{Body, Codecs},
     error::ErrorCode,
     header::Headers,
+    limits,
     message::{Accepted, AgentFrames, AgentMessage, EdgeMessage, Failed},
     socket::{Frame, FrameKind},
 };
