@@ -900,7 +900,7 @@ async fn a_revoked_identity_learns_of_no_delivery_and_cancels_none() {
     assert_eq!(local.revoke(serde_json::json!({"owner": "alice"})).await, 1);
     let (hooks, id): (TunnelName, proto::id::DeliveryId) = ("hooks".parse().unwrap(), id.parse().unwrap());
     for question in [
-        Ask::List { tunnel: Some(hooks.clone()), state: None, since_ms: None, cursor: None },
+        Ask::List { tunnel: Some(hooks.clone()), state: None, open: false, since_ms: None, cursor: None },
         Ask::Show { tunnel: hooks.clone(), id: id.clone(), body_from: Some(0) },
         Ask::Cancel { tunnel: hooks.clone(), id },
         Ask::Pause { tunnel: hooks },

@@ -1028,7 +1028,7 @@ async fn a_thousand_messages_are_few_calls() {
                 socket.send(Message::Text(n.to_string().into())).await.unwrap();
             }
             // What it was acknowledged with is counted as well.
-            tokio::time::sleep(proto::limits::SOCKET_ACK_AFTER).await;
+            tokio::time::sleep(limits::SOCKET_ACK_AFTER).await;
         } else {
             socket.send(Message::Text("begin".into())).await.unwrap();
             for n in 0..1000 {
