@@ -535,7 +535,7 @@ fn capture_here(job: &mut Job, tunnel: &Tunnel, is_refused: bool) -> Option<Capt
     Visitor::default().mark(&mut job.headers);
     let meant = tunnel.policy().and_then(|policy| policy.traffic().meant(&asked(job), &job.request_id));
     let routed = meant.as_ref().and_then(|passage| passage.upstream);
-    let own = meant.as_ref().and_then(|_| tunnel.own.as_ref()).map(|(upstream, rule)| (upstream, rule));
+    let own = meant.as_ref().and(tunnel.own.as_ref()).map(|(upstream, rule)| (upstream, rule));
     let Some((upstream, rule)) = routed.or(own) else {
         let capture = begin(job, tunnel, None, || Some(String::new()))?;
         capture.tap().request(job.headers.end_to_end(), job.body.at_hand());
