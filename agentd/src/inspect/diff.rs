@@ -281,7 +281,7 @@ mod tests {
         };
         let body = |before: &Answer, after: &Answer| Diff::between(Some(before), Some(after)).body;
         let text = r#"{"a": 1, "b": "long enough to be packed in two ways"}"#
-            .repeat(1)
+            .to_owned()
             .replace("two", &"x".repeat(3000));
         let (one, other) = (packed(&text, 1), packed(&format!("{text} "), 19));
         assert_eq!(body(&one, &other), BodyDiff::Same, "of the same JSON");
