@@ -4,6 +4,7 @@
 //! where and what to write instead.
 
 pub mod address;
+mod certificates;
 pub(crate) mod change;
 pub mod delivery;
 pub mod edge_url;

@@ -47,7 +47,7 @@ use tokio::{sync::watch, time::Instant};
 use crate::{
     Services, answer,
     inbox::Mail,
-    keep,
+    keep, pick,
     public::{Head, Piece, Pieces, PublicSide, Upload},
     record::Record,
     route::PublicRequest,
@@ -348,12 +348,6 @@ fn most_bytes(request: &PublicRequest) -> usize {
         + headers.sum::<usize>();
     // Every byte as `\u00xx`; the token, the ids and what stands around them.
     bytes * 6 + 4096
-}
-
-/// The request id is random; its last digits choose among several connections.
-pub(crate) fn pick(request_id: &RequestId) -> f64 {
-    let digits = u32::from_str_radix(&request_id.as_str()[24..], 16).unwrap_or_default();
-    f64::from(digits) / (f64::from(u32::MAX) + 1.0)
 }
 
 /// The connection has gone; what was sent over it before has time to arrive.

@@ -34,7 +34,7 @@ use edge::{
     mailbox::Pool,
     workflow::Workflow,
 };
-use proto::{forwarded::Trust, limits, token::TokenKeys};
+use proto::{forwarded::Trust, id::RequestId, limits, token::TokenKeys};
 use tokio::sync::mpsc::UnboundedSender;
 
 /// What the environment says about exchanges.
@@ -123,4 +123,11 @@ impl Services {
             holdings: None,
         })
     }
+}
+
+/// A number in `[0, 1)` of a request's own: its id is random. It chooses among several connections, and how long what is tried
+/// again waits.
+pub(crate) fn pick(request_id: &RequestId) -> f64 {
+    let digits = u32::from_str_radix(&request_id.as_str()[24..], 16).unwrap_or_default();
+    f64::from(digits) / (f64::from(u32::MAX) + 1.0)
 }

@@ -29,7 +29,7 @@ use proto::{
 };
 use tokio::time::{Instant, sleep_until};
 
-use crate::{Services, budget::Share, http::pick, inbox::Mail, public::SocketError, record::Record};
+use crate::{Services, budget::Share, inbox::Mail, pick, public::SocketError, record::Record};
 
 /// How many batches are posted to the agent at the same time. It puts them in order.
 const POSTS: usize = 4;

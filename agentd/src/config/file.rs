@@ -13,12 +13,12 @@ use rustls::pki_types::ServerName;
 use super::{
     Config, ConfigError, FileConfig, HealthCheck, Http2, LogConfig, Overrides, TunnelConfig,
     address::{Address, Scheme},
-    beside, delivery, parse_bytes, parse_host, parse_host_header, parse_inspect_address, parse_log_level,
-    parse_origin, parse_status_address, traffic,
+    beside, certificates, delivery, parse_bytes, parse_host, parse_host_header, parse_inspect_address,
+    parse_log_level, parse_origin, parse_status_address, traffic,
     value::{Document, Table, duration_within, nonempty_path},
     visitors,
 };
-use crate::{identity::private_file::PrivateFiles, tls};
+use crate::identity::private_file::PrivateFiles;
 
 const ROOT_KEYS: &[&str] = &[
     "control_socket",
@@ -151,14 +151,9 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
     name_callbacks(&mut config.tunnels)?;
     let config = overrides.apply(config)?;
     if let (Some(edge), Some(ca_file), None) = (&edge, config.edge.trusted(), &overrides.ca_file) {
-        check_certificates(edge, ca_file)?;
+        certificates::check(edge, ca_file)?;
     }
     Ok(config)
-}
-
-/// Whether the file that `ca_file` of a table names is one of certificates: the start would fail otherwise.
-pub(super) fn check_certificates(table: &Table<'_>, path: &Path) -> Result<(), ConfigError> {
-    tls::check(path).map_err(|error| table.error_at("ca_file", error.to_string()))
 }
 
 /// Tells the tunnels that others finish signing in at.
@@ -289,7 +284,7 @@ fn read_tunnel(
         }
     }
     if let Some(ca_file) = tunnel.ca_file.as_deref().filter(|_| !tunnel.insecure_skip_verify) {
-        check_certificates(table, ca_file)?;
+        certificates::check(table, ca_file)?;
     }
     Ok(tunnel)
 }

@@ -7,8 +7,7 @@ use jsonwebtoken::Algorithm;
 use proto::id::TunnelName;
 
 use super::{
-    ConfigError,
-    file::check_certificates,
+    ConfigError, certificates,
     htpasswd::Users,
     http_url::HttpUrl,
     parse_duration,
@@ -285,7 +284,7 @@ fn file(table: &Table<'_>, key: &str) -> Result<Option<PathBuf>, ConfigError> {
 fn certificates(table: &Table<'_>) -> Result<Option<PathBuf>, ConfigError> {
     let path = file(table, "ca_file")?;
     if let Some(path) = &path {
-        check_certificates(table, path)?;
+        certificates::check(table, path)?;
     }
     Ok(path)
 }

@@ -280,9 +280,8 @@ mod tests {
             Answer::new(200, fields, Kept::whole(&packed, 1 << 22))
         };
         let body = |before: &Answer, after: &Answer| Diff::between(Some(before), Some(after)).body;
-        let text = r#"{"a": 1, "b": "long enough to be packed in two ways"}"#
-            .to_owned()
-            .replace("two", &"x".repeat(3000));
+        let text =
+            r#"{"a": 1, "b": "long enough to be packed in two ways"}"#.replace("two", &"x".repeat(3000));
         let (one, other) = (packed(&text, 1), packed(&format!("{text} "), 19));
         assert_eq!(body(&one, &other), BodyDiff::Same, "of the same JSON");
         let BodyDiff::Json(changes, 0) = body(&one, &packed(&text.replace('1', "2"), 1)) else {
