@@ -4,8 +4,8 @@
 # Expected: 1014 (Bad Gateway) is registered (IANA, "WebSocket Close Code Number Registry"), so that a peer may send it, as
 #           ws for Node.js does; the reader gets code and reason as they came, as with 1013.
 # Seen:     the reader gets 1002 "Protocol violation", the peer's code and reason are gone, and the peer is told 1002.
-# Source:   src/protocol/frame/coding.rs counts 1014 among the reserved codes; run below over bytes in memory.
-# For us:   docs/websockets.md says that 1014 breaks the protocol at either end of the tunnel.
+# Source:   src/protocol/frame/coding.rs knows no 1014 and counts it as a bad code; run below over bytes in memory.
+# For us:   docs/websockets.md says that 1014 arrives as 1002.
 # Needs:    cargo.
 set -euo pipefail
 folder=$(mktemp -d)
