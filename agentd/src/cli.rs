@@ -33,7 +33,7 @@ use crate::{
     operate::diagnose,
     operate::exit,
     operate::explain::{self, Thought},
-    operate::output::{answer, complain},
+    operate::output::{answer, complain, stopped},
     operate::reference,
     operate::requests,
     operate::service,
@@ -570,10 +570,6 @@ fn stop(state: &StateDir) -> Result<ExitCode, background::Error> {
         Some(took) => stopped(took),
         None => answer("not running\n", ExitCode::SUCCESS),
     })
-}
-
-fn stopped(took: Duration) -> ExitCode {
-    answer(&format!("stopped after {:.1} s\n", took.as_secs_f64()), ExitCode::SUCCESS)
 }
 
 /// Reads the command line. A variable of the environment that is empty counts as one that is not set.

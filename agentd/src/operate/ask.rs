@@ -11,7 +11,7 @@ use rustix::process::Pid;
 pub(super) use super::output::complain;
 use super::{
     exit,
-    output::{answer, print},
+    output::{answer, print, stopped},
 };
 use crate::{
     control::client::{Agent, AskError},
@@ -191,7 +191,7 @@ pub(crate) fn stop(places: &[PathBuf]) -> ExitCode {
     // What was asked for goes on whether or not this can be read; the last line says how it ended.
     let _ = print(&format!("stopping pid {}: {} requests in flight\n", stopping.pid, stopping.in_flight));
     match process.wait(Duration::from_millis(stopping.grace_ms) + STOP_MARGIN) {
-        Ok(took) => answer(&format!("stopped after {:.1} s\n", took.as_secs_f64()), ExitCode::SUCCESS),
+        Ok(took) => stopped(took),
         Err(error) => {
             complain(error);
             ExitCode::FAILURE

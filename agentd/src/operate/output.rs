@@ -4,6 +4,7 @@ use std::{
     fmt::Display,
     io::{self, Write},
     process::ExitCode,
+    time::Duration,
 };
 
 use super::exit;
@@ -17,8 +18,26 @@ pub(crate) fn print(text: &str) -> io::Result<()> {
     print_to(&mut io::stdout().lock(), text)
 }
 
+/// Prints `text` as it is, for who goes on printing as long as somebody reads.
+///
+/// # Errors
+///
+/// It cannot be written, or nobody is there to read any more.
+pub(super) fn write(text: &str) -> io::Result<()> {
+    write_to(&mut io::stdout().lock(), text)
+}
+
+/// Prints how long an agent took to end, and ends the command well.
+pub(crate) fn stopped(took: Duration) -> ExitCode {
+    answer(&format!("stopped after {:.1} s\n", took.as_secs_f64()), ExitCode::SUCCESS)
+}
+
+fn write_to(out: &mut impl Write, text: &str) -> io::Result<()> {
+    out.write_all(text.as_bytes()).and_then(|()| out.flush())
+}
+
 fn print_to(out: &mut impl Write, text: &str) -> io::Result<()> {
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match write_to(out, text) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         done => done,
     }

@@ -21,7 +21,10 @@ use http_body_util::BodyExt as _;
 use serde::Serialize;
 use tokio::{io::Interest, net::unix::pipe::Sender};
 
-use super::ask::{Format, ask, complain, no_answer};
+use super::{
+    ask::{Format, ask, complain, no_answer},
+    output::write,
+};
 use crate::{
     control::client::{Agent, AskError},
     inspect::shape::{self, Detail, DiffShape, Ids, List, Message, RequestEvent, Summary, Value},
@@ -465,8 +468,7 @@ pub(super) fn say(line: &str) {
 
 /// Prints a line; an error where nobody reads any more.
 fn print(line: &str) -> std::io::Result<()> {
-    let mut out = std::io::stdout();
-    writeln!(out, "{line}").and_then(|()| out.flush())
+    write(&format!("{line}\n"))
 }
 
 /// A text without anything that a terminal takes for a command, or that turns letters around.
