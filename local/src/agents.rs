@@ -48,6 +48,7 @@ use crate::{
     connections::{Connections, Handle, Identity, Outgoing},
     lambda::{InvokeError, Lambda},
     latency::{Hop, Latency},
+    listener,
 };
 
 /// How many messages of one connection are in invocations at the same time; the next one is not read
@@ -93,17 +94,9 @@ pub async fn serve(listener: TcpListener, api: Arc<AgentApi>, shutdown: Cancella
     let tasks = TaskTracker::new();
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
-        let accepted = tokio::select! {
+        let (stream, peer) = tokio::select! {
             () = shutdown.cancelled() => break,
-            accepted = listener.accept() => accepted,
-        };
-        let (stream, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(%error, "could not accept an agent's connection");
-                time::sleep(Duration::from_millis(10)).await;
-                continue;
-            }
+            accepted = listener::accept(&listener, "an agent") => accepted,
         };
         let Ok(place) = places.clone().try_acquire_owned() else { continue };
         if stream.set_nodelay(true).is_err() {

@@ -32,6 +32,7 @@ use crate::{
     connections::PostOutcome,
     lambda::{InvokeError, Lambda, WeakLambda},
     latency::{Latency, Profile},
+    listener,
     services::{Post, Services, percent_decode},
     sqs::{Attribute, NewMessage},
     stack::stack,
@@ -256,18 +257,9 @@ async fn serve(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTok
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => return,
-            accepted = listener.accept() => accepted,
+            accepted = listener::accept(&listener, "a client of AWS") => accepted,
         };
-        match accepted {
-            Ok((stream, _)) => {
-                tokio::spawn(serve_connection(stream, Arc::clone(&shared), stop.clone()));
-            }
-            Err(error) => {
-                // Out of file descriptors, most likely: others have to be closed first.
-                tracing::warn!(%error, "could not accept a connection of an AWS client");
-                tokio::task::yield_now().await;
-            }
-        }
+        tokio::spawn(serve_connection(accepted.0, Arc::clone(&shared), stop.clone()));
     }
 }
 

@@ -30,7 +30,7 @@ use tokio::{
     time::{self, Interval},
 };
 
-use crate::{aws::Aws, clock::epoch_us, public::Arrivals};
+use crate::{aws::Aws, clock::epoch_us, listener, public::Arrivals};
 
 /// How many events `/events` sends, and how far apart.
 const EVENTS: u32 = 10;
@@ -66,14 +66,7 @@ pub async fn start(demo: Demo) -> io::Result<SocketAddr> {
 
 async fn serve(listener: TcpListener, demo: Arc<Demo>) {
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "the demo page could not accept");
-                time::sleep(Duration::from_millis(10)).await;
-                continue;
-            }
-        };
+        let (stream, _) = listener::accept(&listener, "the demo page").await;
         if stream.set_nodelay(true).is_err() {
             continue;
         }

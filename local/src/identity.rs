@@ -10,7 +10,7 @@ use std::{
 };
 
 use agentd::identity::{self, KEY_FILE, Keys};
-use anyhow::Context;
+use anyhow::{Context, bail};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 
 use crate::lambda::random_bytes;
@@ -20,6 +20,9 @@ const TOKEN_FILE: &str = "token";
 
 /// The name of the file with the key of what agents answer with.
 const TOKEN_KEY_FILE: &str = "token-key";
+
+/// How long that key is.
+const TOKEN_KEY_BYTES: usize = 32;
 
 /// For how long the token can be used; each start makes a new one.
 const TOKEN_LIFETIME: Duration = Duration::from_secs(30 * 24 * 60 * 60);
@@ -66,13 +69,21 @@ pub fn prepare(folder: &Path) -> anyhow::Result<Identity> {
 ///
 /// # Errors
 ///
-/// When the file cannot be read or written.
+/// When the file cannot be read or written, or has no key.
 pub fn token_key(folder: &Path) -> anyhow::Result<String> {
     let file = folder.join(TOKEN_KEY_FILE);
     if file.exists() {
-        return std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()));
+        let key = std::fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+        let key = key.trim();
+        if !STANDARD.decode(key).is_ok_and(|bytes| bytes.len() >= TOKEN_KEY_BYTES) {
+            bail!(
+                "{} has no key of {TOKEN_KEY_BYTES} bytes in base64; remove the file, and a new one is made",
+                file.display()
+            );
+        }
+        return Ok(key.to_owned());
     }
-    let key = STANDARD.encode(random_bytes::<32>());
+    let key = STANDARD.encode(random_bytes::<TOKEN_KEY_BYTES>());
     write_private(&file, key.as_bytes())?;
     Ok(key)
 }
@@ -87,6 +98,8 @@ pub fn write_private(path: &Path, content: &[u8]) -> anyhow::Result<()> {
         // Its mode is 0600 from the beginning.
         let mut file = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
         file.write_all(content)?;
+        // Or a power cut may leave the name without the content.
+        file.as_file().sync_all()?;
         file.persist(path).map_err(|error| error.error)
     };
     write().with_context(|| format!("writing {}", path.display()))?;
@@ -115,5 +128,13 @@ mod tests {
         assert_eq!(token.split('.').count(), 3);
         std::fs::write(&second.key_file, "no key").unwrap();
         assert!(prepare(&folder).is_err());
+        for none in ["", "no key", &STANDARD.encode([1; 31])] {
+            std::fs::write(folder.join(TOKEN_KEY_FILE), none).unwrap();
+            let error = token_key(&folder).unwrap_err().to_string();
+            assert!(error.contains("token-key has no key"), "{error}");
+        }
+        let kept = STANDARD.encode([1; 32]);
+        std::fs::write(folder.join(TOKEN_KEY_FILE), format!("{kept}\n")).unwrap();
+        assert_eq!(token_key(&folder).unwrap(), kept);
     }
 }

@@ -27,6 +27,7 @@ pub mod dynamodb;
 pub mod identity;
 pub mod lambda;
 pub mod latency;
+pub mod listener;
 pub mod metrics;
 pub mod public;
 pub mod relay;

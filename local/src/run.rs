@@ -267,10 +267,10 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let public_address = public_listener.local_addr()?;
     let agents_address = agents_listener.local_addr()?;
     let folder = Folder::open(options.state_dir.as_deref())?;
-    let identity = identity::prepare(folder.path())?;
-
-    // Held to the end: two of this program would write over each other.
+    // Held to the end, and before anything is written: two of this program would write over each other.
     let _state_lock = folder.lock()?;
+    let identity = identity::prepare(folder.path())?;
+    let token_key = identity::token_key(folder.path())?;
     let changes = match folder.state() {
         Some(path) => store::read(&path).with_context(|| format!("reading {}", path.display()))?,
         None => Vec::new(),
@@ -295,7 +295,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         front_secret: &front_secret,
         public_url: &public_url,
         domain: &options.domain,
-        token_key: identity::token_key(folder.path())?,
+        token_key,
         limits: &options.limits,
         log_level: options.log_level,
         choices: choices(&Env::process())?,

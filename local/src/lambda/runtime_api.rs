@@ -31,6 +31,7 @@ use super::{
     pool::{EnvironmentId, Event, Poll, Pool, Port, Refused, Reply},
     process::Freezer,
 };
+use crate::listener;
 
 /// What separates a streamed answer's head from its body.
 const PRELUDE_END: [u8; 8] = [0; 8];
@@ -65,14 +66,7 @@ pub(super) fn start(pool: &Arc<Pool>, environment: EnvironmentId) -> io::Result<
 
 async fn serve(listener: TcpListener, pool: Arc<Pool>, environment: EnvironmentId, freezer: Arc<Freezer>) {
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "runtime api could not accept");
-                tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-                continue;
-            }
-        };
+        let (stream, _) = listener::accept(&listener, "the Runtime API").await;
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "connection lost before it began");
             continue;
