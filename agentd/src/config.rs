@@ -451,13 +451,6 @@ impl Overrides {
         };
         let token_source = self.token_source(file.token_file)?;
         let token = token_source.read()?;
-        if let Some(first) = file.tunnels.get(limits::TUNNELS_PER_CONNECTION) {
-            return Err(ConfigError::new(format!(
-                "tunnel {} is one too many: an agent serves at most {}",
-                first.name,
-                limits::TUNNELS_PER_CONNECTION
-            )));
-        }
         let largest = file.tunnels.iter().map(|tunnel| tunnel.max_concurrent).max().unwrap_or(0);
         let max_concurrent = file.max_concurrent.unwrap_or(DEFAULT_TOTAL_CONCURRENT.max(largest));
         let status_address = match &self.status_address {

@@ -110,7 +110,13 @@ pub enum AddressError {
     /// A unix socket without an absolute path.
     #[error("upstream {0:?} needs an absolute path: unix:/run/app.sock")]
     Socket(String),
+    /// A unix socket's path that no address has room for.
+    #[error("upstream {0:?} has a path over {SOCKET_PATH_BYTES} bytes, the most that a unix socket has")]
+    SocketLength(String),
 }
+
+/// The most bytes of a unix socket's path: 108 with the zero behind it (unix(7)).
+pub const SOCKET_PATH_BYTES: usize = 107;
 
 impl Address {
     /// The `host[:port]` that names this upstream, without the scheme's own port.
@@ -163,10 +169,12 @@ impl FromStr for Address {
         let shown = || text.chars().take(200).collect::<String>();
         if let Some(path) = text.strip_prefix("unix:") {
             let path = PathBuf::from(path.strip_prefix("//").unwrap_or(path));
-            return if path.is_absolute() && path.file_name().is_some() {
-                Ok(Self::Unix(path))
-            } else {
-                Err(AddressError::Socket(shown()))
+            if !path.is_absolute() || path.file_name().is_none() {
+                return Err(AddressError::Socket(shown()));
+            }
+            return match path.as_os_str().len() {
+                0..=SOCKET_PATH_BYTES => Ok(Self::Unix(path)),
+                _ => Err(AddressError::SocketLength(shown())),
             };
         }
         if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
@@ -313,6 +321,9 @@ mod tests {
         for text in ["0", "65536", "a:0", "a:+80", "a:", "http://a:x"] {
             assert!(matches!(error(text), AddressError::Port(_)), "{text}");
         }
+        let socket = |bytes: usize| format!("unix:/{}", "s".repeat(bytes - 1)).parse::<Address>();
+        assert!(socket(SOCKET_PATH_BYTES).is_ok());
+        assert!(matches!(socket(SOCKET_PATH_BYTES + 1), Err(AddressError::SocketLength(_))));
         for text in ["unix:", "unix:run/x", "unix:/"] {
             assert!(matches!(error(text), AddressError::Socket(_)), "{text}");
         }

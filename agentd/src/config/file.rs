@@ -15,7 +15,7 @@ use super::{
     address::{Address, Scheme},
     beside, certificates, delivery, parse_bytes, parse_host, parse_host_header, parse_inspect_address,
     parse_log_level, parse_origin, parse_status_address, traffic,
-    value::{Document, Table, duration_within, nonempty_path},
+    value::{Document, Table, duration_within, nonempty_path, socket_path},
     visitors,
 };
 use crate::identity::private_file::PrivateFiles;
@@ -123,7 +123,7 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
     }
     config.grace_period = root.text("grace_period", |text| duration_within(text, "0s", "15m"))?;
     config.max_concurrent = root.integer("max_concurrent", 1..=10_000)?;
-    config.control_socket = root.text("control_socket", |text| nonempty_path(path, text))?;
+    config.control_socket = root.text("control_socket", |text| socket_path(path, text))?;
     config.status_address = root.text("status_address", parse_status_address)?;
     read_inspect(&document, &root, &mut config)?;
     if let Some(log) = root.table("log", LOG_KEYS)? {
@@ -202,6 +202,11 @@ fn read_tunnels(
         let tunnel = read_tunnel(document, &table, files)?;
         if let Some(earlier) = names.insert(tunnel.name.clone(), document.path.into()) {
             let message = format!("tunnel {:?} is already in {}", tunnel.name, earlier.display());
+            return Err(document.error(table.span_of("name"), message));
+        }
+        if config.tunnels.len() >= limits::TUNNELS_PER_CONNECTION {
+            let message =
+                format!("one tunnel too many: an agent serves at most {}", limits::TUNNELS_PER_CONNECTION);
             return Err(document.error(table.span_of("name"), message));
         }
         config.tunnels.push(tunnel);

@@ -192,6 +192,22 @@ fn settings_of_the_agent_are_checked_like_those_of_a_tunnel() {
         let error = folder.error(&format!("{line}\n{}", tunnel("")));
         assert!(error.starts_with(&format!("agentd.toml:{message}")), "{error}");
     }
+    let socket = |bytes: usize| format!("control_socket = \"/{}\"\n{}", "s".repeat(bytes - 1), tunnel(""));
+    folder.load(&socket(107)).unwrap();
+    let error = folder.error(&socket(108));
+    assert!(
+        error.starts_with("agentd.toml:1:18: the path of a unix socket has at most 107 bytes"),
+        "{error}"
+    );
+    let tunnels = |count: usize| -> String {
+        (0..count).map(|n| format!("[[tunnel]]\nname = \"t{n}\"\nupstream = 3000\n")).collect()
+    };
+    folder.load(&tunnels(100)).unwrap();
+    let error = folder.error(&tunnels(101));
+    assert!(
+        error.starts_with("agentd.toml:302:8: one tunnel too many: an agent serves at most 100"),
+        "{error}"
+    );
     for (check, message) in [
         ("{}", "this health_check has no path"),
         ("{ path = \"healthz\" }", "\"healthz\" is not a path"),

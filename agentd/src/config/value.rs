@@ -12,7 +12,7 @@ use toml::{
     de::{DeInteger, DeTable, DeValue},
 };
 
-use super::{ConfigError, Place, beside, parse_duration};
+use super::{ConfigError, Place, address::SOCKET_PATH_BYTES, beside, parse_duration};
 
 /// A file's name and text.
 pub(super) struct Document<'a> {
@@ -254,6 +254,17 @@ fn article(noun: &str) -> String {
 /// A file's name, beside the file that names it.
 pub(super) fn nonempty_path(file: &Path, text: &str) -> Result<PathBuf, &'static str> {
     if text.is_empty() { Err("a file name is wanted here") } else { Ok(beside(file, text)) }
+}
+
+/// A unix socket's name, beside the file that names it.
+pub(super) fn socket_path(file: &Path, text: &str) -> Result<PathBuf, String> {
+    let path = nonempty_path(file, text)?;
+    match path.as_os_str().len() {
+        0..=SOCKET_PATH_BYTES => Ok(path),
+        bytes => Err(format!(
+            "the path of a unix socket has at most {SOCKET_PATH_BYTES} bytes, and this has {bytes}"
+        )),
+    }
 }
 
 pub(super) fn duration_within(text: &str, least: &str, most: &str) -> Result<Duration, String> {
