@@ -209,6 +209,13 @@ impl fmt::Debug for Headers {
     }
 }
 
+/// Whether a `content-type` is that of a stream of events (WHATWG HTML §9.2).
+#[must_use]
+pub fn is_event_stream(content_type: &[u8]) -> bool {
+    let kind = content_type.split(|byte| *byte == b';').next().unwrap_or_default();
+    kind.trim_ascii().eq_ignore_ascii_case(b"text/event-stream")
+}
+
 /// The value's bytes as a string of the same number of characters (ISO-8859-1).
 #[must_use]
 pub fn value_to_text(value: &HeaderValue) -> Cow<'_, str> {

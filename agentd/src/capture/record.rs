@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, time::Instant};
 
 use bytes::Bytes;
-use proto::{id::RequestId, socket::Message};
+use proto::{header::is_event_stream, id::RequestId, socket::Message};
 
 use super::{fields::Fields, kept::Kept};
 
@@ -132,9 +132,7 @@ pub(crate) struct Answer {
 
 impl Answer {
     pub(crate) fn new(status: u16, fields: Fields, body: Kept) -> Self {
-        let is_stream = fields.text("content-type").is_some_and(|kind| {
-            kind.get(..17).is_some_and(|kind| kind.eq_ignore_ascii_case("text/event-stream"))
-        });
+        let is_stream = fields.get("content-type").is_some_and(is_event_stream);
         Self { status, fields, body, is_own: false, is_stream }
     }
 

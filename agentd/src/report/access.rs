@@ -138,6 +138,11 @@ impl AccessLine {
         self.head = Some(self.began.elapsed());
     }
 
+    /// Takes a head back that was noted and never sent.
+    pub(crate) const fn withdraw_head(&mut self) {
+        self.status = None;
+    }
+
     pub(crate) const fn body(&mut self, bytes: usize) {
         self.bytes += bytes as u64;
     }
@@ -359,18 +364,33 @@ mod tests {
     use super::*;
     use crate::serve::upload;
 
-    #[test]
-    fn of_a_body_that_streams_only_what_was_taken_counts() {
-        let (_upload, _body, progress) = upload::new(limits::UNKNOWN_LENGTH, true);
-        let mut line = AccessLine::begin(
+    fn a_line() -> AccessLine {
+        AccessLine::begin(
             AccessLog::Log,
             RequestId::from_random([1; 16]),
             "web".parse().unwrap(),
             &Method::POST,
             &Target::parse("/").unwrap(),
-        );
+        )
+    }
+
+    #[test]
+    fn of_a_body_that_streams_only_what_was_taken_counts() {
+        let (_upload, _body, progress) = upload::new(limits::UNKNOWN_LENGTH, true);
+        let mut line = a_line();
         line.request_upload(progress);
         assert_eq!(line.request_bytes(), 0, "its client may leave at any time");
+    }
+
+    #[test]
+    fn the_status_is_what_the_visitor_got() {
+        let mut line = a_line();
+        assert_eq!(line.status(), 499);
+        line.head(200);
+        line.end(Ending::Failed(ErrorCode::UpstreamReset));
+        assert_eq!(line.status(), 200, "and then it broke off");
+        line.withdraw_head();
+        assert_eq!(line.status(), 502);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use proto::{
     chunk::SendWindow,
     delivery::Attempt,
     error::ErrorCode,
-    header::Headers,
+    header::{Headers, is_event_stream},
     id::{RequestId, TunnelName},
     limits,
     message::{AgentMessage, Chunk, Continue, Failed, Progress, Reply, Upgrade},
@@ -481,10 +481,10 @@ async fn answer(
             Ok(())
         }
         Err(Broken::Gone) => Err(Stop::Gone),
-        Err(Broken::TimedOut) => Err(Stop::Fail { seq: response.seq, code: ErrorCode::UpstreamTimedOut }),
+        Err(Broken::TimedOut) => Err(response.broke_off(ErrorCode::UpstreamTimedOut, line)),
         Err(Broken::Upstream(error)) => {
             log_failure(job, &tunnel, upstream, &error, line);
-            Err(Stop::Fail { seq: response.seq, code: error.code() })
+            Err(response.broke_off(error.code(), line))
         }
     }
 }
@@ -739,10 +739,10 @@ async fn answer_here(
     match response.deliver(Instant::now(), status, headers, line).await {
         Ok(()) => Stop::Answered(code),
         Err(Broken::Gone) => Stop::Gone,
-        Err(Broken::TimedOut) => Stop::Fail { seq: response.seq, code: ErrorCode::UpstreamTimedOut },
+        Err(Broken::TimedOut) => response.broke_off(ErrorCode::UpstreamTimedOut, line),
         Err(Broken::Upstream(error)) => {
             tracing::warn!(request_id = %job.request_id, tunnel_id = %job.tunnel, "an answer broke off: {error}");
-            Stop::Fail { seq: response.seq, code: error.code() }
+            response.broke_off(error.code(), line)
         }
     }
 }
@@ -1128,6 +1128,8 @@ struct Outflow<'a> {
     ended: bool,
     /// Why nothing follows `pending` although the body has not ended.
     broken: Option<UpstreamError>,
+    /// It is a stream of events.
+    is_of_events: bool,
     codec: Option<Codec>,
     /// The number of the next piece.
     seq: u32,
@@ -1155,6 +1157,9 @@ impl<'a> Outflow<'a> {
             pending: BytesMut::new(),
             ended: false,
             broken: None,
+            is_of_events: headers
+                .get(header::CONTENT_TYPE)
+                .is_some_and(|kind| is_event_stream(kind.as_bytes())),
             codec,
             seq: 0,
             window: SendWindow::new(limits::CHUNK_WINDOW),
@@ -1182,6 +1187,14 @@ impl<'a> Outflow<'a> {
         })
         .await
         .unwrap_or(Err(Broken::TimedOut))
+    }
+
+    /// It ends before its end. While nothing of it has been sent, the code is the answer.
+    fn broke_off(&self, code: ErrorCode, line: &mut AccessLine) -> Stop {
+        if self.seq == 0 {
+            line.withdraw_head();
+        }
+        Stop::Fail { seq: self.seq, code }
     }
 
     /// Whether the last piece has been sent.
@@ -1231,8 +1244,11 @@ impl<'a> Outflow<'a> {
         let head = encoded_bytes(&headers);
         let room = room_beside(head);
         self.fill(room, Instant::now() + limits::HEAD_LINGER).await;
-        if let Some(error) = self.broken.take() {
-            // Nothing has been sent yet: an error answers better than half a body.
+        // Nothing has been sent yet: an error answers better than half a body. But the readers of events come again after
+        // a breakage, and never after an error (WHATWG HTML §9.2.3).
+        if !(self.is_of_events && status == 200)
+            && let Some(error) = self.broken.take()
+        {
             return Err(Broken::Upstream(error));
         }
         if let Some(Refused { status, own_page }) = self.refused

@@ -121,6 +121,19 @@ impl From<hyper::Error> for UpstreamError {
     }
 }
 
+impl UpstreamError {
+    /// Why a body could not be read on. What of it is not HTTP comes as an error of reading, and is told by its kind.
+    fn of_body(error: hyper::Error) -> Self {
+        let cause = StdError::source(&error).and_then(|cause| cause.downcast_ref::<io::Error>());
+        match cause.map(io::Error::kind) {
+            Some(io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData) => {
+                Self::Invalid { reason: "its body is not as HTTP has it", source: Some(error) }
+            }
+            _ => Self::Reset(Some(error.into())),
+        }
+    }
+}
+
 /// The body of a request to an upstream.
 #[derive(Debug)]
 pub(crate) enum RequestBody {
@@ -566,7 +579,7 @@ impl ResponseBody {
         };
         loop {
             match incoming.frame().await? {
-                Err(error) => return Some(Err(UpstreamError::Reset(Some(error.into())))),
+                Err(error) => return Some(Err(UpstreamError::of_body(error))),
                 Ok(frame) => {
                     if let Ok(bytes) = frame.into_data()
                         && !bytes.is_empty()

@@ -111,7 +111,7 @@ async fn the_access_line_says_the_cause() {
 }
 
 /// What is sent of a response that breaks off: pieces until the failure, none of them an end.
-async fn broken_off(head: &str, body: &[u8], end: impl FnOnce(Peer<Socket>)) -> (Vec<u8>, u32) {
+async fn broken_off(head: &str, body: &[u8], end: impl FnOnce(Peer<Socket>)) -> (Vec<u8>, u32, ErrorCode) {
     let (_edge, mut line, upstream, _agent) = connected().await;
     let sent = get("/");
     line.request(&sent).await;
@@ -139,8 +139,8 @@ async fn broken_off(head: &str, body: &[u8], end: impl FnOnce(Peer<Socket>)) -> 
                 body.extend(piece);
             }
             Sent::Failed { seq, code, .. } => {
-                assert_eq!((seq, code), (pieces + 1, ErrorCode::UpstreamReset));
-                return (body, seq);
+                assert_eq!(seq, pieces + 1);
+                return (body, seq, code);
             }
             other => panic!("{other:?}"),
         }
@@ -149,17 +149,23 @@ async fn broken_off(head: &str, body: &[u8], end: impl FnOnce(Peer<Socket>)) -> 
 
 #[tokio::test]
 async fn a_short_body_is_never_complete() {
-    let (body, _) = broken_off("HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n", b"12345", drop).await;
-    assert_eq!(body, b"12345");
-    let (body, _) =
-        broken_off("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", b"5\r\n12345\r\n", drop).await;
-    assert_eq!(body, b"12345");
+    let lengthy = "HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n";
+    let (body, _, code) = broken_off(lengthy, b"12345", drop).await;
+    assert_eq!((&body[..], code), (&b"12345"[..], ErrorCode::UpstreamReset));
     let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
-    let (body, _) = broken_off(head, b"5\r\n12345\r\nnonsense\r\n", std::mem::forget).await;
-    assert_eq!(body, b"12345");
-    let (_, seq) = broken_off(head, b"", reset).await;
-    assert_eq!(seq, 1);
-    broken_off("HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n", b"12345", reset).await;
+    let (body, _, code) = broken_off(head, b"5\r\n12345\r\n", drop).await;
+    assert_eq!((&body[..], code), (&b"12345"[..], ErrorCode::UpstreamReset));
+    // What is no chunk is told from a connection that ends.
+    for nonsense in ["nonsense\r\n", "fffffffffffffffff\r\n", "5\r\n12345x"] {
+        let chunks = format!("5\r\n12345\r\n{nonsense}");
+        let (body, _, code) = broken_off(head, chunks.as_bytes(), std::mem::forget).await;
+        assert!(body.starts_with(b"12345"), "{nonsense}");
+        assert_eq!(code, ErrorCode::UpstreamInvalid, "{nonsense}");
+    }
+    let (_, seq, code) = broken_off(head, b"", reset).await;
+    assert_eq!((seq, code), (1, ErrorCode::UpstreamReset));
+    let (_, _, code) = broken_off("HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n", b"12345", reset).await;
+    assert_eq!(code, ErrorCode::UpstreamReset);
 }
 
 #[tokio::test]
@@ -173,6 +179,29 @@ async fn a_body_that_breaks_off_with_the_head_is_a_failure_from_the_start() {
         Sent::Failed { seq: 0, code, .. } => assert_eq!(code, ErrorCode::UpstreamReset),
         Sent::Reply { end: false, .. } => assert_eq!(line.failure().await, (1, ErrorCode::UpstreamReset)),
         other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn events_that_break_off_with_the_head_are_passed_on_before_the_breakage_is() {
+    let (_edge, mut line, upstream, _agent) = connected().await;
+    for events in ["", "data: x\n\n"] {
+        line.request(&get("/")).await;
+        let head =
+            "HTTP/1.1 200 OK\r\ncontent-type: Text/Event-Stream; charset=utf-8\r\ncontent-length: 99\r\n\r\n";
+        let (peer, _) = upstream.answer(format!("{head}{events}").as_bytes()).await;
+        drop(peer);
+        let Sent::Reply { status: 200, mut body, end: false, .. } = line.answer().await else {
+            panic!("{events:?}: a reply")
+        };
+        let end = loop {
+            match line.answer().await {
+                Sent::Chunk { body: piece, end: false, .. } => body.extend(piece),
+                Sent::Failed { seq, code, .. } => break (seq > 0, code),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!((&body[..], end), (events.as_bytes(), (true, ErrorCode::UpstreamReset)));
     }
 }
 
