@@ -403,11 +403,11 @@ mod tests {
         (0..=0x250).chain([0x2028, 0xffff, 0x1_f600]).filter_map(char::from_u32).collect()
     }
 
-    fn message() -> Message {
+    fn message(owner: Option<&str>) -> Message {
         let attributes = Attributes {
             request_id: "r\"1\"".to_owned(),
             connection_id: "c=".to_owned(),
-            owner: "0a".to_owned(),
+            owner: owner.map(str::to_owned),
         };
         Message {
             queue_url: "https://queue".to_owned(),
@@ -417,18 +417,23 @@ mod tests {
     }
 
     /// The same for a client of the SDK.
-    fn their_message() -> aws_sdk_sqs::operation::send_message::builders::SendMessageInputBuilder {
+    fn their_message(
+        owner: Option<&str>,
+    ) -> aws_sdk_sqs::operation::send_message::builders::SendMessageInputBuilder {
         let text = |value: &str| {
             let value = aws_sdk_sqs::types::MessageAttributeValue::builder().string_value(value);
             value.data_type("String").build().unwrap()
         };
-        let Message { queue_url, message_body: _, message_attributes } = message();
-        SendMessageInput::builder()
+        let Message { queue_url, message_body: _, message_attributes } = message(owner);
+        let message = SendMessageInput::builder()
             .queue_url(queue_url)
             .message_body(every_character())
             .message_attributes("request_id", text(&message_attributes.request_id))
-            .message_attributes("connection_id", text(&message_attributes.connection_id))
-            .message_attributes("owner", text(&message_attributes.owner))
+            .message_attributes("connection_id", text(&message_attributes.connection_id));
+        match message_attributes.owner {
+            Some(owner) => message.message_attributes("owner", text(&owner)),
+            None => message,
+        }
     }
 
     fn receive() -> Receive {
@@ -469,17 +474,18 @@ mod tests {
 
     #[tokio::test]
     async fn a_call_asks_what_a_client_of_the_sdk_asks() {
-        for (endpoint, sqs, states) in [
+        for (endpoint, owner, sqs, states) in [
             (
                 None,
+                Some("0a"),
                 "https://sqs.eu-central-1.amazonaws.com/",
                 "https://sync-states.eu-central-1.amazonaws.com/",
             ),
-            (Some("http://127.0.0.1:9"), "http://127.0.0.1:9/", "http://127.0.0.1:9/"),
+            (Some("http://127.0.0.1:9"), None, "http://127.0.0.1:9/", "http://127.0.0.1:9/"),
         ] {
             let (aws, script) = scripted(endpoint, &[SENT, SENT, RAN, RAN, (200, "{}"), (200, "{}")]);
-            aws.send_message().send(message()).await.unwrap();
-            their_message().send_with(&aws.sqs()).await.unwrap();
+            aws.send_message().send(message(owner)).await.unwrap();
+            their_message(owner).send_with(&aws.sqs()).await.unwrap();
             let ran = aws.start_sync_execution().send(start(&every_character())).await.unwrap();
             assert_eq!((&*ran.status, ran.output.as_deref()), ("SUCCEEDED", Some("{}")));
             let mut theirs = aws.states();
@@ -508,7 +514,7 @@ mod tests {
     #[tokio::test]
     async fn a_message_is_sent_again_and_a_run_is_never_started_again() {
         let (aws, script) = scripted(None, &[(500, "{}"), (503, "{}"), SENT]);
-        aws.send_message().send(message()).await.unwrap();
+        aws.send_message().send(message(None)).await.unwrap();
         assert_eq!(script.dates().len(), 3);
         let (aws, script) = scripted(None, &[(500, "{}")]);
         aws.start_sync_execution().send(start("{}")).await.unwrap_err();
@@ -516,7 +522,7 @@ mod tests {
         // Throttled to the end.
         let throttled = (400, r#"{"__type":"com.amazonaws.sqs#RequestThrottled","message":"slow"}"#);
         let (aws, script) = scripted(None, &[throttled; 4]);
-        let error = aws.send_message().send(message()).await.unwrap_err();
+        let error = aws.send_message().send(message(None)).await.unwrap_err();
         assert!(matches!(classify("SendMessage", error), Error::Throttled { .. }));
         assert_eq!(script.dates().len(), 4);
     }
@@ -525,7 +531,7 @@ mod tests {
     async fn errors_of_a_call_are_the_operations_own() {
         let refused = (400, r#"{"__type":"com.amazonaws.sqs#InvalidMessageContents","message":"no"}"#);
         let (aws, script) = scripted(None, &[refused]);
-        let error = aws.send_message().send(message()).await.unwrap_err();
+        let error = aws.send_message().send(message(None)).await.unwrap_err();
         assert!(error.as_service_error().unwrap().is_invalid_message_contents(), "{error:?}");
         assert_eq!(script.dates().len(), 1);
     }
@@ -533,7 +539,7 @@ mod tests {
     #[tokio::test]
     async fn an_answer_that_cannot_be_read_is_an_error_and_nothing_is_asked_again() {
         let (aws, script) = scripted(None, &[(200, "<html>"), (200, r#"{"output":"{}"}"#)]);
-        let error = aws.send_message().send(message()).await.unwrap_err();
+        let error = aws.send_message().send(message(None)).await.unwrap_err();
         assert!(matches!(error, SdkError::ResponseError(_)), "{error:?}");
         let error = aws.start_sync_execution().send(start("{}")).await.unwrap_err();
         assert!(matches!(error, SdkError::ResponseError(_)), "{error:?}");
@@ -544,7 +550,7 @@ mod tests {
     async fn a_clock_that_is_wrong_is_put_right_for_the_next_attempt() {
         let skewed = (403, r#"{"__type":"InvalidSignatureException","message":"expired"}"#);
         let (aws, script) = scripted(None, &[skewed, SENT]);
-        aws.send_message().send(message()).await.unwrap();
+        aws.send_message().send(message(None)).await.unwrap();
         let dates = script.dates();
         assert!(!dates[0].starts_with("2037") && dates[1].starts_with("20370101T0000"), "{dates:?}");
     }

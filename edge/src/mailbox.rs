@@ -104,8 +104,8 @@ impl Mailboxes {
         self.url_prefix.rsplit('/').next().unwrap_or_default()
     }
 
-    /// Puts an agent's message for `request`, which came over `connection` of `owner`, into `mailbox`. The message is a string
-    /// in JSON.
+    /// Puts an agent's message for `request`, which came over `connection`, into `mailbox`, and with it the mark of
+    /// the agent's owner where whoever waits has to know it. The message is a string in JSON.
     ///
     /// # Errors
     ///
@@ -115,7 +115,7 @@ impl Mailboxes {
         mailbox: &MailboxId,
         request: &RequestId,
         connection: &ConnectionId,
-        owner: OwnerMark,
+        owner: Option<OwnerMark>,
         message: Box<RawValue>,
     ) -> Result<(), Error> {
         let message = Message {
@@ -124,7 +124,7 @@ impl Mailboxes {
             message_attributes: Attributes {
                 request_id: request.as_str().to_owned(),
                 connection_id: connection.as_str().to_owned(),
-                owner: owner.to_string(),
+                owner: owner.map(|owner| owner.to_string()),
             },
         };
         match self.send.send(message).await {

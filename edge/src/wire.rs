@@ -36,7 +36,7 @@ pub(crate) struct Message {
 pub(crate) struct Attributes {
     pub(crate) request_id: String,
     pub(crate) connection_id: String,
-    pub(crate) owner: String,
+    pub(crate) owner: Option<String>,
 }
 
 impl Serialize for Attributes {
@@ -48,11 +48,12 @@ impl Serialize for Attributes {
             data_type: &'static str,
         }
         let text = |string_value| Attribute { string_value, data_type: "String" };
-        serializer.collect_map([
+        let every = [
             (notice::REQUEST_ID, text(&self.request_id)),
             (notice::CONNECTION_ID, text(&self.connection_id)),
-            (notice::OWNER, text(&self.owner)),
-        ])
+        ];
+        let owner = self.owner.as_deref().map(|owner| (notice::OWNER, text(owner)));
+        serializer.collect_map(every.into_iter().chain(owner))
     }
 }
 

@@ -133,6 +133,12 @@ impl<'a> Envelope<'a> {
     pub fn answers_a_request(&self) -> bool {
         matches!(&*self.kind, "reply" | "chunk" | "continue" | "failed" | "progress" | "accepted" | "frames")
     }
+
+    /// Whether this is one of them that a WebSocket begins, goes on or ends with.
+    #[must_use]
+    pub fn is_of_a_websocket(&self) -> bool {
+        matches!(&*self.kind, "accepted" | "frames" | "failed")
+    }
 }
 
 /// The tag of a message that begins with it, as [`AgentMessage::encode`] and [`EdgeMessage::encode`] write it. Nothing else
@@ -751,8 +757,8 @@ pub mod notice {
     /// a request was dispatched to may answer it.
     pub const CONNECTION_ID: &str = "connection_id";
 
-    /// The message attribute that has the mark of the owner whose agent an answer came from. A public WebSocket goes on
-    /// where its agent has moved to, which may be any connection of that owner.
+    /// The message attribute that has the mark of the owner whose agent a word of a WebSocket came from, which goes on
+    /// where its agent has moved to: any connection of that owner. Other answers have none.
     pub const OWNER: &str = "owner";
 
     /// The message attribute that names an agent connection that has ended. It is sent to every

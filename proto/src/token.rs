@@ -67,8 +67,8 @@ impl std::fmt::Debug for DeliveryClaims {
     }
 }
 
-/// Stands for an owner in a token, and beside an answer: owners may be longer than there is room for. As text it is in
-/// hexadecimal digits.
+/// Stands for an owner in a token, and beside a word of a WebSocket: owners may be longer than there is room for. As text
+/// it is in hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OwnerMark([u8; MARK_BYTES]);
 

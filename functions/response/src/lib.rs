@@ -49,8 +49,9 @@ pub struct Response {
 pub enum Decision {
     /// Answer a sign of life.
     Beat(String),
-    /// Return it to whoever waits, and say whose agent it comes from.
-    Return(Claims, OwnerMark),
+    /// Return it to whoever waits, and say whose agent it comes from where that is asked: a WebSocket may move to another
+    /// connection, an answer may not.
+    Return(Claims, Option<OwnerMark>),
     /// Return it to the run of a delivery.
     Settle(Box<DeliveryClaims>),
     /// Close the connection: its identity has ended.
@@ -249,14 +250,14 @@ pub fn decide<B>(event: &AgentEvent<B>, text: &str, keys: &TokenKeys, now: u64) 
         return Decision::Drop(Refused::NotAnAnswer);
     };
     let Some(authorized) = authorized else { return Decision::Drop(Refused::NoIdentity) };
-    let owner = OwnerMark::from(&authorized.owner);
+    let owner = || OwnerMark::from(&authorized.owner);
     match keys.verify(token, now) {
         Err(error) => Decision::Drop(Refused::Token(error)),
         Ok(Verified::Live(claims)) if authorized.tunnels.matches(&claims.tunnel) => {
-            Decision::Return(claims, owner)
+            Decision::Return(claims, envelope.is_of_a_websocket().then(owner))
         }
         Ok(Verified::Delivery(claims))
-            if authorized.tunnels.matches(&claims.tunnel) && claims.owner == owner =>
+            if authorized.tunnels.matches(&claims.tunnel) && claims.owner == owner() =>
         {
             Decision::Settle(claims)
         }
@@ -362,9 +363,31 @@ mod tests {
     #[test]
     fn returns_an_answer_whose_token_fits_its_connection() {
         let text = chunk(&keys().mint(&claims()));
-        let wanted = Decision::Return(claims(), OwnerMark::from(&"alice".parse().unwrap()));
+        let wanted = Decision::Return(claims(), None);
         assert_eq!(decide(&may_serve("web"), &text, &keys(), 99), wanted);
         assert_eq!(decide(&may_serve("shop,w-*,web"), &text, &keys(), 99), wanted);
+    }
+
+    #[test]
+    fn what_a_websocket_believes_says_whose_agent_it_comes_from() {
+        let alice = Some(OwnerMark::from(&"alice".parse().unwrap()));
+        let token = keys().mint(&claims());
+        for (kind, owner) in [
+            ("reply", None),
+            ("chunk", None),
+            ("continue", None),
+            ("progress", None),
+            ("accepted", alice),
+            ("frames", alice),
+            ("failed", alice),
+        ] {
+            let text = format!(r#"{{"type":"{kind}","token":"{token}"}}"#);
+            assert_eq!(
+                decide(&may_serve("web"), &text, &keys(), 99),
+                Decision::Return(claims(), owner),
+                "{kind}"
+            );
+        }
     }
 
     #[test]
