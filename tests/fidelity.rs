@@ -578,6 +578,8 @@ async fn a_target_arrives_byte_for_byte_or_is_refused_once() {
         "/a?b?c",
         "/{a}[b]",
         "/^~",
+        "/\"",
+        "/?`",
         "/'()*!$,",
         "/%",
         "/%zz",
@@ -624,7 +626,8 @@ async fn a_target_arrives_byte_for_byte_or_is_refused_once() {
         let answer = request.send(local.public).await;
         assert_eq!(answer.status, 404, "{foreign}: the tunnel of that name is asked for, and there is none");
     }
-    for target in ["/a#b", "/\x7f", "/a b", "/\u{1}", "a", "?x", "/<", "/\u{e4}"] {
+    let beside = ["/>", "/`", "/?\"", "/?<", "/?>", "/?#", "/?\u{e4}", "/?a b"];
+    for target in ["/a#b", "/\x7f", "/a b", "/\u{1}", "a", "?x", "/<", "/\u{e4}"].into_iter().chain(beside) {
         let answer = Request::to("web", "GET", target).send(local.public).await;
         assert_eq!(answer.status, 400, "{target:?}: {}", answer.text());
     }

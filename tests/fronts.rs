@@ -34,6 +34,13 @@ async fn upstream() -> Upstream {
             "/304" => "304 Not Modified",
             "/302" => "302 Found",
             "/digest" => "200 OK",
+            // As many fields as an upstream may send, and one more.
+            "/fields" | "/more-fields" => {
+                let most = limits::HEADER_FIELDS - usize::from(request.target() == "/fields");
+                let head =
+                    format!("HTTP/1.1 200 OK\r\n{}Content-Length: 2\r\n\r\nok", "X: y\r\n".repeat(most));
+                return conn.write(head).await.then_some(conn);
+            }
             "/huge" => {
                 // One byte more than a Function URL lets through; none of it is to be asked for.
                 let head = "HTTP/1.1 200 OK\r\nContent-Length: 209715201\r\n\r\n";
@@ -182,6 +189,14 @@ async fn a_relay_keeps_the_length_of_an_answer() {
     let answer = local.stack().tunnel("web").get("/digest").await;
     assert_eq!(answer.field("content-length").as_deref(), Some("5"));
     assert_eq!(answer.text(), "plain");
+    let answer = local.stack().tunnel("web").get("/fields").await;
+    assert_eq!((answer.status, answer.text().as_str()), (200, "ok"));
+    assert_eq!(answer.fields.iter().filter(|(name, _)| name == "x").count(), limits::HEADER_FIELDS - 1);
+    acceptance::assert_problem(
+        &local.stack().tunnel("web").get("/more-fields").await,
+        502,
+        "upstream_invalid",
+    );
 
     // A client that leaves before there is an answer is noticed at once: its upstream need not go on.
     let (waits, mut waiting) = mpsc::unbounded_channel();
@@ -463,7 +478,9 @@ async fn a_client_that_leaves_is_not_noticed_until_the_stream_pauses() {
     let head = client.head().await;
     assert_eq!(client.body(&head).take(5).await, b"first");
     drop(client);
-    local.process().wait_for_line(|line| line.contains("a public client left, and its request goes on"));
+    local.process().wait_for_line(|line| {
+        line.contains("a public client left, and its request goes on")
+    });
     left.add_permits(1);
     timeout(AT_ONCE, ends.recv()).await.expect("streamIdleSecs ends it").unwrap();
 }

@@ -43,6 +43,7 @@ use self::{
     fronts::{Does, Imitation},
     heads::{Head, SharedNotes, Watched},
     origin::{Decoder, Origin},
+    relayed::Relayed,
 };
 use crate::{
     clock::epoch_us,
@@ -74,6 +75,10 @@ const FUNCTION: &str = "ingress";
 
 /// Fields that only the front itself may set.
 const OWN_FIELDS: [&str; 4] = ["x-tunnel-host", "x-tunnel-front", "x-tunnel-target", "x-tunnel-client"];
+
+/// Fields of a response that are about one connection: the one to the public client is the front's own affair.
+const OF_A_CONNECTION: [&str; 6] =
+    ["connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade", "trailer"];
 
 /// Is told the access key of the `ingress` process whose public client left before a response.
 pub type ClientGone = Arc<dyn Fn(&str) + Send + Sync>;
@@ -319,6 +324,19 @@ fn refused_by_front(
         })
 }
 
+/// What a front of AWS does not let out.
+fn refused_head(imitation: &Imitation, headers: &HeaderMap) -> Option<Refusal> {
+    let bytes = fields_bytes(headers);
+    let bounds = [
+        (Does::EdgeHeads, fronts::EDGE_HEAD_BYTES, StatusCode::BAD_GATEWAY),
+        (Does::ApiHeads, fronts::API_HEAD_BYTES, StatusCode::INTERNAL_SERVER_ERROR),
+    ];
+    let (does, _, status) =
+        bounds.into_iter().find(|&(does, bound, _)| bytes > bound && imitation.does(does))?;
+    imitation.say(does);
+    Some(Refusal::ByFront(status))
+}
+
 /// How long fields are on the wire.
 fn fields_bytes(headers: &HeaderMap) -> usize {
     headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum()
@@ -342,7 +360,10 @@ async fn answer(
     };
     match time::timeout(front.imitation.clock.scale(fronts::BUFFERED_TIME), whole).await {
         Ok(Some((mut head, body))) => {
-            if !is_head && head.status != StatusCode::NO_CONTENT && head.status != StatusCode::NOT_MODIFIED {
+            let has_length = !is_head
+                && !head.status.is_informational()
+                && !matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+            if has_length {
                 head.headers.insert(header::CONTENT_LENGTH, body.len().into());
             }
             Response::from_parts(head, Answer::Whole(Some(body).filter(|body| !body.is_empty())))
@@ -384,12 +405,14 @@ async fn pass(
         Ok(checked) => checked,
         Err(refusal) => return refuse_body(refusal, body),
     };
+    let imitation = &front.imitation;
+    if let Some(refusal) = refused_by_front(imitation, &parts, &target, !body.is_end_stream()) {
+        return refuse_body(refusal, body);
+    }
+    let silence = imitation.does(Does::Silence).then_some(front.distribution.read_timeout);
     if let Some(relay) = &front.relay
-        && (front.imitation.kind() == fronts::Kind::Relay || relayed::is_websocket(&parts.headers))
+        && (imitation.kind() == fronts::Kind::Relay || relayed::is_websocket(&parts.headers))
     {
-        if let Some(refusal) = refused_by_front(&front.imitation, &parts, &target, !body.is_end_stream()) {
-            return refuse_body(refusal, body);
-        }
         for name in OWN_FIELDS {
             parts.headers.remove(name);
         }
@@ -401,11 +424,8 @@ async fn pass(
             client: peer.ip(),
             port: front.port,
         };
-        return relay.forward(parts, body, added).await;
-    }
-    let imitation = &front.imitation;
-    if let Some(refusal) = refused_by_front(imitation, &parts, &target, !body.is_end_stream()) {
-        return refuse_body(refusal, body);
+        let way = relayed::Way { imitation, silence, notes };
+        return relay.forward(parts, body, added, way).await.unwrap_or_else(Refusal::respond);
     }
     if imitation.does(Does::DecodePath) {
         let decoded = fronts::decoded_target(&target);
@@ -449,7 +469,6 @@ async fn pass(
     front.latency.hop(Hop::Front).await;
     let origin = front.distribution;
     let attempts = if is_safe && imitation.does(Does::Retry) { origin.attempts } else { 1 };
-    let silence = imitation.does(Does::Silence).then_some(origin.read_timeout);
     let mut response = None;
     for attempt in 1..=attempts {
         if attempt > 1 {
@@ -499,13 +518,8 @@ async fn pass(
         tracing::error!("ingress answered with a head that is not valid");
         return Refusal::FunctionFailed.respond();
     };
-    if imitation.does(Does::EdgeHeads) && fields_bytes(response.headers()) > fronts::EDGE_HEAD_BYTES {
-        imitation.say(Does::EdgeHeads);
-        return Refusal::ByFront(StatusCode::BAD_GATEWAY).respond();
-    }
-    if imitation.does(Does::ApiHeads) && fields_bytes(response.headers()) > fronts::API_HEAD_BYTES {
-        imitation.say(Does::ApiHeads);
-        return Refusal::ByFront(StatusCode::INTERNAL_SERVER_ERROR).respond();
+    if let Some(refusal) = refused_head(imitation, response.headers()) {
+        return refusal.respond();
     }
     let keep = origin.keeps(response.status().as_u16());
     if is_safe && !keep.is_zero() && imitation.does(Does::CacheErrors) {
@@ -791,11 +805,7 @@ fn respond(
     for (name, value) in &prelude.headers.0 {
         let name = HeaderName::from_bytes(name.as_bytes()).ok()?;
         let value = fields::value_from_text(value)?;
-        // The connection to the public client is the front's own affair.
-        if !matches!(
-            name.as_str(),
-            "connection" | "keep-alive" | "proxy-connection" | "transfer-encoding" | "upgrade" | "trailer"
-        ) {
+        if !OF_A_CONNECTION.contains(&name.as_str()) {
             headers.append(name, value);
         }
     }
@@ -809,14 +819,15 @@ fn respond(
     };
     let has_body = *method != Method::HEAD
         && length != Some(0)
-        && !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED | StatusCode::RESET_CONTENT);
+        && !matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
     let answer = if has_body {
         let ends_with_connection = version < Version::HTTP_11 && length.is_none();
         let mut body = Box::new(Origin::new(body, shape.imitation, decoder, shape.silence));
         if let Some(first) = shape.first {
             body.put_back(first);
         }
-        Answer::Stream { body, left: length, notes: ends_with_connection.then_some(notes), is_broken: false }
+        let notes = ends_with_connection.then_some(notes);
+        Answer::Stream { body: Source::Function(body), left: length, notes, is_broken: false }
     } else {
         tokio::spawn(finish(body));
         Answer::Bodiless
@@ -840,13 +851,11 @@ async fn finish(mut body: StreamBody) {
 enum Answer {
     /// The front's own.
     Whole(Option<Bytes>),
-    /// None, whatever `Content-Length` says: for HEAD, 204, 205 and 304.
+    /// None, whatever `Content-Length` says: for HEAD, 204 and 304.
     Bodiless,
-    /// What `relay` sends.
-    Relayed(Incoming),
-    /// What `ingress` streams.
+    /// What `ingress` or `relay` streams.
     Stream {
-        body: Box<Origin>,
+        body: Source,
         /// How much of the announced length is to come.
         left: Option<u64>,
         /// Where to have the connection reset, when its end is the end of the body.
@@ -854,6 +863,30 @@ enum Answer {
         /// Whether it has turned out to be broken.
         is_broken: bool,
     },
+}
+
+/// Where a streamed body comes from.
+enum Source {
+    Function(Box<Origin>),
+    Relay(Box<Relayed>),
+}
+
+impl Source {
+    /// The next piece; none at the end.
+    fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Result<Option<Bytes>, lambda::Broken>> {
+        match self {
+            Self::Function(body) => body.poll_next(context),
+            Self::Relay(body) => body.poll_next(context),
+        }
+    }
+
+    /// Everything that is sent on has come: a function may end by itself.
+    fn let_end(self) {
+        match self {
+            Self::Function(body) => body.let_end(),
+            Self::Relay(_) => {}
+        }
+    }
 }
 
 /// The body was broken off; the connection must not end as if it were complete.
@@ -873,10 +906,6 @@ impl Body for Answer {
         let (body, left, notes, is_broken) = match this {
             Self::Whole(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Bodiless => return Poll::Ready(None),
-            Self::Relayed(body) => {
-                let frame = ready!(Pin::new(body).poll_frame(context));
-                return Poll::Ready(frame.map(|frame| frame.map_err(|_| BrokenOff)));
-            }
             Self::Stream { body, left, notes, is_broken } => (body, left, notes, is_broken),
         };
         if *is_broken {

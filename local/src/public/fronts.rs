@@ -81,7 +81,7 @@ const FUNCTION_URL: &[Kind] = &[Kind::None, Kind::CloudFront, Kind::HttpApi];
 /// An HTTP API gives the name back (resources/fronts/httpapi.yml).
 const WITHOUT_MAPPING: &[Kind] = &[Kind::None, Kind::CloudFront];
 const CLOUD_FRONT: &[Kind] = &[Kind::CloudFront];
-/// What CloudFront refuses whatever its origin is. A relay, which CloudFront asks once and lets say nothing to a cache, does the rest itself.
+/// What CloudFront does whatever its origin is. A relay, which CloudFront asks once and lets say nothing to a cache, does the rest itself.
 const AT_THE_EDGE: &[Kind] = &[Kind::CloudFront, Kind::Relay];
 const HTTP_API: &[Kind] = &[Kind::HttpApi];
 
@@ -157,7 +157,7 @@ behaviours! {
         "a GET or HEAD was sent to the origin again",
         "botocore cloudfront, Origin.ConnectionAttempts";
     /// A silent origin is given up.
-    Silence, "silence", CLOUD_FRONT, Documented, "silent_stream", "none",
+    Silence, "silence", AT_THE_EDGE, Documented, "silent_stream", "none",
         "an origin that said nothing for OriginReadTimeout was given up",
         "CloudFront guide, response time-out: also between two packets";
     /// Heads and targets are bounded.
@@ -322,7 +322,8 @@ pub(super) fn decoded_target(target: &[u8]) -> Vec<u8> {
         if byte == b'/' && decoded.last() == Some(&b'/') {
             continue;
         }
-        // What HTTP does not take in a target is encoded again on the way to the Function URL.
+        // What no request line can hold is encoded again on the way to the Function URL. `#`, `<`, `>` and a backtick stay,
+        // and are refused there: nothing says that they are encoded again, and that is the worse reading.
         if byte.is_ascii_graphic() {
             decoded.push(byte);
         } else {
@@ -388,6 +389,7 @@ mod tests {
             ("/a;b=c/d%2Fe?x", "/a;b=c/d/e?x"),
             ("/%FF%20%zz%", "/%FF%20%zz%"),
             ("/%2e%2e//x", "/../x"),
+            ("/%23%3C%3E%60%22%5C", "/#<>`\"\\"),
         ] {
             assert_eq!(String::from_utf8(decoded_target(sent.as_bytes())).unwrap(), handed_on, "{sent}");
         }

@@ -27,8 +27,8 @@ pub(super) struct Origin {
     held: Option<(Bytes, Pin<Box<Sleep>>)>,
     /// From when on what comes after the burst may pass.
     free_at: Option<Instant>,
-    /// How long the function may be silent, and until when.
-    silence: Option<(Duration, Pin<Box<Sleep>>)>,
+    /// How long the function may be silent.
+    silence: Option<Silence>,
     /// A small piece that waits for the next one, until its time is over.
     small: Option<(Bytes, Pin<Box<Sleep>>)>,
     has_ended: bool,
@@ -41,7 +41,7 @@ impl Origin {
         decoder: Option<Decoder>,
         silence: Option<Duration>,
     ) -> Self {
-        let silence = silence.map(|time| (time, Box::pin(sleep(time))));
+        let silence = silence.map(Silence::new);
         Self {
             stream: Some(stream),
             imitation,
@@ -113,16 +113,14 @@ impl Origin {
                 return Poll::Ready(Ok(None));
             }
             let Poll::Ready(next) = stream.poll_next(context) else {
-                if let Some((_, due)) = &mut self.silence
-                    && due.as_mut().poll(context).is_ready()
-                {
+                if self.silence.as_mut().is_some_and(|silence| silence.is_over(context)) {
                     self.imitation.say(Does::Silence);
                     return Poll::Ready(Err(Broken));
                 }
                 return Poll::Pending;
             };
-            if let Some((time, due)) = &mut self.silence {
-                due.as_mut().reset(Instant::now() + *time);
+            if let Some(silence) = &mut self.silence {
+                silence.end();
             }
             let piece = match next {
                 Ok(Some(piece)) => piece,
@@ -194,8 +192,37 @@ impl Drop for Origin {
     }
 }
 
+/// How long an origin may be silent, and until when.
+pub(super) struct Silence {
+    most: Duration,
+    due: Pin<Box<Sleep>>,
+}
+
+impl Silence {
+    /// Begins now.
+    pub(super) fn new(most: Duration) -> Self {
+        Self { most, due: Box::pin(sleep(most)) }
+    }
+
+    /// Something was said: the next silence begins.
+    pub(super) fn end(&mut self) {
+        self.due.as_mut().reset(Instant::now() + self.most);
+    }
+
+    /// Whether it has been too long.
+    pub(super) fn is_over(&mut self, context: &mut Context<'_>) -> bool {
+        self.due.as_mut().poll(context).is_ready()
+    }
+}
+
 /// Unpacks what comes, as it comes.
-pub(super) enum Decoder {
+pub(super) struct Decoder {
+    format: Format,
+    /// Whether anything came: of nothing, nothing is unpacked, and it is whole.
+    has_begun: bool,
+}
+
+enum Format {
     Gzip(Box<flate2::write::MultiGzDecoder<Vec<u8>>>),
     Brotli(Box<brotli_decompressor::DecompressorWriter<Vec<u8>>>),
 }
@@ -204,23 +231,25 @@ impl Decoder {
     /// For this `Content-Encoding`, if Lambda's front unpacks it.
     pub(super) fn of(encoding: &[u8]) -> Option<Self> {
         let encoding = encoding.trim_ascii();
-        if encoding.eq_ignore_ascii_case(b"gzip") || encoding.eq_ignore_ascii_case(b"x-gzip") {
-            Some(Self::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Vec::new()))))
+        let format = if encoding.eq_ignore_ascii_case(b"gzip") || encoding.eq_ignore_ascii_case(b"x-gzip") {
+            Format::Gzip(Box::new(flate2::write::MultiGzDecoder::new(Vec::new())))
         } else if encoding.eq_ignore_ascii_case(b"br") {
-            Some(Self::Brotli(Box::new(brotli_decompressor::DecompressorWriter::new(Vec::new(), 4096))))
+            Format::Brotli(Box::new(brotli_decompressor::DecompressorWriter::new(Vec::new(), 4096)))
         } else {
-            None
-        }
+            return None;
+        };
+        Some(Self { format, has_begun: false })
     }
 
     fn write(&mut self, piece: &[u8]) -> io::Result<Bytes> {
-        match self {
-            Self::Gzip(decoder) => {
+        self.has_begun |= !piece.is_empty();
+        match &mut self.format {
+            Format::Gzip(decoder) => {
                 decoder.write_all(piece)?;
                 decoder.flush()?;
                 Ok(std::mem::take(decoder.get_mut()).into())
             }
-            Self::Brotli(decoder) => {
+            Format::Brotli(decoder) => {
                 decoder.write_all(piece)?;
                 Ok(std::mem::take(decoder.get_mut()).into())
             }
@@ -228,9 +257,12 @@ impl Decoder {
     }
 
     fn finish(self) -> io::Result<Bytes> {
-        match self {
-            Self::Gzip(decoder) => decoder.finish().map(Bytes::from),
-            Self::Brotli(mut decoder) => {
+        if !self.has_begun {
+            return Ok(Bytes::new());
+        }
+        match self.format {
+            Format::Gzip(decoder) => decoder.finish().map(Bytes::from),
+            Format::Brotli(mut decoder) => {
                 decoder.close()?;
                 Ok(std::mem::take(decoder.get_mut()).into())
             }
@@ -359,6 +391,16 @@ mod tests {
         out.extend_from_slice(&decoder.write(b"hello\x03").unwrap());
         out.extend_from_slice(&decoder.finish().unwrap());
         assert_eq!(out, b"hello");
+        // Nothing is whole, and a part of something is not.
+        for encoding in [&b"gzip"[..], b"br"] {
+            let mut nothing = Decoder::of(encoding).unwrap();
+            assert!(nothing.write(b"").unwrap().is_empty());
+            assert!(nothing.finish().unwrap().is_empty());
+        }
+        for part in [1, 5, packed.len() - 1] {
+            let mut decoder = Decoder::of(b"gzip").unwrap();
+            assert!(decoder.write(&packed[..part]).is_err() || decoder.finish().is_err(), "{part}");
+        }
         assert!(Decoder::of(b"zstd").is_none() && Decoder::of(b"identity").is_none());
     }
 }

@@ -7,7 +7,7 @@ use lambda_runtime::{FunctionResponse, LambdaEvent, service_fn};
 use serde_json::Value;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    sync::Notify,
+    sync::{Notify, watch},
     time::timeout,
 };
 
@@ -74,6 +74,15 @@ async fn ingress(event: LambdaEvent<Value>) -> Result<FunctionResponse<Value, Ch
             // "hello", packed.
             const PACKED: &[u8] = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\xff\xcb\x48\xcd\xc9\xc9\x07\x00\x86\xa6\x10\x36\x05\x00\x00\x00";
             stream::iter([Ok(Bytes::from_static(PACKED))]).boxed()
+        }
+        "/empty-gzip" | "/empty-br" => {
+            set("content-encoding", path.strip_prefix("/empty-").unwrap());
+            stream::empty().boxed()
+        }
+        "/205" => {
+            prelude.status_code = StatusCode::RESET_CONTENT;
+            set("content-length", "5");
+            once("hello".to_owned())
         }
         "/401" => {
             prelude.status_code = StatusCode::UNAUTHORIZED;
@@ -172,6 +181,67 @@ fn direct() -> Shape {
     Shape { imitation, silence: None, first: None }
 }
 
+/// A relay on a raw socket: its answer is in the target, and it holds its connections.
+async fn raw_relay() -> relayed::Relay {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (address, found) = watch::channel(Some(listener.local_addr().unwrap()));
+    tokio::spawn(async move {
+        let _address = address;
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(answer_as_relay(stream));
+        }
+    });
+    relayed::Relay(found)
+}
+
+async fn answer_as_relay(mut stream: TcpStream) {
+    let head = head_from(&mut stream).await;
+    let target = head.split(' ').nth(1).unwrap();
+    let (path, query) = target.split_once('?').unwrap_or((target, "0"));
+    let number: usize = query.parse().unwrap();
+    let begun = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nKeep-Alive: timeout=5\r\n\r\n4\r\nhalf\r\n"
+        .to_owned();
+    let answer = match path {
+        // So many fields, all in all.
+        "/fields" => {
+            format!("HTTP/1.1 200 OK\r\n{}Content-Length: 2\r\n\r\nok", "x: y\r\n".repeat(number - 1))
+        }
+        "/field" => format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\nx-fill: {}\r\n\
+             transfer-encoding: chunked\r\n\r\n5\r\nfield\r\n0\r\n\r\n",
+            "x".repeat(number)
+        ),
+        "/205" => "HTTP/1.1 205 Reset Content\r\nContent-Length: 5\r\n\r\nhello".to_owned(),
+        "/switch" => {
+            "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n".to_owned()
+        }
+        "/mute" => String::new(),
+        "/broken" => begun,
+        _ => "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n12345".to_owned(),
+    };
+    stream.write_all(answer.as_bytes()).await.unwrap();
+    if path == "/broken" {
+        return;
+    }
+    let mut rest = Vec::new();
+    // The front closes, or resets what it has given up.
+    let end = stream.read_to_end(&mut rest).await;
+    if path == "/switch" {
+        end.unwrap();
+        stream.write_all(&rest).await.unwrap();
+    }
+}
+
+/// Reads until a head has ended.
+async fn head_from(stream: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let Ok(byte) = stream.read_u8().await else { break };
+        head.push(byte);
+    }
+    String::from_utf8(head).unwrap()
+}
+
 struct Fixture {
     address: SocketAddr,
     lambda: Lambda,
@@ -235,7 +305,7 @@ impl Fixture {
             }),
             port: address.port(),
             arrivals: arrivals.clone(),
-            relay: None,
+            relay: Some(raw_relay().await),
             imitation,
             distribution,
             errors: KeptErrors::default(),
@@ -249,6 +319,18 @@ impl Fixture {
     async fn exchange(&self, request: &[u8]) -> (String, bool) {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
         stream.write_all(request).await.unwrap();
+        Self::rest(stream).await
+    }
+
+    /// The same by a client that closes its sending half when it has asked.
+    async fn exchange_half_closed(&self, request: &[u8]) -> (String, bool) {
+        let mut stream = TcpStream::connect(self.address).await.unwrap();
+        stream.write_all(request).await.unwrap();
+        stream.shutdown().await.unwrap();
+        Self::rest(stream).await
+    }
+
+    async fn rest(mut stream: TcpStream) -> (String, bool) {
         let mut answer = Vec::new();
         let end = timeout(Duration::from_secs(20), stream.read_to_end(&mut answer)).await.unwrap();
         (String::from_utf8_lossy(&answer).into_owned(), end.is_ok())
@@ -368,10 +450,18 @@ async fn what_is_at_a_bound_of_a_front_passes_and_one_byte_more_does_not() {
     use fronts::{API_HEAD_BYTES, BUFFERED_BYTES, EDGE_HEAD_BYTES, EDGE_URL_BYTES, Kind};
     let url = |bytes: usize| get("a", &format!("/{}", "x".repeat(bytes - "https://a/".len())));
     let direct = Fixture::behind(imitated(Kind::Direct), cloudfront::distribution()).await;
-    let cases: [(Kind, Does, Asked, usize, &str); 6] = [
+    let handshake = |bytes: usize| {
+        let request = String::from_utf8(field_of(bytes)).unwrap();
+        request.replace("Connection", "Sec-WebSocket-Key: x\r\nConnection").into_bytes()
+    };
+    let cases: [(Kind, Does, Asked, usize, &str); 10] = [
         (Kind::CloudFront, Does::EdgeHeads, head_of, EDGE_HEAD_BYTES, "413"),
         (Kind::CloudFront, Does::EdgeHeads, url, EDGE_URL_BYTES, "413"),
         (Kind::CloudFront, Does::EdgeHeads, field_of, EDGE_HEAD_BYTES, "502"),
+        (Kind::CloudFront, Does::EdgeHeads, handshake, EDGE_HEAD_BYTES, "502"),
+        (Kind::Relay, Does::EdgeHeads, head_of, EDGE_HEAD_BYTES, "413"),
+        (Kind::Relay, Does::EdgeHeads, url, EDGE_URL_BYTES, "413"),
+        (Kind::Relay, Does::EdgeHeads, field_of, EDGE_HEAD_BYTES, "502"),
         (Kind::HttpApi, Does::ApiHeads, head_of, API_HEAD_BYTES, "431"),
         (Kind::HttpApi, Does::ApiHeads, field_of, API_HEAD_BYTES, "500"),
         (Kind::HttpApi, Does::Buffer, body_of, BUFFERED_BYTES, "500"),
@@ -443,6 +533,107 @@ async fn packed_bodies_and_challenges_come_as_each_front_lets_them_through() {
             (imitation.has_said(Does::Decode), imitation.has_said(Does::RenameChallenge)),
             (unpacks, renames)
         );
+        fixture.end().await;
+    }
+}
+
+/// Of nothing, nothing is unpacked; and a 205 has the body that its upstream gave it, as its length says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_empty_ends_and_what_is_not_is_carried() {
+    use fronts::Kind;
+    for kind in [Kind::None, Kind::CloudFront, Kind::HttpApi, Kind::Relay, Kind::Direct] {
+        let fixture = Fixture::behind(imitated(kind), cloudfront::distribution()).await;
+        if kind != Kind::Relay {
+            for path in ["/empty-gzip", "/empty-br"] {
+                let (answer, is_clean) = fixture.exchange(&get("a", path)).await;
+                assert!(is_clean && answer.starts_with("HTTP/1.1 200"), "{kind:?} {path}: {answer}");
+                let is_whole = answer.ends_with("\r\n\r\n0\r\n\r\n")
+                    || answer.contains("content-length: 0\r\n") && answer.ends_with("\r\n\r\n");
+                assert!(is_whole, "{kind:?} {path}: {answer}");
+                let head = String::from_utf8(get("a", path)).unwrap().replace("GET", "HEAD");
+                let (answer, _) = fixture.exchange(head.as_bytes()).await;
+                assert!(answer.starts_with("HTTP/1.1 200"), "{kind:?} {path}: {answer}");
+            }
+        }
+        let (answer, is_clean) = fixture.exchange(&get("a", "/205")).await;
+        assert!(is_clean && answer.starts_with("HTTP/1.1 205"), "{kind:?}: {answer}");
+        assert!(answer.contains("\r\nhello"), "{kind:?}: {answer}");
+        fixture.end().await;
+    }
+}
+
+/// A relay may send as many fields as an upstream and some of its own, and not one more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_sends_as_many_fields_as_an_upstream_may_and_its_own() {
+    let fixture = Fixture::behind(imitated(fronts::Kind::Relay), cloudfront::distribution()).await;
+    let most = limits::HEADER_FIELDS + 24;
+    let (answer, _) = fixture.exchange(&get("a", &format!("/fields?{most}"))).await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{:.300}", answer);
+    assert_eq!(answer.matches("\r\nx: y").count(), most - 1);
+    let (answer, _) = fixture.exchange(&get("a", &format!("/fields?{}", most + 1))).await;
+    assert!(answer.starts_with("HTTP/1.1 502") && answer.contains("edge_failed"), "{:.300}", answer);
+    fixture.end().await;
+}
+
+/// What is no body is refused as the client's fault, also where it was on its way to a relay already.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_body_that_breaks_off_on_its_way_to_a_relay_is_the_clients_fault() {
+    let fixture = Fixture::behind(imitated(fronts::Kind::Relay), cloudfront::distribution()).await;
+    let head = "POST /mute HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
+    for body in ["zz\r\n", "3\r\nabcXX", "3\nabc\n0\n\n", "ffffffffffffffffff\r\n", "3\r\nab"] {
+        let (answer, _) = fixture.exchange_half_closed(format!("{head}{body}").as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 400"), "{body:?}: {answer}");
+        assert!(answer.contains("x-tunnel-error: bad_request\r\n"), "{body:?}: {answer}");
+    }
+    fixture.end().await;
+}
+
+/// A relay that says nothing is given up by CloudFront, whatever was asked of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cloudfront_gives_up_a_relay_that_says_nothing() {
+    let impatient = plain_distribution(Duration::from_millis(300));
+    let handshake = b"GET /mute HTTP/1.1\r\nHost: a\r\nSec-WebSocket-Key: x\r\nConnection: close\r\n\r\n";
+    for (kind, request) in
+        [(fronts::Kind::Relay, &get("a", "/mute")[..]), (fronts::Kind::CloudFront, handshake)]
+    {
+        let imitation = imitated(kind);
+        let fixture = Fixture::behind(imitation.clone(), impatient).await;
+        let (answer, _) = fixture.exchange(request).await;
+        assert!(answer.starts_with("HTTP/1.1 504") && !answer.contains("x-tunnel-"), "{kind:?}: {answer}");
+        assert!(imitation.has_said(Does::Silence), "{kind:?}");
+        fixture.end().await;
+    }
+}
+
+/// What a relay breaks off is broken off, for a client too whose body ends with its connection; and its connection is not
+/// the client's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_relay_breaks_off_never_looks_whole() {
+    let fixture = Fixture::behind(imitated(fronts::Kind::Relay), cloudfront::distribution()).await;
+    let (answer, _) = fixture.exchange(&get("a", "/broken")).await;
+    assert!(answer.contains("half") && !answer.ends_with("0\r\n\r\n"), "{answer}");
+    assert!(!answer.contains("keep-alive"), "{answer}");
+    let (answer, is_clean) = fixture.exchange(b"GET /broken HTTP/1.0\r\nHost: a\r\n\r\n").await;
+    assert!(!is_clean && !answer.contains("chunked"), "{answer}");
+    fixture.end().await;
+}
+
+/// Behind every front a WebSocket's bytes go both ways to the end of each.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_switched_connection_has_two_ends() {
+    use fronts::Kind;
+    for kind in [Kind::None, Kind::CloudFront, Kind::HttpApi, Kind::Relay, Kind::Direct] {
+        let fixture = Fixture::behind(imitated(kind), cloudfront::distribution()).await;
+        let mut stream = TcpStream::connect(fixture.address).await.unwrap();
+        let handshake = b"GET /switch HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+            Sec-WebSocket-Key: x\r\n\r\n";
+        stream.write_all(handshake).await.unwrap();
+        let head = timeout(Duration::from_secs(20), head_from(&mut stream)).await.unwrap();
+        assert!(head.starts_with("HTTP/1.1 101 ") && head.contains("upgrade: websocket"), "{kind:?}: {head}");
+        assert!(!head.contains("content-length"), "{kind:?}: {head}");
+        stream.write_all(b"as it was sent").await.unwrap();
+        stream.shutdown().await.unwrap();
+        assert_eq!(Fixture::rest(stream).await, ("as it was sent".to_owned(), true), "{kind:?}");
         fixture.end().await;
     }
 }
