@@ -479,7 +479,7 @@ async fn a_client_that_leaves_is_not_noticed_until_the_stream_pauses() {
     assert_eq!(client.body(&head).take(5).await, b"first");
     drop(client);
     local.process().wait_for_line(|line| {
-        line.contains("a public client left, and its request goes on")
+        line.contains("a public client left, or closed its sending half, and its request goes on")
     });
     left.add_permits(1);
     timeout(AT_ONCE, ends.recv()).await.expect("streamIdleSecs ends it").unwrap();

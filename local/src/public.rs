@@ -197,13 +197,16 @@ async fn serve_connection(
     if stream.set_nodelay(true).is_err() {
         return;
     }
-    let (stream, notes) = Watched::new(stream);
+    let (stream, notes) = Watched::new(stream, front.imitation.clone());
     let (stream, calls) = Refusals::new(stream);
+    let of_connection = notes.clone();
     let service = service_fn(move |request| {
         let (front, notes, call) = (front.clone(), notes.clone(), calls.begin());
+        let answering = heads::answering(&notes);
         async move {
             let answer = answer(&front, request, peer, notes).await;
-            Ok::<_, Infallible>(answer.map(|body| call.until_end_of(body)))
+            // Both go with the body: it is being answered until all of it has been handed over.
+            Ok::<_, Infallible>(answer.map(|body| call.until_end_of(answering.until_end_of(body))))
         }
     });
     let mut connection = pin!(
@@ -217,6 +220,7 @@ async fn serve_connection(
     let ended = tokio::select! {
         ended = &mut connection => ended,
         () = shutdown.cancelled() => {
+            heads::tell_end(&of_connection);
             connection.as_mut().graceful_shutdown();
             connection.await
         }

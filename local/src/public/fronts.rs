@@ -130,7 +130,7 @@ behaviours! {
         "Lambda guide, response streaming: uncapped for 6 MB, then 2 MB/s";
     /// A client that leaves is not noticed.
     Deaf, "unnoticed-departure", FUNCTION_URL, Documented, "client_leaves", "direct",
-        "a public client left, and its request goes on to its end",
+        "a public client left, or closed its sending half, and its request goes on to its end",
         "Lambda guide, response streaming: not interrupted when the client's connection breaks";
     /// Nothing of ours stands in Lambda's own refusal.
     BareThrottle, "bare-throttles", FUNCTION_URL, Documented, "few_executions", "direct",

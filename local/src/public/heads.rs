@@ -4,21 +4,28 @@
 //! A [`Watched`] socket looks at what is read from it and notes one [`Head`] for each request, in
 //! order. It never changes a byte. Where it cannot follow, it notes nothing more, and the front
 //! then refuses the request.
+//!
+//! Behind a front that does not notice a client's departure, it keeps the end of what a client sends to itself until
+//! what was asked is answered: hyper would give the answer up, and a client that has closed its sending half still
+//! waits for it.
 
 use std::{
     collections::VecDeque,
     io,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
-    task::{Context, Poll},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
+use http_body::{Body, Frame, SizeHint};
 use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
+
+use super::fronts::{Does, Imitation};
 
 /// The most bytes of a head that are followed: more than the HTTP parser accepts.
 const HEAD_BYTES: usize = 512 * 1024;
@@ -42,6 +49,12 @@ pub(super) struct Notes {
     /// Whether the connection ends with a reset: where the end of the connection is the end of the
     /// body, that alone shows that the body is not complete.
     ends_with_reset: bool,
+    /// How many requests are being answered.
+    answering: usize,
+    /// Who is told of the end of what the client sends, once nothing is being answered.
+    end: Option<Waker>,
+    /// Whether it is told at once.
+    tells_end: bool,
 }
 
 /// Shared [`Notes`].
@@ -55,6 +68,70 @@ pub(super) fn take_head(notes: &SharedNotes) -> Option<Head> {
 /// Has the connection end with a reset.
 pub(super) fn end_with_reset(notes: &SharedNotes) {
     notes.lock().unwrap_or_else(PoisonError::into_inner).ends_with_reset = true;
+}
+
+/// Has nobody wait any longer for the answer to a client that may have gone: this program is to end.
+pub(super) fn tell_end(notes: &SharedNotes) {
+    let mut notes = notes.lock().unwrap_or_else(PoisonError::into_inner);
+    notes.tells_end = true;
+    if let Some(end) = notes.end.take() {
+        end.wake();
+    }
+}
+
+/// Notes that a request is being answered, until what is returned is dropped.
+pub(super) fn answering(notes: &SharedNotes) -> Answering<()> {
+    notes.lock().unwrap_or_else(PoisonError::into_inner).answering += 1;
+    Answering { body: (), call: Call(notes.clone()) }
+}
+
+/// A request that is being answered, and the body that goes out last.
+#[derive(Debug)]
+pub(super) struct Answering<B> {
+    body: B,
+    call: Call,
+}
+
+impl Answering<()> {
+    /// Has the request count as being answered until `body` has been handed over.
+    pub(super) fn until_end_of<B>(self, body: B) -> Answering<B> {
+        Answering { body, call: self.call }
+    }
+}
+
+#[derive(Debug)]
+struct Call(SharedNotes);
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        let mut notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        notes.answering -= 1;
+        if notes.answering == 0
+            && let Some(end) = notes.end.take()
+        {
+            end.wake();
+        }
+    }
+}
+
+impl<B: Body + Unpin> Body for Answering<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// Where in a connection's bytes the scanner is.
@@ -82,6 +159,11 @@ struct Scanner {
 impl Scanner {
     const fn new() -> Self {
         Self { place: Place::Head(Vec::new()) }
+    }
+
+    /// Whether every request that was begun is here to its end.
+    fn is_between(&self) -> bool {
+        matches!(&self.place, Place::Head(head) if head.is_empty())
     }
 
     fn feed(&mut self, mut bytes: &[u8], mut note: impl FnMut(Head)) {
@@ -207,12 +289,27 @@ pub(super) struct Watched {
     stream: TcpStream,
     scanner: Scanner,
     notes: SharedNotes,
+    imitation: Arc<Imitation>,
 }
 
 impl Watched {
-    pub(super) fn new(stream: TcpStream) -> (Self, SharedNotes) {
+    pub(super) fn new(stream: TcpStream, imitation: Arc<Imitation>) -> (Self, SharedNotes) {
         let notes = SharedNotes::default();
-        (Self { stream, scanner: Scanner::new(), notes: notes.clone() }, notes)
+        (Self { stream, scanner: Scanner::new(), notes: notes.clone(), imitation }, notes)
+    }
+
+    /// Whether the end of what the client sends waits until what it asked is answered.
+    fn keeps_end(&self, context: &Context<'_>) -> bool {
+        if !self.imitation.does(Does::Deaf) || !self.scanner.is_between() {
+            return false;
+        }
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        let keeps = notes.answering > 0 && !notes.tells_end;
+        if keeps {
+            self.imitation.say(Does::Deaf);
+            notes.end = Some(context.waker().clone());
+        }
+        keeps
     }
 }
 
@@ -230,13 +327,18 @@ impl AsyncRead for Watched {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let Self { stream, scanner, notes } = self.get_mut();
+        let this = self.get_mut();
         let before = buffer.filled().len();
-        let result = Pin::new(stream).poll_read(context, buffer);
-        scanner.feed(&buffer.filled()[before..], |head| {
+        ready!(Pin::new(&mut this.stream).poll_read(context, buffer))?;
+        let read = &buffer.filled()[before..];
+        if read.is_empty() && this.keeps_end(context) {
+            return Poll::Pending;
+        }
+        let Self { scanner, notes, .. } = this;
+        scanner.feed(read, |head| {
             notes.lock().unwrap_or_else(PoisonError::into_inner).heads.push_back(head);
         });
-        result
+        Poll::Ready(Ok(()))
     }
 }
 

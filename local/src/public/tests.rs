@@ -562,6 +562,40 @@ async fn what_is_empty_ends_and_what_is_not_is_carried() {
     }
 }
 
+/// A client that has sent all it has to say may close that half: behind a Function URL nobody notices, and it is
+/// answered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_closes_its_sending_half_is_answered() {
+    use fronts::Kind;
+    for kind in [Kind::None, Kind::CloudFront, Kind::HttpApi] {
+        let imitation = imitated(kind);
+        let fixture = Fixture::behind(imitation.clone(), cloudfront::distribution()).await;
+        let one = "GET /length HTTP/1.1\r\nHost: a\r\n\r\n";
+        for (request, answers) in [
+            (one.to_owned(), 1),
+            (one.repeat(2), 2),
+            ("GET /length HTTP/1.0\r\nHost: a\r\n\r\n".to_owned(), 1),
+            (
+                one.replace("\r\n\r\n", "\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+                    .replace("GET", "POST"),
+                1,
+            ),
+        ] {
+            // Once the last answer is there, the connection ends: nobody waits for another request.
+            let (answer, is_clean) = fixture.exchange_half_closed(request.as_bytes()).await;
+            assert!(is_clean, "{kind:?} {request}: {answer}");
+            assert_eq!(answer.matches(" 200 OK\r\n").count(), answers, "{kind:?} {request}: {answer}");
+            assert_eq!(answer.matches("12345").count(), answers, "{kind:?} {request}: {answer}");
+        }
+        assert!(imitation.has_said(Does::Deaf), "{kind:?}");
+        // What was not sent whole is not answered as if it had been.
+        let half = "POST /length HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nabc";
+        let (answer, _) = fixture.exchange_half_closed(half.as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 400"), "{kind:?}: {answer}");
+        fixture.end().await;
+    }
+}
+
 /// A relay may send as many fields as an upstream and some of its own, and not one more.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_relay_sends_as_many_fields_as_an_upstream_may_and_its_own() {
