@@ -203,7 +203,8 @@ impl Record {
         }
         if self.leads_nowhere {
             return Some(
-                "no upstream was to get this: no route of the tunnel takes it, and it has none of its own that does"
+                "no upstream was to get this: no route of the tunnel leads it to one (files, fixed answers and redirects \
+                 are the agent's own), nor does the tunnel itself"
                     .into(),
             );
         }

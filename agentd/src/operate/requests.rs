@@ -617,7 +617,8 @@ fn text(detail: &Detail, with_bodies: bool) -> String {
     let row = &detail.summary;
     let mut text = format!("{}\n", line(row));
     if let Some(url) = &row.url {
-        let _ = writeln!(text, "       {} -> {}", harmless(url), harmless(&detail.upstream));
+        let to = if detail.upstream.is_empty() { "the agent itself" } else { &detail.upstream };
+        let _ = writeln!(text, "       {} -> {}", harmless(url), harmless(to));
     }
     if let Some(id) = &row.request_id {
         let _ = writeln!(text, "       request id {id}");

@@ -528,7 +528,7 @@ fn show(
 fn capture_here(job: &mut Job, tunnel: &Tunnel, is_refused: bool) -> Option<Capture> {
     tunnel.lens()?;
     if !is_refused {
-        let capture = begin(job, tunnel, None, || None)?;
+        let capture = begin(job, tunnel, None, || Some(String::new()))?;
         capture.tap().request(job.headers.iter(), job.body.at_hand());
         return Some(capture);
     }

@@ -341,6 +341,7 @@ async fn a_replay_is_the_same_bytes_and_an_edit_changes_only_what_it_names() {
 async fn what_the_agent_answers_itself_is_shown_and_not_sent_to_an_upstream() {
     let mut stage = Inspected::daemon(
         "inspect = true\ndeny_ips = [\"10.6.6.6\"]\nip_except = [\"/status\", \"/old\", \"/site/*\", \"/else\"]\n\
+         [[tunnel.route]]\npath = \"/closed\"\nrespond = { status = 204 }\n\
          [[tunnel.route]]\npath = \"/status\"\nrespond = { status = 203, body = \"fixed\" }\n\
          [[tunnel.route]]\npath = \"/old\"\nredirect = { to = \"/new\", status = 308 }\n\
          [[tunnel.route]]\npath = \"/site\"\nfiles = \"site\"\nstrip_prefix = true\n",
@@ -352,7 +353,8 @@ async fn what_the_agent_answers_itself_is_shown_and_not_sent_to_an_upstream() {
         ("/old", 308, "", Value::Null),
         ("/site/a.txt", 200, "a file", Value::Null),
         ("/site/none", 404, "no_such_file", json!("no_such_file")),
-        ("/", 403, "address_refused", json!("address_refused")),
+        ("/closed", 403, "address_refused", json!("address_refused")),
+        ("/refused", 403, "address_refused", json!("address_refused")),
     ];
     for (id, (target, status, body, error)) in (1..).zip(cases) {
         let sent = request("GET", target);
@@ -363,14 +365,17 @@ async fn what_the_agent_answers_itself_is_shown_and_not_sent_to_an_upstream() {
         assert_eq!((&detail["answered_by"], &detail["error"]), (&json!("agent"), &error), "{detail}");
         let kept = BASE64_STANDARD.decode(detail["response"]["body"]["base64"].as_str().unwrap()).unwrap();
         assert!(String::from_utf8(kept).unwrap().contains(body), "{detail}");
-        // What was refused may be wanted in development; what was answered was never meant for an upstream.
-        assert_eq!(detail["replayable"].is_null(), !error.is_null(), "{detail}");
-        if error.is_null() {
-            for edits in [json!({}), json!({"body": {"text": "x"}})] {
-                let refused = stage.replay(id, &edits).await;
-                assert_eq!(refused.status, 422, "{refused:?}");
-                assert!(refused.text().contains("answered this itself"), "{}", refused.text());
-            }
+        // What was refused may be wanted in development, where it would have gone to an upstream.
+        assert_eq!(detail["replayable"].is_null(), target == "/refused", "{detail}");
+        if target == "/refused" {
+            continue;
+        }
+        assert_eq!(detail["upstream"], "", "{detail}");
+        let why = if error.is_null() { "answered this itself" } else { "no upstream was to get this" };
+        for edits in [json!({}), json!({"body": {"text": "x"}})] {
+            let refused = stage.replay(id, &edits).await;
+            assert_eq!(refused.status, 422, "{refused:?}");
+            assert!(refused.text().contains(why), "{}", refused.text());
         }
     }
     stage.pass(get("/else"), OK).await;

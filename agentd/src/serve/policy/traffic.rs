@@ -162,8 +162,9 @@ impl Traffic {
                 passage.upstream = Some((&member.upstream, &member.host));
                 Some(passage)
             }
-            Choice::Route(..) | Choice::Tunnel => self.has_own.then_some(passage),
-            Choice::Ambiguous => None,
+            Choice::Tunnel => self.has_own.then_some(passage),
+            // Files, fixed answers and redirects are the agent's own.
+            Choice::Route(..) | Choice::Ambiguous => None,
         }
     }
 
