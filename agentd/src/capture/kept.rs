@@ -11,7 +11,7 @@ const BLOCK_BYTES: usize = 4 * 1024;
 pub(crate) struct Kept {
     /// How many bytes have passed.
     size: u64,
-    /// Nothing more is kept, because something between has not been.
+    /// Something has not been kept, and so nothing behind it is.
     closed: bool,
     full: Vec<Bytes>,
     last: Vec<u8>,
@@ -25,6 +25,14 @@ impl Kept {
     pub(crate) fn whole(bytes: &[u8], limit: usize) -> Self {
         let mut kept = Self::default();
         kept.push(bytes, limit);
+        kept
+    }
+
+    /// The beginning of a body of which somebody else kept no more, and `size` bytes are said to have passed.
+    pub(crate) fn beginning(bytes: &[u8], size: u64, limit: usize) -> Self {
+        let mut kept = Self::whole(bytes, limit);
+        kept.size = kept.size.max(size);
+        kept.closed = true;
         kept
     }
 
@@ -62,9 +70,9 @@ impl Kept {
         self.full.len() * BLOCK_BYTES + self.last.len()
     }
 
-    /// Whether more has passed than is kept.
-    pub(crate) fn is_cut(&self) -> bool {
-        self.size > self.len() as u64
+    /// Whether there was more of it than is kept.
+    pub(crate) const fn is_cut(&self) -> bool {
+        self.closed
     }
 
     /// How much memory it takes.

@@ -81,7 +81,7 @@ pub(crate) enum FrameKind {
 }
 
 /// One message of a WebSocket.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Frame {
     pub(crate) direction: Direction,
     pub(crate) kind: FrameKind,
@@ -298,9 +298,22 @@ impl Record {
 
     /// Takes a message of a WebSocket; those kept may weigh `limit` together.
     pub(super) fn frame(&mut self, direction: Direction, message: &Message, limit: usize, at_us: u64) {
-        let frame = Frame::of(direction, message, at_us);
         self.times.first_byte.get_or_insert(at_us);
         self.times.last_byte = Some(at_us);
+        self.keep(Frame::of(direction, message, at_us), limit);
+    }
+
+    /// Takes the messages of a WebSocket before which `dropped` others have been; as [`frame`](Self::frame) keeps them.
+    pub(super) fn frames_of_elsewhere(&mut self, frames: Vec<Frame>, dropped: u64, limit: usize) {
+        self.frames_total += dropped;
+        for mut frame in frames {
+            // A copy, which does not hold on to the rest.
+            frame.first = Bytes::copy_from_slice(&frame.first[..frame.first.len().min(FRAME_BYTES)]);
+            self.keep(frame, limit);
+        }
+    }
+
+    fn keep(&mut self, frame: Frame, limit: usize) {
         self.frames_total += 1;
         self.frames_weight += frame.weight();
         self.frames.push_back(frame);

@@ -23,7 +23,7 @@ use tokio::sync::broadcast;
 use super::{
     fields::Fields,
     kept::Kept,
-    record::{Answer, Asked, Direction, Kind, Outcome, Record, Source, since},
+    record::{Answer, Asked, Direction, Frame, Kind, Outcome, Record, Source, since},
 };
 
 /// How many events may wait for somebody who listens.
@@ -276,19 +276,16 @@ impl Lens {
     }
 
     /// Puts a request from elsewhere into the list; its number.
-    pub(crate) fn import(
-        &self,
-        method: &str,
-        target: &str,
-        fields: Fields,
-        body: &[u8],
-        answer: Option<(u16, Fields, &[u8])>,
-    ) -> u64 {
-        let mut record = Record::new(Source::Import, Kind::Http, method.into(), target.into());
-        record.fields = fields;
-        record.body = Kept::whole(body, self.body_bytes);
-        record.answer = answer
-            .map(|(status, fields, body)| Answer::new(status, fields, Kept::whole(body, self.body_bytes)));
+    pub(crate) fn import(&self, found: Elsewhere<'_>) -> u64 {
+        let mut record = Record::new(Source::Import, found.kind, found.method.into(), found.target.into());
+        record.fields = found.fields;
+        record.body = found.body.keep(self.body_bytes);
+        // How much is missing may be unknown.
+        record.is_whole = found.body.size.is_none_or(|size| size > found.body.bytes.len() as u64);
+        record.answer = found
+            .answer
+            .map(|(status, fields, body)| Answer::new(status, fields, body.keep(self.body_bytes)));
+        record.frames_of_elsewhere(found.frames, found.frames_dropped, self.body_bytes);
         record.outcome = Some(Outcome::Complete);
         let mut capture = self.begin(record, None);
         capture.ended = true;
@@ -300,6 +297,37 @@ impl Lens {
         let captured = self.captures.add(self, record, upstream);
         let tap = Tap { captures: Arc::clone(&self.captures), captured, body_bytes: self.body_bytes };
         Capture { tap, ended: false }
+    }
+}
+
+/// A request that was captured elsewhere, or never sent.
+#[derive(Debug)]
+pub(crate) struct Elsewhere<'a> {
+    pub(crate) kind: Kind,
+    pub(crate) method: &'a str,
+    pub(crate) target: &'a str,
+    pub(crate) fields: Fields,
+    pub(crate) body: Found<'a>,
+    pub(crate) answer: Option<(u16, Fields, Found<'a>)>,
+    pub(crate) frames: Vec<Frame>,
+    /// How many messages were before those.
+    pub(crate) frames_dropped: u64,
+}
+
+/// What somebody else kept of a body.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Found<'a> {
+    pub(crate) bytes: &'a [u8],
+    /// How long it was, where these are not all of it; no more than they are where nobody knows.
+    pub(crate) size: Option<u64>,
+}
+
+impl Found<'_> {
+    fn keep(self, limit: usize) -> Kept {
+        match self.size {
+            None => Kept::whole(self.bytes, limit),
+            Some(size) => Kept::beginning(self.bytes, size, limit),
+        }
     }
 }
 

@@ -26,7 +26,7 @@ use crate::{
     capture::{
         fields::Fields,
         record::Record,
-        ring::{Capture, Captured, Captures},
+        ring::{Capture, Captured, Captures, Elsewhere, Found},
     },
     link::deliveries::{Desk, NoAnswer},
     loopback::is_for_this_machine,
@@ -44,6 +44,9 @@ const TOKEN: HeaderName = HeaderName::from_static("x-inspector-token");
 
 /// How long a request to the inspector may be.
 const BODY_BYTES: usize = 32 * 1024 * 1024;
+
+/// How many times as long as all captured requests a file of them may be: bytes become base64, and texts are unpacked.
+const IMPORT_TIMES: usize = 4;
 
 /// How many rows a list has unless it is told.
 const ROWS: usize = 100;
@@ -266,7 +269,7 @@ impl Inspector {
             }
             (&Method::POST, ["api", "requests", number, "replay"]) => {
                 let captured = self.find(id(number)?)?;
-                let body = collect(body).await?;
+                let body = collect(body, BODY_BYTES).await?;
                 let edits = Edits::read(&body)?;
                 let ids = self.replay(&captured, &edits)?;
                 Ok(json(StatusCode::ACCEPTED, &Ids { ids }))
@@ -294,13 +297,14 @@ impl Inspector {
                 let is_har = head.headers.get(header::CONTENT_TYPE).is_some_and(|kind| {
                     kind.as_bytes().to_ascii_lowercase().starts_with(b"application/json")
                 });
-                let body = collect(body).await?;
+                let most = BODY_BYTES.max(self.captures().figures().1.saturating_mul(IMPORT_TIMES));
+                let body = collect(body, most).await?;
                 self.apart(move |this| this.import(&body, is_har, query.tunnel.as_deref())).await
             }
             (&Method::POST, ["api", "deliveries"]) => {
                 let query = Query::read(query, false, &["reveal"])?;
                 self.may_reveal(query.reveal, is_trusted)?;
-                let body = collect(body).await?;
+                let body = collect(body, BODY_BYTES).await?;
                 let ask = serde_json::from_slice(&body)
                     .map_err(|error| Refused(StatusCode::BAD_REQUEST, format!("the question: {error}")))?;
                 let redact = (!query.reveal).then_some(self.redact());
@@ -491,10 +495,11 @@ impl Inspector {
             har::read(body)?
         } else {
             let text = std::str::from_utf8(body).map_err(|_| "the command line is not UTF-8".to_owned())?;
-            vec![har::Imported { request: curl::parse(text)?, answer: None }]
+            vec![har::Imported::from(curl::parse(text)?)]
         };
         let mut ready = Vec::with_capacity(imported.len());
-        for har::Imported { request, answer } in imported {
+        for mut one in imported {
+            let request = one.request;
             let named = request.fields.iter().find(|(name, _)| name.eq_ignore_ascii_case("host"));
             let (_, rule) =
                 tunnel.own.as_ref().ok_or_else(|| "the tunnel has no upstream of its own".to_owned())?;
@@ -504,7 +509,9 @@ impl Inspector {
                     .and_then(|(_, host)| HeaderValue::from_bytes(host).ok())
                     .ok_or_else(|| "it names no host".to_owned())?,
             };
-            ready.push((replay::adopt(request, &host)?, answer));
+            let extent = if one.size.is_some() { replay::Extent::Beginning } else { replay::Extent::Whole };
+            one.request = replay::adopt(request, &host, extent)?;
+            ready.push(one);
         }
         let Some(lens) = tunnel.lens() else {
             return refuse(StatusCode::CONFLICT, "the tunnel is not inspected");
@@ -513,14 +520,22 @@ impl Inspector {
             Fields::from_pairs(fields.iter().map(|(name, value)| (&**name, &**value)))
         };
         // Nothing is listed unless all of it can be.
-        let ids = ready
-            .iter()
-            .map(|(request, answer)| {
-                let answer =
-                    answer.as_ref().map(|(status, fields, body)| (*status, packed(fields), &body[..]));
-                lens.import(&request.method, &request.target, packed(&request.fields), &request.body, answer)
+        let list = |one: har::Imported| {
+            lens.import(Elsewhere {
+                kind: one.kind,
+                method: &one.request.method,
+                target: &one.request.target,
+                fields: packed(&one.request.fields),
+                body: Found { bytes: &one.request.body, size: one.size },
+                answer: one.answer.as_ref().map(|answer| {
+                    let body = Found { bytes: &answer.body, size: answer.size };
+                    (answer.status, packed(&answer.fields), body)
+                }),
+                frames: one.frames,
+                frames_dropped: one.frames_dropped,
             })
-            .collect();
+        };
+        let ids = ready.into_iter().map(list).collect();
         Ok(json(StatusCode::CREATED, &Ids { ids }))
     }
 
@@ -670,11 +685,11 @@ fn is_of_the_edge(name: &str) -> bool {
         || matches!(name, "forwarded" | "via" | "x-real-ip" | "traceparent" | "tracestate")
 }
 
-async fn collect(body: Incoming) -> Result<Bytes, Refused> {
-    match Limited::new(body, BODY_BYTES).collect().await {
+async fn collect(body: Incoming, most: usize) -> Result<Bytes, Refused> {
+    match Limited::new(body, most).collect().await {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) if error.is::<http_body_util::LengthLimitError>() => {
-            refuse(StatusCode::PAYLOAD_TOO_LARGE, format!("that is more than {BODY_BYTES} bytes"))
+            refuse(StatusCode::PAYLOAD_TOO_LARGE, format!("that is more than {most} bytes"))
         }
         Err(error) => refuse(StatusCode::BAD_REQUEST, format!("the body broke off: {error}")),
     }

@@ -150,6 +150,9 @@ struct SocketMessage {
     data: String,
     #[serde(rename = "_cut", skip_serializing_if = "std::ops::Not::not")]
     cut: bool,
+    /// In bytes, where it is cut.
+    #[serde(rename = "_size", skip_serializing_if = "Option::is_none")]
+    size: Option<usize>,
 }
 
 /// Writes records as one file; with `redact` without what that hides.
@@ -179,12 +182,15 @@ fn entry(captured: &Captured, record: &Record, redact: Option<&Redact>) -> Entry
         ssl: -1.0,
     };
     let url = record.url().unwrap_or_else(|| {
-        let base =
-            if captured.upstream.starts_with("unix:") { "http://localhost" } else { &captured.upstream };
+        let upstream = &*captured.upstream;
+        // What is answered by the agent has none.
+        let has_host = !upstream.is_empty() && !upstream.starts_with("unix:");
+        let base = if has_host { upstream } else { "http://localhost" };
         format!("{}{}", base.trim_end_matches('/'), record.target)
     });
     let is_socket = record.kind == Kind::Websocket;
-    let seconds = captured.received_at as f64 / 1e6;
+    // As the date has it, so that who takes one from the other gets when a message came.
+    let seconds = (captured.received_at / 1000) as f64 / 1e3;
     Entry {
         started_date_time: date(captured.received_at),
         time: ended,
@@ -232,6 +238,7 @@ fn message(frame: &Frame, seconds: f64) -> SocketMessage {
             FrameKind::Binary | FrameKind::Close => to_base64(&frame.first),
         },
         cut,
+        size: cut.then_some(frame.size),
     }
 }
 
@@ -317,17 +324,37 @@ fn plain(fields: &Fields, body: &Kept) -> (Vec<u8>, bool) {
     }
 }
 
+/// The parameter of a media type.
+fn parameter<'t>(kind: &'t str, name: &str) -> Option<&'t str> {
+    kind.split(';')
+        .filter_map(|parameter| parameter.trim().split_once('='))
+        .find(|(own, _)| own.eq_ignore_ascii_case(name))
+        .map(|(_, value)| value.trim_matches('"'))
+}
+
+/// A body as text; the bytes where they are none, or are a text in another charset, which a file in UTF-8 would show as
+/// something else.
+fn text(bytes: Vec<u8>, kind: &str) -> Result<String, Vec<u8>> {
+    let charset = parameter(kind, "charset").unwrap_or("utf-8").to_ascii_lowercase();
+    let is_utf8 = matches!(&*charset, "utf-8" | "utf8" | "us-ascii" | "ascii");
+    // In these ASCII is something else.
+    let is_apart = ["utf-16", "utf-32", "utf-7", "ucs", "iso-2022", "iso-10646"];
+    if is_utf8 || bytes.is_ascii() && !is_apart.iter().any(|begin| charset.starts_with(begin)) {
+        String::from_utf8(bytes).map_err(std::string::FromUtf8Error::into_bytes)
+    } else {
+        Err(bytes)
+    }
+}
+
 fn request(record: &Record, url: String, redact: Option<&Redact>) -> RequestShape {
     let query = record.target.split_once('?').map(|(_, query)| query).unwrap_or_default();
     let bytes = record.body.to_vec();
     let post_data = (record.body.size() > 0 || !record.is_whole).then(|| {
         let mime_type = record.fields.text("content-type").unwrap_or("application/octet-stream").to_owned();
         let cut = record.is_body_cut();
-        match String::from_utf8(bytes) {
+        match text(bytes, &mime_type) {
             Ok(text) => PostData { mime_type, text, base64: None, cut },
-            Err(error) => {
-                PostData { mime_type, text: String::new(), base64: Some(to_base64(error.as_bytes())), cut }
-            }
+            Err(bytes) => PostData { mime_type, text: String::new(), base64: Some(to_base64(&bytes)), cut },
         }
     });
     RequestShape {
@@ -350,9 +377,10 @@ fn response(answer: Option<&Answer>, redact: Option<&Redact>) -> ResponseShape {
     let (fields, body) = answer.map_or((&none.0, &none.1), |answer| (&answer.fields, &answer.body));
     let (bytes, cut) = plain(fields, body);
     let size = if body.is_cut() { body.size() } else { bytes.len() as u64 };
-    let (text, encoding) = match String::from_utf8(bytes) {
+    let mime_type = fields.text("content-type").unwrap_or("x-unknown").to_owned();
+    let (text, encoding) = match text(bytes, &mime_type) {
         Ok(text) => (text, None),
-        Err(error) => (to_base64(error.as_bytes()), Some("base64")),
+        Err(bytes) => (to_base64(&bytes), Some("base64")),
     };
     let status = answer.map_or(0, |answer| answer.status);
     ResponseShape {
@@ -364,13 +392,7 @@ fn response(answer: Option<&Answer>, redact: Option<&Redact>) -> ResponseShape {
         http_version: "HTTP/1.1",
         cookies: cookies(fields, "set-cookie", redact),
         headers: headers(fields, redact),
-        content: Content {
-            size,
-            mime_type: fields.text("content-type").unwrap_or("x-unknown").to_owned(),
-            text,
-            encoding,
-            cut,
-        },
+        content: Content { size, mime_type, text, encoding, cut },
         redirect_url: fields.get("location").map(|it| value("location", it, redact)).unwrap_or_default(),
         headers_size: -1,
         body_size: if answer.is_some() { body.size() as i64 } else { -1 },
@@ -389,10 +411,31 @@ struct ReadLog {
 }
 
 #[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct ReadEntry {
     request: ReadRequest,
     #[serde(default)]
     response: Option<ReadResponse>,
+    #[serde(default, rename = "_resourceType")]
+    resource_type: Option<String>,
+    #[serde(default)]
+    started_date_time: Option<String>,
+    #[serde(default, rename = "_webSocketMessages")]
+    messages: Vec<ReadMessage>,
+    #[serde(default, rename = "_webSocketMessagesDropped")]
+    messages_dropped: u64,
+}
+
+#[derive(Deserialize)]
+struct ReadMessage {
+    #[serde(rename = "type")]
+    direction: String,
+    #[serde(default)]
+    time: f64,
+    opcode: i64,
+    data: String,
+    #[serde(default, rename = "_size")]
+    size: Option<usize>,
 }
 
 #[derive(Deserialize)]
@@ -404,6 +447,8 @@ struct ReadRequest {
     headers: Vec<ReadPair>,
     #[serde(default)]
     post_data: Option<ReadPostData>,
+    #[serde(default)]
+    body_size: Option<i64>,
 }
 
 #[derive(Deserialize)]
@@ -457,24 +502,48 @@ struct ReadContent {
     text: Option<String>,
     #[serde(default)]
     encoding: Option<String>,
+    #[serde(default)]
+    size: Option<i64>,
+    #[serde(default, rename = "_cut")]
+    cut: bool,
 }
 
 /// One request of a file.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Imported {
+    pub(crate) kind: Kind,
     pub(crate) request: Request,
+    /// How long its body was, where not all of it is there; 0 where nobody knows.
+    pub(crate) size: Option<u64>,
     /// What the file says that was answered.
     pub(crate) answer: Option<Answered>,
+    pub(crate) frames: Vec<Frame>,
+    /// How many messages were before those.
+    pub(crate) frames_dropped: u64,
 }
 
-/// Status, fields and body.
-pub(crate) type Answered = (u16, Vec<(String, Vec<u8>)>, Vec<u8>);
+impl From<Request> for Imported {
+    fn from(request: Request) -> Self {
+        let (kind, frames) = (Kind::Http, Vec::new());
+        Self { kind, request, size: None, answer: None, frames, frames_dropped: 0 }
+    }
+}
+
+/// What was answered.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Answered {
+    pub(crate) status: u16,
+    pub(crate) fields: Vec<(String, Vec<u8>)>,
+    pub(crate) body: Vec<u8>,
+    /// As that of the request.
+    pub(crate) size: Option<u64>,
+}
 
 /// Reads a file.
 ///
 /// # Errors
 ///
-/// A sentence for the user: also for a request whose body is not all there.
+/// A sentence for the user: also for a request whose body is not all there, and not marked as cut.
 pub(crate) fn read(text: &[u8]) -> Result<Vec<Imported>, String> {
     let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
     let read: Read =
@@ -496,7 +565,8 @@ fn imported(entry: ReadEntry) -> Result<Imported, String> {
     let pairs = |pairs: Vec<ReadPair>| -> Vec<(String, Vec<u8>)> {
         pairs.into_iter().map(|pair| (pair.name, pair.value.unwrap_or_default().into_bytes())).collect()
     };
-    let ReadRequest { method, url, headers, post_data } = entry.request;
+    let known = |size: Option<i64>| size.and_then(|size| u64::try_from(size).ok()).unwrap_or_default();
+    let ReadRequest { method, url, headers, post_data, body_size } = entry.request;
     if !url.contains("://") {
         return Err(format!("{url:?} is not an address"));
     }
@@ -505,9 +575,9 @@ fn imported(entry: ReadEntry) -> Result<Imported, String> {
     if !fields.iter().any(|(name, _)| name.eq_ignore_ascii_case("host")) {
         fields.insert(0, ("host".to_owned(), host.into_bytes()));
     }
+    let size = post_data.as_ref().filter(|data| data.cut).map(|_| known(body_size));
     let body = match post_data {
         None => Vec::new(),
-        Some(data) if data.cut => return Err("its body is cut".to_owned()),
         Some(ReadPostData { base64: Some(base64), .. }) => {
             from_base64(&base64).ok_or("its body is not base64")?
         }
@@ -530,7 +600,9 @@ fn imported(entry: ReadEntry) -> Result<Imported, String> {
         let mut fields = pairs(response.headers);
         // The body stands there without its coding.
         fields.retain(|(name, _)| !name.eq_ignore_ascii_case("content-encoding"));
-        let body = response.content.and_then(|content| {
+        let content = response.content;
+        let size = content.as_ref().filter(|content| content.cut).map(|content| known(content.size));
+        let body = content.and_then(|content| {
             let text = content.text?;
             if content.encoding.as_deref() == Some("base64") {
                 from_base64(&text)
@@ -538,9 +610,35 @@ fn imported(entry: ReadEntry) -> Result<Imported, String> {
                 Some(text.into_bytes())
             }
         });
-        Some((status, fields, body.unwrap_or_default()))
+        Some(Answered { status, fields, body: body.unwrap_or_default(), size })
     });
-    Ok(Imported { request: Request { method, target, fields, body }, answer })
+    let is_socket = entry.resource_type.as_deref() == Some("websocket");
+    let kind = if is_socket { Kind::Websocket } else { Kind::Http };
+    let request = Request { method, target, fields, body };
+    let began = entry.started_date_time.and_then(|text| OffsetDateTime::parse(&text, &Rfc3339).ok());
+    let frames = frames(entry.messages, began)?;
+    Ok(Imported { kind, request, size, answer, frames, frames_dropped: entry.messages_dropped })
+}
+
+/// The messages of a WebSocket whose request came at `began`.
+fn frames(messages: Vec<ReadMessage>, began: Option<OffsetDateTime>) -> Result<Vec<Frame>, String> {
+    let began = began.map(|at| at.unix_timestamp_nanos() as f64 / 1e9);
+    let frame = |message: ReadMessage| {
+        let direction = match &*message.direction {
+            "send" => Direction::ToUpstream,
+            "receive" => Direction::ToClient,
+            other => return Err(format!("{other:?} is no direction of a message: send or receive")),
+        };
+        let (kind, first) = if message.opcode == 1 {
+            (FrameKind::Text, message.data.into_bytes())
+        } else {
+            (FrameKind::Binary, from_base64(&message.data).ok_or("a message in it is not base64")?)
+        };
+        let size = message.size.unwrap_or_default().max(first.len());
+        let at_us = began.map_or(0.0, |began| (message.time - began) * 1e6).round() as u64;
+        Ok(Frame { direction, kind, size, first: first.into(), code: None, at_us })
+    };
+    messages.into_iter().map(frame).collect()
 }
 
 /// The media type of a form whose fields are parts of their own.
@@ -560,11 +658,7 @@ fn multipart_type(fields: &[(String, Vec<u8>)], named: Option<&str>) -> Option<S
 ///
 /// A sentence for the user, where something of it is not there.
 fn multipart(kind: &str, params: Vec<ReadParam>) -> Result<Vec<u8>, String> {
-    let boundary = kind
-        .split(';')
-        .filter_map(|parameter| parameter.trim().split_once('='))
-        .find(|(name, _)| name.eq_ignore_ascii_case("boundary"))
-        .map(|(_, value)| value.trim_matches('"'))
+    let boundary = parameter(kind, "boundary")
         .filter(|boundary| !boundary.is_empty())
         .ok_or("the parts of its form are there, and not what stands between them")?;
     // As browsers write a name.
@@ -595,7 +689,7 @@ fn multipart(kind: &str, params: Vec<ReadParam>) -> Result<Vec<u8>, String> {
 mod tests {
     use std::sync::Arc;
 
-    use crate::capture::ring::{Captures, Lens};
+    use crate::capture::ring::{Captures, Elsewhere, Found, Lens};
 
     use super::*;
 
@@ -604,8 +698,17 @@ mod tests {
         let lens = Lens::new(Arc::clone(&captures), "web".parse().unwrap(), "http://localhost:3000", 1000);
         let fields = Fields::from_pairs(fields.iter().copied());
         let reply: [(&str, &[u8]); 2] = [("content-type", b"text/plain"), ("set-cookie", b"s=1; Path=/")];
-        let answer = (201, Fields::from_pairs(reply.into_iter()), &b"done"[..]);
-        let id = lens.import(method, target, fields, body, Some(answer));
+        let answer = (201, Fields::from_pairs(reply.into_iter()), Found { bytes: b"done", size: None });
+        let id = lens.import(Elsewhere {
+            kind: Kind::Http,
+            method,
+            target,
+            fields,
+            body: Found { bytes: body, size: None },
+            answer: Some(answer),
+            frames: Vec::new(),
+            frames_dropped: 0,
+        });
         (captures, id)
     }
 
@@ -628,8 +731,8 @@ mod tests {
             let text = written(&captures, id, None);
             let [imported] = &read(text.as_bytes()).unwrap()[..] else { panic!("one entry") };
             assert_eq!(imported.request, Request::of(&captures.get(id).unwrap().record()));
-            let (status, fields, body) = imported.answer.as_ref().unwrap();
-            assert_eq!((*status, fields.len(), &body[..]), (201, 2, &b"done"[..]));
+            let answer = imported.answer.as_ref().unwrap();
+            assert_eq!((answer.status, answer.fields.len(), &answer.body[..]), (201, 2, &b"done"[..]));
             assert!(text.contains(r#""url": "https://web.example.com/a%20b?c=d&c=%C3%A4""#), "{text}");
             assert!(text.contains(r#""value": "ä""#), "{text}");
         }
@@ -682,11 +785,51 @@ mod tests {
         };
         socket.frames = [frame("ä".as_bytes(), 2), frame(b"x\xc3", 3)].into();
         socket.frames_total = 5;
+        let file = write(std::iter::once((&*captured, socket.clone())), None);
         let entry = entry(socket);
         let messages = &entry["_webSocketMessages"];
         assert_eq!((&messages[0]["data"], messages[0].get("_cut")), (&"ä".into(), None));
         assert_eq!((&messages[1]["data"], &messages[1]["_cut"]), (&"x".into(), &true.into()));
         assert_eq!(entry["_webSocketMessagesDropped"], 3);
+        let read = read(file.as_bytes()).unwrap().remove(0);
+        let kept = [frame("ä".as_bytes(), 2), frame(b"x", 3)];
+        assert_eq!((read.kind, read.frames_dropped, &read.frames[..]), (Kind::Websocket, 3, &kept[..]));
+    }
+
+    #[test]
+    fn what_was_cut_is_read_as_the_beginning_it_is() {
+        let sizes = |post: &str, body: &str, content: &str| {
+            let file = format!(
+                r#"{{"log": {{"entries": [{{"request": {{"method": "POST", "url": "http://h/", "postData": {{"text": "abc"{post}}}{body}}},
+                "response": {{"status": 200, "content": {{"text": "de"{content}}}}}}}]}}}}"#
+            );
+            let imported = read(file.as_bytes()).unwrap().remove(0);
+            let answer = imported.answer.unwrap();
+            assert_eq!((&imported.request.body[..], &answer.body[..]), (&b"abc"[..], &b"de"[..]));
+            (imported.size, answer.size)
+        };
+        assert_eq!(sizes("", r#", "bodySize": 9"#, r#", "size": 9"#), (None, None));
+        let cut = r#", "_cut": true"#;
+        assert_eq!(sizes(cut, r#", "bodySize": 9"#, r#", "size": 8, "_cut": true"#), (Some(9), Some(8)));
+        assert_eq!(sizes(cut, r#", "bodySize": -1"#, cut), (Some(0), Some(0)));
+    }
+
+    #[test]
+    fn a_text_is_written_as_one_where_it_is_utf_8() {
+        for (kind, bytes, wanted) in [
+            ("text/plain", &b"\xc3\xa4"[..], true),
+            ("text/plain; charset=\"UTF-8\"", b"\xc3\xa4", true),
+            ("text/plain; charset=us-ascii", b"a", true),
+            ("text/plain; charset=iso-8859-1", b"a", true),
+            // Other letters than those it would be shown as.
+            ("text/plain; Charset=iso-8859-1", b"\xc3\xa4", false),
+            ("text/plain; charset=utf-16", b"h\0i\0", false),
+            ("text/plain; charset=UTF-16BE", b"N-", false),
+            ("text/plain; charset=iso-2022-jp", b"\x1b$BF|K\\\x1b(B", false),
+            ("application/json", b"\xe4", false),
+        ] {
+            assert_eq!(text(bytes.to_vec(), kind).is_ok(), wanted, "{kind} {bytes:?}");
+        }
     }
 
     #[test]
@@ -747,14 +890,14 @@ mod tests {
             ("/x?y", &b"h.example"[..])
         );
         assert_eq!((&*files[1].request.target, &files[1].request.body[..]), ("/", &b"a+b=%C3%A4"[..]));
-        assert_eq!(files[1].answer, Some((200, Vec::new(), vec![0, 0xff])));
+        let answer = Answered { status: 200, fields: Vec::new(), body: vec![0, 0xff], size: None };
+        assert_eq!(files[1].answer, Some(answer));
         assert_eq!(files[2].answer, None);
         for bad in [
             "",
             "{}",
             r#"{"log": {"entries": []}}"#,
             r#"{"log": {"entries": [{"request": {"method": "GET", "url": "/relative"}}]}}"#,
-            r#"{"log": {"entries": [{"request": {"method": "P", "url": "http://h/", "postData": {"text": "x", "_cut": true}}}]}}"#,
         ] {
             assert!(read(bad.as_bytes()).is_err(), "{bad}");
         }

@@ -83,6 +83,13 @@ pub(crate) enum NewBody {
     Text(String),
 }
 
+/// How much of a body is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Extent {
+    Whole,
+    Beginning,
+}
+
 /// Why nothing is sent.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Refusal {
@@ -164,6 +171,10 @@ impl Request {
         // Whatever was captured, and whatever is said: a body of another length would never end, or be cut short.
         request.set_length();
         request.check()?;
+        if request.body.len() > limits::REQUEST_BODY_BYTES {
+            let most = limits::REQUEST_BODY_BYTES;
+            return Err(Refusal::Invalid(format!("the body is over the limit of {most} bytes")));
+        }
         Ok(request)
     }
 
@@ -232,9 +243,6 @@ impl Request {
                 limits::HEADER_FIELDS,
                 limits::HEAD_BYTES
             ));
-        }
-        if self.body.len() > limits::REQUEST_BODY_BYTES {
-            return invalid(format!("the body is over the limit of {} bytes", limits::REQUEST_BODY_BYTES));
         }
         Ok(())
     }
@@ -351,15 +359,18 @@ async fn exchange(
     Ok(())
 }
 
-/// What an import is made of: fields that belong to a connection are taken off, `host` is by the tunnel's rule.
-pub(crate) fn adopt(mut request: Request, host: &HeaderValue) -> Result<Request, Refusal> {
+/// What an import is made of: fields that belong to a connection are taken off, `host` is by the tunnel's rule, and
+/// `content-length` stays what it was where the body is only the beginning of one.
+pub(crate) fn adopt(mut request: Request, host: &HeaderValue, body: Extent) -> Result<Request, Refusal> {
     let hop = ["connection", "transfer-encoding", "upgrade", "expect", "keep-alive", "te", "trailer", "host"];
     request.fields.retain(|(name, _)| {
         // HTTP/2 writes its request line as fields.
         !name.starts_with(':') && !hop.iter().any(|hop| name.eq_ignore_ascii_case(hop))
     });
     request.fields.insert(0, (header::HOST.as_str().to_owned(), host.as_bytes().to_vec()));
-    request.set_length();
+    if body == Extent::Whole {
+        request.set_length();
+    }
     request.check()?;
     Ok(request)
 }
@@ -563,7 +574,13 @@ mod tests {
             .to_vec(),
             body: b"12345".to_vec(),
         };
-        let adopted = adopt(request, &HeaderValue::from_static("localhost:3000")).unwrap();
-        assert_eq!(fields(&adopted), [("host", "localhost:3000"), ("A", "1"), ("Content-Length", "5")]);
+        let host = HeaderValue::from_static("localhost:3000");
+        for (extent, length) in [(Extent::Whole, "5"), (Extent::Beginning, "99")] {
+            let adopted = adopt(request.clone(), &host, extent).unwrap();
+            assert_eq!(
+                fields(&adopted),
+                [("host", "localhost:3000"), ("A", "1"), ("Content-Length", length)]
+            );
+        }
     }
 }

@@ -868,6 +868,64 @@ async fn what_was_refused_is_replayed_to_where_it_would_have_gone() {
 }
 
 #[tokio::test]
+async fn an_export_is_imported_with_what_was_cut_and_what_has_no_upstream() {
+    let mut stage = Inspected::daemon(
+        "inspect = true\ninspect_body = 1000\n[[tunnel.route]]\npath = \"/fixed\"\nrespond = { status = 200, body = \"fixed\" }\n",
+    )
+    .await;
+    let large = |fields: &str| {
+        let mut answer = format!("HTTP/1.1 200 OK\r\ncontent-length: 5000\r\n{fields}\r\n").into_bytes();
+        answer.extend([b'y'; 5000]);
+        answer
+    };
+    stage.pass(with_body(request("POST", "/text"), &[b'x'; 3000]), &large("")).await;
+    stage.pass(with_body(request("POST", "/bytes"), &[0xff; 3000]), &large("")).await;
+    let fixed = request("GET", "/fixed");
+    stage.line.request(&fixed).await;
+    stage.line.whole(&fixed).await;
+    stage.get("/api/requests/3?wait=20").await;
+    let token = ("x-inspector-token", &*stage.token);
+    let kind = ("content-type", "application/json");
+    let har = stage.call("GET", "/api/har?reveal=true", &[token], b"").await.body;
+    let again = stage.call("POST", "/api/import", &[token, kind], &har).await;
+    assert_eq!((again.status, again.json()), (201, json!({"ids": [4, 5, 6]})));
+    for (id, byte) in [(4, b'x'), (5, 0xff)] {
+        let detail = stage.get(&format!("/api/requests/{id}")).await;
+        for (side, byte, size) in [("request", byte, 3000), ("response", b'y', 5000)] {
+            let body = &detail[side]["body"];
+            let kept = json!(BASE64_STANDARD.encode([byte; 1000]));
+            assert_eq!(
+                (&body["size"], &body["cut"], &body["base64"]),
+                (&json!(size), &json!(true), &kept),
+                "{detail}"
+            );
+        }
+        assert!(
+            detail["request"]["fields"].to_string().contains("[\"content-length\",\"3000\"]"),
+            "{detail}"
+        );
+        assert!(detail["replayable"].as_str().unwrap().contains("1000 of 3000 bytes"), "{detail}");
+        assert_eq!(stage.replay(id, &json!({})).await.status, 422);
+    }
+    assert_eq!(stage.get("/api/requests/6").await["target"], "/fixed");
+    // It says the same when it is exported once more.
+    let bodies = |har: &[u8]| {
+        let har: Value = serde_json::from_slice(har).unwrap();
+        let all = har["log"]["entries"].as_array().unwrap().iter();
+        all.map(|entry| (entry["request"]["postData"].clone(), entry["response"]["content"].clone()))
+            .collect::<Vec<_>>()
+    };
+    let once_more = stage.call("GET", "/api/har?ids=4,5,6&reveal=true", &[token], b"").await.body;
+    assert_eq!(bodies(&once_more), bodies(&har));
+    // Another body makes it whole.
+    assert_eq!(stage.replay(4, &json!({"body": {"text": "abc"}})).await.status, 202);
+    let mut peer = stage.upstream.accept().await;
+    assert!(peer.head().await.contains("\r\ncontent-length: 3\r\n"));
+    assert_eq!(peer.bytes(3).await, b"abc");
+    peer.write(OK).await;
+}
+
+#[tokio::test]
 async fn half_of_a_body_is_not_sent_again() {
     let mut stage = Inspected::start(&[]).await;
     let mut sent = request("POST", "/upload");
