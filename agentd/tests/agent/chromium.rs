@@ -86,17 +86,35 @@ impl Chromium {
         let (socket, _) = connect_async_with_config(url, Some(config), true).await.unwrap();
         let (session, events) = (String::new(), Vec::new());
         let mut browser = Self { process, socket, session, last_id: 0, events, _profile: profile };
-        let target = browser.command("Target.createTarget", json!({"url": "about:blank"})).await;
-        let attach = json!({"targetId": target["targetId"], "flatten": true});
-        let attached = browser.command("Target.attachToTarget", attach).await;
-        browser.session = attached["sessionId"].as_str().unwrap().to_owned();
-        for domain in ["Page", "Runtime", "Network", "Log"] {
-            browser.command(&format!("{domain}.enable"), json!({})).await;
-        }
+        browser.new_tab().await;
         // A page nobody looks at has no focus, and keys go to what has it.
         browser.command("Emulation.setFocusEmulationEnabled", json!({"enabled": true})).await;
-        browser.command("Page.addScriptToEvaluateOnNewDocument", json!({"source": WITNESS})).await;
         Some(browser)
+    }
+
+    /// Opens a tab before the others; what is done from now on is done in it.
+    pub(crate) async fn new_tab(&mut self) -> String {
+        self.session.clear();
+        let target = self.command("Target.createTarget", json!({"url": "about:blank"})).await;
+        let attach = json!({"targetId": target["targetId"], "flatten": true});
+        let attached = self.command("Target.attachToTarget", attach).await;
+        self.session = attached["sessionId"].as_str().unwrap().to_owned();
+        for domain in ["Page", "Runtime", "Network", "Log"] {
+            self.command(&format!("{domain}.enable"), json!({})).await;
+        }
+        self.command("Page.addScriptToEvaluateOnNewDocument", json!({"source": WITNESS})).await;
+        self.session.clone()
+    }
+
+    /// Does from now on what is done in this tab, whether it is seen or not.
+    pub(crate) fn turn_to(&mut self, tab: &str) {
+        tab.clone_into(&mut self.session);
+    }
+
+    /// Brings a tab before the others, and turns to it.
+    pub(crate) async fn look_at(&mut self, tab: &str) {
+        self.turn_to(tab);
+        self.command("Page.bringToFront", json!({})).await;
     }
 
     /// Gives a command and waits for its result.

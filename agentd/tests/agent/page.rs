@@ -183,6 +183,34 @@ async fn requests_show_up_are_read_and_sent_again_and_stay_text() {
 }
 
 #[tokio::test]
+async fn more_tabs_than_a_browser_has_connections_are_live_when_they_are_seen() {
+    let Some(mut browser) = Chromium::start().await else { return };
+    let mut stage = Inspected::start(&[]).await;
+    let page = format!("http://{}/", stage.address);
+    let rows = |count: usize| format!("document.querySelectorAll('#space .row').length === {count}");
+    let mut tabs = Vec::new();
+    for _ in 0..8 {
+        tabs.push(browser.new_tab().await);
+        browser.open(&page).await;
+        browser.wait_for("document.querySelector('#live')?.textContent === 'live'").await;
+    }
+    // The one that is seen hears, and so does the one that was hidden last, which says so in its title.
+    stage.pass(posted("/first", b"{}"), JSON).await;
+    browser.wait_for(&rows(1)).await;
+    browser.turn_to(&tabs[6]);
+    browser.wait_for("document.title.startsWith('(1) ')").await;
+    // Each has what it missed when it is looked at, hears what comes then, and gives its connection back.
+    for (seen, tab) in tabs.iter().enumerate() {
+        browser.look_at(tab).await;
+        browser.wait_for(&rows(seen + 1)).await;
+        assert_eq!(browser.evaluate("document.title").await, "Requests · agentd");
+        stage.pass(posted("/more", b"{}"), JSON).await;
+        browser.wait_for(&rows(seen + 2)).await;
+    }
+    browser.close().await;
+}
+
+#[tokio::test]
 async fn the_rows_of_several_tunnels_are_as_wide_as_the_list() {
     let Some(mut browser) = Chromium::start().await else { return };
     let second = "inspect = true\n[[tunnel]]\nname = \"other\"\nupstream = {upstream}\ninspect = true";

@@ -37,6 +37,7 @@ let watched = null; // of the request that is open
 let loading = false;
 let unseen = 0;
 let away = false; // what happened was not heard for a while
+let resting = false; // nobody looks, and nothing is listened to
 let query = {};
 
 // ── The list ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -51,6 +52,7 @@ function filters() {
 
 /** Listens to what happens, and reads the list once it is heard: so nothing falls between the two. */
 function connect() {
+  if (resting) return;
   source?.close();
   query = filters();
   const mine = source = api.events(query);
@@ -236,13 +238,9 @@ async function open(id, reveal) {
 
 /** Follows a request while it is open: pieces of its bodies, messages of its WebSocket. */
 function watch(request) {
-  if (request.state === "ended") {
-    watched?.source.close();
-    watched = null;
-    return;
-  }
-  if (watched?.id === request.id) return;
-  watched?.source.close();
+  if (watched?.id === request.id && request.state !== "ended") return;
+  unwatch();
+  if (request.state === "ended" || document.hidden) return;
   const { id } = request;
   const mine = watched = { id, source: api.events({ watch: String(id), text: "", path: request.target.includes("*") ? "" : request.target.slice(0, 1000) }) };
   // What came before it was heard is read again.
@@ -257,10 +255,14 @@ function watch(request) {
   mine.source.addEventListener("lagged", () => open(id, detail.revealed));
 }
 
-function closeDetail() {
-  asked++;
+function unwatch() {
   watched?.source.close();
   watched = null;
+}
+
+function closeDetail() {
+  asked++;
+  unwatch();
   document.body.classList.remove("reading");
   showNothing();
   byId("list").focus();
@@ -451,11 +453,36 @@ addEventListener("keydown", (event) => {
   act();
 });
 
-document.addEventListener("visibilitychange", () => {
-  if (document.hidden) return;
+/**
+ * All tabs of a browser share six connections to an address, and a stream holds one. So whoever is not seen follows no
+ * request, and of the tabs that are not seen only the one that was hidden last listens: its title counts what comes.
+ */
+const hidden = "BroadcastChannel" in window ? new BroadcastChannel("hidden") : null;
+hidden?.addEventListener("message", () => {
+  if (!document.hidden || resting) return;
+  resting = true;
+  away = true;
+  source?.close();
+  source = null;
+});
+
+function hide() {
+  unwatch();
+  hidden?.postMessage("");
+}
+
+function appear() {
   unseen = 0;
   document.title = "Requests · agentd";
-});
+  if (resting) {
+    resting = false;
+    connect();
+  } else if (detail.request) {
+    open(detail.request.id, detail.revealed);
+  }
+}
+
+document.addEventListener("visibilitychange", () => document.hidden ? hide() : appear());
 
 try {
   const theme = localStorage.getItem("theme");
@@ -471,5 +498,6 @@ function openNamed() {
 addEventListener("hashchange", openNamed);
 
 showNothing();
+if (document.hidden) hide();
 connect();
 openNamed();
