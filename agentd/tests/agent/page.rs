@@ -211,6 +211,40 @@ async fn more_tabs_than_a_browser_has_connections_are_live_when_they_are_seen() 
 }
 
 #[tokio::test]
+async fn a_comparison_names_the_errors_of_both_sides() {
+    let Some(mut browser) = Chromium::start().await else { return };
+    let mut stage = Inspected::start(&[]).await;
+    stage.line.request(&request("GET", "/")).await;
+    let mut peer = stage.upstream.accept().await;
+    peer.head().await;
+    drop(peer);
+    stage.line.failure().await;
+    browser.open(&format!("http://{}/", stage.address)).await;
+    browser.wait_for("document.querySelectorAll('#space .row').length === 1").await;
+    let cells = |cells: &[&str]| {
+        let found = "Array.from(document.querySelectorAll('.diff tbody tr:first-child > *'), (cell) => cell.innerText)";
+        format!("JSON.stringify({found}) === '{}'", json!(cells))
+    };
+    browser.press("j").await;
+    // Each is sent again as it was, and compared with the one before.
+    for (id, answer, before, after) in [
+        (1, &b"NONSENSE\r\n\r\n"[..], "upstream_reset", "upstream_invalid"),
+        (2, JSON, "upstream_invalid", "none"),
+    ] {
+        browser
+            .wait_for(&format!("document.querySelector('#detail .facts')?.innerText.includes('#{id}')"))
+            .await;
+        browser.press("r").await;
+        let mut peer = stage.upstream.accept().await;
+        peer.head().await;
+        peer.write(answer).await;
+        drop(peer);
+        browser.wait_for(&cells(&["error", before, after])).await;
+    }
+    browser.close().await;
+}
+
+#[tokio::test]
 async fn the_rows_of_several_tunnels_are_as_wide_as_the_list() {
     let Some(mut browser) = Chromium::start().await else { return };
     let second = "inspect = true\n[[tunnel]]\nname = \"other\"\nupstream = {upstream}\ninspect = true";

@@ -434,6 +434,7 @@ function diff(request) {
   const values = (list) => list.length === 0 ? text(null) : list.map((value) => longText("div", valueText(value)));
   if (found.status) change("status", text(String(found.status.before ?? "none")), text(String(found.status.after ?? "none")));
   for (const { name, before, after } of found.fields) change(name, values(before), values(after));
+  if (found.error) change("error", text(found.error.before ?? "none"), text(found.error.after ?? "none"));
   for (const { pointer, before, after } of found.body.json ?? []) change(pointer || "(the whole body)", text(before), text(after));
   const remarks = [];
   if (found.body.kind === "bytes") remarks.push("The bodies differ, and not both are JSON.");
