@@ -43,6 +43,17 @@ const VIEWS: &str = r#"(async () => {
     const parts = views.multipart(bytes('--x\r\ncontent-disposition: form-data; name="a\\"b"; filename="f"\r\n\r\none\r\n--x\r\n\r\ntwo\r\n--x--\r\n'), 'x');
     is('parts', parts.map((part) => [part.name, part.file, views.asText(part.bytes).text, part.cut]), [['a"b', 'f', 'one', false], ['', '', 'two', false]]);
     is('a part that is cut', views.multipart(bytes('--x\r\n\r\nhal'), 'x').map((part) => [views.asText(part.bytes).text, part.cut]), [['hal', true]]);
+    const latin = new Uint8Array([0x7b, 0x22, 0xe4, 0x22, 0x3a, 0x22, 0x80, 0x22, 0x7d]);
+    const read = (bytes, type) => views.asText(bytes, views.charsetOf(bytes, type));
+    for (const label of ['ISO-8859-1', '"windows-1252"']) is(label, read(latin, `text/plain; charset=${label}`), {text: '{"ä":"€"}', valid: true});
+    is('no charset is UTF-8', [read(latin, 'text/plain').valid, read(latin, 'text/plain; charset=nonsense').valid], [false, false]);
+    is('JSON in one', views.viewsOf(latin, 'application/json; charset=latin1'), ['json', 'text', 'hex']);
+    is('shift_jis', read(new Uint8Array([0x93, 0xfa, 0x96, 0x7b]), 'text/plain;charset=Shift_JIS').text, '日本');
+    const wide = new Uint8Array([0xfe, 0xff, 0, 0x68, 0, 0x69]);
+    is('a byte order mark goes before', [read(wide, 'text/plain; charset=utf-16').text, views.charsetOf(wide, 'text/html'), views.charsetOf(wide, 'image/png')], ['\ufeffhi', 'utf-16be', 'utf-8']);
+    is('utf-16 is text', views.viewsOf(new Uint8Array([0x68, 0, 0x69, 0]), 'text/plain; charset=utf-16'), ['text', 'hex']);
+    is('what is none is not', views.viewsOf(new Uint8Array([1, 0, 0, 0]), 'text/plain; charset=utf-16le'), ['hex', 'text']);
+    is('a form in one', views.formFields('a=%E4+%80&b=%81%7E', 'windows-1252'), [['a', 'ä €'], ['b', '\u0081~']]);
     is('events', views.streamEvents(bytes(': hi\n\nevent: a\ndata: 1\r\ndata: 2\r\nid: 7\n\ndata: x')).map((event) => [event.name, event.id, event.data, event.whole]),
         [['a', '7', '1\n2', true], ['', '', 'x', false]]);
     is('hex', views.hexRows(new Uint8Array([0, 65, 255]), 0, 8), [['00000000', '00 41 ff'.padEnd(48), '·A·']]);
@@ -241,6 +252,38 @@ async fn a_comparison_names_the_errors_of_both_sides() {
         drop(peer);
         browser.wait_for(&cells(&["error", before, after])).await;
     }
+    browser.close().await;
+}
+
+#[tokio::test]
+async fn a_text_is_shown_in_its_own_charset() {
+    let Some(mut browser) = Chromium::start().await else { return };
+    let mut stage = Inspected::start(&[]).await;
+    let body = b"{\"na\xefve\": true}";
+    let sent = with_header(
+        with_body(request("POST", "/"), body),
+        "content-type",
+        b"application/json; charset=iso-8859-1",
+    );
+    stage.pass(sent, b"HTTP/1.1 200 OK\r\ncontent-type: text/plain; charset=shift_jis\r\ncontent-length: 4\r\n\r\n\x93\xfa\x96\x7b").await;
+    browser.open(&format!("http://{}/", stage.address)).await;
+    browser.wait_for("document.querySelectorAll('#space .row').length === 1").await;
+    browser.press("j").await;
+    browser
+        .wait_for("document.querySelector('#detail .payload[data-side=response] pre')?.innerText === '日本'")
+        .await;
+    let sent =
+        browser.evaluate("document.querySelector('#detail .payload[data-side=request]').innerText").await;
+    let sent = sent.as_str().unwrap();
+    assert!(sent.contains("\"naïve\": true") && sent.contains("windows-1252"), "{sent}");
+    // The editor writes UTF-8, and so leaves it alone.
+    browser.press("e").await;
+    browser.wait_for("document.querySelector('#edit[open] textarea') !== null").await;
+    browser.evaluate("document.querySelector('#edit form').requestSubmit()").await;
+    let mut peer = stage.upstream.accept().await;
+    peer.head().await;
+    assert_eq!(peer.bytes(body.len()).await, body);
+    peer.write(JSON).await;
     browser.close().await;
 }
 

@@ -18,12 +18,29 @@ export function toBase64(bytes) {
   return btoa(binary);
 }
 
-/** The text of bytes, and whether they were valid UTF-8. What is not becomes U+FFFD. */
-export function asText(bytes) {
+/** The text of bytes, and whether all of them were valid. What is not becomes U+FFFD. */
+export function asText(bytes, charset = "utf-8") {
   try {
-    return { text: new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes), valid: true };
+    return { text: new TextDecoder(charset, { fatal: true, ignoreBOM: true }).decode(bytes), valid: true };
   } catch {
-    return { text: new TextDecoder("utf-8", { ignoreBOM: true }).decode(bytes), valid: false };
+    return { text: new TextDecoder(charset, { ignoreBOM: true }).decode(bytes), valid: false };
+  }
+}
+
+const BYTE_ORDER_MARKS = [["utf-8", [0xef, 0xbb, 0xbf]], ["utf-16le", [0xff, 0xfe]], ["utf-16be", [0xfe, 0xff]]];
+
+/**
+ * The charset of a body with a media type, as the browser calls it: what its first bytes say, what the type says, or UTF-8.
+ */
+export function charsetOf(bytes, type) {
+  const named = parameter(type, "charset");
+  const isText = named !== "" || essence(type).startsWith("text/") || /[/+](json|xml)$/.test(essence(type));
+  const marked = isText && BYTE_ORDER_MARKS.find(([, mark]) => mark.every((byte, at) => bytes[at] === byte));
+  if (marked) return marked[0];
+  try {
+    return new TextDecoder(named || "utf-8").encoding;
+  } catch {
+    return "utf-8"; // Nobody knows such a one.
   }
 }
 
@@ -100,14 +117,19 @@ export function jsonLines(text) {
 }
 
 /** The fields of a form, names and values decoded; what cannot be decoded stays as it is. */
-export function formFields(text) {
+export function formFields(text, charset = "utf-8") {
   const decode = (part) => {
     const spaced = part.replace(/\+/g, " ");
-    try {
-      return decodeURIComponent(spaced);
-    } catch {
-      return spaced;
+    if (charset === "utf-8" || !/^[\x20-\x7e]*$/.test(spaced)) {
+      try {
+        return decodeURIComponent(spaced);
+      } catch {
+        return spaced;
+      }
     }
+    const bytes = spaced.replace(/%([0-9a-f]{2})/gi, (_, hex) => String.fromCharCode(parseInt(hex, 16)));
+    const { text: decoded, valid } = asText(Uint8Array.from(bytes, (char) => char.charCodeAt(0)), charset);
+    return valid ? decoded : spaced;
   };
   return text.split("&").filter((pair) => pair !== "").map((pair) => {
     const at = pair.indexOf("=");
@@ -224,15 +246,18 @@ export function isImage(kind) {
   return IMAGES.has(kind);
 }
 
-/** Whether bytes look like something that is not text. */
-export function looksBinary(bytes) {
+/** Whether bytes look like something that is not text in a charset. */
+export function looksBinary(bytes, charset = "utf-8") {
   const sample = bytes.subarray(0, 4096);
+  // The sample may end within a character.
+  const valid = asText(sample.subarray(0, Math.max(0, sample.length - 4)), charset).valid;
+  const codes = charset.startsWith("utf-16") ? asText(sample, charset).text.split("").map((char) => char.charCodeAt(0)) : sample;
   let odd = 0;
-  for (const byte of sample) {
-    if (byte === 0) return true;
-    if (byte < 9 || (byte > 13 && byte < 32 && byte !== 27)) odd++;
+  for (const code of codes) {
+    if (code === 0) return true;
+    if (code < 9 || (code > 13 && code < 32 && code !== 27)) odd++;
   }
-  return odd * 10 > sample.length || (!asText(sample.subarray(0, Math.max(0, sample.length - 4))).valid && odd > 0);
+  return odd * 10 > codes.length || (!valid && odd > 0);
 }
 
 /**
@@ -246,9 +271,10 @@ export function viewsOf(bytes, type) {
   if (kind.startsWith("multipart/") && multipart(bytes, parameter(type, "boundary")).length > 0) views.push("parts");
   if (isImage(kind)) views.push("image");
   if (kind === "application/x-www-form-urlencoded") views.push("form");
-  const binary = looksBinary(bytes);
+  const charset = charsetOf(bytes, type);
+  const binary = looksBinary(bytes, charset);
   if (!binary) {
-    const { text } = asText(bytes);
+    const { text } = asText(bytes, charset);
     const first = text.trimStart()[0];
     const said = kind.endsWith("json") || kind.endsWith("ndjson");
     if ((said || first === "{" || first === "[") && (prettyJson(text) || jsonLines(text))) views.push("json");

@@ -1,7 +1,7 @@
 // What the edge keeps for tunnels until it can be delivered: shown, delivered again, given up, held.
 
 import { deliveries as ask } from "./api.js";
-import { fromBase64 } from "./body.js";
+import { asText, charsetOf, field, fromBase64 } from "./body.js";
 import { fieldTable } from "./detail.js";
 import { byId, count, element, fullTime, longText, size, toast, visible } from "./dom.js";
 
@@ -109,9 +109,9 @@ async function retryDead() {
 }
 
 /** The beginning of a body, which is text or bytes in base64. */
-function textOf(body) {
-  if (body?.text !== undefined) return body.text.slice(0, SHOWN);
-  return new TextDecoder().decode(fromBase64(body?.base64 ?? "").subarray(0, SHOWN));
+function textOf(body, type) {
+  const bytes = body?.text === undefined ? fromBase64(body?.base64 ?? "") : new TextEncoder().encode(body.text);
+  return asText(bytes.subarray(0, SHOWN), charsetOf(bytes, type)).text;
 }
 
 async function show(delivery, reveal = false) {
@@ -119,7 +119,7 @@ async function show(delivery, reveal = false) {
   try {
     const answer = await ask({ op: "show", tunnel: delivery.tunnel, id: delivery.id, body_from: 0 }, reveal);
     const masked = answer.headers.some(([, value]) => value.masked);
-    const text = textOf(answer.body);
+    const text = textOf(answer.body, field(answer.headers, "content-type"));
     place.replaceChildren(
       element("h3", {}, visible(`${delivery.method} ${delivery.target}`.slice(0, 500))),
       element("p", { class: "quiet mono" }, delivery.id),

@@ -1,6 +1,6 @@
 // One request, whole: what was said, when, in which bytes, and what a replay changed.
 
-import { asText, essence, field, formFields, fromBase64, hexRows, isImage, jsonLines, multipart, parameter, prettyJson, streamEvents, toBase64, viewsOf } from "./body.js";
+import { asText, charsetOf, essence, field, formFields, fromBase64, hexRows, isImage, jsonLines, multipart, parameter, prettyJson, streamEvents, toBase64, viewsOf } from "./body.js";
 import { count, duration, element, fullTime, longText, size, timeOfDay, visible } from "./dom.js";
 import { standing } from "./list.js";
 
@@ -210,6 +210,8 @@ export class Detail {
     }
     const remarks = [element("span", {}, size(live.size))];
     if (type) remarks.push(element("span", {}, visible(essence(type).slice(0, 80))));
+  const charset = charsetOf(bytes, type);
+  if (charset !== "utf-8") remarks.push(element("span", { title: "The charset that the text is read in" }, charset));
     if (packed) remarks.push(element("span", { title: "For display only: a replay sends the bytes as they came" }, `${decoded.coding}, unpacked to ${size(bytes.length)}`));
     if (live.dropped) remarks.push(element("span", { class: "warn" }, "not kept"));
     else if (live.cut) remarks.push(element("span", { class: "warn", title: "inspect_body says how much is kept" }, `cut: the first ${size(live.bytes.length)} are kept`));
@@ -273,21 +275,21 @@ export function fieldTable(fields) {
 
 function view(name, bytes, type, pieces, side) {
   switch (name) {
-    case "json": return json(bytes);
-    case "form": return pairs(formFields(asText(bytes).text));
+    case "json": return json(bytes, charsetOf(bytes, type));
+    case "form": return pairs(formFields(asText(bytes, charsetOf(bytes, type)).text, charsetOf(bytes, type)));
     case "parts": return parts(bytes, type);
     case "image": return image(bytes, type);
     case "events": return events(bytes, side === "response" ? pieces : []);
     case "hex": return hex(bytes);
-    default: return plain(bytes);
+    default: return plain(bytes, charsetOf(bytes, type));
   }
 }
 
-function plain(bytes) {
-  const { text, valid } = asText(bytes);
+function plain(bytes, charset) {
+  const { text, valid } = asText(bytes, charset);
   const shown = element("pre", { dir: "auto", class: "scroll", tabindex: "0" }, visible(text.slice(0, TEXT_SHOWN), true));
   if (text.length > TEXT_SHOWN) shown.append(element("span", { class: "warn" }, `\n… ${count(text.length - TEXT_SHOWN)} more characters: save the body to read them`));
-  return element("div", {}, valid ? "" : element("p", { class: "quiet" }, "Not all of it is UTF-8: “\ufffd” stands for what is not."), shown);
+  return element("div", {}, valid ? "" : element("p", { class: "quiet" }, `Not all of it is ${charset.toUpperCase()}: “\ufffd” stands for what is not.`), shown);
 }
 
 function coloured(pieces) {
@@ -295,8 +297,8 @@ function coloured(pieces) {
   return pieces.map(([kind, text]) => kind && kind !== "punctuation" ? element("span", { class: `json-${kind}` }, visible(text, true)) : visible(text, true));
 }
 
-function json(bytes) {
-  const { text } = asText(bytes);
+function json(bytes, charset) {
+  const { text } = asText(bytes, charset);
   const pieces = prettyJson(text) ?? jsonLines(text) ?? [["", text]];
   return element("pre", { class: "scroll json", tabindex: "0" }, coloured(pieces));
 }
@@ -432,9 +434,9 @@ function diff(request) {
     element("td", { class: "before" }, before), element("td", { class: "after" }, after)));
   const text = (value) => value === null || value === undefined ? element("span", { class: "quiet" }, "–") : longText("span", value, {}, true);
   const values = (list) => list.length === 0 ? text(null) : list.map((value) => longText("div", valueText(value)));
+  if (found.error) change("error", text(found.error.before ?? "none"), text(found.error.after ?? "none"));
   if (found.status) change("status", text(String(found.status.before ?? "none")), text(String(found.status.after ?? "none")));
   for (const { name, before, after } of found.fields) change(name, values(before), values(after));
-  if (found.error) change("error", text(found.error.before ?? "none"), text(found.error.after ?? "none"));
   for (const { pointer, before, after } of found.body.json ?? []) change(pointer || "(the whole body)", text(before), text(after));
   const remarks = [];
   if (found.body.kind === "bytes") remarks.push("The bodies differ, and not both are JSON.");
