@@ -143,7 +143,7 @@ impl Answer {
     }
 }
 
-/// Times, in microseconds after the request was received.
+/// Times, in microseconds after the request was received, or, of a replay, sent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Times {
     pub(crate) connected: Option<u64>,
@@ -173,6 +173,8 @@ pub(crate) struct Record {
     pub(crate) leads_nowhere: bool,
     pub(crate) answer: Option<Answer>,
     pub(crate) times: Times,
+    /// How long it was listed before it was sent, in microseconds: its times begin then.
+    pub(super) waited: u64,
     pub(crate) outcome: Option<Outcome>,
     pub(crate) error: Option<&'static str>,
     pub(crate) frames: VecDeque<Frame>,
@@ -268,6 +270,7 @@ impl Record {
             leads_nowhere: false,
             answer: None,
             times: Times { connected: None, head: None, first_byte: None, last_byte: None, ended: None },
+            waited: 0,
             outcome: None,
             error: None,
             frames: VecDeque::new(),

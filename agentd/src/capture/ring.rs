@@ -386,7 +386,8 @@ impl Tap {
         if record.evicted {
             return None;
         }
-        let noted = note(&mut record, since(self.captured.began));
+        let at_us = since(self.captured.began) - record.waited;
+        let noted = note(&mut record, at_us);
         let weight = record.weight();
         drop(record);
         self.captures.weigh(&self.captured, weight);
@@ -395,6 +396,11 @@ impl Tap {
 
     fn say(&self, event: impl FnOnce(u64) -> Event) {
         self.captures.say(event(self.captured.id));
+    }
+
+    /// It is sent now, whenever it was listed.
+    pub(crate) fn sent(&self) {
+        self.note(|record, at_us| record.waited += at_us);
     }
 
     /// The head of the request, as it goes to the upstream, and its whole body if that is there.
@@ -440,8 +446,9 @@ impl Tap {
         let began = self.captured.began;
         self.note(|record, at_us| {
             record.times.head = Some(at_us);
-            record.times.connected =
-                connected.map(|at| at.saturating_duration_since(began).as_micros() as u64);
+            record.times.connected = connected.map(|at| {
+                (at.saturating_duration_since(began).as_micros() as u64).saturating_sub(record.waited)
+            });
             record.answer = Some(Answer::new(status, Fields::copy(fields), Kept::EMPTY));
         });
         self.say(Event::Changed);
@@ -567,6 +574,22 @@ mod tests {
         cleared.tap().answer_piece(&[1; 10_000]);
         assert!(captures.get(cleared.id()).is_none() && cleared.tap.captured.record().answer.is_none());
         cleared.complete();
+    }
+
+    #[test]
+    fn what_waited_for_others_is_timed_from_when_it_was_sent() {
+        let captures = Arc::new(Captures::new(1 << 20));
+        let capture = request(&lens(&captures, 10), b"");
+        while capture.tap.captured.began.elapsed() < std::time::Duration::from_millis(20) {
+            std::hint::spin_loop();
+        }
+        let before = Instant::now();
+        capture.tap().sent();
+        capture.tap().answer(200, std::iter::empty(), Some(Instant::now()));
+        let most = since(before);
+        let times = capture.tap.captured.record().times;
+        assert!(times.connected <= times.head && times.head <= Some(most), "{times:?} {most}");
+        capture.complete();
     }
 
     #[test]

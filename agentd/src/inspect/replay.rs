@@ -334,6 +334,7 @@ async fn exchange(
     request: Request,
 ) -> Result<(), ErrorCode> {
     let tap = capture.tap();
+    tap.sent();
     let began = Instant::now();
     let request = request.into_http().ok_or(ErrorCode::BadRequest)?;
     let failed = |error: UpstreamError| error.code();
