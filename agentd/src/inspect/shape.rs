@@ -465,7 +465,9 @@ impl Detail {
                 tolerance_s: signed.tolerance_s,
                 too_old: signed.is_too_old(now),
             }),
+            // What was not sent before, or is not answered yet, has nothing to compare with.
             diff: original
+                .filter(|original| original.answer.is_some() || original.error.is_some())
                 .filter(|_| record.outcome.is_some())
                 .map(|original| DiffShape::between(original, record, redact)),
             replayable: record.obstacle(),

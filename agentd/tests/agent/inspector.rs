@@ -1078,7 +1078,8 @@ async fn requests_from_elsewhere_are_listed_and_sent() {
     );
     assert_eq!(peer.bytes(7).await, b"{\"c\":1}");
     peer.write(OK).await;
-    stage.get("/api/requests/2?wait=20").await;
+    let detail = stage.get("/api/requests/2?wait=20").await;
+    assert_eq!(detail["diff"], Value::Null, "there is no answer to compare with: {detail}");
     // Its own file comes back as what it was.
     let har = stage.call("GET", "/api/har?reveal=true", &[token], b"").await.body;
     let kind = ("content-type", "application/json");
