@@ -256,6 +256,30 @@ async fn a_comparison_names_the_errors_of_both_sides() {
 }
 
 #[tokio::test]
+async fn the_oldest_of_all_is_reached_at_once() {
+    let Some(mut browser) = Chromium::start().await else { return };
+    let stage = Inspected::start(&[]).await;
+    let page = format!("http://{}/", stage.address);
+    browser.open(&page).await;
+    browser.wait_for("document.querySelector('#live')?.textContent === 'live'").await;
+    let import = "fetch('/api/import', {
+        method: 'POST',
+        headers: {'content-type': 'application/json', 'x-inspector-token': document.querySelector('meta[name=token]').content},
+        body: JSON.stringify({log: {entries: Array.from({length: 1200}, (_, at) => ({request: {method: 'GET', url: `http://h/${at + 1}`}}))}}),
+    }).then((answer) => answer.status)";
+    assert_eq!(browser.evaluate(import).await, 201);
+    browser.open("about:blank").await;
+    browser.open(&page).await;
+    browser.wait_for("document.querySelector('#count')?.textContent === '500+'").await;
+    browser.press("G").await;
+    browser.wait_for("document.querySelector('#detail h2')?.textContent === 'GET /1'").await;
+    browser.wait_for("document.querySelector('#count').textContent === '1,200'").await;
+    browser.press("g").await;
+    browser.wait_for("document.querySelector('#detail h2')?.textContent === 'GET /1200'").await;
+    browser.close().await;
+}
+
+#[tokio::test]
 async fn a_text_is_shown_in_its_own_charset() {
     let Some(mut browser) = Chromium::start().await else { return };
     let mut stage = Inspected::start(&[]).await;

@@ -205,7 +205,7 @@ export class List {
     }
     this.mark();
     byId("count").textContent = `${count(this.items.length)}${this.hasMore ? "+" : ""}`;
-    if (this.hasMore && last > this.items.length - 20) this.told.wantsMore(this.items.at(-1)?.id);
+    if (this.hasMore && last > this.items.length - 20) this.told.wantsMore();
   }
 
   mark() {

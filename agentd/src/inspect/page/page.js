@@ -34,7 +34,7 @@ const detail = new Detail(byId("detail"), {
 let inspected = { tunnels: [] };
 let source = null; // of the list
 let watched = null; // of the request that is open
-let loading = false;
+let loading = null; // what is on its way of the older ones
 let unseen = 0;
 let away = false; // what happened was not heard for a while
 let resting = false; // nobody looks, and nothing is listened to
@@ -115,10 +115,19 @@ async function reload() {
   return true;
 }
 
-async function loadMore(before) {
-  if (loading || before === undefined) return;
-  loading = true;
+/** Reads on behind the last one. */
+function loadMore() {
+  loading ??= more().finally(() => { loading = null; });
+  return loading;
+}
+
+async function more() {
   const asked = query;
+  const before = list.items.at(-1)?.id;
+  if (before === undefined) {
+    list.hasMore = false;
+    return;
+  }
   try {
     const answer = await api.list({ ...asked, limit: PAGE, before });
     if (asked === query) list.extend(answer.requests, (answer.more ?? false) && answer.requests.length > 0);
@@ -126,7 +135,12 @@ async function loadMore(before) {
     list.hasMore = false;
     toast(error.message, true);
   }
-  loading = false;
+}
+
+/** Goes to the oldest, also where not all have been read. */
+async function goOldest() {
+  while (list.hasMore) await loadMore();
+  if (list.items.length > 0) list.go(list.items.at(-1).id, false);
 }
 
 function heard({ change, id, request }) {
@@ -422,7 +436,7 @@ addEventListener("drop", async (event) => {
 const KEYS = {
   j: () => list.step(1), k: () => list.step(-1), ArrowDown: () => list.step(1), ArrowUp: () => list.step(-1),
   g: () => list.items.length > 0 && list.go(list.items[0].id, false),
-  G: () => list.items.length > 0 && list.go(list.items.at(-1).id, false),
+  G: goOldest,
   Enter: () => list.byId.has(list.current) && list.go(list.current, true),
   Escape: closeDetail,
   r: replayCurrent, e: editCurrent, c: copyAsCurl,
