@@ -256,6 +256,27 @@ async fn a_comparison_names_the_errors_of_both_sides() {
 }
 
 #[tokio::test]
+async fn who_leaves_the_search_keeps_it() {
+    let Some(mut browser) = Chromium::start().await else { return };
+    let mut stage = Inspected::start(&[]).await;
+    for target in ["/one", "/two"] {
+        stage.pass(posted(target, b"{}"), JSON).await;
+    }
+    browser.open(&format!("http://{}/", stage.address)).await;
+    browser.wait_for("document.querySelectorAll('#space .row').length === 2").await;
+    browser.press("/").await;
+    browser.command("Input.insertText", json!({"text": "two"})).await;
+    browser.wait_for("document.querySelectorAll('#space .row').length === 1").await;
+    for kind in ["keyDown", "keyUp"] {
+        let escape = json!({"type": kind, "key": "Escape", "windowsVirtualKeyCode": 27});
+        browser.command("Input.dispatchKeyEvent", escape).await;
+    }
+    let left = "[document.activeElement.id, document.querySelector('#text').value]";
+    assert_eq!(browser.evaluate(left).await, json!(["list", "two"]));
+    browser.close().await;
+}
+
+#[tokio::test]
 async fn the_oldest_of_all_is_reached_at_once() {
     let Some(mut browser) = Chromium::start().await else { return };
     let stage = Inspected::start(&[]).await;

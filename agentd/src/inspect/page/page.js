@@ -455,7 +455,10 @@ addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
   const at = event.target;
   if (at.matches("input, textarea, select") && at.type !== "checkbox") {
-    if (event.key === "Escape") byId("list").focus();
+    if (event.key !== "Escape") return;
+    // A browser would empty the field, and say so to nobody.
+    event.preventDefault();
+    byId("list").focus();
     return;
   }
   // A button that has the focus takes what presses it, a text what scrolls it.
