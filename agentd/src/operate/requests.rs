@@ -663,9 +663,10 @@ fn text(detail: &Detail, with_bodies: bool) -> String {
         let what =
             if frame.kind == "binary" { bytes.escape_ascii().to_string() } else { harmless_lines(&bytes) };
         let code = frame.code.map(|code| format!(" {code}")).unwrap_or_default();
+        let kept = if frame.cut { format!(", {} of them kept", bytes.len()) } else { String::new() };
         let _ = writeln!(
             text,
-            "{arrow} {:>9}  {}{code} ({} bytes)  {what}",
+            "{arrow} {:>9}  {}{code} ({} bytes{kept})  {what}",
             duration(Some(frame.at_us)),
             frame.kind,
             frame.size
