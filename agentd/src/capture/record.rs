@@ -242,7 +242,7 @@ impl Record {
             Asked::Path(path) => ("", path),
             Asked::Unknown => return None,
         };
-        Some(format!("{scheme}://{host}{prefix}{target}"))
+        Some(format!("{scheme}://{host}{prefix}{}", in_address(target)))
     }
 
     /// Whether the agent answered it, and did not refuse it: no upstream was ever meant to see it.
@@ -347,6 +347,11 @@ impl Record {
     }
 }
 
+/// A target as it stands in an address: the one that is no path, `*`, is an address without one (RFC 9112 §3.2.4).
+pub(crate) fn in_address(target: &str) -> &str {
+    if target == "*" { "" } else { target }
+}
+
 /// One part in so many is lost between records of all sizes that come and go.
 const GAPS: usize = 3;
 
@@ -380,6 +385,8 @@ mod tests {
             record.asked = asked;
             assert_eq!(record.url().as_deref(), url);
         }
+        (record.target, record.asked) = ("*".into(), Asked::Target);
+        assert_eq!(record.url().as_deref(), Some("https://h/web/api"));
     }
 
     #[test]

@@ -278,6 +278,7 @@ impl Lens {
     /// Puts a request from elsewhere into the list; its number.
     pub(crate) fn import(&self, found: Elsewhere<'_>) -> u64 {
         let mut record = Record::new(Source::Import, found.kind, found.method.into(), found.target.into());
+        record.asked = found.asked;
         record.fields = found.fields;
         record.body = found.body.keep(self.body_bytes);
         // How much is missing may be unknown.
@@ -304,6 +305,7 @@ impl Lens {
 #[derive(Debug)]
 pub(crate) struct Elsewhere<'a> {
     pub(crate) kind: Kind,
+    pub(crate) asked: Asked,
     pub(crate) method: &'a str,
     pub(crate) target: &'a str,
     pub(crate) fields: Fields,

@@ -523,6 +523,7 @@ impl Inspector {
         let list = |one: har::Imported| {
             lens.import(Elsewhere {
                 kind: one.kind,
+                asked: one.asked,
                 method: &one.request.method,
                 target: &one.request.target,
                 fields: packed(&one.request.fields),

@@ -15,7 +15,7 @@ use super::{
 use crate::capture::{
     fields::Fields,
     kept::Kept,
-    record::{Answer, Direction, Frame, FrameKind, Kind, Record},
+    record::{Answer, Asked, Direction, Frame, FrameKind, Kind, Record, in_address},
     ring::Captured,
 };
 
@@ -81,6 +81,9 @@ struct Pair {
 struct RequestShape {
     method: String,
     url: String,
+    /// What the upstream was asked for, where the address does not say so.
+    #[serde(rename = "_target", skip_serializing_if = "Option::is_none")]
+    target: Option<String>,
     http_version: &'static str,
     cookies: Vec<Pair>,
     headers: Vec<Pair>,
@@ -186,7 +189,7 @@ fn entry(captured: &Captured, record: &Record, redact: Option<&Redact>) -> Entry
         // What is answered by the agent has none.
         let has_host = !upstream.is_empty() && !upstream.starts_with("unix:");
         let base = if has_host { upstream } else { "http://localhost" };
-        format!("{}{}", base.trim_end_matches('/'), record.target)
+        format!("{}{}", base.trim_end_matches('/'), in_address(&record.target))
     });
     let is_socket = record.kind == Kind::Websocket;
     // As the date has it, so that who takes one from the other gets when a message came.
@@ -359,6 +362,7 @@ fn request(record: &Record, url: String, redact: Option<&Redact>) -> RequestShap
     });
     RequestShape {
         method: record.method.to_string(),
+        target: Some(record.target.to_string()).filter(|target| *target != super::curl::split_url(&url).1),
         url,
         http_version: "HTTP/1.1",
         cookies: cookies(&record.fields, "cookie", redact),
@@ -449,6 +453,8 @@ struct ReadRequest {
     post_data: Option<ReadPostData>,
     #[serde(default)]
     body_size: Option<i64>,
+    #[serde(default, rename = "_target")]
+    target: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -512,6 +518,7 @@ struct ReadContent {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Imported {
     pub(crate) kind: Kind,
+    pub(crate) asked: Asked,
     pub(crate) request: Request,
     /// How long its body was, where not all of it is there; 0 where nobody knows.
     pub(crate) size: Option<u64>,
@@ -524,8 +531,8 @@ pub(crate) struct Imported {
 
 impl From<Request> for Imported {
     fn from(request: Request) -> Self {
-        let (kind, frames) = (Kind::Http, Vec::new());
-        Self { kind, request, size: None, answer: None, frames, frames_dropped: 0 }
+        let (kind, asked, frames) = (Kind::Http, Asked::Target, Vec::new());
+        Self { kind, asked, request, size: None, answer: None, frames, frames_dropped: 0 }
     }
 }
 
@@ -566,11 +573,15 @@ fn imported(entry: ReadEntry) -> Result<Imported, String> {
         pairs.into_iter().map(|pair| (pair.name, pair.value.unwrap_or_default().into_bytes())).collect()
     };
     let known = |size: Option<i64>| size.and_then(|size| u64::try_from(size).ok()).unwrap_or_default();
-    let ReadRequest { method, url, headers, post_data, body_size } = entry.request;
+    let ReadRequest { method, url, headers, post_data, body_size, target } = entry.request;
     if !url.contains("://") {
         return Err(format!("{url:?} is not an address"));
     }
-    let (host, target) = super::curl::split_url(&url);
+    let (host, path) = super::curl::split_url(&url);
+    let (target, asked) = match target {
+        Some(target) => (target, Asked::Path(path.into())),
+        None => (path, Asked::Target),
+    };
     let mut fields = pairs(headers);
     if !fields.iter().any(|(name, _)| name.eq_ignore_ascii_case("host")) {
         fields.insert(0, ("host".to_owned(), host.into_bytes()));
@@ -617,7 +628,7 @@ fn imported(entry: ReadEntry) -> Result<Imported, String> {
     let request = Request { method, target, fields, body };
     let began = entry.started_date_time.and_then(|text| OffsetDateTime::parse(&text, &Rfc3339).ok());
     let frames = frames(entry.messages, began)?;
-    Ok(Imported { kind, request, size, answer, frames, frames_dropped: entry.messages_dropped })
+    Ok(Imported { kind, asked, request, size, answer, frames, frames_dropped: entry.messages_dropped })
 }
 
 /// The messages of a WebSocket whose request came at `began`.
@@ -701,6 +712,7 @@ mod tests {
         let answer = (201, Fields::from_pairs(reply.into_iter()), Found { bytes: b"done", size: None });
         let id = lens.import(Elsewhere {
             kind: Kind::Http,
+            asked: Asked::Target,
             method,
             target,
             fields,

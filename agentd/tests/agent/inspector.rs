@@ -810,7 +810,26 @@ async fn what_a_route_changes_is_kept_as_the_upstream_gets_it() {
     // In path mode the edge has taken off something before.
     let sent = with_header(forwarded("GET", "/api/json"), "x-forwarded-prefix", b"/web");
     stage.pass(sent, OK).await;
-    assert_eq!(stage.get("/api/requests/4").await["url"], "https://web.example.com/web/api/json");
+    let in_path_mode = "https://web.example.com/web/api/json";
+    assert_eq!(stage.get("/api/requests/4").await["url"], in_path_mode);
+
+    // An import is for the upstream what it was, and knows its public address; so to the byte.
+    let sent = forwarded("GET", "/x?a[]=|");
+    stage.line.request(&sent).await;
+    assert!(peer.head().await.starts_with("GET /x?a[]=| HTTP/1.1\r\n"));
+    peer.write(OK).await;
+    stage.line.whole(&sent).await;
+    let (token, kind) = (("x-inspector-token", &*stage.token), ("content-type", "application/json"));
+    let har = stage.call("GET", "/api/har?ids=1,4,5", &[], b"").await.body;
+    let imported = stage.call("POST", "/api/import", &[token, kind], &har).await;
+    assert_eq!(imported.json(), json!({"ids": [6, 7, 8]}));
+    let public = "https://web.example.com/x?a%5B%5D=%7C";
+    for (id, target, url) in
+        [(6, "/v1/json?x=1", url), (7, "/v1/json", in_path_mode), (8, "/x?a[]=|", public)]
+    {
+        let row = stage.get(&format!("/api/requests/{id}")).await;
+        assert_eq!((&row["target"], &row["url"]), (&json!(target), &json!(url)));
+    }
 }
 
 #[tokio::test]
@@ -917,6 +936,27 @@ async fn an_export_is_imported_with_what_was_cut_and_what_has_no_upstream() {
     };
     let once_more = stage.call("GET", "/api/har?ids=4,5,6&reveal=true", &[token], b"").await.body;
     assert_eq!(bodies(&once_more), bodies(&har));
+    // A WebSocket is none that could be replayed, and has its messages.
+    let message =
+        |kind: &str, data: &str| json!({"type": kind, "time": 1_796_083_200.5, "opcode": 1, "data": data});
+    let mut cut = message("receive", "half");
+    (cut["_cut"], cut["_size"]) = (json!(true), json!(9000));
+    let socket = json!({"log": {"entries": [{
+        "startedDateTime": "2026-12-01T00:00:00.000Z", "_resourceType": "websocket", "_webSocketMessagesDropped": 2,
+        "request": {"method": "GET", "url": "wss://h/ws"}, "response": {"status": 101},
+        "_webSocketMessages": [message("send", "hi"), cut],
+    }]}});
+    let imported = stage.call("POST", "/api/import", &[token, kind], socket.to_string().as_bytes()).await;
+    assert_eq!(imported.json(), json!({"ids": [7]}));
+    assert_eq!(stage.replay(7, &json!({})).await.status, 422);
+    let (_, shown, _) = run(&stage, &["request", "show", "7"]).await;
+    for line in [
+        "(2 messages before these are not kept)",
+        "->    500 ms  text (2 bytes)  hi",
+        "<-    500 ms  text (9000 bytes, 4 of them kept)  half",
+    ] {
+        assert!(shown.contains(line), "{line}: {shown}");
+    }
     // Another body makes it whole.
     assert_eq!(stage.replay(4, &json!({"body": {"text": "abc"}})).await.status, 202);
     let mut peer = stage.upstream.accept().await;
