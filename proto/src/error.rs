@@ -157,7 +157,7 @@ error_codes! {
     /// A signed body is longer than what is held to be checked.
     WebhookTooLarge, "webhook_too_large", PAYLOAD_TOO_LARGE, "WebhookTooLarge",
         "The body of this webhook is over the 1048576 bytes (1 MiB) that are held to check a signature.";
-    /// A page of an origin that `cors` does not name asks whether it may.
+    /// A page of an origin that `cors` does not name asks whether it may, or acts for a visitor without asking.
     OriginRefused, "origin_refused", FORBIDDEN, "OriginRefused",
         "Pages of this origin may not use this tunnel.";
     /// No route takes the request, and the tunnel has no upstream for the rest.

@@ -117,7 +117,7 @@ impl Policy {
     ) -> Result<Admitted<'a>, Answer> {
         self.visitors.address(asked)?;
         let choice = self.traffic.enter(asked, Instant::now())?;
-        let visitor = self.visitors.admit(asked, now).await?;
+        let visitor = self.visitors.admit(asked, self.traffic.cors(), now).await?;
         let signed = self.webhooks.iter().find(|webhook| webhook.covers(asked.target.path()));
         if signed.is_some() && body_bytes.is_some_and(|bytes| bytes > SIGNED_BODY_BYTES) {
             return Err(Answer::refusal(ErrorCode::WebhookTooLarge));

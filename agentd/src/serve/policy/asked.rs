@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use http::{Method, header};
+use http::{HeaderValue, Method, header};
 use proto::{header::Headers, target::Target};
 
 /// The head of a request.
@@ -49,6 +49,35 @@ impl<'a> Asked<'a> {
         Some(format!("{}{}{}", self.origin()?, self.prefix(), self.target.as_str()))
     }
 
+    /// Whether it may change something. A WebSocket may, with whatever method it is asked for.
+    pub(crate) fn is_unsafe(&self) -> bool {
+        self.upgrade || !self.method.is_safe()
+    }
+
+    /// Whether a page of another origin made a browser send it: as `Sec-Fetch-Site` says, which no page can change; else
+    /// `Origin`. Programs say neither, and older browsers `Origin` at least where something may change.
+    pub(crate) fn is_cross_origin(&self) -> bool {
+        let mut sites = self.headers.get_all("sec-fetch-site").peekable();
+        if sites.peek().is_some() {
+            // A page that hides where it comes from has the origin `null` also to itself.
+            return !sites.all(|site| matches!(site.as_bytes(), b"same-origin" | b"none"));
+        }
+        !self.headers.get_all(header::ORIGIN).all(|origin| self.is_own(origin))
+    }
+
+    fn is_own(&self, origin: &HeaderValue) -> bool {
+        let origin = origin.to_str().ok().and_then(|origin| origin.split_once("://"));
+        let (Some((scheme, authority)), Some(host)) = (origin, self.host()) else { return false };
+        let port = match scheme {
+            "https" => ":443",
+            // What stands before the front may take TLS off, and puts none on.
+            "http" if self.text("x-forwarded-proto") == Some("http") => ":80",
+            _ => return false,
+        };
+        let without_port = |host: &'a str| host.strip_suffix(port).unwrap_or(host);
+        authority.strip_suffix(port).unwrap_or(authority).eq_ignore_ascii_case(without_port(host))
+    }
+
     /// Whether it takes a page.
     pub(crate) fn wants_html(&self) -> bool {
         self.text("accept").is_some_and(|accept| accept.contains("text/html"))
@@ -83,7 +112,7 @@ fn client_of(field: &str) -> Option<IpAddr> {
 
 #[cfg(test)]
 mod tests {
-    use http::{HeaderName, HeaderValue};
+    use http::HeaderName;
     use proto::forwarded::{Hop, Trust, apply};
 
     use super::*;
@@ -133,6 +162,50 @@ mod tests {
         apply(&mut unknown, &hop, Trust::Chain, &proto::id::RequestId::from_random([1; 16]));
         assert_eq!(asked_with(&unknown, |asked| asked.client()), None);
         assert_eq!(asked_with(&Headers::new(), |asked| asked.client()), None);
+    }
+
+    #[test]
+    fn pages_of_other_origins_are_told_from_the_tunnels_own_and_from_programs() {
+        const OWN: &str = "https://web.example.com";
+        for (scheme, host, fields, is_cross) in [
+            ("https", "web.example.com", &[][..], false),
+            ("https", "web.example.com", &[("origin", OWN)], false),
+            ("https", "WEB.example.com", &[("origin", OWN)], false),
+            ("https", "web.example.com:443", &[("origin", OWN)], false),
+            ("https", "web.example.com:8443", &[("origin", "https://web.example.com:8443")], false),
+            ("http", "web.localhost:8080", &[("origin", "http://web.localhost:8080")], false),
+            ("http", "[::1]", &[("origin", "http://[::1]:80")], false),
+            // TLS ends before the front.
+            ("http", "web.example.com", &[("origin", OWN)], false),
+            ("https", "web.example.com", &[("origin", "http://web.example.com")], true),
+            ("https", "web.example.com", &[("origin", "https://web.example.com:8443")], true),
+            ("https", "web.example.com:8443", &[("origin", OWN)], true),
+            ("https", "web.example.com", &[("origin", "https://other.example.com")], true),
+            ("https", "web.example.com", &[("origin", "https://web.example.com.evil.test")], true),
+            ("https", "web.example.com", &[("origin", "https://evil.test/web.example.com")], true),
+            ("https", "web.example.com", &[("origin", "null")], true),
+            ("https", "web.example.com", &[("origin", "")], true),
+            ("https", "web.example.com", &[("origin", "chrome-extension://web.example.com")], true),
+            ("https", "web.example.com", &[("origin", OWN), ("origin", "https://other.example.com")], true),
+            // Who says where it comes from is asked nothing else.
+            ("https", "web.example.com", &[("sec-fetch-site", "same-origin"), ("origin", "null")], false),
+            ("https", "web.example.com", &[("sec-fetch-site", "none")], false),
+            ("https", "web.example.com", &[("sec-fetch-site", "same-site")], true),
+            ("https", "web.example.com", &[("sec-fetch-site", "cross-site"), ("origin", OWN)], true),
+            ("https", "web.example.com", &[("sec-fetch-site", "same-origin, none"), ("origin", OWN)], true),
+            (
+                "https",
+                "web.example.com",
+                &[("sec-fetch-site", "none"), ("sec-fetch-site", "same-site")],
+                true,
+            ),
+        ] {
+            let hop = [("x-forwarded-proto", scheme), ("x-forwarded-host", host)];
+            let is = asked_with(&headers(&[&hop, fields].concat()), |asked| asked.is_cross_origin());
+            assert_eq!(is, is_cross, "{scheme}://{host} {fields:?}");
+        }
+        // Where nobody says what was asked for, no page is the tunnel's own.
+        assert!(asked_with(&headers(&[("origin", OWN)]), |asked| asked.is_cross_origin()));
     }
 
     #[test]

@@ -75,6 +75,15 @@ fn allow(rule: &CorsRule, origin: &HeaderValue) -> Option<HeaderValue> {
     rule.origins.iter().any(|own| is_origin(own, text)).then(|| origin.clone())
 }
 
+/// Whether it names an origin. `*` names none, and `null` everybody's: who lets all of them read has not said whose pages
+/// act for a visitor.
+pub(crate) fn names(rule: &CorsRule, origin: &HeaderValue) -> bool {
+    let is_named = |origin: &str| {
+        rule.origins.iter().any(|own| !matches!(&**own, "*" | "null") && is_origin(own, origin))
+    };
+    origin.to_str().is_ok_and(is_named)
+}
+
 fn is_origin(own: &str, origin: &str) -> bool {
     let Some((before, after)) = own.split_once("*.") else { return own == origin };
     // The star stands for one or more whole labels.

@@ -17,7 +17,8 @@ use crate::{
     serve::tunnel::Tunnel,
 };
 
-/// One tunnel's rules, and requests as `METHOD TARGET [@host] [from=IP] [bytes=N|unknown] [name:value …] => OUTCOME`.
+/// One tunnel's rules, and requests as `METHOD TARGET [@host] [from=IP] [bytes=N|unknown] [upgrade] [name:value …] => OUTCOME`,
+/// with `_` for a blank in a value.
 struct Case {
     rules: &'static str,
     requests: &'static [&'static str],
@@ -565,6 +566,64 @@ async fn a_token_is_judged_by_the_time_at_which_its_request_came() {
     assert_eq!(at(1_000_100).await.unwrap_err().code, Some(ErrorCode::TokenRequired));
 }
 
+#[tokio::test]
+async fn pages_of_other_origins_do_not_act_with_a_visitors_password() {
+    const OWN: &str = "origin:https://web.tunnel.example.com";
+    const OTHER: &str = "origin:https://a.tunnel.example.com";
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("users");
+    std::fs::write(&file, format!("ann:{}\n", bcrypt::hash("secret", 4).unwrap())).unwrap();
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let rules = |more: &str| {
+        policy(&format!("basic_auth = {{ file = \"{}\", except = [\"/open\"] }}\n{more}", file.display()))
+    };
+    let plain = rules("");
+    let named = rules("cors = { origins = [\"https://a.tunnel.example.com\"] }");
+    let all = rules("cors = { origins = [\"*\"] }");
+    let sandboxed = rules("cors = { origins = [\"null\"] }");
+    let refused = "403 origin_refused";
+    for (policy, asked, outcome) in [
+        (&plain, "POST /".to_owned(), "own /"),
+        (&plain, format!("POST / {OWN}"), "own /"),
+        (&plain, format!("POST / {OWN}:443"), "own /"),
+        (&plain, format!("POST / {OTHER}"), refused),
+        (&plain, format!("POST / {OWN}:8443"), refused),
+        (&plain, "POST / origin:null".to_owned(), refused),
+        (&plain, "POST / origin:null sec-fetch-site:same-origin".to_owned(), "own /"),
+        (&plain, "POST / sec-fetch-site:none".to_owned(), "own /"),
+        (&plain, "POST / sec-fetch-site:same-site".to_owned(), refused),
+        (&plain, format!("DELETE / sec-fetch-site:cross-site {OTHER}"), refused),
+        (&plain, format!("PATCH / {OTHER}"), refused),
+        // Reading is the browser's to refuse, and links lead here.
+        (&plain, format!("GET / {OTHER}"), "own /"),
+        (&plain, "GET / sec-fetch-site:cross-site sec-fetch-mode:navigate".to_owned(), "own /"),
+        (&plain, format!("HEAD / {OTHER}"), "own /"),
+        // A WebSocket is asked for with GET, and no browser asks anybody whether its page may.
+        (&plain, format!("GET / upgrade {OTHER}"), refused),
+        (&plain, "GET / upgrade sec-fetch-site:same-site".to_owned(), refused),
+        (&plain, format!("GET / upgrade {OWN}"), "own /"),
+        (&plain, "GET / upgrade".to_owned(), "own /"),
+        // Whose pages may is named; to let all read names none.
+        (&named, format!("POST / {OTHER}"), "own /"),
+        (&named, format!("POST / sec-fetch-site:same-site {OTHER}"), "own /"),
+        (&named, format!("GET / upgrade {OTHER}"), "own /"),
+        (&named, format!("POST / {OTHER}.evil.test"), refused),
+        (&named, "POST / sec-fetch-site:same-site".to_owned(), refused),
+        (&named, "POST / origin:null".to_owned(), refused),
+        (&all, format!("POST / {OTHER}"), refused),
+        (&sandboxed, "POST / origin:null sec-fetch-site:cross-site".to_owned(), refused),
+        (&plain, format!("POST /open {OTHER}"), "own /open"),
+    ] {
+        let (is, fields) = ask(policy, &format!("{asked} authorization:Basic_YW5uOnNlY3JldA=="), false).await;
+        assert_eq!(is, outcome, "{asked}");
+        let rule = fields.get("denied_by").map(String::as_str);
+        assert_eq!(rule, (outcome == refused).then_some("basic auth"), "{asked}");
+    }
+    // Who shows no password is asked for it, whatever page it is.
+    let asked = format!("POST / {OTHER}");
+    assert_eq!(ask(&plain, &asked, false).await.0, "401 password_required");
+}
+
 /// `None` where the rules ask for nothing.
 fn policy(rules: &str) -> Option<Policy> {
     let dir = tempfile::tempdir().unwrap();
@@ -584,7 +643,7 @@ async fn ask(policy: &Option<Policy>, text: &str, failing: bool) -> (String, BTr
     let method: Method = words.next().unwrap().parse().unwrap();
     let target = Target::parse(words.next().unwrap()).unwrap();
     let (mut host, mut client, mut bytes) = ("web.tunnel.example.com", "192.0.2.1".parse().ok(), Some(0));
-    let mut headers = Headers::new();
+    let (mut headers, mut upgrade) = (Headers::new(), false);
     for word in words {
         if let Some(named) = word.strip_prefix('@') {
             host = named;
@@ -592,18 +651,20 @@ async fn ask(policy: &Option<Policy>, text: &str, failing: bool) -> (String, BTr
             client = from.parse().ok();
         } else if let Some(count) = word.strip_prefix("bytes=") {
             bytes = (count != "unknown").then(|| count.parse().unwrap());
+        } else if word == "upgrade" {
+            upgrade = true;
         } else {
             let (name, value) = word.split_once(':').unwrap();
             headers.push(
                 HeaderName::from_bytes(name.as_bytes()).unwrap(),
-                HeaderValue::from_str(value).unwrap(),
+                HeaderValue::try_from(value.replace('_', " ")).unwrap(),
             );
         }
     }
     let request_id = RequestId::from_random([1; 16]);
     let hop = Hop { client, scheme: "https", host, port: 443, prefix: None };
     apply(&mut headers, &hop, Trust::Chain, &request_id);
-    let asked = Asked { method: &method, target: &target, headers: &headers, upgrade: false };
+    let asked = Asked { method: &method, target: &target, headers: &headers, upgrade };
     let Some(policy) = policy else { return (format!("own {}", target.as_str()), BTreeMap::new()) };
     match policy.admit(&asked, &request_id, bytes, unix_now()).await {
         Ok(mut admitted) => {

@@ -131,6 +131,11 @@ impl Traffic {
         self.rules.error_page.as_deref().filter(|_| status)
     }
 
+    /// What pages of other origins may do.
+    pub(crate) const fn cors(&self) -> Option<&CorsRule> {
+        self.rules.cors.as_ref()
+    }
+
     /// What is decided before anybody asks who the visitor is.
     pub(crate) fn enter(&self, asked: &Asked<'_>, now: Instant) -> Result<Choice<'_>, Answer> {
         if self.rules.maintenance {

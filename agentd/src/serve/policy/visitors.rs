@@ -9,13 +9,13 @@ use http::{HeaderName, HeaderValue, header};
 use proto::{error::ErrorCode, header::Headers, id::TunnelName};
 
 use crate::{
-    config::{paths::PathPattern, visitors::VisitorRules},
+    config::{paths::PathPattern, traffic::CorsRule, visitors::VisitorRules},
     report::denial::DeniedBy,
     serve::policy::{
         answer::Answer,
         asked::Asked,
         basic::{Checked, Passwords},
-        cookie, ip,
+        cookie, cors, ip,
         jwt::{Bearer, Shown},
         oidc::{self, SignIn},
     },
@@ -97,12 +97,18 @@ impl Visitors {
         Ok(())
     }
 
-    /// Lets a request in or answers it, once its address is. `now` is the Unix time in seconds at which it came.
+    /// Lets a request in or answers it, once its address is. `cors` says whose pages may act for a visitor, besides the
+    /// tunnel's own; `now` is the Unix time in seconds at which it came.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future leaves nothing behind that counts.
-    pub(crate) async fn admit(&self, asked: &Asked<'_>, now: u64) -> Result<Visitor, Answer> {
+    pub(crate) async fn admit(
+        &self,
+        asked: &Asked<'_>,
+        cors: Option<&CorsRule>,
+        now: u64,
+    ) -> Result<Visitor, Answer> {
         let path = asked.target.path();
         let holds = |except: &[PathPattern]| !except.iter().any(|pattern| pattern.surely_is(path));
         if path.starts_with("/.agentd/")
@@ -118,12 +124,21 @@ impl Visitors {
             return Ok(Visitor::default());
         }
 
+        // Sessions and passwords are shown by the browser itself, whosever page makes it ask; tokens by none.
+        let is_forged = is_forged(asked, cors);
+        let mut shown_for_others = None;
         if let Some(user) = sign_in.and_then(|sign_in| sign_in.user(asked, now)) {
-            return Ok(Visitor { user: Some(user), spent_authorization: false });
+            if !is_forged {
+                return Ok(Visitor { user: Some(user), spent_authorization: false });
+            }
+            shown_for_others = Some(DeniedBy::Oidc);
         }
         let mut busy = None;
         if let Some((passwords, _)) = passwords {
             match passwords.check(asked.headers, asked.client()).await {
+                Checked::User(_) if is_forged => {
+                    shown_for_others.get_or_insert(DeniedBy::BasicAuth);
+                }
                 Checked::User(user) => {
                     return Ok(Visitor { user: Some((*user).to_owned()), spent_authorization: true });
                 }
@@ -138,6 +153,9 @@ impl Visitors {
                 let user = Some(user).filter(|user| !user.is_empty());
                 return Ok(Visitor { user, spent_authorization: true });
             }
+        }
+        if let Some(rule) = shown_for_others {
+            return Err(Answer::refusal(ErrorCode::OriginRefused).by(rule));
         }
         if let Some(wait) = busy {
             return Err(later(ErrorCode::TooManyGuesses, wait));
@@ -191,6 +209,15 @@ impl Visitors {
             _ => None,
         }
     }
+}
+
+/// Whether another origin's page makes a visitor's browser send what may change something, and is not let to. Tunnels of
+/// one domain are one site to browsers: `SameSite` keeps their pages from nothing.
+fn is_forged(asked: &Asked<'_>, cors: Option<&CorsRule>) -> bool {
+    let mut origins = asked.headers.get_all(header::ORIGIN).peekable();
+    let is_named =
+        origins.peek().is_some() && cors.is_some_and(|rule| origins.all(|origin| cors::names(rule, origin)));
+    asked.is_unsafe() && asked.is_cross_origin() && !is_named
 }
 
 fn later(code: ErrorCode, wait: Duration) -> Answer {
