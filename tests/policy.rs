@@ -611,6 +611,27 @@ async fn signing_in_leads_to_the_provider_and_back_with_a_session_of_this_tunnel
             200,
         ),
         (json!({}), json!({ "sub": "7", "email": "ann@example.com", "email_verified": true }), 200),
+        // The token names the email, and only the endpoint says whose word it is worth.
+        (
+            json!({ "email": "ann@example.com" }),
+            json!({ "sub": "7", "email": "ann@example.com", "email_verified": "true" }),
+            200,
+        ),
+        (
+            json!({ "email": "ann@example.com" }),
+            json!({ "sub": "7", "email": "eve@evil.test", "email_verified": true }),
+            403,
+        ),
+        (
+            json!({ "email": "ann@example.com" }),
+            json!({ "sub": "8", "email": "ann@example.com", "email_verified": true }),
+            400,
+        ),
+        (
+            json!({ "email": "ann@example.com", "email_verified": false }),
+            json!({ "sub": "7", "email": "ann@example.com", "email_verified": true }),
+            403,
+        ),
         (json!({}), json!({ "sub": "8", "email": "ann@example.com", "email_verified": true }), 400),
         (json!({ "nonce": "another" }), json!({ "sub": "7" }), 400),
         (
@@ -649,6 +670,92 @@ async fn signing_in_leads_to_the_provider_and_back_with_a_session_of_this_tunnel
         (503, Some("sign_in_unavailable"))
     );
     denials(&agent, &[("web", "oidc"), ("other", "oidc"), ("short", "oidc"), ("auth", "oidc")]).await;
+}
+
+#[tokio::test]
+async fn a_session_made_under_other_rules_leads_to_signing_in_anew() {
+    let secrets = Secrets::new();
+    let provider = Provider::new(secrets.signer());
+    let (issuer, upstream) = (provider.start().await, Upstream::echo().await);
+    let rules = |allow: &str| tunnel("web", &upstream, &oidc(&issuer, &secrets, allow));
+    let local = Local::start(&[]);
+    let agent = local.agent_with(&rules("allow_groups = [\"ops\"]"), &["web"]);
+    let reload = |allow: &str| {
+        agent.write_tunnels(&local, &rules(allow));
+        assert_eq!(agent.ask(&["reload"]).0, Some(0));
+    };
+    *provider.user.lock().unwrap() =
+        json!({ "email": "ann@example.com", "email_verified": false, "groups": ["ops", "dev"] });
+    let mut browser = Browser::default();
+    let (answer, way) = browser.open(&local, "web.localhost", "/").await;
+    assert_eq!((answer.status, way.len()), (200, 3));
+
+    // The session knows nothing of the group that is asked for now; the provider does.
+    reload("allow_groups = [\"dev\"]");
+    is_refused(&local, &browser.request("web.localhost", "GET", "/x"), 401, "sign_in_required").await;
+    let (answer, way) = browser.open(&local, "web.localhost", "/x").await;
+    assert_eq!((answer.status, way.len()), (200, 3), "{way:?}");
+    let (answer, way) = browser.open(&local, "web.localhost", "/x").await;
+    assert_eq!((answer.status, way.len()), (200, 0), "it has a session of these rules");
+
+    // Whoever is not let in after that is told so, and not led round.
+    reload("allow_groups = [\"admin\"]");
+    let (answer, way) = browser.open(&local, "web.localhost", "/x").await;
+    assert_eq!((answer.status, answer.field("x-tunnel-error").as_deref()), (403, Some("visitor_refused")));
+    assert_eq!((way.len(), answer.all("set-cookie").len()), (2, 0), "{way:?}");
+
+    // What was not verified when nobody asked for it does not count where somebody does.
+    reload("allow_domains = [\"example.com\"]\nrequire_verified_email = false");
+    assert_eq!(browser.open(&local, "web.localhost", "/x").await.0.status, 200);
+    passes(&local, &upstream, &browser.request("web.localhost", "GET", "/x")).await;
+    reload("allow_domains = [\"example.com\"]");
+    is_refused(&local, &browser.request("web.localhost", "GET", "/x"), 401, "sign_in_required").await;
+    assert_eq!(browser.open(&local, "web.localhost", "/x").await.0.status, 403);
+}
+
+#[tokio::test]
+async fn pages_of_other_tunnels_do_not_act_with_a_visitors_session() {
+    let secrets = Secrets::new();
+    let provider = Provider::new(secrets.signer());
+    let (issuer, upstream) = (provider.start().await, Upstream::echo().await);
+    let anybody = oidc(&issuer, &secrets, "allow_anyone = true");
+    let tunnels = [
+        tunnel("web", &upstream, &anybody),
+        tunnel("named", &upstream, &format!("cors = {{ origins = [\"http://*.localhost\"] }}\n{anybody}")),
+    ];
+    let local = Local::start(&[]);
+    let agent = local.agent_with(&tunnels.concat(), &["web", "named"]);
+    let mut browser = Browser::default();
+    for host in ["web.localhost", "named.localhost"] {
+        assert_eq!(browser.open(&local, host, "/").await.0.status, 200);
+    }
+    let with = |host: &str, method: &str, fields: &[(&str, &str)]| {
+        let request =
+            browser.request(host, method, "/act").body(if method == "GET" { vec![] } else { vec![1] });
+        fields.iter().fold(request, |request, (name, value)| request.field(name, value))
+    };
+    let other = ("Origin", "http://other.localhost");
+    for method in ["POST", "DELETE"] {
+        for fields in [&[other][..], &[("Origin", "null")], &[("Sec-Fetch-Site", "same-site")]] {
+            let request = with("web.localhost", method, fields);
+            is_refused(&local, &request, 403, "origin_refused").await;
+        }
+        for fields in [
+            &[][..],
+            &[("Origin", "http://web.localhost")],
+            &[("Sec-Fetch-Site", "same-origin"), ("Origin", "null")],
+        ] {
+            passes(&local, &upstream, &with("web.localhost", method, fields)).await;
+        }
+        passes(&local, &upstream, &with("named.localhost", method, &[other])).await;
+        let evil = with("named.localhost", method, &[("Origin", "http://evil.test")]);
+        is_refused(&local, &evil, 403, "origin_refused").await;
+    }
+    // A link from anywhere leads where it says.
+    for fields in [&[other][..], &[("Sec-Fetch-Site", "cross-site"), ("Sec-Fetch-Mode", "navigate")]] {
+        passes(&local, &upstream, &with("web.localhost", "GET", fields)).await;
+    }
+    denials(&agent, &[("web", "oidc"), ("named", "oidc")]).await;
 }
 
 /// One that says who it is and what it was asked for, with a status that the target may name (`/status/503`).

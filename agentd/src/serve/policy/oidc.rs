@@ -71,6 +71,7 @@ struct Session {
     /// Those of the allowed groups that the provider named.
     groups: Vec<String>,
     /// Unix seconds.
+    since: u64,
     until: u64,
     id: String,
 }
@@ -146,8 +147,8 @@ fn failed(why: impl Into<String>) -> Failure {
 pub(crate) struct SignIn {
     tunnel: TunnelName,
     rule: OidcRule,
-    sessions: Sealer,
-    /// What sessions are sealed for: another provider or client begins anew.
+    sealer: Sealer,
+    /// What sessions are sealed for: another provider or client begins anew, and so does who was known by other claims.
     purpose: String,
     session_cookie: String,
     browser_cookie: String,
@@ -191,13 +192,17 @@ impl SignIn {
         let algorithms: Vec<_> = ALGORITHMS.iter().map(|(_, algorithm)| *algorithm).collect();
         let used = before.map(|before| lock(&before.used).clone()).unwrap_or_default();
         let signed_out = before.map(|before| lock(&before.signed_out).clone()).unwrap_or_default();
+        let Allowed { groups_claim, verified_email, .. } = &rule.allow;
         Self {
-            purpose: format!("session {tunnel} {issuer} {}", rule.client_id),
+            purpose: format!(
+                "session {tunnel} {issuer} {} {groups_claim} verified={verified_email}",
+                rule.client_id
+            ),
             session_cookie: format!("{}session-{tunnel}", cookie::PREFIX),
             browser_cookie: format!("{}browser-{tunnel}", cookie::PREFIX),
             expected: Expected::new(&algorithms, Some(issuer), std::slice::from_ref(&rule.client_id)),
             tunnel: tunnel.clone(),
-            sessions: sealer,
+            sealer,
             fetch,
             provider,
             rule,
@@ -213,17 +218,25 @@ impl SignIn {
 
     /// Who has signed in and may still come in. Whom the rule lets in is looked up each time: a reload shuts out.
     pub(crate) fn user(&self, asked: &Asked<'_>, now: u64) -> Option<String> {
-        self.session(asked, now)
-            .filter(|session| self.rule.allow.lets_in(session))
-            .map(|session| session.user)
+        self.sessions(asked, now).find(|session| self.rule.allow.lets_in(session)).map(|session| session.user)
     }
 
-    fn session(&self, asked: &Asked<'_>, now: u64) -> Option<Session> {
-        cookie::values(asked.headers, &self.session_cookie)
-            .filter_map(|value| self.sessions.open::<Session>(&self.purpose, value))
-            .find(|session| {
-                session.until > now && !lock(&self.signed_out).contains(session.id.as_bytes(), now)
+    /// The sessions that a request shows: one, unless somebody meddles with it.
+    fn sessions<'a>(&'a self, asked: &Asked<'a>, now: u64) -> impl Iterator<Item = Session> + 'a {
+        let headers = asked.headers;
+        // In path mode all tunnels are one origin, and no session is made there.
+        let name = Some(&*self.session_cookie).filter(|_| asked.prefix().is_empty());
+        name.into_iter()
+            .flat_map(move |name| cookie::values(headers, name))
+            .filter_map(|value| self.sealer.open::<Session>(&self.purpose, value))
+            .filter(move |session| {
+                self.end_of(session) > now && !lock(&self.signed_out).contains(session.id.as_bytes(), now)
             })
+    }
+
+    /// When a session ends: a reload may have made it shorter.
+    fn end_of(&self, session: &Session) -> u64 {
+        session.until.min(session.since.saturating_add(self.rule.session.as_secs()))
     }
 
     /// Leads a page to the provider; everything else is told to sign in.
@@ -233,9 +246,8 @@ impl SignIn {
             return Answer::refusal(ErrorCode::SignInRequired)
                 .with(header::WWW_AUTHENTICATE, Some(challenge));
         }
-        if self.session(asked, now).is_some_and(|session| !self.rule.allow.lets_in(&session)) {
-            return Answer::refusal(ErrorCode::VisitorRefused);
-        }
+        // Also whose session does not let in: it was made under other rules, and knows only what those asked for. Who is not
+        // let in after signing in anew is refused there and gets no session, so nobody is led round.
         match self.to_provider(asked, now).await {
             Ok(answer) => answer,
             Err(failure) => self.refuse(&failure),
@@ -326,7 +338,7 @@ impl SignIn {
             Ok((session, location)) => {
                 tracing::info!(tunnel_id = %self.tunnel, user = session.user, "{} has signed in", session.user);
                 let seconds = session.until.saturating_sub(now);
-                let sealed = self.sessions.seal(&self.purpose, &session).ok();
+                let sealed = self.sealer.seal(&self.purpose, &session).ok();
                 let kept = sealed.and_then(|sealed| cookie::set(&self.session_cookie, &sealed, seconds));
                 match kept {
                     Some(kept) => Answer::redirect(&location).with(header::SET_COOKIE, Some(kept)),
@@ -453,24 +465,19 @@ impl SignIn {
         let allow = &self.rule.allow;
         let subject = claims.get("sub").and_then(Value::as_str).map(str::to_owned);
         let subject = subject.ok_or_else(|| failed("the provider's token has no sub"))?;
-        let has = |claims: &Value, name: &str| !texts_of(claims, name).is_empty();
-        let lacks =
-            !has(&claims, "email") || (!allow.groups.is_empty() && !has(&claims, &allow.groups_claim));
+        let mut email = Email::of(&claims);
+        let lacks = email.address.is_none()
+            || (allow.verified_email && email.verified.is_none())
+            || (!allow.groups.is_empty() && texts_of(&claims, &allow.groups_claim).is_empty());
         // Many providers keep a token short, and tell the rest to whoever asks with it.
         if lacks && let (Some(url), Some(token)) = (&provider.userinfo, access_token) {
-            let mut fields = HeaderMap::new();
-            if let Ok(mut value) = HeaderValue::try_from(format!("Bearer {token}")) {
-                value.set_sensitive(true);
-                fields.insert(header::AUTHORIZATION, value);
-            }
-            match self.fetch.get(url, fields).await {
-                Ok(body) => {
-                    let more: Value = serde_json::from_slice(&body)
-                        .map_err(|_| failed(format!("what {url} says is no JSON")))?;
+            match self.userinfo(url, token).await {
+                Ok(more) => {
                     // OpenID Connect Core §5.3.2.
                     if more.get("sub").and_then(Value::as_str) != Some(&*subject) {
                         return Err(failed(format!("{url} speaks of somebody else")));
                     }
+                    email = email.or(Email::of(&more));
                     if let (Some(claims), Value::Object(more)) = (claims.as_object_mut(), more) {
                         for (name, value) in more {
                             claims.entry(name).or_insert(value);
@@ -482,23 +489,34 @@ impl SignIn {
                 }
             }
         }
-        let is_verified = || texts_of(&claims, "email_verified").iter().any(|text| text == "true");
-        let email = texts_of(&claims, "email").into_iter().next();
-        let email = email.filter(|_| !allow.verified_email || is_verified());
+        let is_verified = email.verified == Some(true);
+        let email = email.address.filter(|_| !allow.verified_email || is_verified);
         let groups = texts_of(&claims, &allow.groups_claim);
         let groups = allow.groups.iter().filter(|group| groups.contains(group)).cloned().collect();
         Ok(Session {
             user: email.clone().unwrap_or(subject),
             email,
             groups,
+            since: now,
             until: now + self.rule.session.as_secs(),
             id: random::<16>().map_err(|Unspecified| failed("the system has no randomness"))?,
         })
     }
 
+    /// What the provider tells whoever has the visitor's access token.
+    async fn userinfo(&self, url: &HttpUrl, token: &str) -> Result<Value, String> {
+        let mut fields = HeaderMap::new();
+        if let Ok(mut value) = HeaderValue::try_from(format!("Bearer {token}")) {
+            value.set_sensitive(true);
+            fields.insert(header::AUTHORIZATION, value);
+        }
+        let body = self.fetch.get(url, fields).await.map_err(|error| error.to_string())?;
+        serde_json::from_slice(&body).map_err(|_| format!("what {url} says is no JSON"))
+    }
+
     /// Ends a session here. That of the provider goes on.
     pub(crate) fn sign_out(&self, asked: &Asked<'_>, now: u64) -> Answer {
-        if let Some(session) = self.session(asked, now) {
+        for session in self.sessions(asked, now) {
             let left = Duration::from_secs(session.until.saturating_sub(now));
             lock(&self.signed_out).insert(session.id.as_bytes(), now, left);
         }
@@ -566,6 +584,37 @@ struct Tokens {
     access_token: Option<String>,
 }
 
+/// A visitor's email, as one document of the provider has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Email {
+    address: Option<String>,
+    /// `None` where nothing is said that could be understood.
+    verified: Option<bool>,
+}
+
+impl Email {
+    fn of(claims: &Value) -> Self {
+        Self {
+            address: texts_of(claims, "email").into_iter().next(),
+            // Some providers write it as a text. What is neither is no.
+            verified: claims
+                .get("email_verified")
+                .filter(|value| !value.is_null())
+                .map(|value| *value == true || *value == "true"),
+        }
+    }
+
+    /// What the token says, completed by the userinfo endpoint. A word about one address is none about another.
+    fn or(self, more: Self) -> Self {
+        match (&self.address, self.verified) {
+            (None, Some(false)) => Self { verified: Some(false), ..more },
+            (None, _) => more,
+            (Some(_), None) if self.address == more.address => Self { verified: more.verified, ..self },
+            (Some(_), _) => self,
+        }
+    }
+}
+
 /// What a provider calls its error.
 fn error_of(body: &Bytes) -> String {
     let error = serde_json::from_slice::<Value>(body).ok();
@@ -617,5 +666,164 @@ impl Allowed {
             self.emails.contains(&email) || self.domains.iter().any(|allowed| allowed == domain)
         });
         self.anyone || by_email || session.groups.iter().any(|group| self.groups.contains(group))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderName;
+    use proto::{header::Headers, target::Target};
+    use serde_json::json;
+
+    use super::*;
+
+    const NOW: u64 = 1_000_000;
+
+    fn rule(change: impl FnOnce(&mut OidcRule)) -> OidcRule {
+        let mut rule = OidcRule {
+            issuer: "http://127.0.0.1:1".parse().unwrap(),
+            client_id: "web".to_owned(),
+            client_secret: None,
+            scopes: "openid".to_owned(),
+            allow: Allowed {
+                anyone: false,
+                emails: Vec::new(),
+                domains: vec!["example.com".to_owned()],
+                groups: vec!["ops".to_owned()],
+                groups_claim: "groups".to_owned(),
+                verified_email: true,
+            },
+            callback_tunnel: None,
+            session: Duration::from_secs(1000),
+            session_key: None,
+            ca_file: None,
+            except: Vec::new(),
+        };
+        change(&mut rule);
+        rule
+    }
+
+    fn sign_in(rule: OidcRule) -> SignIn {
+        SignIn::new(&"web".parse().unwrap(), rule, None)
+    }
+
+    fn asking<T>(fields: &[(&'static str, String)], of: impl FnOnce(&Asked<'_>) -> T) -> T {
+        let headers: Headers = fields
+            .iter()
+            .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::try_from(value).unwrap()))
+            .collect();
+        let target = Target::parse("/").unwrap();
+        of(&Asked { method: &Method::GET, target: &target, headers: &headers, upgrade: false })
+    }
+
+    #[test]
+    fn a_session_counts_for_whom_the_rules_let_in_now() {
+        let made = sign_in(rule(|_| ()));
+        let session = |id: &str, email: Option<&str>, groups: &[&str]| {
+            let session = Session {
+                user: "ann".to_owned(),
+                email: email.map(str::to_owned),
+                groups: groups.iter().map(|&group| group.to_owned()).collect(),
+                since: NOW,
+                until: NOW + 1000,
+                id: id.to_owned(),
+            };
+            format!("{}={}", made.session_cookie, made.sealer.seal(&made.purpose, &session).unwrap())
+        };
+        let cookie = session("1", Some("ann@example.com"), &["ops"]);
+        let user = |sign_in: &SignIn, cookie: &str, prefix: &str, now| {
+            let fields = [("cookie", cookie.to_owned()), ("x-forwarded-prefix", prefix.to_owned())];
+            asking(&fields, |asked| sign_in.user(asked, now))
+        };
+        assert_eq!(user(&made, &cookie, "", NOW).as_deref(), Some("ann"));
+        assert_eq!(user(&made, &cookie, "", NOW + 1000), None);
+        assert_eq!(user(&made, &cookie, "/web", NOW), None, "all tunnels are one origin there");
+        let later =
+            |change: fn(&mut OidcRule), cookie: &str, now| user(&sign_in(rule(change)), cookie, "", now);
+        assert!(later(|rule| rule.allow.groups = vec!["dev".to_owned()], &cookie, NOW).is_some());
+        let nobody: fn(&mut OidcRule) = |rule| {
+            rule.allow.groups = vec!["dev".to_owned()];
+            rule.allow.domains.clear();
+        };
+        assert_eq!(later(nobody, &cookie, NOW), None);
+        // What was read in another way says nothing about these.
+        assert_eq!(later(|rule| rule.allow.verified_email = false, &cookie, NOW), None);
+        assert_eq!(later(|rule| rule.allow.groups_claim = "roles".to_owned(), &cookie, NOW), None);
+        // A shorter session ends the ones that there are, and a longer one does not lengthen them.
+        let short: fn(&mut OidcRule) = |rule| rule.session = Duration::from_secs(10);
+        assert!(later(short, &cookie, NOW + 9).is_some() && later(short, &cookie, NOW + 10).is_none());
+        assert_eq!(later(|rule| rule.session = Duration::from_secs(5000), &cookie, NOW + 1000), None);
+        // Of two the one that lets in counts, whichever stands first; signing out ends both.
+        let useless = session("2", Some("ann@evil.test"), &[]);
+        let both = format!("{useless}; {cookie}");
+        assert!(user(&made, &both, "", NOW).is_some() && user(&made, &useless, "", NOW).is_none());
+        asking(&[("cookie", both.clone())], |asked| made.sign_out(asked, NOW));
+        assert_eq!((user(&made, &both, "", NOW), user(&made, &cookie, "", NOW)), (None, None));
+    }
+
+    #[test]
+    fn an_email_counts_where_the_provider_calls_that_very_one_verified() {
+        for (token, userinfo, address, verified) in [
+            (json!({ "email": "a@x", "email_verified": true }), json!({}), Some("a@x"), Some(true)),
+            (json!({ "email": "a@x", "email_verified": "true" }), json!({}), Some("a@x"), Some(true)),
+            (
+                json!({ "email": "a@x" }),
+                json!({ "email": "a@x", "email_verified": true }),
+                Some("a@x"),
+                Some(true),
+            ),
+            (
+                json!({ "email": "a@x" }),
+                json!({ "email": "a@x", "email_verified": "true" }),
+                Some("a@x"),
+                Some(true),
+            ),
+            (
+                json!({ "email": "a@x", "email_verified": null }),
+                json!({ "email": "a@x", "email_verified": true }),
+                Some("a@x"),
+                Some(true),
+            ),
+            (json!({}), json!({ "email": "a@x", "email_verified": "true" }), Some("a@x"), Some(true)),
+            (json!({ "email": "a@x" }), json!({}), Some("a@x"), None),
+            (json!({ "email": "a@x" }), json!({ "email": "b@x", "email_verified": true }), Some("a@x"), None),
+            (json!({ "email": "a@x" }), json!({ "email_verified": true }), Some("a@x"), None),
+            (
+                json!({ "email": "a@x" }),
+                json!({ "email": "a@x", "email_verified": "false" }),
+                Some("a@x"),
+                Some(false),
+            ),
+            (
+                json!({ "email": "a@x" }),
+                json!({ "email": "a@x", "email_verified": 1 }),
+                Some("a@x"),
+                Some(false),
+            ),
+            (
+                json!({ "email": "a@x" }),
+                json!({ "email": "a@x", "email_verified": ["true"] }),
+                Some("a@x"),
+                Some(false),
+            ),
+            (
+                json!({ "email": "a@x", "email_verified": false }),
+                json!({ "email": "a@x", "email_verified": true }),
+                Some("a@x"),
+                Some(false),
+            ),
+            (
+                json!({ "email_verified": false }),
+                json!({ "email": "a@x", "email_verified": true }),
+                Some("a@x"),
+                Some(false),
+            ),
+            (json!({ "email_verified": true }), json!({ "email": "a@x" }), Some("a@x"), None),
+            (json!({}), json!({}), None, None),
+        ] {
+            let email = Email::of(&token).or(Email::of(&userinfo));
+            let wanted = Email { address: address.map(str::to_owned), verified };
+            assert_eq!(email, wanted, "{token} {userinfo}");
+        }
     }
 }
