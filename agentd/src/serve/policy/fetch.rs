@@ -219,6 +219,12 @@ impl<T> Remote<T> {
         }
     }
 
+    /// As if the pause between two attempts were over.
+    #[cfg(test)]
+    pub(crate) fn forget_attempts(&self) {
+        self.state().tried_at = None;
+    }
+
     fn state(&self) -> MutexGuard<'_, State<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
