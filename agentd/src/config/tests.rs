@@ -603,6 +603,14 @@ fn faults_in_routes_and_rules_say_what_would_be_right() {
             "name the origins",
         ),
         (route("upstream = 1\nhost = \"*.a.example\""), "is no host name"),
+        (
+            "response_headers = { set = { Sec-WebSocket-Accept = \"x\" } }".to_owned(),
+            "the tunnel's own affair",
+        ),
+        (
+            "response_headers = { remove = [\"Sec-WebSocket-Protocol\"] }".to_owned(),
+            "the tunnel's own affair",
+        ),
         ("cors = { origins = [\"https://a.example:443\"] }".to_owned(), "write it as https://a.example"),
         ("cors = { origins = [\"http://*.a.example:80\"] }".to_owned(), "write it as http://*.a.example"),
         ("cors = { origins = [\"app.example.com\"] }".to_owned(), "is no origin"),

@@ -560,7 +560,13 @@ const FRAMING: [HeaderName; 10] = [
 /// What else no rule changes in a request.
 const OF_REQUEST: [HeaderName; 1] = [header::HOST];
 /// What else no rule changes in a response.
-const OF_RESPONSE: [HeaderName; 1] = [proto::forwarded::ERROR];
+const OF_RESPONSE: [HeaderName; 5] = [
+    proto::forwarded::ERROR,
+    header::SEC_WEBSOCKET_ACCEPT,
+    header::SEC_WEBSOCKET_EXTENSIONS,
+    header::SEC_WEBSOCKET_PROTOCOL,
+    header::SEC_WEBSOCKET_VERSION,
+];
 
 fn field_name(text: &str, own: &[HeaderName]) -> Result<HeaderName, String> {
     let name: HeaderName = text.parse().map_err(|_| format!("{text:?} is no field's name"))?;

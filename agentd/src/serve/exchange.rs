@@ -399,13 +399,18 @@ async fn answer(
     tunnel.answered();
     let response = match response {
         Answered::Response(response) => response,
-        Answered::Opened { subprotocol, headers, io } => {
+        Answered::Opened { subprotocol, mut headers, io } => {
             line.head(http::StatusCode::SWITCHING_PROTOCOLS.as_u16());
             if let Some(capture) = capture {
                 let protocol = subprotocol.as_deref().and_then(|name| HeaderValue::from_str(name).ok());
                 let protocol = protocol.iter().map(|value| (&header::SEC_WEBSOCKET_PROTOCOL, value));
                 capture.tap().answer(101, protocol.chain(headers.iter()), None);
             }
+            Way { upstream, host: &host, passage: passage.as_deref() }.edit_response(
+                job,
+                &tunnel,
+                &mut headers,
+            );
             if let Places::Socket(place) = std::mem::replace(&mut place, Places::None) {
                 upgrade::Socket {
                     line: SocketLine::begin(
@@ -456,16 +461,7 @@ async fn answer(
         return Ok(());
     }
     let way = Way { upstream, host: &host, passage: passage.as_deref() };
-    way.move_response(job, &mut headers);
-    if tunnel.rewrites_location()
-        && View::concerns(&headers)
-        && let Some(view) = way.view(job)
-    {
-        view.to_public(&mut headers);
-    }
-    if let Some(passage) = way.passage {
-        passage.edit_response(&mut headers);
-    }
+    way.edit_response(job, &tunnel, &mut headers);
     let mut response = Outflow {
         refused: (status >= 400).then(|| Refused { status, own_page: is_own_page(job, &tunnel, &way) }),
         tap,
@@ -569,6 +565,20 @@ impl<'a> Way<'a> {
         let told = prefix::told(asked(job).prefix(), target.as_str());
         if !told.is_empty() {
             prefix::move_fields(headers, "", "", told, job.public_host());
+        }
+    }
+
+    /// Makes the fields that the upstream answered with those for the public client.
+    fn edit_response(&self, job: &Job, tunnel: &Tunnel, headers: &mut Headers) {
+        self.move_response(job, headers);
+        if tunnel.rewrites_location()
+            && View::concerns(headers)
+            && let Some(view) = self.view(job)
+        {
+            view.to_public(headers);
+        }
+        if let Some(passage) = self.passage {
+            passage.edit_response(headers);
         }
     }
 
@@ -727,7 +737,7 @@ async fn answer_here(
     }
     let (status, mut headers, body) = answer.into_parts(&job.request_id, asked(job).wants_html());
     if let (Some(code), Some(policy)) = (code, tunnel.policy()) {
-        policy.traffic().mark_refusal(code, &job.headers, &mut headers);
+        policy.traffic().mark_refusal(code, job.headers.get(header::ORIGIN), &mut headers);
     }
     line.head(status);
     // The length stays in the head, also for whoever wants no body.
@@ -811,6 +821,7 @@ async fn read_off(mut body: ResponseBody, is_taken: bool, tap: Option<&Tap>) {
 struct ErrorPage {
     tunnel: Arc<Tunnel>,
     request_id: RequestId,
+    origin: Option<HeaderValue>,
     is_head: bool,
 }
 
@@ -821,13 +832,17 @@ impl ErrorPage {
         asked(job).wants_html().then(|| Self {
             tunnel: Arc::clone(tunnel),
             request_id: job.request_id.clone(),
+            origin: job.headers.get(header::ORIGIN).cloned(),
             is_head,
         })
     }
 
     fn reply<'a>(&'a self, token: &'a str, code: ErrorCode) -> Option<AgentMessage<'a>> {
-        let page = self.tunnel.policy()?.error_page(code)?;
-        let (status, headers, _) = Answer::refusal(code).with_page(page).into_parts(&self.request_id, true);
+        let policy = self.tunnel.policy()?;
+        let page = policy.error_page(code)?;
+        let (status, mut headers, _) =
+            Answer::refusal(code).with_page(page).into_parts(&self.request_id, true);
+        policy.traffic().mark_refusal(code, self.origin.as_ref(), &mut headers);
         let body = (!self.is_head).then(|| Body::encode_front(page.as_bytes(), None).0);
         Some(AgentMessage::Reply(Reply { token: token.into(), status, headers, body, end: true }))
     }

@@ -6,12 +6,15 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use proto::error::ErrorCode;
+use proto::{error::ErrorCode, message::AgentMessage};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
 use tokio::net::{TcpListener, UnixListener};
 use tokio_rustls::TlsAcceptor;
 
-use crate::stage::{Agent, Edge, Line, OK, Peer, TOKEN, get, patiently, private_file, request, with_body};
+use crate::stage::{
+    Agent, Edge, Line, OK, Peer, TOKEN, Upstream, get, patiently, private_file, request, with_body,
+    with_header,
+};
 
 fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -267,4 +270,42 @@ async fn what_takes_too_long_before_the_request_is_late_and_no_other_failure() {
         late(format!("upstream = \"https://localhost:{silent_port}\""), "took too long to agree on TLS"),
         late(format!("upstream = {}", address.port()), "took too long to accept a connection"),
     );
+}
+
+#[tokio::test]
+async fn the_rules_for_answers_hold_for_the_one_that_opens_a_websocket() {
+    let upstream = Upstream::bind().await;
+    let (mut line, _agent, _folder, _edge) = agent_with(&format!(
+        "upstream = 1\nresponse_headers = {{ remove = [\"x-old\"], set = {{ x-new = \"${{tunnel}}\" }} }}\n\
+         cors = {{ origins = [\"https://app.example\"] }}\n\
+         [[tunnel.route]]\npath = \"/app\"\nstrip_prefix = true\nupstream = {}",
+        upstream.port
+    ))
+    .await;
+    let mut socket = with_header(get("/app/live"), "origin", b"https://app.example");
+    socket.upgrade = Some(proto::message::Upgrade::Websocket);
+    line.request(&socket).await;
+    let mut peer = upstream.accept().await;
+    let head = peer.head().await;
+    assert!(head.starts_with("GET /live HTTP/1.1\r\n"), "{head}");
+    let key = head.lines().find_map(|line| line.strip_prefix("sec-websocket-key: ")).unwrap();
+    let accept = tokio_tungstenite::tungstenite::handshake::derive_accept_key(key.as_bytes());
+    peer.write(format!(
+        "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+         sec-websocket-accept: {accept}\r\nx-old: 1\r\nset-cookie: a=1; Path=/\r\n\
+         access-control-allow-origin: *\r\n\r\n"
+    ))
+    .await;
+    let text = line.text().await.unwrap();
+    let AgentMessage::Accepted(accepted) = AgentMessage::decode(&text).unwrap() else { panic!("{text}") };
+    let mut fields: Vec<_> =
+        accepted.headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
+    fields.sort_unstable();
+    let wanted = [
+        ("access-control-allow-origin", "https://app.example"),
+        ("set-cookie", "a=1; Path=/app"),
+        ("vary", "origin"),
+        ("x-new", "web"),
+    ];
+    assert_eq!(fields, wanted);
 }

@@ -276,10 +276,10 @@ impl Traffic {
     }
 
     /// Says in a refusal who may read it, as other answers do: a page could not tell it from a network that is down.
-    pub(crate) fn mark_refusal(&self, code: ErrorCode, asked: &Headers, answer: &mut Headers) {
+    pub(crate) fn mark_refusal(&self, code: ErrorCode, origin: Option<&HeaderValue>, answer: &mut Headers) {
         // The answer to a preflight has said so.
         if let Some(rule) = self.rules.cors.as_ref().filter(|_| code != ErrorCode::OriginRefused) {
-            cors::mark(rule, asked.get(header::ORIGIN), answer);
+            cors::mark(rule, origin, answer);
         }
     }
 
