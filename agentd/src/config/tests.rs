@@ -402,9 +402,10 @@ const HASH: &str = "ann:$2y$04$DWi7TdQmTGO1gNKxlEd7jeW8k8hyJKPvQTNt9V/Yz9gNCc4xO
 #[test]
 fn what_visitors_are_known_by_is_read_with_its_files() {
     let folder = Folder::new();
-    folder.private("users", HASH);
-    folder.private("secret", "hook-secret\ntwo\n");
-    folder.private("client", "client-secret\n");
+    // As an editor on Windows writes them.
+    folder.private("users", &format!("\u{feff}{}", HASH.replace('\n', "\r\n")));
+    folder.private("secret", "\u{feff}hook-secret\r\ntwo\r\n");
+    folder.private("client", "\u{feff}client-secret\r\n");
     folder.write(
         "keys.json",
         &crate::identity::Keys::generate(crate::identity::Algorithm::Eddsa).unwrap().jwks(),
@@ -453,7 +454,9 @@ fn what_visitors_are_known_by_is_read_with_its_files() {
         (&["example.com".to_owned()][..], "openid email profile")
     );
     assert!(web.visitors.is_callback && oidc.session == Duration::from_secs(8 * 3600));
-    assert_eq!(web.webhooks.iter().map(|rule| rule.secrets.len()).collect::<Vec<_>>(), [2, 2]);
+    assert_eq!(oidc.client_secret, Some("client-secret".into()));
+    assert_eq!(web.webhooks[0].secrets, ["hook-secret".into(), "two".into()]);
+    assert_eq!(web.webhooks.len(), 2);
     let shown = format!("{web:?}");
     assert!(
         !shown.contains("client-secret") && !shown.contains("$2y$") && !shown.contains("hook-secret"),

@@ -11,7 +11,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use proto::id::TunnelPatterns;
 use serde::Deserialize;
 
-use super::private_file::exposure;
+use super::private_file::{exposure, without_mark};
 
 /// The variable that may hold the token itself.
 pub const ENV_TOKEN: &str = "AGENTD_TOKEN";
@@ -185,7 +185,7 @@ fn read_file(path: &Path) -> Result<Token, TokenError> {
 }
 
 fn parse(text: &str) -> Option<Token> {
-    let text = text.trim();
+    let text = without_mark(text).trim();
     (!text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic())).then(|| Token(text.into()))
 }
 
@@ -205,6 +205,8 @@ mod tests {
 
     #[test]
     fn a_private_file_of_one_line_is_a_token() {
+        let (_dir, source) = file("\u{feff}abc.DEF\r\n", 0o600);
+        assert_eq!(source.read().unwrap(), Token("abc.DEF".into()));
         let (_dir, source) = file("abc.DEF\n", 0o600);
         assert_eq!(source.read().unwrap(), Token("abc.DEF".into()));
         assert_eq!(format!("{:?}", source.read().unwrap()), "Token(…)");

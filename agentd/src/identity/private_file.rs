@@ -88,8 +88,13 @@ pub struct PrivateFiles {
     pub credentials: Option<PathBuf>,
 }
 
+/// A file's text without the byte order mark that editors on Windows put before it.
+pub(super) fn without_mark(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
+}
+
 impl PrivateFiles {
-    /// The text of a file that only its owner may read.
+    /// The text of a file that only its owner may read, without a byte order mark.
     ///
     /// # Errors
     ///
@@ -108,10 +113,10 @@ impl PrivateFiles {
         if text.len() as u64 > MOST_BYTES {
             return Err(PrivateFileError::TooLong(shown()));
         }
-        Ok(text)
+        Ok(without_mark(&text).to_owned())
     }
 
-    /// The secrets of a file: one on each line.
+    /// The secrets of a file: one on each line, however the lines end.
     ///
     /// # Errors
     ///
@@ -202,6 +207,14 @@ mod tests {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         assert_eq!(PrivateFiles::default().secrets(&path).unwrap().len(), 2);
         assert_eq!(format!("{:?}", Secret::from("x")), "Secret(…)");
+        fs::write(&path, "\u{feff}one\r\ntwo\r\n").unwrap();
+        assert_eq!(
+            PrivateFiles::default().secrets(&path).unwrap(),
+            [Secret::from("one"), Secret::from("two")]
+        );
+        assert_eq!(PrivateFiles::default().read(&path).unwrap(), "one\r\ntwo\r\n");
+        fs::write(&path, "\u{feff}").unwrap();
+        assert!(PrivateFiles::default().secrets(&path).unwrap_err().ends_with("is wanted"));
         fs::write(&path, " \n").unwrap();
         assert!(PrivateFiles::default().secrets(&path).unwrap_err().ends_with("is wanted"));
         fs::write(&path, vec![b'x'; MOST_BYTES as usize]).unwrap();
