@@ -6,6 +6,7 @@ use argon2::{
     Argon2, PasswordVerifier as _,
     password_hash::phc::{self, Decimal},
 };
+use aws_lc_rs::digest;
 
 /// What one check of a password may cost: more is a slip in the file, and would stop everybody's.
 const MOST_BCRYPT_COST: u32 = 16;
@@ -14,11 +15,15 @@ const MOST_ARGON2_PASSES: Decimal = 64;
 
 /// The users of a file.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Users(BTreeMap<Box<str>, PasswordHash>);
+pub struct Users {
+    by_name: BTreeMap<Box<str>, PasswordHash>,
+    /// The hash of the file, which nobody else knows.
+    mark: [u8; 32],
+}
 
 impl fmt::Debug for Users {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Users({})", self.0.len())
+        write!(f, "Users({})", self.by_name.len())
     }
 }
 
@@ -100,17 +105,32 @@ impl Users {
         if users.is_empty() {
             return Err("it names nobody: add a user with htpasswd -B".to_owned());
         }
-        Ok(Self(users))
+        let mut mark = [0; 32];
+        mark.copy_from_slice(digest::digest(&digest::SHA256, text.as_bytes()).as_ref());
+        Ok(Self { by_name: users, mark })
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.by_name.len()
     }
 
     /// The hash of a user's password.
     pub(crate) fn get(&self, name: &str) -> Option<&PasswordHash> {
-        self.0.get(name)
+        self.by_name.get(name)
     }
 
-    /// What is checked for a name that is nobody's, so that its answer takes as long as another's.
-    pub(crate) fn decoy(&self) -> Option<&PasswordHash> {
-        self.0.values().next()
+    /// What is checked for a name that is nobody's: some user's hash, for one name always the same and for as many names as
+    /// any other. So names that nobody has take as long as those of users, also where hashes cost differently.
+    pub(crate) fn decoy(&self, name: &str) -> Option<&PasswordHash> {
+        let mut context = digest::Context::new(&digest::SHA256);
+        context.update(&self.mark);
+        context.update(name.as_bytes());
+        let hash = context.finish();
+        let (first, _) = hash.as_ref().split_first_chunk()?;
+        let count = u64::try_from(self.by_name.len()).ok()?;
+        let at = u64::from_be_bytes(*first).checked_rem(count)?;
+        self.by_name.values().nth(usize::try_from(at).ok()?)
     }
 }
 
@@ -139,7 +159,7 @@ mod tests {
             let hash = users.get(&format!("user{n}")).unwrap();
             assert!(hash.is_of(b"secret") && !hash.is_of(b"Secret") && !hash.is_of(b""), "{written}");
         }
-        assert!(users.get("nobody").is_none() && users.decoy().is_some());
+        assert!(users.get("nobody").is_none() && users.decoy("nobody").is_some());
         assert_eq!(format!("{users:?}"), "Users(5)");
     }
 
@@ -159,6 +179,34 @@ mod tests {
         )
         .unwrap()
         .to_string()
+    }
+
+    #[test]
+    fn names_that_nobody_has_cost_what_those_of_users_do() {
+        let cheap = TWO_Y.to_owned();
+        let dear = TWO_Y.replace("$04$", "$06$");
+        // One of four is dear, whichever stands first in the file or the alphabet.
+        for order in [["a", "b", "c", "d"], ["d", "c", "b", "a"]] {
+            let [one, rest @ ..] = order;
+            let text: String = std::iter::once((one, &dear))
+                .chain(rest.map(|name| (name, &cheap)))
+                .map(|(name, hash)| format!("{name}:{hash}\n"))
+                .collect();
+            let users = Users::parse(&text).unwrap();
+            let is_dear = |name: &str| *users.decoy(name).unwrap() == PasswordHash::parse(&dear).unwrap();
+            let names: Vec<_> = (0..400).map(|n| format!("nobody{n}")).collect();
+            let count = names.iter().filter(|name| is_dear(name)).count();
+            assert!((60..140).contains(&count), "{count} of 400");
+            let again = Users::parse(&text).unwrap();
+            for name in &names {
+                assert!(
+                    users.decoy(name) == again.decoy(name),
+                    "{name}: by its time it is known after a restart"
+                );
+            }
+            let other = Users::parse(&format!("{text}# another file\n")).unwrap();
+            assert!(names.iter().any(|name| users.decoy(name) != other.decoy(name)), "nobody can tell which");
+        }
     }
 
     #[test]

@@ -306,7 +306,7 @@ fn hash(guesses: &Mutex<Receiver<Guess>>) {
             Some(hash) => hash.is_of(&password),
             None => {
                 // As long as for a user, and then no all the same.
-                let _ = std::hint::black_box(users.decoy().map(|decoy| decoy.is_of(&password)));
+                let _ = std::hint::black_box(users.decoy(&name).map(|decoy| decoy.is_of(&password)));
                 false
             }
         };
