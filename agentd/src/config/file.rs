@@ -109,7 +109,7 @@ pub(crate) const ALL_KEYS: &[&[&str]] = &[
 /// [`ConfigError`].
 pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
     let mut config = FileConfig::default();
-    let mut names = BTreeMap::new();
+    let (mut names, mut callbacks) = (BTreeMap::new(), Vec::new());
     let files = PrivateFiles { credentials: overrides.credentials.clone() };
     let text = read(path)?;
     let document = Document { path, text: &text };
@@ -134,7 +134,7 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
             keep_days: log.integer("keep_days", 1..=3650)?,
         };
     }
-    read_tunnels(&document, &root, &files, &mut config, &mut names)?;
+    read_tunnels(&document, &root, &files, &mut config, &mut names, &mut callbacks)?;
     for (pattern, span) in root.texts("include")? {
         let included = expand(&beside(path, pattern)).map_err(|message| document.error(span, message))?;
         for included in included {
@@ -142,13 +142,13 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
             let document = Document { path: &included, text: &text };
             let root = document.parse()?;
             let root = Table::new(&document, root.get_ref(), root.span(), "an included file", INCLUDED_KEYS)?;
-            read_tunnels(&document, &root, &files, &mut config, &mut names)?;
+            read_tunnels(&document, &root, &files, &mut config, &mut names, &mut callbacks)?;
         }
     }
     if config.tunnels.is_empty() {
         return Err(document.error(0..0, "there is no tunnel: add a [[tunnel]] with name and upstream"));
     }
-    name_callbacks(&mut config.tunnels)?;
+    name_callbacks(&mut config.tunnels, callbacks)?;
     let config = overrides.apply(config)?;
     if let (Some(edge), Some(ca_file), None) = (&edge, config.edge.trusted(), &overrides.ca_file) {
         certificates::check(edge, ca_file)?;
@@ -156,20 +156,13 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
     Ok(config)
 }
 
+/// A tunnel that another one names as its `callback_tunnel`, and what is said where there is none of that name.
+type Callback = (TunnelName, ConfigError);
+
 /// Tells the tunnels that others finish signing in at.
-fn name_callbacks(tunnels: &mut [TunnelConfig]) -> Result<(), ConfigError> {
-    let named: Vec<(TunnelName, TunnelName)> = tunnels
-        .iter()
-        .filter_map(|tunnel| {
-            Some((tunnel.name.clone(), tunnel.visitors.oidc.as_ref()?.callback_tunnel.clone()?))
-        })
-        .collect();
-    for (by, name) in named {
-        let tunnel = tunnels.iter_mut().find(|tunnel| tunnel.name == name).ok_or_else(|| {
-            ConfigError::new(format!(
-                "callback_tunnel of {by}: there is no tunnel {name} in this configuration"
-            ))
-        })?;
+fn name_callbacks(tunnels: &mut [TunnelConfig], callbacks: Vec<Callback>) -> Result<(), ConfigError> {
+    for (name, missing) in callbacks {
+        let tunnel = tunnels.iter_mut().find(|tunnel| tunnel.name == name).ok_or(missing)?;
         tunnel.visitors.is_callback = true;
     }
     Ok(())
@@ -197,6 +190,7 @@ fn read_tunnels(
     files: &PrivateFiles,
     config: &mut FileConfig,
     names: &mut BTreeMap<TunnelName, PathBuf>,
+    callbacks: &mut Vec<Callback>,
 ) -> Result<(), ConfigError> {
     for table in root.tables("tunnel", TUNNEL_KEYS)? {
         let tunnel = read_tunnel(document, &table, files)?;
@@ -208,6 +202,15 @@ fn read_tunnels(
             let message =
                 format!("one tunnel too many: an agent serves at most {}", limits::TUNNELS_PER_CONNECTION);
             return Err(document.error(table.span_of("name"), message));
+        }
+        let oidc = tunnel.visitors.oidc.as_ref();
+        if let Some(name) = oidc.and_then(|oidc| oidc.callback_tunnel.clone())
+            && let Some(table) = table.table("oidc", visitors::OIDC_KEYS)?
+        {
+            let missing = format!(
+                "there is no tunnel {name} in this configuration: name the one whose address the provider knows"
+            );
+            callbacks.push((name, table.error_at("callback_tunnel", missing)));
         }
         config.tunnels.push(tunnel);
     }

@@ -199,13 +199,14 @@ fn settings_of_the_agent_are_checked_like_those_of_a_tunnel() {
         error.starts_with("agentd.toml:1:18: the path of a unix socket has at most 107 bytes"),
         "{error}"
     );
-    let tunnels = |count: usize| -> String {
-        (0..count).map(|n| format!("[[tunnel]]\nname = \"t{n}\"\nupstream = 3000\n")).collect()
+    let tunnels = |count: usize| {
+        let tunnels = (0..count).map(|n| format!("[[tunnel]]\nname = \"t{n}\"\nupstream = 3000\n"));
+        tunnels.fold(EDGE.to_owned(), |text, tunnel| text + &tunnel)
     };
     folder.load(&tunnels(100)).unwrap();
     let error = folder.error(&tunnels(101));
     assert!(
-        error.starts_with("agentd.toml:302:8: one tunnel too many: an agent serves at most 100"),
+        error.starts_with("agentd.toml:305:8: one tunnel too many: an agent serves at most 100"),
         "{error}"
     );
     for (check, message) in [
@@ -509,7 +510,7 @@ fn rules_about_visitors_that_mean_nothing_or_too_much_are_refused() {
         (oidc("allow_domains = [\"*.example.com\"]"), "is no domain"),
         (
             oidc("allow_anyone = true\ncallback_tunnel = \"auth\""),
-            "there is no tunnel auth in this configuration",
+            "11:19: there is no tunnel auth in this configuration: name",
         ),
         (oidc("allow_anyone = true\nclient_secret_file = \"two\""), "must hold one line"),
         (oidc("allow_anyone = true\nsession_key_file = \"secret\""), "32 characters or more"),
