@@ -1018,10 +1018,12 @@ async fn requests_go_where_their_rules_say_and_are_changed_on_the_way() {
     let said = explain.printed();
     assert_eq!(code, Some(0), "{said}");
     for line in [
-        "tunnel       routes",
-        "route        /api",
-        "max_body     1000 bytes",
-        "without \"/api\", below \"/v1\"",
+        "tunnel           routes\n",
+        "route            /api\n",
+        "max_body         1000 bytes: a longer one is answered with 413 body_too_large\n",
+        "strip_prefix     \"/api\"\n",
+        "add_prefix       \"/v1\"\n",
+        "request_headers  remove = [\"x-debug\"], set = { ",
     ] {
         assert!(said.contains(line), "{line}\n{said}");
     }

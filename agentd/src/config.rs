@@ -553,6 +553,14 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| format!("{text:?} is not a duration: write it as 500ms, 60s, 5m or 1h"))
 }
 
+/// A duration as [`parse_duration`] reads it, in the largest unit that holds it whole.
+pub(crate) fn write_duration(duration: Duration) -> String {
+    let ms = duration.as_millis();
+    let unit = [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000)];
+    let unit = unit.into_iter().find(|(_, unit_ms)| ms > 0 && ms.is_multiple_of(*unit_ms));
+    unit.map_or_else(|| format!("{ms}ms"), |(unit, unit_ms)| format!("{}{unit}", ms / unit_ms))
+}
+
 /// Reads a number of bytes such as `256KiB`: a whole number and `B`, `KiB`, `MiB` or `GiB`, or a bare number of bytes.
 ///
 /// # Errors

@@ -1,5 +1,7 @@
 //! Values with `${…}` in them.
 
+use std::fmt;
+
 /// Something that is known of each request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Variable {
@@ -79,6 +81,19 @@ impl Template {
     }
 }
 
+impl fmt::Display for Template {
+    /// As it is written in the configuration.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|piece| match piece {
+            Piece::Text(text) => f.write_str(text),
+            Piece::Variable(variable) => VARIABLES
+                .iter()
+                .filter(|(_, known)| known == variable)
+                .try_for_each(|(name, _)| write!(f, "${{{name}}}")),
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,7 +112,8 @@ mod tests {
             ("by ${user} at ${client_ip}!", "by ann at 192.0.2.7!"),
             ("${request_id}${user}$", "ann$"),
         ] {
-            assert_eq!(Template::parse(text).unwrap().fill(of), filled, "{text}");
+            let template = Template::parse(text).unwrap();
+            assert_eq!((template.fill(of), template.to_string()), (filled.to_owned(), text.to_owned()));
         }
         for text in ["${", "${user", "${User}", "${}", "a\r\nb: c"] {
             assert!(Template::parse(text).is_err(), "{text}");

@@ -50,6 +50,14 @@ fn tunnel(lines: &str) -> String {
 }
 
 #[test]
+fn a_duration_is_written_as_it_is_read() {
+    for text in ["0ms", "1ms", "1500ms", "1s", "90s", "2m", "25h", "1d"] {
+        assert_eq!(write_duration(parse_duration(text).unwrap()), text);
+    }
+    assert_eq!(write_duration(Duration::from_secs(3600)), "1h");
+}
+
+#[test]
 fn a_whole_number_is_the_same_however_it_is_written() {
     let folder = Folder::new();
     let with = |port: &str, bytes: &str, status: &str| {
@@ -596,6 +604,14 @@ fn faults_in_routes_and_rules_say_what_would_be_right() {
         ("[[tunnel.route]]\npath = \"/a/*\"\nupstream = 1".to_owned(), "what is below it belongs to it"),
         ("request_headers = { set = { host = \"x\" } }".to_owned(), "host is set by \"host_header\""),
         ("request_headers = { set = { x-tunnel-user = \"x\" } }".to_owned(), "the tunnel's own affair"),
+        (
+            "response_headers = { set = { Sec-WebSocket-Accept = \"x\" } }".to_owned(),
+            "the tunnel's own affair",
+        ),
+        (
+            "response_headers = { remove = [\"Sec-WebSocket-Protocol\"] }".to_owned(),
+            "the tunnel's own affair",
+        ),
         ("request_headers = { set = { a = [\"1\", \"2\"] } }".to_owned(), "further ones go into \"add\""),
         ("request_headers = { set = { a = \"${usr}\" } }".to_owned(), "${usr} in"),
         ("response_headers = { remove = [\"transfer-encoding\"] }".to_owned(), "the tunnel's own affair"),
@@ -607,14 +623,6 @@ fn faults_in_routes_and_rules_say_what_would_be_right() {
             "name the origins",
         ),
         (route("upstream = 1\nhost = \"*.a.example\""), "is no host name"),
-        (
-            "response_headers = { set = { Sec-WebSocket-Accept = \"x\" } }".to_owned(),
-            "the tunnel's own affair",
-        ),
-        (
-            "response_headers = { remove = [\"Sec-WebSocket-Protocol\"] }".to_owned(),
-            "the tunnel's own affair",
-        ),
         ("cors = { origins = [\"https://a.example:443\"] }".to_owned(), "write it as https://a.example"),
         ("cors = { origins = [\"http://*.a.example:80\"] }".to_owned(), "write it as http://*.a.example"),
         ("cors = { origins = [\"app.example.com\"] }".to_owned(), "is no origin"),
