@@ -12,6 +12,9 @@ use std::{
     },
 };
 
+use agentd::identity::{Algorithm, KEY_FILE, Keys};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use jsonwebtoken::{EncodingKey, Header, encode};
 use rustix::process::Signal;
 use tests::{
     Agent, Local,
@@ -326,4 +329,77 @@ async fn a_tunnel_that_is_refused_has_no_public_address() {
     tests::eventually("it is refused", async || address("other").0 == "refused").await;
     assert_eq!(address("other").1, None);
     assert!(address("web").1.is_some());
+}
+
+#[tokio::test]
+async fn what_is_known_of_upstreams_visitors_and_providers_outlives_a_reload_of_something_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let secret = |name: &str, text: &str| {
+        let file = dir.path().join(name);
+        std::fs::write(&file, text).unwrap();
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+        file.display().to_string()
+    };
+    let hash = bcrypt::hash("secret", 4).unwrap();
+    let users = secret("users", &format!("ann:{hash}\n"));
+    let keys = Keys::generate(Algorithm::Es256).unwrap();
+    keys.write(dir.path()).unwrap();
+    let key = EncodingKey::from_ec_pem(&std::fs::read(dir.path().join(KEY_FILE)).unwrap()).unwrap();
+    let header = Header { kid: Some(keys.id().to_owned()), ..Header::new(jsonwebtoken::Algorithm::ES256) };
+    let claims = serde_json::json!({ "aud": "me", "sub": "ann", "exp": 4_000_000_000_u64 });
+    let token = format!("Bearer {}", encode(&header, &claims, &key).unwrap());
+
+    // The issuer gives its keys once, and is down from then on.
+    let jwks = keys.jwks();
+    let given = Arc::new(AtomicBool::new(false));
+    let issuer = Upstream::start(move |_, mut conn: Conn| {
+        let (jwks, was_given) = (jwks.clone(), given.swap(true, Ordering::Relaxed));
+        async move {
+            let (status, body) = if was_given { ("503 No", "") } else { ("200 OK", &*jwks) };
+            conn.answer(status, "", body.as_bytes()).await.then_some(conn)
+        }
+    })
+    .await;
+    let (web, sick) = (Upstream::echo().await, Port::take());
+    let local = Local::start(&[]);
+    let port = Port::take();
+    let tunnels = |more: &str| {
+        format!(
+            "status_address = \"{port}\"\n\
+             [[tunnel]]\nname = \"sick\"\nupstream = \"{sick}\"\n{more}\
+             health_check = {{ path = \"/\", interval = \"1s\", max_failed = 1 }}\n\
+             [[tunnel]]\nname = \"list\"\nupstream = \"{web}\"\n{more}basic_auth = \"{users}\"\n\
+             [[tunnel]]\nname = \"token\"\nupstream = \"{web}\"\n{more}\
+             [tunnel.bearer]\njwks_url = \"http://{issuer}/keys\"\naudience = \"me\"\n",
+            web = web.address(),
+            issuer = issuer.address(),
+        )
+    };
+    let agent = local.agent_with(&tunnels(""), &["sick", "list", "token"]);
+    let code = async |name: &str, authorization: Option<&str>| {
+        let mut request = Request::to(name, "GET", "/");
+        if let Some(authorization) = authorization {
+            request = request.field("authorization", authorization);
+        }
+        let answer = request.send(local.public).await;
+        (answer.status, answer.field("x-tunnel-error").unwrap_or_default())
+    };
+    let unhealthy = (502, "upstream_unhealthy".to_owned());
+    tests::eventually("it is down", async || code("sick", None).await == unhealthy).await;
+    assert_eq!(code("token", Some(&token)).await.0, 200);
+    let as_ann = |password: &str| format!("Basic {}", STANDARD.encode(format!("ann:{password}")));
+    for guess in 0..10 {
+        assert_eq!(code("list", Some(&as_ann(&guess.to_string()))).await.0, 401);
+    }
+
+    agent.write_tunnels(&local, &tunnels("request_timeout = \"45s\"\n"));
+    let (exit, printed) = agent.ask(&["reload"]);
+    assert_eq!((exit, printed.as_str()), (Some(0), "reloaded: changed list, sick, token; 0 unchanged"));
+    let metrics = Request::new("GET", "/metrics").field("Host", &port.to_string()).send(port.address()).await;
+    let metrics = metrics.text();
+    assert!(metrics.contains("agentd_upstream_healthy{tunnel=\"sick\"} 0\n"), "{metrics}");
+    assert_eq!(code("sick", None).await, unhealthy);
+    assert_eq!(code("list", Some(&as_ann("secret"))).await, (429, "too_many_guesses".to_owned()));
+    assert_eq!(code("token", Some(&token)).await.0, 200);
+    assert_eq!(issuer.recorded().len(), 1);
 }

@@ -440,6 +440,36 @@ async fn what_an_upstream_answers_instead_is_handed_on_or_named() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_websocket_of_a_removed_tunnel_goes_on_and_is_shown() {
+    let (upstream, open) = counted_echo().await;
+    let local = with_relay(&[]);
+    let tunnel = |name: &str| format!("[[tunnel]]\nname = \"{name}\"\nupstream = \"{upstream}\"\n");
+    let agent = local.agent_with(&(tunnel("web") + &tunnel("other")), &["web", "other"]);
+    let mut socket = connected(&local).await;
+    socket.send(Message::Text("before".into())).await.unwrap();
+    assert_eq!(next(&mut socket).await, Message::Text("before".into()));
+
+    agent.write_tunnels(&local, &tunnel("other"));
+    let (code, printed) = agent.ask(&["reload"]);
+    assert_eq!((code, printed.as_str()), (Some(0), "reloaded: removed web; 1 unchanged"));
+    socket.send(Message::Text("after".into())).await.unwrap();
+    assert_eq!(next(&mut socket).await, Message::Text("after".into()));
+    let removed = || {
+        let status: serde_json::Value = serde_json::from_str(&agent.ask(&["status", "--json"]).1).unwrap();
+        assert_eq!(status["tunnels"].as_array().unwrap().len(), 1, "{status}");
+        status["removed"].clone()
+    };
+    assert_eq!(removed(), serde_json::json!([{ "name": "web", "in_flight": 0, "websockets": 1 }]));
+    let shown = agent.ask(&["status"]).1;
+    assert!(shown.contains("web was removed by a reload; in flight: 0 requests, 1 WebSockets"), "{shown}");
+    assert!(try_connect(&local, "/", &[]).await.is_err(), "no new one is opened");
+
+    socket.close(None).await.unwrap();
+    eventually("it is closed", async || open.load(Ordering::Relaxed) == 0).await;
+    eventually("nothing is left of it", async || removed().is_null()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_arrive_once_and_in_order_whatever_the_link_does() {
     let upstream = echo().await;
     let local = with_relay(&["--chaos", "seed=7,duplicate=0.3,reorder=0.3"]);

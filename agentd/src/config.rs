@@ -50,7 +50,7 @@ use crate::{
         visitors::{VisitorRules, WebhookRule},
     },
     identity::credential::{CREDENTIAL, Token, TokenError, TokenSource},
-    tls,
+    tls::Certificates,
 };
 
 /// Where the configuration is unless somebody says otherwise.
@@ -296,27 +296,6 @@ impl TunnelConfig {
         });
         self.upstream.iter().chain(routed.flatten())
     }
-
-    /// Whether both speak to their upstreams in the same way.
-    #[must_use]
-    pub(crate) fn speaks_as(&self, other: &Self) -> bool {
-        self.ca_file == other.ca_file
-            && self.server_name == other.server_name
-            && self.insecure_skip_verify == other.insecure_skip_verify
-            && self.http2 == other.http2
-            && self.keep_alive == other.keep_alive
-    }
-
-    /// Whether both lead to the same upstream in the same way.
-    #[must_use]
-    pub fn has_upstream_of(&self, other: &Self) -> bool {
-        let way = |config: &Self| {
-            let Self { upstream, ca_file, server_name, insecure_skip_verify, http2, keep_alive, .. } =
-                config.clone();
-            (upstream, ca_file, server_name, insecure_skip_verify, http2, keep_alive)
-        };
-        way(self) == way(other)
-    }
 }
 
 /// What `host` says to the upstream.
@@ -468,7 +447,7 @@ impl Overrides {
         if self.ca_file.is_some()
             && let Some(path) = edge.trusted()
         {
-            tls::check(path).map_err(|error| ConfigError::new(error.to_string()))?;
+            Certificates::read(path).map_err(|error| ConfigError::new(error.to_string()))?;
         }
         Ok(Config {
             edge,

@@ -1,5 +1,6 @@
 //! One public request on this machine: from the message that brings it to the last word about it.
 
+pub(crate) mod carried;
 pub(crate) mod exchange;
 pub(crate) mod health;
 pub(crate) mod hint;

@@ -402,6 +402,7 @@ impl Supervisor {
                     self.links.status(),
                     self.reloads.status(),
                     tunnels,
+                    self.tunnels.removed(),
                     self.inspection.url(),
                 )));
             }
@@ -420,7 +421,7 @@ impl Supervisor {
                 self.begin_stop(Outcome::Stopped);
                 let _ = answer.send(Stopping {
                     pid: std::process::id(),
-                    in_flight: status::in_flight(&self.config, &self.tunnels),
+                    in_flight: self.tunnels.in_flight().into(),
                     grace_ms: self.config.grace_period.as_millis() as u64,
                 });
             }

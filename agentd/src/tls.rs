@@ -19,10 +19,36 @@ use rustls::{
 pub enum Trust<'a> {
     /// The system's roots.
     System,
-    /// The system's roots and the certificates of a PEM file: whom they sign, and each of them itself.
-    SystemAnd(&'a Path),
+    /// The system's roots and these: whom they sign, and each of them itself.
+    SystemAnd(&'a Certificates),
     /// Anybody. Only where the operator said so.
     Anybody,
+}
+
+/// The certificates of a PEM file, as they were when it was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Certificates(Vec<CertificateDer<'static>>);
+
+impl Certificates {
+    /// Reads a file.
+    ///
+    /// # Errors
+    ///
+    /// [`TlsError`] when it is not there, or holds none or one that cannot be trusted.
+    pub fn read(path: &Path) -> Result<Self, TlsError> {
+        let shown = || path.display().to_string();
+        let pem = fs::read(path).map_err(|source| TlsError::Read { path: shown(), source })?;
+        let certificates = CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>().map(Self);
+        let certificates = certificates.map_err(|_| TlsError::NoCertificate(shown()))?;
+        if certificates.0.is_empty() || certificates.add_to(&mut RootCertStore::empty()).is_err() {
+            return Err(TlsError::NoCertificate(shown()));
+        }
+        Ok(certificates)
+    }
+
+    fn add_to(&self, roots: &mut RootCertStore) -> Result<(), rustls::Error> {
+        self.0.iter().try_for_each(|certificate| roots.add(certificate.clone()))
+    }
 }
 
 /// Why TLS cannot be set up.
@@ -51,7 +77,7 @@ pub enum TlsError {
 ///
 /// # Errors
 ///
-/// [`TlsError`] when the extra certificates are missing or broken.
+/// [`TlsError`] when the library refuses them.
 pub fn client_config(trust: Trust<'_>, alpn: &[&[u8]]) -> Result<Arc<ClientConfig>, TlsError> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let builder =
@@ -64,47 +90,23 @@ pub fn client_config(trust: Trust<'_>, alpn: &[&[u8]]) -> Result<Arc<ClientConfi
         Trust::System | Trust::SystemAnd(_) => {
             let mut roots = RootCertStore::empty();
             roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-            let Trust::SystemAnd(path) = trust else {
+            let Trust::SystemAnd(certificates) = trust else {
                 return Ok(finish(builder.with_root_certificates(roots).with_no_client_auth(), alpn));
             };
-            let named = add_file(&mut roots, path)?;
+            certificates.add_to(&mut roots)?;
             let webpki = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider)
                 .build()
                 .map_err(|error| rustls::Error::General(error.to_string()))?;
-            let verifier = Arc::new(NamedVerifier { webpki, named });
+            let verifier = Arc::new(NamedVerifier { webpki, named: certificates.0.clone() });
             builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth()
         }
     };
     Ok(finish(config, alpn))
 }
 
-/// Whether the certificates of a PEM file can be trusted: what [`client_config`] would find wrong with them.
-///
-/// # Errors
-///
-/// [`TlsError`].
-pub fn check(path: &Path) -> Result<(), TlsError> {
-    add_file(&mut RootCertStore::empty(), path).map(drop)
-}
-
 fn finish(mut config: ClientConfig, alpn: &[&[u8]]) -> Arc<ClientConfig> {
     config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
     Arc::new(config)
-}
-
-fn add_file(roots: &mut RootCertStore, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let shown = || path.display().to_string();
-    let pem = fs::read(path).map_err(|source| TlsError::Read { path: shown(), source })?;
-    let certificates = CertificateDer::pem_slice_iter(&pem)
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|_| TlsError::NoCertificate(shown()))?;
-    if certificates.is_empty() {
-        return Err(TlsError::NoCertificate(shown()));
-    }
-    for certificate in &certificates {
-        roots.add(certificate.clone()).map_err(|_| TlsError::NoCertificate(shown()))?;
-    }
-    Ok(certificates)
 }
 
 /// What helps against a certificate that was refused, or against a server that does not speak TLS.

@@ -12,7 +12,7 @@ use std::{
 
 use agentd::{
     config::edge_url::EdgeUrl,
-    tls::{Trust, client_config},
+    tls::{Certificates, Trust, client_config},
 };
 use proto::limits;
 use rustls::{ClientConfig, pki_types::ServerName};
@@ -220,7 +220,9 @@ impl Stack {
     /// When the certificates cannot be read.
     pub fn new(place: Place) -> Result<Self, String> {
         let tls = if place.public.secure || place.agents.is_secure() {
-            let trust = place.ca.as_deref().map_or(Trust::System, Trust::SystemAnd);
+            let certificates = place.ca.as_deref().map(Certificates::read).transpose();
+            let certificates = certificates.map_err(|error| error.to_string())?;
+            let trust = certificates.as_ref().map_or(Trust::System, Trust::SystemAnd);
             Some(client_config(trust, &[b"http/1.1"]).map_err(|error| error.to_string())?)
         } else {
             None

@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use super::{ConfigError, value::Table};
-use crate::tls;
+use crate::tls::Certificates;
 
-/// Whether the file that `ca_file` of a table names is one of certificates: the start would fail otherwise.
-pub(super) fn check(table: &Table<'_>, path: &Path) -> Result<(), ConfigError> {
-    tls::check(path).map_err(|error| table.error_at("ca_file", error.to_string()))
+/// Reads the file that `ca_file` of a table names.
+pub(super) fn read(table: &Table<'_>, path: &Path) -> Result<Certificates, ConfigError> {
+    Certificates::read(path).map_err(|error| table.error_at("ca_file", error.to_string()))
 }

@@ -151,7 +151,7 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
     name_callbacks(&mut config.tunnels, callbacks)?;
     let config = overrides.apply(config)?;
     if let (Some(edge), Some(ca_file), None) = (&edge, config.edge.trusted(), &overrides.ca_file) {
-        certificates::check(edge, ca_file)?;
+        certificates::read(edge, ca_file)?;
     }
     Ok(config)
 }
@@ -292,7 +292,7 @@ fn read_tunnel(
         }
     }
     if let Some(ca_file) = tunnel.ca_file.as_deref().filter(|_| !tunnel.insecure_skip_verify) {
-        certificates::check(table, ca_file)?;
+        certificates::read(table, ca_file)?;
     }
     Ok(tunnel)
 }

@@ -16,7 +16,10 @@ use super::{
     traffic::list,
     value::{Table, duration_within, nonempty_path},
 };
-use crate::identity::private_file::{PrivateFiles, Secret};
+use crate::{
+    identity::private_file::{PrivateFiles, Secret},
+    tls::Certificates,
+};
 
 pub(super) const BASIC_KEYS: &[&str] = &["except", "file", "realm"];
 pub(super) const BEARER_KEYS: &[&str] = &[
@@ -134,7 +137,7 @@ pub enum KeySource {
         /// From here.
         url: HttpUrl,
         /// Certificates to trust beside the system's.
-        ca_file: Option<PathBuf>,
+        certificates: Option<Certificates>,
     },
 }
 
@@ -158,7 +161,7 @@ pub struct OidcRule {
     /// What seals sessions; `None` for a key that this process makes.
     pub session_key: Option<Secret>,
     /// Certificates to trust beside the system's.
-    pub ca_file: Option<PathBuf>,
+    pub certificates: Option<Certificates>,
     /// Where it does not hold.
     pub except: Vec<PathPattern>,
 }
@@ -280,13 +283,9 @@ fn file(table: &Table<'_>, key: &str) -> Result<Option<PathBuf>, ConfigError> {
     table.text(key, |text| nonempty_path(table.document().path, text))
 }
 
-/// The file that `ca_file` names. It is read each time that TLS is set up, and here to see that it can be.
-fn certificates(table: &Table<'_>) -> Result<Option<PathBuf>, ConfigError> {
-    let path = file(table, "ca_file")?;
-    if let Some(path) = &path {
-        certificates::check(table, path)?;
-    }
-    Ok(path)
+/// What is in the file that `ca_file` names.
+fn certificates(table: &Table<'_>) -> Result<Option<Certificates>, ConfigError> {
+    file(table, "ca_file")?.map(|path| certificates::read(table, &path)).transpose()
 }
 
 fn read_ips(table: &Table<'_>) -> Result<Option<IpRule>, ConfigError> {
@@ -351,10 +350,10 @@ fn read_bearer(table: &Table<'_>) -> Result<BearerRule, ConfigError> {
         Ok::<_, String>(text)
     })?;
     let url = table.text("jwks_url", str::parse::<HttpUrl>)?;
-    let ca_file = certificates(table)?;
+    let certificates = certificates(table)?;
     let keys = match (jwks, url) {
         (Some(set), None) => KeySource::Set(set),
-        (None, Some(url)) => KeySource::Url { url, ca_file },
+        (None, Some(url)) => KeySource::Url { url, certificates },
         _ => return Err(table.error("this bearer needs one of jwks_file and jwks_url, where its keys are")),
     };
     let algorithms = list(table, "algorithms", |text| {
@@ -456,7 +455,7 @@ fn read_oidc(table: &Table<'_>, files: &PrivateFiles) -> Result<OidcRule, Config
             .text("session", |text| duration_within(text, "1s", "720h"))?
             .unwrap_or(Duration::from_secs(8 * 60 * 60)),
         session_key,
-        ca_file: certificates(table)?,
+        certificates: certificates(table)?,
         except: except(table)?,
     })
 }

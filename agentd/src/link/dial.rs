@@ -17,7 +17,7 @@ use crate::{
     identity::credential::Token,
     report::SOFTWARE,
     resolver,
-    tls::{TlsError, Trust, client_config},
+    tls::{Certificates, TlsError, Trust, client_config},
 };
 
 /// How much is read at a time: a usual request. Each read clears as much before it, also one that finds nothing.
@@ -101,7 +101,8 @@ impl Dialer {
     /// Prepares dialling `url`; `ca_file` is trusted beside the system's roots.
     pub(crate) fn new(url: EdgeUrl, ca_file: Option<&Path>) -> Result<Self, TlsError> {
         let tls = if url.is_secure() {
-            Some(client_config(ca_file.map_or(Trust::System, Trust::SystemAnd), &[])?)
+            let certificates = ca_file.map(Certificates::read).transpose()?;
+            Some(client_config(certificates.as_ref().map_or(Trust::System, Trust::SystemAnd), &[])?)
         } else {
             None
         };

@@ -48,8 +48,8 @@ use crate::{
     report::cause,
     report::metrics::Metrics,
     report::status::{Status, TunnelState},
-    serve::tunnel::{Tunnel, Tunnels},
-    serve::upstream::{RequestBody, Tls, Upstream, UpstreamError},
+    serve::tunnel::Tunnels,
+    serve::upstream::{RequestBody, Tls, Upstream, UpstreamError, Way},
     tls::{Trust, client_config},
 };
 
@@ -329,7 +329,7 @@ fn opened(welcome: &Welcome, report: &mut Report) -> BTreeMap<String, String> {
 
 /// Asks a service itself, as its tunnel's requests do.
 async fn ask_upstream(config: &TunnelConfig, address: &Address, report: &mut Report) {
-    let upstream = match Tunnel::upstream_at(config, address) {
+    let upstream = match Way::of(config).and_then(|way| way.to(address)) {
         Ok(upstream) => upstream,
         Err(error) => {
             return report.line(Verdict::Fail, format!("upstream {address} of {}: {error}", config.name));

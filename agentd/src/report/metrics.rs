@@ -2,10 +2,11 @@
 //!
 //! Enters: what requests, connections and reloads come to. Leaves: OpenMetrics text. A request costs a
 //! few atomic additions: the handles of a tunnel are looked up once, when it is set up. Every label has a
-//! bounded set of values; series of a tunnel that was removed go with it.
+//! bounded set of values; series of a tunnel that was removed go with the last request that is in flight there.
 
 use std::{
-    sync::{Arc, atomic::AtomicU64},
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak, atomic::AtomicU64},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -137,9 +138,10 @@ fn latency() -> Histogram {
     Histogram::new(LATENCY_BUCKETS)
 }
 
-/// Everything that is counted.
-pub(crate) struct Metrics {
-    registry: Registry,
+/// The series of tunnels.
+struct Series {
+    /// The handles that somebody has.
+    live: Mutex<BTreeMap<String, Weak<TunnelMetrics>>>,
     requests: Family<OfStatus, Counter>,
     errors: Family<OfCode, Counter>,
     denied: Family<OfRule, Counter>,
@@ -150,8 +152,13 @@ pub(crate) struct Metrics {
     request_bytes: Family<OfTunnel, Counter>,
     response_bytes: Family<OfTunnel, Counter>,
     last_delivery: Family<OfTunnel, Gauge<f64, AtomicU64>>,
-    healthy: Family<OfTunnel, Gauge>,
-    route_healthy: Family<OfRoute, Gauge>,
+}
+
+/// Everything that is counted.
+pub(crate) struct Metrics {
+    registry: Registry,
+    series: Arc<Series>,
+    health: Arc<Health>,
     connections: Gauge,
     tunnels_open: Gauge,
     reconnects: Family<Because, Counter>,
@@ -162,7 +169,8 @@ pub(crate) struct Metrics {
 impl Metrics {
     pub(crate) fn new() -> Self {
         let mut registry = Registry::with_prefix("agentd");
-        let metrics = Self {
+        let series = Series {
+            live: Mutex::default(),
             requests: Family::default(),
             errors: Family::default(),
             denied: Family::default(),
@@ -173,8 +181,10 @@ impl Metrics {
             request_bytes: Family::default(),
             response_bytes: Family::default(),
             last_delivery: Family::default(),
-            healthy: Family::default(),
-            route_healthy: Family::default(),
+        };
+        let metrics = Self {
+            series: Arc::new(series),
+            health: Arc::default(),
             connections: Gauge::default(),
             tunnels_open: Gauge::default(),
             reconnects: Family::default(),
@@ -185,60 +195,59 @@ impl Metrics {
         registry.register(
             "requests",
             "Public requests that ended, by status class",
-            metrics.requests.clone(),
+            metrics.series.requests.clone(),
         );
         registry.register(
             "request_errors",
             "Public requests that the upstream did not answer whole, by error code",
-            metrics.errors.clone(),
+            metrics.series.errors.clone(),
         );
         registry.register(
             "requests_denied",
             "Public requests that a rule of their tunnel refused, by the rule",
-            metrics.denied.clone(),
+            metrics.series.denied.clone(),
         );
-        registry.register("requests_in_flight", "Public requests being served", metrics.in_flight.clone());
-        registry.register("websockets_open", "Public WebSockets that are open", metrics.websockets.clone());
+        registry.register(
+            "requests_in_flight",
+            "Public requests being served",
+            metrics.series.in_flight.clone(),
+        );
+        registry.register(
+            "websockets_open",
+            "Public WebSockets that are open",
+            metrics.series.websockets.clone(),
+        );
         registry.register_with_unit(
             "request_duration",
             "From a request's arrival to the last byte of its response",
             Unit::Seconds,
-            metrics.duration.clone(),
+            metrics.series.duration.clone(),
         );
         registry.register_with_unit(
             "upstream_head",
             "From a request's arrival to the head of the upstream's response",
             Unit::Seconds,
-            metrics.head.clone(),
+            metrics.series.head.clone(),
         );
         registry.register_with_unit(
             "request_body",
             "Bytes of request bodies",
             Unit::Bytes,
-            metrics.request_bytes.clone(),
+            metrics.series.request_bytes.clone(),
         );
         registry.register_with_unit(
             "response_body",
             "Bytes of response bodies",
             Unit::Bytes,
-            metrics.response_bytes.clone(),
+            metrics.series.response_bytes.clone(),
         );
         registry.register_with_unit(
             "last_delivery_timestamp",
             "When the upstream's answer to a request was last delivered whole, Unix time",
             Unit::Seconds,
-            metrics.last_delivery.clone(),
+            metrics.series.last_delivery.clone(),
         );
-        registry.register(
-            "upstream_healthy",
-            "Whether the upstream passes its health check; only for tunnels that have one",
-            metrics.healthy.clone(),
-        );
-        registry.register(
-            "route_upstream_healthy",
-            "Whether an upstream of a route passes the route's health check; only for routes that have one",
-            metrics.route_healthy.clone(),
-        );
+        registry.register_collector(Box::new(ShownHealth(Arc::clone(&metrics.health))));
         registry.register("connections", "Connections in service", metrics.connections.clone());
         registry.register("tunnels_open", "Tunnels that the edge has opened", metrics.tunnels_open.clone());
         registry.register(
@@ -282,68 +291,42 @@ impl Metrics {
         text
     }
 
-    /// The handles of one tunnel. The same name gets the same ones, so that counts outlive a change.
+    /// The handles of one tunnel. The same name gets the same ones while anybody has them, so that counts outlive a change.
     pub(crate) fn tunnel(&self, name: &TunnelName) -> Arc<TunnelMetrics> {
         let tunnel = name.to_string();
+        let mut live = lock(&self.series.live);
+        if let Some(known) = live.get(&tunnel).and_then(Weak::upgrade) {
+            return known;
+        }
         let of = OfTunnel { tunnel: tunnel.clone() };
+        let series = &self.series;
         let requests = STATUS_CLASSES
-            .map(|status| self.requests.get_or_create_owned(&OfStatus { tunnel: tunnel.clone(), status }));
-        Arc::new(TunnelMetrics {
+            .map(|status| series.requests.get_or_create_owned(&OfStatus { tunnel: tunnel.clone(), status }));
+        let new = Arc::new(TunnelMetrics {
             requests,
-            in_flight: self.in_flight.get_or_create_owned(&of),
-            websockets: self.websockets.get_or_create_owned(&of),
-            duration: self.duration.get_or_create_owned(&of),
-            head: self.head.get_or_create_owned(&of),
-            request_bytes: self.request_bytes.get_or_create_owned(&of),
-            response_bytes: self.response_bytes.get_or_create_owned(&of),
-            last_delivery: self.last_delivery.get_or_create_owned(&of),
-            errors: self.errors.clone(),
-            denied: self.denied.clone(),
+            in_flight: series.in_flight.get_or_create_owned(&of),
+            websockets: series.websockets.get_or_create_owned(&of),
+            duration: series.duration.get_or_create_owned(&of),
+            head: series.head.get_or_create_owned(&of),
+            request_bytes: series.request_bytes.get_or_create_owned(&of),
+            response_bytes: series.response_bytes.get_or_create_owned(&of),
+            last_delivery: series.last_delivery.get_or_create_owned(&of),
+            series: Arc::clone(series),
             tunnel,
-        })
+        });
+        live.insert(of.tunnel, Arc::downgrade(&new));
+        new
     }
 
-    /// Says whether an upstream passes its health check.
-    pub(crate) fn set_healthy(&self, name: &TunnelName, healthy: bool) {
-        self.healthy.get_or_create(&OfTunnel { tunnel: name.to_string() }).set(i64::from(healthy));
+    /// Every tunnel whose handles somebody has, and its figures.
+    pub(crate) fn tunnels(&self) -> Vec<(String, Figures)> {
+        let live: Vec<_> = lock(&self.series.live).values().filter_map(Weak::upgrade).collect();
+        live.iter().map(|tunnel| (tunnel.tunnel.clone(), tunnel.figures())).collect()
     }
 
-    /// Forgets that a tunnel had a health check.
-    pub(crate) fn forget_health(&self, name: &TunnelName) {
-        self.healthy.remove(&OfTunnel { tunnel: name.to_string() });
-    }
-
-    /// Says whether an upstream of a route passes its health check.
-    pub(crate) fn set_route_healthy(&self, of: &OfRoute, healthy: bool) {
-        self.route_healthy.get_or_create(of).set(i64::from(healthy));
-    }
-
-    /// Forgets an upstream that no route leads to any more.
-    pub(crate) fn forget_route(&self, of: &OfRoute) {
-        self.route_healthy.remove(of);
-    }
-
-    /// Forgets the series of a tunnel that is no more.
-    pub(crate) fn forget(&self, name: &TunnelName) {
-        let tunnel = name.to_string();
-        for status in STATUS_CLASSES {
-            self.requests.remove(&OfStatus { tunnel: tunnel.clone(), status });
-        }
-        for code in ErrorCode::ALL.iter().map(|code| code.as_str()) {
-            self.errors.remove(&OfCode { tunnel: tunnel.clone(), code });
-        }
-        for rule in DeniedBy::ALL {
-            self.denied.remove(&OfRule { tunnel: tunnel.clone(), denied_by: rule.as_str() });
-        }
-        let of = OfTunnel { tunnel };
-        self.in_flight.remove(&of);
-        self.websockets.remove(&of);
-        self.duration.remove(&of);
-        self.head.remove(&of);
-        self.request_bytes.remove(&of);
-        self.response_bytes.remove(&of);
-        self.last_delivery.remove(&of);
-        self.healthy.remove(&of);
+    /// From now on shows the health of these upstreams, and of no others: 1 for one that passes its checks.
+    pub(crate) fn show_health(&self, checked: impl Iterator<Item = (Checked, Gauge)>) {
+        *lock(&self.health) = checked.collect();
     }
 
     /// Counts a connection that was replaced or lost.
@@ -368,6 +351,88 @@ impl Metrics {
     }
 }
 
+impl Series {
+    /// Forgets those of a tunnel that is no more.
+    fn forget(&self, tunnel: &str) {
+        for status in STATUS_CLASSES {
+            self.requests.remove(&OfStatus { tunnel: tunnel.to_owned(), status });
+        }
+        for code in ErrorCode::ALL.iter().map(|code| code.as_str()) {
+            self.errors.remove(&OfCode { tunnel: tunnel.to_owned(), code });
+        }
+        for rule in DeniedBy::ALL {
+            self.denied.remove(&OfRule { tunnel: tunnel.to_owned(), denied_by: rule.as_str() });
+        }
+        let of = OfTunnel { tunnel: tunnel.to_owned() };
+        self.in_flight.remove(&of);
+        self.websockets.remove(&of);
+        self.duration.remove(&of);
+        self.head.remove(&of);
+        self.request_bytes.remove(&of);
+        self.response_bytes.remove(&of);
+        self.last_delivery.remove(&of);
+    }
+}
+
+impl Drop for TunnelMetrics {
+    fn drop(&mut self) {
+        let mut live = lock(&self.series.live);
+        // Somebody may have asked for the same name meanwhile.
+        if live.get(&self.tunnel).is_some_and(|known| known.strong_count() == 0) {
+            live.remove(&self.tunnel);
+            self.series.forget(&self.tunnel);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An upstream that is checked.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) enum Checked {
+    /// The tunnel's own.
+    Tunnel(TunnelName),
+    /// One of a route.
+    Route(OfRoute),
+}
+
+/// What the upstreams that are checked now are, and how they are.
+type Health = Mutex<HashMap<Checked, Gauge>>;
+
+/// The health of what is served when somebody asks: no check writes anything here.
+#[derive(Debug)]
+struct ShownHealth(Arc<Health>);
+
+impl Collector for ShownHealth {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let (tunnels, routes) = (Family::<OfTunnel, Gauge>::default(), Family::<OfRoute, Gauge>::default());
+        for (of, healthy) in &*lock(&self.0) {
+            match of {
+                Checked::Tunnel(name) => {
+                    tunnels.get_or_create(&OfTunnel { tunnel: name.to_string() }).set(healthy.get());
+                }
+                Checked::Route(of) => {
+                    routes.get_or_create(of).set(healthy.get());
+                }
+            }
+        }
+        if !tunnels.is_empty() {
+            let help = "Whether the upstream passes its health check; only for tunnels that have one.";
+            let metric = encoder.encode_descriptor("upstream_healthy", help, None, tunnels.metric_type())?;
+            tunnels.encode(metric)?;
+        }
+        if !routes.is_empty() {
+            let help = "Whether an upstream of a route passes the route's health check; only for routes that have one.";
+            let metric =
+                encoder.encode_descriptor("route_upstream_healthy", help, None, routes.metric_type())?;
+            routes.encode(metric)?;
+        }
+        Ok(())
+    }
+}
+
 /// What the log itself counts.
 #[derive(Debug)]
 struct LostLines;
@@ -387,9 +452,8 @@ const STATUS_CLASSES: [&str; 4] = ["2xx", "3xx", "4xx", "5xx"];
 /// The handles of one tunnel.
 pub(crate) struct TunnelMetrics {
     tunnel: String,
+    series: Arc<Series>,
     requests: [Counter; 4],
-    errors: Family<OfCode, Counter>,
-    denied: Family<OfRule, Counter>,
     /// Also what `max_concurrent` is compared with.
     pub(crate) in_flight: Gauge,
     /// Also what `max_websockets` is compared with.
@@ -426,20 +490,20 @@ impl TunnelMetrics {
         self.response_bytes.inc_by(ended.response_bytes);
         if let Some(rule) = ended.denied_by {
             let of = OfRule { tunnel: self.tunnel.clone(), denied_by: rule.as_str() };
-            self.denied.get_or_create(&of).inc();
+            self.series.denied.get_or_create(&of).inc();
         }
         match ended.error {
             None => {
                 self.last_delivery.set(unix_now().as_secs_f64());
             }
             Some(code) => {
-                self.errors.get_or_create(&OfCode { tunnel: self.tunnel.clone(), code }).inc();
+                self.series.errors.get_or_create(&OfCode { tunnel: self.tunnel.clone(), code }).inc();
             }
         }
     }
 
     fn errors_with(&self, code: &'static str) -> Option<u64> {
-        self.errors.get(&OfCode { tunnel: self.tunnel.clone(), code }).map(|counter| counter.get())
+        self.series.errors.get(&OfCode { tunnel: self.tunnel.clone(), code }).map(|counter| counter.get())
     }
 
     /// The figures for `status`.
@@ -521,7 +585,8 @@ mod tests {
     #[test]
     fn the_older_format_names_samples_and_has_a_help_and_a_type_for_each() {
         let metrics = Metrics::new();
-        metrics.tunnel(&"web".parse().unwrap()).ended(&ended(200, None));
+        let web = metrics.tunnel(&"web".parse().unwrap());
+        web.ended(&ended(200, None));
         let text = metrics.in_format(Format::Prometheus);
         for line in [
             "# TYPE agentd_requests_total counter",
@@ -562,7 +627,7 @@ mod tests {
         assert!(text.ends_with("# EOF\n"));
         let figures = metrics.tunnel(&name).figures();
         assert_eq!((figures.requests, figures.errors), (5, 3), "the counts outlive a change");
-        metrics.forget(&name);
+        drop(web);
         assert!(!metrics.text().contains("web"), "{}", metrics.text());
     }
 }

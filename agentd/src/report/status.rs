@@ -24,6 +24,19 @@ pub(crate) struct Status {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) inspector: Option<String>,
     pub(crate) tunnels: Vec<TunnelStatus>,
+    /// What the configuration does not name any more and is not at its end.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) removed: Vec<RemovedStatus>,
+}
+
+/// A tunnel that a reload has removed, while something of it is in flight.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct RemovedStatus {
+    pub(crate) name: String,
+    /// Requests that are being served.
+    pub(crate) in_flight: u64,
+    /// WebSockets that are open.
+    pub(crate) websockets: u64,
 }
 
 /// The state of the link.
@@ -306,6 +319,12 @@ impl Status {
         }
         text.push('\n');
         text.push_str(&list(&self.tunnels));
+        for RemovedStatus { name, in_flight, websockets } in &self.removed {
+            let _ = writeln!(
+                text,
+                "\n{name} was removed by a reload; in flight: {in_flight} requests, {websockets} WebSockets"
+            );
+        }
         text
     }
 }
@@ -512,7 +531,17 @@ mod tests {
                 tunnel("web", TunnelState::Open),
                 tunnel("longer-name", TunnelState::Refused { reason: "taken".into() }),
             ],
+            removed: Vec::new(),
         }
+    }
+
+    #[test]
+    fn what_is_in_flight_of_a_removed_tunnel_is_said() {
+        let before = status().to_text();
+        let removed = vec![RemovedStatus { name: "old".into(), in_flight: 2, websockets: 1 }];
+        let text = Status { removed, ..status() }.to_text();
+        let wanted = "\nold was removed by a reload; in flight: 2 requests, 1 WebSockets\n";
+        assert_eq!(text.strip_prefix(&before), Some(wanted), "{text}");
     }
 
     #[test]

@@ -6,17 +6,19 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri, header};
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     sync::watch,
     time::{sleep, timeout},
 };
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
-    config::{HealthCheck, Statuses},
+    config::{HealthCheck, Statuses, address::Address},
     report::cause,
     report::status::HealthState,
     serve::host::HostRule,
-    serve::upstream::{RequestBody, Upstream, UpstreamError},
+    serve::upstream::{RequestBody, Upstream, UpstreamError, Way},
 };
 
 /// The count of one upstream's checks, without IO.
@@ -52,31 +54,46 @@ impl Tally {
 
 /// Whether one upstream is well.
 #[derive(Debug)]
-pub(crate) struct Health(Mutex<Tally>);
+pub(crate) struct Health {
+    tally: Mutex<Tally>,
+    /// The same for the metrics: 1 while it counts as well.
+    shown: Gauge,
+}
 
 impl Health {
     /// Of an upstream that counts as well until `max_failed` checks in a row say otherwise; `None` where
     /// nobody checks.
-    pub(crate) const fn new(max_failed: Option<u32>) -> Self {
+    pub(crate) fn new(max_failed: Option<u32>) -> Self {
         let (state, max_failed) = match max_failed {
             Some(max_failed) => (HealthState::Up, max_failed),
             None => (HealthState::Unchecked, u32::MAX),
         };
-        Self(Mutex::new(Tally { state, failed: 0, max_failed }))
+        let shown = Gauge::default();
+        shown.set(1);
+        Self { tally: Mutex::new(Tally { state, failed: 0, max_failed }), shown }
     }
 
     /// What the checks have come to.
     pub(crate) fn state(&self) -> HealthState {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).state.clone()
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner).state.clone()
     }
 
     /// Whether the upstream should not be called.
     pub(crate) fn is_down(&self) -> bool {
-        matches!(self.0.lock().unwrap_or_else(PoisonError::into_inner).state, HealthState::Down { .. })
+        matches!(self.tally.lock().unwrap_or_else(PoisonError::into_inner).state, HealthState::Down { .. })
+    }
+
+    /// What the metrics show of it.
+    pub(crate) const fn shown(&self) -> &Gauge {
+        &self.shown
     }
 
     fn note(&self, outcome: Result<(), String>) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).note(outcome)
+        let changed = self.tally.lock().unwrap_or_else(PoisonError::into_inner).note(outcome);
+        if changed {
+            self.shown.set(i64::from(!self.is_down()));
+        }
+        changed
     }
 }
 
@@ -135,8 +152,43 @@ fn fields(rule: &HostRule, public: Option<&str>, own: &HeaderValue) -> HeaderMap
     fields
 }
 
+/// What the checks of one upstream depend on.
+#[derive(PartialEq)]
+pub(crate) struct Checked {
+    /// The route that leads there; `None` for a tunnel's own.
+    pub(crate) route: Option<String>,
+    pub(crate) address: Address,
+    pub(crate) way: Way,
+    pub(crate) host: HostRule,
+    pub(crate) settings: HealthCheck,
+}
+
+/// The checks of one upstream. They end when nobody holds this any more.
+pub(crate) struct Check {
+    health: Arc<Health>,
+    _task: AbortOnDropHandle<()>,
+}
+
+impl Check {
+    /// Begins to check, and tells `changed` whenever the upstream becomes well or not.
+    pub(crate) fn start(
+        settings: &HealthCheck,
+        asked: Asked,
+        changed: impl Fn(&HealthState) + Send + 'static,
+    ) -> Self {
+        let health = Arc::new(Health::new(Some(settings.max_failed)));
+        let task = tokio::spawn(check(settings.clone(), asked, Arc::clone(&health), changed));
+        Self { health, _task: AbortOnDropHandle::new(task) }
+    }
+
+    /// What they have come to so far.
+    pub(crate) const fn health(&self) -> &Arc<Health> {
+        &self.health
+    }
+}
+
 /// Checks an upstream for ever and tells `changed` whenever it becomes well or not.
-pub(crate) async fn check(
+async fn check(
     settings: HealthCheck,
     mut asked: Asked,
     health: Arc<Health>,
@@ -198,10 +250,13 @@ mod tests {
         assert!(!health.note(down()) && !health.note(down()) && !health.is_down());
         assert!(!health.note(Ok(())), "it was well all the time");
         assert!(!health.note(down()) && !health.note(down()));
+        assert_eq!(health.shown().get(), 1);
         assert!(health.note(down()) && health.is_down());
         assert!(!health.note(down()));
+        assert_eq!(health.shown().get(), 0);
         assert_eq!(health.state(), HealthState::Down { reason: "x".into() });
         assert!(health.note(Ok(())) && !health.is_down());
+        assert_eq!(health.shown().get(), 1);
         assert_eq!(Health::new(None).state(), HealthState::Unchecked);
     }
 

@@ -3,7 +3,7 @@
 use http::HeaderValue;
 
 /// What `host` says to the upstream.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum HostRule {
     /// As configured.
     Fixed(HeaderValue),

@@ -26,11 +26,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use proto::{error::ErrorCode, id::RequestId};
 use tokio::time::Instant;
 
-use crate::config::{
-    TunnelConfig,
-    address::Address,
-    traffic::{Choice, RouteRule, RouteTarget, TrafficRules},
-    visitors::VisitorRules,
+use crate::{
+    config::{
+        TunnelConfig,
+        address::Address,
+        traffic::{Choice, RouteRule, RouteTarget, TrafficRules},
+        visitors::VisitorRules,
+    },
+    serve::{carried::OfTunnel, upstream::Way},
 };
 
 use self::{
@@ -66,29 +69,22 @@ pub(crate) struct Admitted<'a> {
 }
 
 impl Policy {
-    /// What a tunnel's configuration asks; `None` for nothing. `member` makes an upstream of a route.
+    /// What a tunnel's configuration asks; `None` for nothing. Its upstreams are spoken to in this `way`, and `member` is
+    /// one of a route.
     pub(crate) fn new<E>(
         config: &TunnelConfig,
-        before: Option<&Self>,
-        member: impl Fn(&Address, &RouteRule) -> Result<Member, E>,
+        way: &Way,
+        carried: OfTunnel<'_>,
+        member: impl FnMut(&Address, &RouteRule) -> Result<Member, E>,
     ) -> Result<Option<Self>, E> {
         let TunnelConfig { visitors, webhooks, traffic, .. } = config;
         if *visitors == VisitorRules::ANYBODY && webhooks.is_empty() && *traffic == TrafficRules::NOTHING {
             return Ok(None);
         }
-        let before_visitors = before.map(|before| &before.visitors);
         Ok(Some(Self {
-            traffic: Traffic::new(config, before.map(|before| &before.traffic), member)?,
-            visitors: Visitors::new(&config.name, &config.visitors, before_visitors),
-            webhooks: config
-                .webhooks
-                .iter()
-                .map(|rule| {
-                    let same =
-                        before.and_then(|before| before.webhooks.iter().find(|old| old.rule() == rule));
-                    same.map_or_else(|| Webhook::new(rule.clone()), Webhook::again)
-                })
-                .collect(),
+            traffic: Traffic::new(config, way, carried, member)?,
+            visitors: Visitors::new(&config.name, visitors, carried),
+            webhooks: webhooks.iter().map(|rule| Webhook::new(rule.clone(), carried)).collect(),
         }))
     }
 

@@ -5,7 +5,6 @@
 
 use std::{
     collections::BTreeMap,
-    net::IpAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -20,30 +19,29 @@ use proto::{
     limits,
     session::Service,
 };
-use rustls::pki_types::ServerName;
 use tokio::{
     sync::{Semaphore, watch},
     time::Instant,
 };
-use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     capture::ring::{Captures, Lens},
     config::{
-        HostHeader, Http2, TunnelConfig,
-        address::{Address, Host, Scheme},
+        HealthCheck, HostHeader, TunnelConfig,
+        address::Address,
         traffic::{RouteRule, RouteTarget},
     },
     report::cause::Causes,
-    report::metrics::{Metrics, OfRoute, TunnelMetrics},
-    report::status::{HealthState, RouteStatus},
-    serve::health::{self, Health},
+    report::metrics::{self, Metrics, OfRoute, TunnelMetrics},
+    report::status::{HealthState, RemovedStatus, RouteStatus},
+    serve::carried::{Carried, OfTunnel},
+    serve::health::{Asked, Check, Checked, Health},
     serve::hint::{self, Given, Hint, Refusal},
     serve::host::HostRule,
     serve::origin::Rewrites,
     serve::policy::{Policy, traffic::Member},
-    serve::upstream::{Tls, Upstream},
-    tls::{TlsError, Trust, client_config},
+    serve::upstream::{Upstream, Way},
+    tls::TlsError,
 };
 
 /// How many bytes of announced request bodies may be held at a time, for all tunnels together.
@@ -66,17 +64,30 @@ pub(crate) struct Tunnel {
     metrics: Arc<TunnelMetrics>,
     /// How many deliveries are served now.
     deliveries: Arc<AtomicU32>,
-    causes: Causes,
+    causes: Arc<Causes>,
     hints: Arc<Given>,
     policy: Option<Policy>,
     /// Whether it was said that the edge waits less long.
-    told_less: AtomicBool,
+    told_less: Arc<AtomicBool>,
     /// What makes its requests visible to the inspector.
     lens: Option<Lens>,
     /// The public address, once the edge has said it: what checks of a tunnel that preserves its name wait for.
-    public: watch::Sender<Option<String>>,
-    _check: Option<AbortOnDropHandle<()>>,
+    public: Arc<watch::Sender<Option<String>>>,
 }
+
+/// A tunnel that is served, with the checks of its upstreams: they end with the service and not with the last request that
+/// is in flight.
+struct Served {
+    tunnel: Arc<Tunnel>,
+    checks: Checks,
+}
+
+/// Checks, each of a tunnel's own upstream or of one of a route.
+type Checks = Vec<(Option<OfRoute>, Arc<Check>)>;
+
+/// The settings of what depends on none but the tunnel's name.
+#[derive(PartialEq)]
+struct NameAlone;
 
 /// A request's place at its tunnel, given back when it is dropped.
 pub(crate) struct Place {
@@ -111,9 +122,10 @@ impl Drop for Place {
 
 /// All tunnels of this process, and what they share.
 pub(crate) struct Tunnels {
-    by_name: Mutex<BTreeMap<TunnelName, Arc<Tunnel>>>,
+    by_name: Mutex<BTreeMap<TunnelName, Served>>,
     /// Out of the configuration, but still served while requests that were dispatched just before arrive.
-    leaving: Mutex<BTreeMap<TunnelName, Arc<Tunnel>>>,
+    leaving: Mutex<BTreeMap<TunnelName, Served>>,
+    carried: Carried,
     in_flight: Arc<AtomicU32>,
     max_concurrent: AtomicU32,
     uploads: Arc<Semaphore>,
@@ -123,7 +135,7 @@ pub(crate) struct Tunnels {
 
 /// Tunnels that are set up and not yet served.
 pub(crate) struct Prepared {
-    by_name: BTreeMap<TunnelName, Arc<Tunnel>>,
+    by_name: BTreeMap<TunnelName, Served>,
     max_concurrent: u32,
 }
 
@@ -138,6 +150,7 @@ impl Tunnels {
         let tunnels = Self {
             by_name: Mutex::default(),
             leaving: Mutex::default(),
+            carried: Carried::default(),
             in_flight: Arc::default(),
             max_concurrent: AtomicU32::new(max_concurrent),
             uploads: Arc::new(Semaphore::new(UPLOAD_BUDGET_BYTES / BUDGET_UNIT_BYTES)),
@@ -149,7 +162,7 @@ impl Tunnels {
         Ok(tunnels)
     }
 
-    /// Sets up what another configuration wants; what has not changed is taken over as it runs. Until
+    /// Sets up what another configuration wants; what its unchanged settings have come to is carried over. Until
     /// [`Self::replace`] nobody notices.
     ///
     /// # Errors
@@ -162,13 +175,9 @@ impl Tunnels {
     ) -> Result<Prepared, TlsError> {
         let mut by_name = BTreeMap::new();
         for config in configs {
-            let before = self.get(&config.name);
-            // Certificates are read again, whether or not the name of their file has changed.
-            let tunnel = match before {
-                Some(before) if before.config == *config && config.ca_file.is_none() => before,
-                before => Arc::new(Tunnel::new(config, before.as_deref(), &self.metrics, &self.captures)?),
-            };
-            by_name.insert(config.name.clone(), tunnel);
+            let carried = self.carried.of(&config.name);
+            let served = Tunnel::served(config, carried, &self.metrics, &self.captures)?;
+            by_name.insert(config.name.clone(), served);
         }
         Ok(Prepared { by_name, max_concurrent })
     }
@@ -181,38 +190,55 @@ impl Tunnels {
         let mut leaving = lock(&self.leaving);
         leaving.retain(|name, _| !by_name.contains_key(name));
         let before = std::mem::replace(&mut *lock(&self.by_name), by_name);
-        let before_routes: Vec<_> = before.values().flat_map(|tunnel| tunnel.checked_routes()).collect();
         let now = lock(&self.by_name);
         leaving.extend(before.into_iter().filter(|(name, _)| !now.contains_key(name)));
-        for (name, tunnel) in &*now {
-            if tunnel.config.health_check.is_none() {
-                self.metrics.forget_health(name);
-            }
-        }
-        for gone in before_routes {
-            if !now.values().any(|tunnel| tunnel.checked_routes().any(|of| of == gone)) {
-                self.metrics.forget_route(&gone);
-            }
-        }
+        let checks =
+            now.iter().flat_map(|(name, served)| served.checks.iter().map(move |check| (name, check)));
+        self.metrics.show_health(checks.map(|(name, (route, check))| {
+            let of =
+                route.clone().map_or_else(|| metrics::Checked::Tunnel(name.clone()), metrics::Checked::Route);
+            (of, check.health().shown().clone())
+        }));
+        self.carried.tidy();
     }
 
     /// Ends the service for tunnels that are gone.
     pub(crate) fn forget(&self) {
-        for (name, _) in std::mem::take(&mut *lock(&self.leaving)) {
-            self.metrics.forget(&name);
-        }
+        drop(std::mem::take(&mut *lock(&self.leaving)));
+        self.carried.tidy();
     }
 
     pub(crate) fn get(&self, name: &TunnelName) -> Option<Arc<Tunnel>> {
-        let served = lock(&self.by_name).get(name).cloned();
-        served.or_else(|| lock(&self.leaving).get(name).cloned())
+        let of = |served: &Mutex<BTreeMap<TunnelName, Served>>| {
+            lock(served).get(name).map(|served| Arc::clone(&served.tunnel))
+        };
+        of(&self.by_name).or_else(|| of(&self.leaving))
+    }
+
+    /// How many requests are served now, those for tunnels that are gone included.
+    pub(crate) fn in_flight(&self) -> u32 {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Tunnels that no configuration names any more while something of them is in flight: how many requests and
+    /// WebSockets.
+    pub(crate) fn removed(&self) -> Vec<RemovedStatus> {
+        let served = lock(&self.by_name);
+        let is_served = |name: &str| served.keys().any(|known| known.as_str() == name);
+        let gone = self.metrics.tunnels().into_iter().filter(|(name, _)| !is_served(name));
+        let removed = gone.map(|(name, figures)| RemovedStatus {
+            name,
+            in_flight: figures.in_flight,
+            websockets: figures.websockets,
+        });
+        removed.filter(|removed| removed.in_flight + removed.websockets > 0).collect()
     }
 
     /// The tunnels to be served, and what the edge shall keep for them.
     pub(crate) fn service(&self) -> Service {
         let tunnels = lock(&self.by_name);
-        let kept = |(name, tunnel): (&TunnelName, &Arc<Tunnel>)| {
-            Some((name.to_string(), tunnel.config.delivery.clone()?))
+        let kept = |(name, served): (&TunnelName, &Served)| {
+            Some((name.to_string(), served.tunnel.config.delivery.clone()?))
         };
         Service {
             tunnels: tunnels.keys().cloned().collect(),
@@ -293,135 +319,88 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Tunnel {
-    fn new(
+    fn served(
         config: &TunnelConfig,
-        before: Option<&Self>,
-        metrics: &Arc<Metrics>,
+        carried: OfTunnel<'_>,
+        metrics: &Metrics,
         captures: &Arc<Captures>,
-    ) -> Result<Self, TlsError> {
-        let own = match (&config.upstream, before.and_then(|before| before.own.as_ref().zip(Some(before)))) {
-            (None, _) => None,
-            // Its idle connections are as good as before.
-            (Some(_), Some(((upstream, _), before)))
-                if before.config.has_upstream_of(config) && config.ca_file.is_none() =>
-            {
-                Some(Arc::clone(upstream))
-            }
-            (Some(address), _) => Some(Arc::new(Self::upstream_at(config, address)?)),
-        };
-        let own = own.map(|upstream| {
+    ) -> Result<Served, TlsError> {
+        let name = &config.name;
+        let way = Way::of(config)?;
+        let public = carried.state(NameAlone, |_| watch::Sender::new(None));
+        let mut checks = Checks::new();
+        let mut own = None;
+        let mut health = Arc::new(Health::new(None));
+        if let Some(address) = &config.upstream {
+            let upstream = upstream_at(address, &way, carried)?;
             let host = host_rule(config, &upstream);
-            (upstream, host)
-        });
-        let health = Arc::new(Health::new(config.health_check.as_ref().map(|check| check.max_failed)));
-        let public = watch::Sender::new(before.and_then(|before| before.public.borrow().clone()));
-        let check = config.health_check.clone().zip(own.as_ref()).map(|(settings, (upstream, rule))| {
-            let host = settings.host.clone().map_or_else(|| rule.clone(), HostRule::Fixed);
-            metrics.set_healthy(&config.name, true);
-            let (name, metrics) = (config.name.clone(), Arc::clone(metrics));
-            let changed = move |state: &HealthState| {
-                metrics.set_healthy(&name, *state == HealthState::Up);
-                match state {
-                    HealthState::Down { reason } => {
-                        tracing::warn!(tunnel_id = %name, "the upstream of {name} is down: {reason}");
-                    }
-                    HealthState::Up | HealthState::Unchecked => {
-                        tracing::info!(tunnel_id = %name, "the upstream of {name} is up again");
-                    }
-                }
-            };
-            let check = health::check(
-                settings,
-                health::Asked { host, public: public.subscribe(), upstream: Arc::clone(upstream) },
-                Arc::clone(&health),
-                changed,
-            );
-            AbortOnDropHandle::new(tokio::spawn(check))
-        });
-        let policy_before = before.and_then(|before| before.policy.as_ref());
-        let is_same_way = before.is_some_and(|before| before.config.speaks_as(config));
-        let policy = Policy::new(config, policy_before, |address, route| {
-            let runs = policy_before.filter(|_| is_same_way && config.ca_file.is_none());
-            let upstream = match runs.and_then(|before| before.traffic().upstream_at(address)) {
-                Some(upstream) => Arc::clone(upstream),
-                None => Arc::new(Self::upstream_at(config, address)?),
-            };
-            Ok::<_, TlsError>(Self::member(config, route, upstream, public.subscribe(), metrics))
+            if let Some(settings) = &config.health_check {
+                let is_said = format!("the upstream of {name} is");
+                let check =
+                    check_of(name, None, &upstream, (&way, &host, settings), &public, carried, is_said);
+                health = Arc::clone(check.health());
+                checks.push((None, check));
+            }
+            own = Some((upstream, host));
+        }
+        let policy = Policy::new(config, &way, carried, |address, route| {
+            Self::member(config, (address, route), &way, &public, carried, &mut checks)
         })?;
-        Ok(Self {
+        let tunnel = Self {
             config: config.clone(),
             own,
             request_timeout: config.request_timeout,
             health,
-            metrics: metrics.tunnel(&config.name),
-            deliveries: Arc::default(),
-            causes: Causes::default(),
-            hints: Arc::default(),
+            metrics: metrics.tunnel(name),
+            deliveries: carried.state(NameAlone, |_| AtomicU32::default()),
+            causes: carried.state(NameAlone, |_| Causes::default()),
+            hints: carried.state(NameAlone, |_| Given::default()),
             policy,
-            told_less: AtomicBool::new(false),
+            told_less: carried.state(config.request_timeout, |_| AtomicBool::new(false)),
             lens: config.inspect.then(|| {
                 let upstream = config.upstream.as_ref().map(ToString::to_string).unwrap_or_default();
-                Lens::new(Arc::clone(captures), config.name.clone(), &upstream, config.inspect_body)
+                Lens::new(Arc::clone(captures), name.clone(), &upstream, config.inspect_body)
             }),
             public,
-            _check: check,
-        })
+        };
+        Ok(Served { tunnel: Arc::new(tunnel), checks })
     }
 
     /// The policy of a tunnel, apart from the tunnel.
     #[cfg(test)]
-    pub(crate) fn policy_of(config: &TunnelConfig) -> Result<Option<Policy>, TlsError> {
-        Policy::new(config, None, |address, route| {
-            let upstream = Arc::new(Self::upstream_at(config, address)?);
-            let public = watch::Sender::new(None).subscribe();
-            Ok::<_, TlsError>(Self::member(config, route, upstream, public, &Arc::new(Metrics::new())))
+    pub(crate) fn policy_of(
+        config: &TunnelConfig,
+        carried: OfTunnel<'_>,
+    ) -> Result<Option<Policy>, TlsError> {
+        let way = Way::of(config)?;
+        let public = Arc::new(watch::Sender::new(None));
+        Policy::new(config, &way, carried, |address, route| {
+            Self::member(config, (address, route), &way, &public, carried, &mut Checks::new())
         })
     }
 
-    /// An upstream of a tunnel, its own or that of a route; all are spoken to in the same way.
-    pub(crate) fn upstream_at(config: &TunnelConfig, address: &Address) -> Result<Upstream, TlsError> {
-        Ok(Upstream::new(address.clone(), tls_for(config, address)?, config.http2, config.keep_alive))
-    }
-
-    /// An upstream of a route with its health.
+    /// An upstream of a route; what checks it goes to `checks`.
     fn member(
         config: &TunnelConfig,
-        route: &RouteRule,
-        upstream: Arc<Upstream>,
-        public: watch::Receiver<Option<String>>,
-        metrics: &Arc<Metrics>,
-    ) -> Member {
+        (address, route): (&Address, &RouteRule),
+        way: &Way,
+        public: &Arc<watch::Sender<Option<String>>>,
+        carried: OfTunnel<'_>,
+        checks: &mut Checks,
+    ) -> Result<Member, TlsError> {
+        let name = &config.name;
+        let upstream = upstream_at(address, way, carried)?;
         let host = host_rule(config, &upstream);
-        let check = match &route.target {
-            RouteTarget::Upstreams(_, check) => check.clone(),
-            _ => None,
+        let RouteTarget::Upstreams(_, Some(settings)) = &route.target else {
+            return Ok(Member { upstream, host, health: Arc::new(Health::new(None)) });
         };
-        let health = Arc::new(Health::new(check.as_ref().map(|check| check.max_failed)));
-        let check = check.map(|settings| {
-            let host = settings.host.clone().map_or_else(|| host.clone(), HostRule::Fixed);
-            let of = OfRoute {
-                tunnel: config.name.to_string(),
-                route: route.name(),
-                upstream: upstream.address().to_string(),
-            };
-            let metrics = Arc::clone(metrics);
-            metrics.set_route_healthy(&of, true);
-            let changed = move |state: &HealthState| {
-                metrics.set_route_healthy(&of, *state == HealthState::Up);
-                let OfRoute { tunnel, upstream, .. } = &of;
-                match state {
-                    HealthState::Down { reason } => {
-                        tracing::warn!(tunnel_id = %tunnel, "{upstream}, an upstream of {tunnel}, is down: {reason}");
-                    }
-                    HealthState::Up | HealthState::Unchecked => {
-                        tracing::info!(tunnel_id = %tunnel, "{upstream}, an upstream of {tunnel}, is up again");
-                    }
-                }
-            };
-            let asked = health::Asked { host, public, upstream: Arc::clone(&upstream) };
-            AbortOnDropHandle::new(tokio::spawn(health::check(settings, asked, Arc::clone(&health), changed)))
-        });
-        Member { upstream, host, health, _check: check }
+        let is_said = format!("{address}, an upstream of {name}, is");
+        let checked = (way, &host, settings);
+        let check = check_of(name, Some(route.name()), &upstream, checked, public, carried, is_said);
+        let of = OfRoute { tunnel: name.to_string(), route: route.name(), upstream: address.to_string() };
+        let health = Arc::clone(check.health());
+        checks.push((Some(of), check));
+        Ok(Member { upstream, host, health })
     }
 
     /// A place for one more delivery, so that however many the edge has woken the service meets no more than it was to.
@@ -563,18 +542,6 @@ impl Tunnel {
         members.map(status).collect()
     }
 
-    /// The upstreams of its routes that are checked, as the metrics know them.
-    fn checked_routes(&self) -> impl Iterator<Item = OfRoute> {
-        let members = self.policy.iter().flat_map(|policy| policy.traffic().upstreams());
-        members.filter(|(_, member)| member.health.state() != HealthState::Unchecked).map(
-            |(route, member)| OfRoute {
-                tunnel: self.config.name.to_string(),
-                route: route.name(),
-                upstream: member.upstream.address().to_string(),
-            },
-        )
-    }
-
     /// Whether the upstream is well.
     pub(crate) fn health(&self) -> HealthState {
         self.health.state()
@@ -590,30 +557,42 @@ fn host_rule(config: &TunnelConfig, upstream: &Upstream) -> HostRule {
     }
 }
 
-fn tls_for(config: &TunnelConfig, address: &Address) -> Result<Option<Tls>, TlsError> {
-    let Address::Tcp { host, scheme: Scheme::Https, .. } = address else { return Ok(None) };
-    let trust = match (&config.ca_file, config.insecure_skip_verify) {
-        (_, true) => Trust::Anybody,
-        (Some(path), false) => Trust::SystemAnd(path),
-        (None, false) => Trust::System,
-    };
-    let alpn: &[&[u8]] = match config.http2 {
-        Http2::Auto => &[b"h2", b"http/1.1"],
-        Http2::Always => &[b"h2"],
-        Http2::Never => &[b"http/1.1"],
-    };
-    let server_name = match &config.server_name {
-        Some(name) => name.clone(),
-        None => match host {
-            Host::Ip(ip) => (*ip).into(),
-            Host::Zoned(ip, _) => IpAddr::V6(*ip).into(),
-            Host::Localhost | Host::Name(_) => {
-                // Certificates and SNI know no trailing dot (RFC 6066 §3).
-                let name = host.to_string();
-                let name = name.strip_suffix('.').unwrap_or(&name).to_owned();
-                ServerName::try_from(name).map_err(|_| TlsError::NotAName(host.to_string()))?
-            }
-        },
-    };
-    Ok(Some(Tls { config: client_config(trust, alpn)?, server_name }))
+/// The upstream at an address. Its idle connections are as good as they were while it is spoken to in the same way.
+fn upstream_at(address: &Address, way: &Way, carried: OfTunnel<'_>) -> Result<Arc<Upstream>, TlsError> {
+    carried.try_state((address.clone(), way.clone()), |(address, way)| way.to(address))
 }
+
+/// The checks of an upstream: of a tunnel's own, or of that of a `route`. `is_said` begins what the log says of it.
+fn check_of(
+    tunnel: &TunnelName,
+    route: Option<String>,
+    upstream: &Arc<Upstream>,
+    (way, host, settings): (&Way, &HostRule, &HealthCheck),
+    public: &Arc<watch::Sender<Option<String>>>,
+    carried: OfTunnel<'_>,
+    is_said: String,
+) -> Arc<Check> {
+    let checked = Checked {
+        route,
+        address: upstream.address().clone(),
+        way: way.clone(),
+        host: settings.host.clone().map_or_else(|| host.clone(), HostRule::Fixed),
+        settings: settings.clone(),
+    };
+    carried.state(checked, |Checked { host, settings, .. }| {
+        let tunnel = tunnel.clone();
+        let changed = move |state: &HealthState| match state {
+            HealthState::Down { reason } => {
+                tracing::warn!(tunnel_id = %tunnel, "{is_said} down: {reason}");
+            }
+            HealthState::Up | HealthState::Unchecked => {
+                tracing::info!(tunnel_id = %tunnel, "{is_said} up again");
+            }
+        };
+        let (host, public, upstream) = (host.clone(), public.subscribe(), Arc::clone(upstream));
+        Check::start(settings, Asked { host, public, upstream }, changed)
+    })
+}
+
+#[cfg(test)]
+mod tests;

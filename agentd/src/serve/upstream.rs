@@ -7,6 +7,7 @@
 mod http2;
 mod pool;
 mod socket;
+mod way;
 
 use std::{
     error::Error as StdError,
@@ -27,6 +28,7 @@ use rustix::io::Errno;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
+pub(crate) use self::way::Way;
 use self::{
     pool::{Checkout, Pool},
     socket::{Socket, Watch},

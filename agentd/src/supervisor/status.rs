@@ -10,7 +10,9 @@ use crate::{
     link::rotation::Rotation,
     report::{
         metrics::unix_now,
-        status::{ConfigStatus, DeliveryStatus, EdgeStatus, HealthState, Status, TunnelStatus},
+        status::{
+            ConfigStatus, DeliveryStatus, EdgeStatus, HealthState, RemovedStatus, Status, TunnelStatus,
+        },
     },
     serve::tunnel::Tunnels,
 };
@@ -36,6 +38,7 @@ impl Birth {
         edge: EdgeStatus,
         config: ConfigStatus,
         tunnels: Vec<TunnelStatus>,
+        removed: Vec<RemovedStatus>,
         inspector: Option<String>,
     ) -> Status {
         Status {
@@ -49,6 +52,7 @@ impl Birth {
             config,
             inspector,
             tunnels,
+            removed,
         }
     }
 }
@@ -78,11 +82,4 @@ pub(super) fn tunnels(
         }
     };
     config.tunnels.iter().map(describe).collect()
-}
-
-/// How many requests are served now.
-pub(super) fn in_flight(config: &Config, tunnels: &Tunnels) -> u64 {
-    let of =
-        |config: &TunnelConfig| tunnels.get(&config.name).map(|tunnel| tunnel.metrics().figures().in_flight);
-    config.tunnels.iter().filter_map(of).sum()
 }

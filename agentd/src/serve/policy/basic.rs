@@ -24,7 +24,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::config::{htpasswd::Users, visitors::BasicRule};
+use crate::config::htpasswd::Users;
 
 /// How many users' passwords are remembered.
 const MOST_KNOWN: usize = 4096;
@@ -118,11 +118,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Passwords {
     /// Nobody is known yet.
-    pub(crate) fn new(rule: &BasicRule) -> Self {
+    pub(crate) fn new(users: &Users) -> Self {
         let mut secret = [0; 32];
         let key = aws_lc_rs::rand::fill(&mut secret).map(|()| hmac::Key::new(hmac::HMAC_SHA256, &secret));
         Self {
-            users: Arc::new(rule.users.clone()),
+            users: Arc::new(users.clone()),
             key: key.expect("the system has randomness: TLS does without it no more than this"),
             known: Mutex::default(),
             addresses: Arc::default(),
@@ -323,11 +323,7 @@ mod tests {
     fn passwords(names: &[&str]) -> Passwords {
         let hash = bcrypt::hash("secret", 4).unwrap();
         let text: String = names.iter().map(|name| format!("{name}:{hash}\n")).collect();
-        Passwords::new(&BasicRule {
-            users: Users::parse(&text).unwrap(),
-            realm: "r".into(),
-            except: Vec::new(),
-        })
+        Passwords::new(&Users::parse(&text).unwrap())
     }
 
     fn basic(credentials: &str) -> Headers {
@@ -429,7 +425,7 @@ mod tests {
     async fn guesses_beside_a_known_password() {
         let hash = bcrypt::hash("secret", 10).unwrap();
         let users = Users::parse(&format!("ann:{hash}\n")).unwrap();
-        let passwords = Arc::new(Passwords::new(&BasicRule { users, realm: "r".into(), except: Vec::new() }));
+        let passwords = Arc::new(Passwords::new(&users));
         let (good, home) = (basic("ann:secret"), ip("192.0.2.1"));
         assert_eq!(passwords.check(&good, home).await, Checked::User("ann".into()));
         for guesses_of_second in [0u32, 100] {

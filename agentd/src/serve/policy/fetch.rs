@@ -2,7 +2,6 @@
 //! only what a configuration or a provider's own document names.
 
 use std::{
-    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
@@ -19,7 +18,7 @@ use crate::{
         http_url::HttpUrl,
     },
     serve::upstream::{RequestBody, Tls, Upstream, UpstreamError},
-    tls::{TlsError, Trust, client_config},
+    tls::{Certificates, TlsError, Trust, client_config},
 };
 
 /// How long an answer may take: a visitor waits for it.
@@ -59,14 +58,14 @@ pub(crate) enum FetchError {
 
 /// Asks providers.
 pub(crate) struct Fetch {
-    ca_file: Option<PathBuf>,
+    certificates: Option<Certificates>,
     tls: OnceLock<Arc<rustls::ClientConfig>>,
 }
 
 impl Fetch {
-    /// Trusts the system's certificates and those of a file.
-    pub(crate) const fn new(ca_file: Option<PathBuf>) -> Self {
-        Self { ca_file, tls: OnceLock::new() }
+    /// Trusts the system's certificates and these.
+    pub(crate) const fn new(certificates: Option<Certificates>) -> Self {
+        Self { certificates, tls: OnceLock::new() }
     }
 
     /// The document at `url`; anything but 200 is an error.
@@ -127,7 +126,7 @@ impl Fetch {
         let config = match self.tls.get() {
             Some(config) => Arc::clone(config),
             None => {
-                let trust = self.ca_file.as_deref().map_or(Trust::System, Trust::SystemAnd);
+                let trust = self.certificates.as_ref().map_or(Trust::System, Trust::SystemAnd);
                 let config = client_config(trust, &[b"http/1.1"])?;
                 Arc::clone(self.tls.get_or_init(|| config))
             }

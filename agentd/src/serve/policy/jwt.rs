@@ -11,7 +11,10 @@ use crate::{
         visitors::{BearerRule, KeySource},
     },
     identity::public_keys::{Expected, PublicKeys, TokenFault, texts_of},
-    serve::policy::fetch::{Fetch, Remote},
+    serve::{
+        carried::OfTunnel,
+        policy::fetch::{Fetch, Remote},
+    },
 };
 
 /// What became of a visitor's token.
@@ -36,17 +39,20 @@ pub(crate) struct Bearer {
 
 enum Keys {
     Here(PublicKeys),
-    Elsewhere(Remote<PublicKeys>),
+    Elsewhere(Arc<Remote<PublicKeys>>),
 }
 
 impl Bearer {
-    /// Nothing is fetched yet.
-    pub(crate) fn new(rule: BearerRule) -> Self {
+    /// What was fetched from the same address is known.
+    pub(crate) fn new(rule: BearerRule, carried: OfTunnel<'_>) -> Self {
         let keys = match &rule.keys {
             // The configuration was refused without a key; none believes nothing.
             KeySource::Set(text) => Keys::Here(PublicKeys::parse(text.as_bytes()).unwrap_or_default()),
-            KeySource::Url { url, ca_file } => {
-                Keys::Elsewhere(Remote::new(url.clone(), Arc::new(Fetch::new(ca_file.clone())), read_keys))
+            KeySource::Url { url, certificates } => {
+                let settings = (url.clone(), certificates.clone());
+                Keys::Elsewhere(carried.state(settings, |(url, certificates)| {
+                    Remote::new(url.clone(), Arc::new(Fetch::new(certificates.clone())), read_keys)
+                }))
             }
         };
         let expected = Expected::new(&rule.algorithms, rule.issuer.as_deref(), &rule.audience);
@@ -128,9 +134,12 @@ mod tests {
     };
 
     use super::*;
-    use crate::identity::{
-        Algorithm as KeyKind,
-        public_keys::tests::{NOW_TO, Signer},
+    use crate::{
+        identity::{
+            Algorithm as KeyKind,
+            public_keys::tests::{NOW_TO, Signer},
+        },
+        serve::carried::Carried,
     };
 
     /// A key set at an address, that can be replaced; and how often it was fetched.
@@ -173,15 +182,16 @@ mod tests {
                 let token = format!("Bearer {}", encode(&header, &claims, &signer.key).unwrap());
                 [(header::AUTHORIZATION, token.try_into().unwrap())].into_iter().collect()
             };
-            let bearer = Bearer::new(BearerRule {
-                keys: KeySource::Url { url: url.parse().unwrap(), ca_file: None },
+            let rule = BearerRule {
+                keys: KeySource::Url { url: url.parse().unwrap(), certificates: None },
                 issuer: None,
                 audience: vec!["me".to_owned()],
                 algorithms: vec![Algorithm::ES256],
                 claims: Vec::new(),
                 user_claim: "sub".to_owned(),
                 except: Vec::new(),
-            });
+            };
+            let bearer = Bearer::new(rule, Carried::default().of(&"web".parse().unwrap()));
             publish(&old);
             let is = async |signer| bearer.check(&shown(signer), 0).await;
             assert_eq!(is(&old).await, Shown::User("ann".to_owned()));

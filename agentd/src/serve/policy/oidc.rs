@@ -32,13 +32,16 @@ use crate::{
     },
     identity::public_keys::{Expected, PublicKeys, texts_of},
     report::denial::DeniedBy,
-    serve::policy::{
-        answer::Answer,
-        asked::Asked,
-        cookie::{self, Sealer},
-        fetch::{Fetch, Remote},
-        jwt::{read_keys, verify_with},
-        seen::Seen,
+    serve::{
+        carried::OfTunnel,
+        policy::{
+            answer::Answer,
+            asked::Asked,
+            cookie::{self, Sealer},
+            fetch::{Fetch, Remote},
+            jwt::{read_keys, verify_with},
+            seen::Seen,
+        },
     },
 };
 
@@ -153,10 +156,17 @@ pub(crate) struct SignIn {
     session_cookie: String,
     browser_cookie: String,
     fetch: Arc<Fetch>,
-    provider: Remote<Provider>,
+    provider: Arc<Remote<Provider>>,
     expected: Expected,
-    used: Mutex<Seen>,
-    signed_out: Mutex<Seen>,
+    used: Arc<Mutex<Seen>>,
+    signed_out: Arc<Mutex<Seen>>,
+}
+
+/// What is remembered of a tunnel's visitors: ids that nobody can guess, and that mean the same by whatever rule.
+#[derive(PartialEq, Eq)]
+enum Marks {
+    Used,
+    SignedOut,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -175,9 +185,10 @@ fn hash(text: &str) -> String {
 }
 
 impl SignIn {
-    /// Nothing is asked of the provider yet.
-    pub(crate) fn new(tunnel: &TunnelName, rule: OidcRule, before: Option<&Self>) -> Self {
-        let fetch = Arc::new(Fetch::new(rule.ca_file.clone()));
+    /// What the same provider has said of itself is known, and so is what was used and who has signed out, whatever the
+    /// rule says.
+    pub(crate) fn new(tunnel: &TunnelName, rule: OidcRule, carried: OfTunnel<'_>) -> Self {
+        let fetch = carried.state(rule.certificates.clone(), |certificates| Fetch::new(certificates.clone()));
         let sealer = match &rule.session_key {
             Some(key) => Sealer::of(key.bytes()),
             None => Sealer::of_process(),
@@ -185,13 +196,12 @@ impl SignIn {
         let issuer = rule.issuer.as_str();
         let url = format!("{}/.well-known/openid-configuration", issuer.trim_end_matches('/'));
         let url: HttpUrl = url.parse().unwrap_or_else(|_| rule.issuer.clone());
-        let (expected_issuer, keys_fetch) = (issuer.to_owned(), Arc::clone(&fetch));
-        let provider = Remote::new(url, Arc::clone(&fetch), move |text| {
-            Provider::read(text, &expected_issuer, &keys_fetch)
+        let settings = (issuer.to_owned(), rule.certificates.clone());
+        let provider = carried.state(settings, |(issuer, _)| {
+            let (issuer, keys_fetch) = (issuer.clone(), Arc::clone(&fetch));
+            Remote::new(url, Arc::clone(&fetch), move |text| Provider::read(text, &issuer, &keys_fetch))
         });
         let algorithms: Vec<_> = ALGORITHMS.iter().map(|(_, algorithm)| *algorithm).collect();
-        let used = before.map(|before| lock(&before.used).clone()).unwrap_or_default();
-        let signed_out = before.map(|before| lock(&before.signed_out).clone()).unwrap_or_default();
         let Allowed { groups_claim, verified_email, .. } = &rule.allow;
         Self {
             purpose: format!(
@@ -206,8 +216,8 @@ impl SignIn {
             fetch,
             provider,
             rule,
-            used: Mutex::new(used),
-            signed_out: Mutex::new(signed_out),
+            used: carried.state(Marks::Used, |_| Mutex::default()),
+            signed_out: carried.state(Marks::SignedOut, |_| Mutex::default()),
         }
     }
 
@@ -676,6 +686,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::serve::carried::Carried;
 
     const NOW: u64 = 1_000_000;
 
@@ -696,7 +707,7 @@ mod tests {
             callback_tunnel: None,
             session: Duration::from_secs(1000),
             session_key: None,
-            ca_file: None,
+            certificates: None,
             except: Vec::new(),
         };
         change(&mut rule);
@@ -704,7 +715,8 @@ mod tests {
     }
 
     fn sign_in(rule: OidcRule) -> SignIn {
-        SignIn::new(&"web".parse().unwrap(), rule, None)
+        let name = "web".parse().unwrap();
+        SignIn::new(&name, rule, Carried::default().of(&name))
     }
 
     fn asking<T>(fields: &[(&'static str, String)], of: impl FnOnce(&Asked<'_>) -> T) -> T {

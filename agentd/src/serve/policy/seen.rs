@@ -14,7 +14,7 @@ const MOST: usize = 65_536;
 type Mark = [u8; 16];
 
 /// Marks, each with the Unix time until which it counts.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Default)]
 pub(crate) struct Seen {
     until: HashMap<Mark, u64>,
     order: VecDeque<(Mark, u64)>,

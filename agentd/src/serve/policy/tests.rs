@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use base64::Engine as _;
 use http::{HeaderName, HeaderValue, Method};
 use proto::{
     forwarded::{Hop, Trust, apply},
@@ -14,11 +15,11 @@ use crate::{
     config,
     identity::{Algorithm, public_keys::tests::Signer},
     report::denial::DeniedBy,
-    serve::tunnel::Tunnel,
+    serve::{carried::Carried, tunnel::Tunnel},
 };
 
-/// One tunnel's rules, and requests as `METHOD TARGET [@host] [from=IP] [bytes=N|unknown] [upgrade] [name:value …] => OUTCOME`,
-/// with `_` for a blank in a value.
+/// One tunnel's rules, and requests as `METHOD TARGET [@host] [from=IP] [bytes=N|unknown] [as=USER:PASSWORD] [upgrade] [name:value …] =>
+/// OUTCOME`, with `_` for a blank in a value.
 struct Case {
     rules: &'static str,
     requests: &'static [&'static str],
@@ -624,18 +625,216 @@ async fn pages_of_other_origins_do_not_act_with_a_visitors_password() {
     assert_eq!(ask(&plain, &asked, false).await.0, "401 password_required");
 }
 
+/// State that requests make under some rules, and what is answered after a reload. `FILE` and `OTHER` are lists of passwords
+/// in which ann's is `secret`.
+struct Reload {
+    rules: &'static str,
+    /// Requests as those of [`Case`], and how often each is made.
+    before: &'static [(usize, &'static str)],
+    /// Each time other rules, and a request under them.
+    after: &'static [(&'static str, &'static str)],
+}
+
+const RELOADS: &[Reload] = &[
+    Reload {
+        rules: r#"basic_auth = "FILE""#,
+        before: &[(1, "GET / as=ann:secret => own /"), (10, "GET / as=ann:1 => 401 password_required")],
+        after: &[
+            (
+                r#"
+                max_body = 9
+                basic_auth = { file = "FILE", realm = "other", except = ["/x"] }
+                "#,
+                "GET / as=ann:2 => 429 too_many_guesses",
+            ),
+            // Were it not known, nobody would look at it.
+            ("inspect = true\nbasic_auth = \"FILE\"", "GET / as=ann:secret => own /"),
+            (r#"basic_auth = "OTHER""#, "GET / as=ann:2 => 401 password_required"),
+        ],
+    },
+    Reload {
+        rules: r#"rate_limit = { requests = 1, per = "1h", by = "ip" }"#,
+        before: &[(1, "GET / => own /")],
+        after: &[
+            (
+                r#"
+                max_body = 9
+                rate_limit = { requests = 1, per = "1h", by = "ip" }
+                "#,
+                "GET / => 429 rate_limited",
+            ),
+            (r#"rate_limit = { requests = 2, per = "1h", by = "ip" }"#, "GET / => own /"),
+        ],
+    },
+    Reload {
+        rules: r#"circuit_breaker = { open_after = 1, retry_after = "60s" }"#,
+        before: &[(1, "GET / => own / failing")],
+        after: &[
+            (
+                r#"
+                max_body = 9
+                circuit_breaker = { open_after = 1, retry_after = "60s" }
+                [[tunnel.route]]
+                path = "/api"
+                upstream = "127.0.0.1:2"
+                "#,
+                "GET / => 503 circuit_open",
+            ),
+            (r#"circuit_breaker = { open_after = 2, retry_after = "60s" }"#, "GET / => own /"),
+            (
+                r#"upstream = "127.0.0.1:3"
+                circuit_breaker = { open_after = 1, retry_after = "60s" }
+                "#,
+                "GET / => own /",
+            ),
+            (
+                r#"
+                http2 = "never"
+                circuit_breaker = { open_after = 1, retry_after = "60s" }
+                "#,
+                "GET / => own /",
+            ),
+        ],
+    },
+    Reload {
+        rules: r#"
+            circuit_breaker = { open_after = 1, retry_after = "60s" }
+            [[tunnel.route]]
+            path = "/api"
+            upstream = "127.0.0.1:2"
+        "#,
+        before: &[(1, "GET /api => 2 /api failing")],
+        after: &[
+            (
+                r#"upstream = "127.0.0.1:3"
+                circuit_breaker = { open_after = 1, retry_after = "60s" }
+                [[tunnel.route]]
+                path = "/longer/so/first"
+                upstream = "127.0.0.1:4"
+                [[tunnel.route]]
+                path = "/api"
+                max_body = 9
+                upstream = "127.0.0.1:2"
+                "#,
+                "GET /api => 503 circuit_open",
+            ),
+            (
+                r#"
+                circuit_breaker = { open_after = 1, retry_after = "60s" }
+                [[tunnel.route]]
+                path = "/api"
+                upstream = "127.0.0.1:4"
+                "#,
+                "GET /api => 4 /api",
+            ),
+        ],
+    },
+];
+
+#[tokio::test]
+async fn a_reload_forgets_what_it_changes_and_nothing_else() {
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
+    let dir = tempfile::tempdir().unwrap();
+    let list = |name: &str, users: &[&str]| {
+        let hash = bcrypt::hash("secret", 4).unwrap();
+        let file = dir.path().join(name);
+        fs::write(&file, users.iter().map(|user| format!("{user}:{hash}\n")).collect::<String>()).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        file.display().to_string()
+    };
+    let (file, other) = (list("file", &["ann"]), list("other", &["ann", "bob"]));
+    let whole = |rules: &str| rules.replace("FILE", &file).replace("OTHER", &other);
+    let answers = async |policy: &Option<Policy>, request: &str| {
+        let (asked, outcome) = request.split_once(" => ").unwrap();
+        let (wanted, failing) =
+            outcome.strip_suffix(" failing").map_or((outcome, false), |outcome| (outcome, true));
+        assert_eq!(ask(policy, asked, failing).await.0, wanted, "{request}");
+    };
+    for Reload { rules, before, after } in RELOADS {
+        for (reloaded, request) in *after {
+            println!("{rules}\n{reloaded}");
+            let carried = Carried::default();
+            let first = policy_after(&whole(rules), &carried);
+            for (times, request) in *before {
+                for _ in 0..*times {
+                    answers(&first, request).await;
+                }
+            }
+            let second = policy_after(&whole(reloaded), &carried);
+            drop(first);
+            answers(&second, request).await;
+        }
+    }
+}
+
+#[test]
+fn a_webhook_stays_seen_whatever_else_its_rule_says() {
+    use crate::config::visitors::{Scheme, WebhookRule};
+
+    let carried = Carried::default();
+    let name = "web".parse().unwrap();
+    let webhook = |scheme: Scheme, secrets: &[&str], tolerance, paths: &[&str]| {
+        let rule = WebhookRule {
+            scheme,
+            secrets: secrets.iter().map(|&secret| secret.into()).collect(),
+            tolerance: std::time::Duration::from_secs(tolerance),
+            paths: paths.iter().map(|path| path.parse().unwrap()).collect(),
+        };
+        Webhook::new(rule, carried.of(&name))
+    };
+    let signed = aws_lc_rs::hmac::sign(
+        &aws_lc_rs::hmac::Key::new(aws_lc_rs::hmac::HMAC_SHA256, b"old"),
+        b"1800000000.{}",
+    );
+    let field = format!("t=1800000000,v1={}", webhook::hex(signed.as_ref()));
+    let headers: Headers =
+        [(HeaderName::from_static("stripe-signature"), HeaderValue::try_from(field).unwrap())]
+            .into_iter()
+            .collect();
+    let target = Target::parse("/").unwrap();
+    let asked = Asked { method: &Method::POST, target: &target, headers: &headers, upgrade: false };
+    let check = |webhook: &Webhook| webhook.check(&asked, b"{}", 1_800_000_000, false);
+    let first = webhook(Scheme::Stripe, &["old"], 300, &[]);
+    check(&first).unwrap().delivered();
+    for (secrets, tolerance, paths) in [
+        (&["old"][..], 300, &[][..]),
+        (&["old"], 300, &["/hooks/*"]),
+        (&["old"], 60, &[]),
+        (&["new", "old"], 300, &[]),
+    ] {
+        let again = webhook(Scheme::Stripe, secrets, tolerance, paths);
+        assert_eq!(check(&again).unwrap_err(), WebhookError::Replay, "{secrets:?} {tolerance} {paths:?}");
+    }
+    let other = webhook(Scheme::Stripe, &["new"], 300, &[]);
+    assert_eq!(check(&other).unwrap_err(), WebhookError::Signature);
+    drop((first, other));
+    let anew = webhook(Scheme::Stripe, &["old"], 300, &[]);
+    assert!(check(&anew).is_ok(), "nobody had it any more");
+}
+
 /// `None` where the rules ask for nothing.
 fn policy(rules: &str) -> Option<Policy> {
+    policy_after(rules, &Carried::default())
+}
+
+/// The same, with what earlier rules of the tunnel have come to.
+fn policy_after(rules: &str, carried: &Carried) -> Option<Policy> {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("agentd.toml");
     let text = format!(
         "[edge]\nurl = \"ws://127.0.0.1:1\"\n[[tunnel]]\nname = \"web\"\n{}\n{rules}\n",
-        if rules.contains("# no upstream") { "" } else { "upstream = \"127.0.0.1:1\"" }
+        if rules.contains("# no upstream") || rules.starts_with("upstream") {
+            ""
+        } else {
+            "upstream = \"127.0.0.1:1\""
+        }
     );
     std::fs::write(&file, text).unwrap();
     let overrides = config::Overrides { token: Some("secret".into()), ..config::Overrides::default() };
     let config = config::load(&file, &overrides).unwrap_or_else(|error| panic!("{rules}: {error}"));
-    Tunnel::policy_of(&config.tunnels[0]).unwrap()
+    let tunnel = &config.tunnels[0];
+    Tunnel::policy_of(tunnel, carried.of(&tunnel.name)).unwrap()
 }
 
 async fn ask(policy: &Option<Policy>, text: &str, failing: bool) -> (String, BTreeMap<String, String>) {
@@ -653,6 +852,9 @@ async fn ask(policy: &Option<Policy>, text: &str, failing: bool) -> (String, BTr
             bytes = (count != "unknown").then(|| count.parse().unwrap());
         } else if word == "upgrade" {
             upgrade = true;
+        } else if let Some(credentials) = word.strip_prefix("as=") {
+            let value = format!("Basic {}", base64::prelude::BASE64_STANDARD.encode(credentials));
+            headers.push(http::header::AUTHORIZATION, HeaderValue::try_from(value).unwrap());
         } else {
             let (name, value) = word.split_once(':').unwrap();
             headers.push(

@@ -21,7 +21,6 @@ use proto::{
     target::Target,
 };
 use tokio::time::Instant;
-use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     config::{
@@ -29,10 +28,12 @@ use crate::{
         address::Address,
         template::{Template, Variable},
         traffic::{
-            Choice, CorsRule, FieldEdits, ForwardedFields, LimitedBy, RouteRule, RouteTarget, TrafficRules,
+            BreakerRule, Choice, CorsRule, FieldEdits, ForwardedFields, LimitedBy, RouteRule, RouteTarget,
+            TrafficRules,
         },
     },
     serve::{
+        carried::OfTunnel,
         health::Health,
         host::HostRule,
         policy::{
@@ -42,7 +43,7 @@ use crate::{
             cors, files,
             limit::{RateLimit, TooMany},
         },
-        upstream::Upstream,
+        upstream::{Upstream, Way},
     },
 };
 
@@ -51,7 +52,6 @@ pub(crate) struct Member {
     pub(crate) upstream: Arc<Upstream>,
     pub(crate) host: HostRule,
     pub(crate) health: Arc<Health>,
-    pub(crate) _check: Option<AbortOnDropHandle<()>>,
 }
 
 /// The upstreams of one route.
@@ -74,38 +74,48 @@ pub(crate) struct Traffic {
     has_own: bool,
 }
 
+/// What a breaker guards, and how.
+#[derive(PartialEq)]
+struct Guarded {
+    rule: BreakerRule,
+    /// `None` for the tunnel's own upstream.
+    route: Option<String>,
+    upstreams: Vec<Address>,
+    way: Way,
+}
+
 impl Traffic {
-    /// What the rules of a tunnel say; `member` makes an upstream of a route. What was used of a limit that has not
-    /// changed is taken over from `before`, and so is what is known of upstreams.
+    /// What the rules of a tunnel say, whose upstreams are spoken to in this `way`; `member` is an upstream of a route.
     pub(crate) fn new<E>(
         TunnelConfig { name: tunnel, upstream, traffic: rules, .. }: &TunnelConfig,
-        before: Option<&Self>,
-        member: impl Fn(&Address, &RouteRule) -> Result<Member, E>,
+        way: &Way,
+        carried: OfTunnel<'_>,
+        mut member: impl FnMut(&Address, &RouteRule) -> Result<Member, E>,
     ) -> Result<Self, E> {
-        let breaker = || rules.breaker.map(|rule| Arc::new(Breaker::new(rule)));
+        let breaker = |upstreams: &[Address], route: Option<String>| {
+            rules.breaker.map(|rule| {
+                let guarded = Guarded { rule, route, upstreams: upstreams.to_vec(), way: way.clone() };
+                carried.state(guarded, |guarded| Breaker::new(guarded.rule))
+            })
+        };
         let mut members = Vec::with_capacity(rules.routes.len());
         for route in &rules.routes {
-            let all = match &route.target {
-                RouteTarget::Upstreams(addresses, _) => {
-                    addresses.iter().map(|address| member(address, route)).collect::<Result<_, E>>()?
-                }
-                _ => Vec::new(),
+            let addresses = match &route.target {
+                RouteTarget::Upstreams(addresses, _) => &addresses[..],
+                _ => &[],
             };
-            members.push(Members { all, next: AtomicUsize::new(0), breaker: breaker() });
+            members.push(Members {
+                all: addresses.iter().map(|address| member(address, route)).collect::<Result<_, E>>()?,
+                next: AtomicUsize::new(0),
+                breaker: breaker(addresses, Some(route.name())),
+            });
         }
-        let rate = rules.rate_limit.map(|rule| {
-            let same = before.and_then(|before| before.rate.as_ref()).filter(|rate| *rate.rule() == rule);
-            same.map_or_else(|| Arc::new(RateLimit::new(rule)), Arc::clone)
-        });
-        let own_breaker = before
-            .filter(|before| before.rules.breaker == rules.breaker)
-            .map_or_else(breaker, |before| before.breaker.clone());
         Ok(Self {
             tunnel: tunnel.clone(),
             rules: rules.clone(),
             members,
-            rate,
-            breaker: own_breaker,
+            rate: rules.rate_limit.map(|rule| carried.state(rule, |rule| RateLimit::new(*rule))),
+            breaker: upstream.as_ref().and_then(|own| breaker(std::slice::from_ref(own), None)),
             has_own: upstream.is_some(),
         })
     }

@@ -3,7 +3,7 @@
 //! Enters: a request's head. Leaves: a [`Visitor`] for the upstream, or the [`Answer`] that is given instead. Only
 //! passwords that are not known yet, keys that have to be fetched and providers make anybody wait.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, header};
 use proto::{error::ErrorCode, header::Headers, id::TunnelName};
@@ -11,13 +11,16 @@ use proto::{error::ErrorCode, header::Headers, id::TunnelName};
 use crate::{
     config::{paths::PathPattern, traffic::CorsRule, visitors::VisitorRules},
     report::denial::DeniedBy,
-    serve::policy::{
-        answer::Answer,
-        asked::Asked,
-        basic::{Checked, Passwords},
-        cookie, cors, ip,
-        jwt::{Bearer, Shown},
-        oidc::{self, SignIn},
+    serve::{
+        carried::OfTunnel,
+        policy::{
+            answer::Answer,
+            asked::Asked,
+            basic::{Checked, Passwords},
+            cookie, cors, ip,
+            jwt::{Bearer, Shown},
+            oidc::{self, SignIn},
+        },
     },
 };
 
@@ -29,7 +32,7 @@ const USER_TEXT: &str = "x-tunnel-user";
 pub(crate) struct Visitors {
     tunnel: TunnelName,
     rules: VisitorRules,
-    passwords: Option<Passwords>,
+    passwords: Option<Arc<Passwords>>,
     bearer: Option<Bearer>,
     sign_in: Option<SignIn>,
 }
@@ -71,16 +74,14 @@ pub(crate) fn is_user(name: &HeaderName) -> bool {
 }
 
 impl Visitors {
-    /// What the rules of a tunnel say; what is known of visitors is taken over from `before`.
-    pub(crate) fn new(tunnel: &TunnelName, rules: &VisitorRules, before: Option<&Self>) -> Self {
+    /// What the rules of a tunnel say.
+    pub(crate) fn new(tunnel: &TunnelName, rules: &VisitorRules, carried: OfTunnel<'_>) -> Self {
         Self {
             tunnel: tunnel.clone(),
-            passwords: rules.basic.as_ref().map(Passwords::new),
-            bearer: rules.bearer.clone().map(Bearer::new),
-            sign_in: rules
-                .oidc
-                .clone()
-                .map(|rule| SignIn::new(tunnel, rule, before.and_then(|before| before.sign_in.as_ref()))),
+            // Who is right, and who has guessed wrong, depends on the list alone.
+            passwords: rules.basic.as_ref().map(|rule| carried.state(rule.users.clone(), Passwords::new)),
+            bearer: rules.bearer.clone().map(|rule| Bearer::new(rule, carried)),
+            sign_in: rules.oidc.clone().map(|rule| SignIn::new(tunnel, rule, carried)),
             rules: rules.clone(),
         }
     }

@@ -25,7 +25,7 @@ use proto::header::Headers;
 use crate::{
     config::visitors::{Digest, Encoding, HmacForm, Scheme, WebhookRule},
     identity::private_file::Secret,
-    serve::policy::seen::Seen,
+    serve::{carried::OfTunnel, policy::seen::Seen},
 };
 
 /// The part of a request that a signature may be about.
@@ -65,7 +65,8 @@ pub(crate) enum WebhookError {
 /// One rule with what it has seen.
 pub(crate) struct Webhook {
     rule: WebhookRule,
-    seen: Arc<Mutex<Seen>>,
+    /// What was seen of each secret, in their order: nothing else makes one delivery the same as another.
+    seen: Vec<Arc<Mutex<Seen>>>,
 }
 
 /// A webhook whose signature is right. It counts as seen only when it was [`delivered`](Self::delivered): its
@@ -103,18 +104,12 @@ struct Claim<'a> {
 }
 
 impl Webhook {
-    /// The rule, with nothing seen yet.
-    pub(crate) fn new(rule: WebhookRule) -> Self {
-        Self { rule, seen: Arc::default() }
-    }
-
-    /// The same rule, which remembers what this one has seen.
-    pub(crate) fn again(&self) -> Self {
-        Self { rule: self.rule.clone(), seen: Arc::clone(&self.seen) }
-    }
-
-    pub(crate) const fn rule(&self) -> &WebhookRule {
-        &self.rule
+    /// The rule. What was seen with one of its secrets is known.
+    pub(crate) fn new(rule: WebhookRule, carried: OfTunnel<'_>) -> Self {
+        let seen_with = |secret: &Secret| {
+            carried.state((rule.scheme.clone(), secret.clone()), |_| Mutex::<Seen>::default())
+        };
+        Self { seen: rule.secrets.iter().map(seen_with).collect(), rule }
     }
 
     /// Whether requests for this path must be signed.
@@ -144,7 +139,7 @@ impl Webhook {
         if claim.at.is_some_and(|at| at.abs_diff(signed.now) > self.rule.tolerance.as_secs()) {
             return Err(WebhookError::Time);
         }
-        let mac = self.matching(&claim).ok_or(WebhookError::Signature)?;
+        let (mac, seen) = self.matching(&claim).ok_or(WebhookError::Signature)?;
         // Without a time in what is signed there is no end to how long it would be believed, and no way to tell
         // a second delivery that somebody asked for from a replay. What we try again ourselves is none.
         if claim.at.is_none() || signed.is_again {
@@ -152,16 +147,16 @@ impl Webhook {
         }
         // Believed from a tolerance before its time until one after it.
         let keep = self.rule.tolerance.saturating_mul(2).max(Duration::from_secs(1));
-        if self.seen.lock().unwrap_or_else(PoisonError::into_inner).insert(&mac, signed.now, keep) {
-            Ok(Signature { seen: Some((Arc::clone(&self.seen), mac)) })
+        if seen.lock().unwrap_or_else(PoisonError::into_inner).insert(&mac, signed.now, keep) {
+            Ok(Signature { seen: Some((Arc::clone(seen), mac)) })
         } else {
             Err(WebhookError::Replay)
         }
     }
 
-    /// The digest of the first secret with which one of the signatures is right.
-    fn matching(&self, claim: &Claim<'_>) -> Option<Vec<u8>> {
-        self.rule.secrets.iter().find_map(|secret| {
+    /// The digest of the first secret with which one of the signatures is right, and what was seen of that one.
+    fn matching(&self, claim: &Claim<'_>) -> Option<(Vec<u8>, &Arc<Mutex<Seen>>)> {
+        self.rule.secrets.iter().zip(&self.seen).find_map(|(secret, seen)| {
             let key = hmac::Key::new(claim.algorithm, &self.key(secret)?);
             let mut context = hmac::Context::with_key(&key);
             for piece in &claim.text {
@@ -170,7 +165,7 @@ impl Webhook {
             let mac = context.sign().as_ref().to_vec();
             let expected = claim.encoding.encode(&mac);
             let is_it = |sent: &&str| verify_slices_are_equal(sent.as_bytes(), expected.as_bytes()).is_ok();
-            claim.sent.iter().any(is_it).then_some(mac)
+            claim.sent.iter().any(is_it).then_some((mac, seen))
         })
     }
 
@@ -351,17 +346,19 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::serve::carried::Carried;
 
     const NOW: u64 = 1_800_000_000;
     const BODY: &[u8] = b"{\"a\":1,\"b\":\"\xc3\xa4\"}";
 
     fn webhook(scheme: Scheme, secrets: &[&str]) -> Webhook {
-        Webhook::new(WebhookRule {
+        let rule = WebhookRule {
             scheme,
             secrets: secrets.iter().map(|&secret| secret.into()).collect(),
             tolerance: Duration::from_secs(300),
             paths: Vec::new(),
-        })
+        };
+        Webhook::new(rule, Carried::default().of(&"web".parse().unwrap()))
     }
 
     fn mac(algorithm: hmac::Algorithm, key: &[u8], text: &[&[u8]], encoding: Encoding) -> String {
