@@ -332,7 +332,7 @@ impl Tunnel {
         let mut own = None;
         let mut health = Arc::new(Health::new(None));
         if let Some(address) = &config.upstream {
-            let upstream = upstream_at(address, &way, carried)?;
+            let upstream = upstream_at(None, address, &way, carried)?;
             let host = host_rule(config, &upstream);
             if let Some(settings) = &config.health_check {
                 let is_said = format!("the upstream of {name} is");
@@ -389,7 +389,7 @@ impl Tunnel {
         checks: &mut Checks,
     ) -> Result<Member, TlsError> {
         let name = &config.name;
-        let upstream = upstream_at(address, way, carried)?;
+        let upstream = upstream_at(Some(route.name()), address, way, carried)?;
         let host = host_rule(config, &upstream);
         let RouteTarget::Upstreams(_, Some(settings)) = &route.target else {
             return Ok(Member { upstream, host, health: Arc::new(Health::new(None)) });
@@ -557,9 +557,15 @@ fn host_rule(config: &TunnelConfig, upstream: &Upstream) -> HostRule {
     }
 }
 
-/// The upstream at an address. Its idle connections are as good as they were while it is spoken to in the same way.
-fn upstream_at(address: &Address, way: &Way, carried: OfTunnel<'_>) -> Result<Arc<Upstream>, TlsError> {
-    carried.try_state((address.clone(), way.clone()), |(address, way)| way.to(address))
+/// The upstream at an address: a tunnel's own, or that of a `route`. Its idle connections are as good as they were while it is
+/// spoken to in the same way.
+fn upstream_at(
+    route: Option<String>,
+    address: &Address,
+    way: &Way,
+    carried: OfTunnel<'_>,
+) -> Result<Arc<Upstream>, TlsError> {
+    carried.try_state((route, address.clone(), way.clone()), |(_, address, way)| way.to(address))
 }
 
 /// The checks of an upstream: of a tunnel's own, or of that of a `route`. `is_said` begins what the log says of it.
