@@ -458,6 +458,10 @@ async fn a_diagnosis_says_where_the_way_ends() {
     agent.write_config(&text.replace(local.token.to_str().unwrap(), "other"));
     let (code, printed) = diagnose();
     assert!(code == Some(77) && printed.contains("[FAIL] the edge refused the token"), "{printed}");
+    // One that is known, and not for this tunnel: none is opened.
+    std::fs::write(agent.dir().join("other"), local.issue("alice", &["other"])).unwrap();
+    let (code, printed) = diagnose();
+    assert!(code == Some(77) && printed.contains("[FAIL] web is not open"), "{printed}");
     let closed = Port::take();
     agent.write_config(&text.replace(&local.agents, &format!("ws://{closed}")));
     let (code, printed) = diagnose();

@@ -113,7 +113,7 @@ enum Command {
         #[command(flatten)]
         place: Place,
     },
-    /// Says how the running agent is: code 0 if one runs, 1 if not.
+    /// Says how the running agent is, the daemon or else one of `agentd http`: code 0 if one runs, 1 if not.
     Status {
         #[command(flatten)]
         reach: Reach,
@@ -368,7 +368,7 @@ struct Http {
     /// Default: 127.0.0.1:4040.
     #[arg(long, value_name = "ADDRESS", env = "AGENTD_INSPECT_ADDRESS")]
     inspect_address: Option<String>,
-    /// Only lines, also on a terminal: no keys, no screen.
+    /// Only lines, also on a terminal: no keys, no screen. So it is where TERM is "dumb".
     #[arg(long)]
     plain: bool,
     /// Capture nothing, and have no page.
@@ -502,7 +502,7 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
             })
         }
         Command::Status { reach, json } => {
-            ask::status(&reach.places(overrides.control_socket), Format::from_flag(json))
+            ask::status(&reach.places_of_any(overrides.control_socket), Format::from_flag(json))
         }
         Command::Reload { reach, json } => {
             ask::reload(&reach.places(overrides.control_socket), Format::from_flag(json))
@@ -543,11 +543,13 @@ pub(crate) fn main_with_args(args: impl IntoIterator<Item = OsString>) -> ExitCo
         }
         Command::Tunnel { command } => match command {
             TunnelCommand::List { reach, json } => {
-                ask::tunnel_list(&reach.places(overrides.control_socket), Format::from_flag(json))
+                ask::tunnel_list(&reach.places_of_any(overrides.control_socket), Format::from_flag(json))
             }
-            TunnelCommand::Info { name, reach, json } => {
-                ask::tunnel_info(&reach.places(overrides.control_socket), &name, Format::from_flag(json))
-            }
+            TunnelCommand::Info { name, reach, json } => ask::tunnel_info(
+                &reach.places_of_any(overrides.control_socket),
+                &name,
+                Format::from_flag(json),
+            ),
         },
         Command::Identity(command) => identity::run(command, overrides.token_file.as_deref()),
         Command::Config { command: ConfigCommand::Check { config, json } } => {
@@ -790,7 +792,7 @@ fn run(setup: Setup, ready: impl FnOnce()) -> Result<ExitCode, Failure> {
 /// lines.
 fn in_foreground(config: Config, is_plain: bool) -> ExitCode {
     let is_terminal = std::io::stdout().is_terminal();
-    let has_keys = is_terminal && std::io::stdin().is_terminal() && !is_plain;
+    let has_keys = is_terminal && std::io::stdin().is_terminal() && !is_plain && !telemetry::is_dumb();
     let is_inspected = config.tunnels.iter().any(|tunnel| tunnel.inspect);
     // A terminal that can't be drawn on has lines all the same.
     let opened = (has_keys && is_inspected).then(Screen::open).and_then(Result::ok);

@@ -252,7 +252,8 @@ impl Supervisor {
                         // Who is concerned reads it in the log.
                         let _ = self.reload();
                     }
-                    Asked::Stop => {
+                    Asked::Leave if self.stop.is_some() => {}
+                    Asked::Leave | Asked::Stop => {
                         if self.stop.is_some() {
                             tracing::warn!("stopped without waiting for what is in flight");
                             break;

@@ -27,6 +27,12 @@ pub enum Fault {
 
 const FAULTS: usize = 7;
 
+/// The fastest clock: with a faster one, what is done every few minutes would never rest.
+const CLOCK_MOST: u32 = 10_000;
+
+/// The longest extra latency of a call: no caller waits for longer.
+const DELAY_MOST_MS: u64 = 60_000;
+
 /// Which faults happen how often.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ChaosConfig {
@@ -97,14 +103,14 @@ impl FromStr for ChaosConfig {
                     continue;
                 }
                 "clock" => {
-                    let factor: u32 = value.parse().map_err(|_| bad("a whole number of at least 1"))?;
-                    config.clock =
-                        if factor == 0 { return Err(bad("a whole number of at least 1")) } else { factor };
+                    let factor = value.parse().ok().filter(|factor| (1..=CLOCK_MOST).contains(factor));
+                    config.clock = factor.ok_or_else(|| bad("a whole number from 1 to 10000"))?;
                     continue;
                 }
                 "delay" => {
-                    let ms: u32 = value.parse().map_err(|_| bad("a whole number of milliseconds"))?;
-                    config.delay = Duration::from_millis(ms.into());
+                    let ms = value.parse().ok().filter(|ms| *ms <= DELAY_MOST_MS);
+                    let ms = ms.ok_or_else(|| bad("a whole number of milliseconds from 0 to 60000"))?;
+                    config.delay = Duration::from_millis(ms);
                     continue;
                 }
                 "duplicate" => Fault::Duplicate,
@@ -193,8 +199,8 @@ mod tests {
         assert!(refusal("loss=1").starts_with("unknown key \"loss\""));
         assert_eq!(refusal("gone=2"), "gone=2 is not a probability from 0 to 1");
         assert_eq!(refusal("gone=NaN"), "gone=NaN is not a probability from 0 to 1");
-        assert_eq!(refusal("clock=0"), "clock=0 is not a whole number of at least 1");
-        assert_eq!(refusal("delay=-1"), "delay=-1 is not a whole number of milliseconds");
+        assert_eq!(refusal("clock=0"), "clock=0 is not a whole number from 1 to 10000");
+        assert_eq!(refusal("delay=-1"), "delay=-1 is not a whole number of milliseconds from 0 to 60000");
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use agentd::config::address::Address;
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::RangedU64ValueParser};
 
 use proto::limits;
 
@@ -27,7 +28,7 @@ struct Cli {
 pub struct Options {
     /// Your own service: a port, host:port or URL. Without it, a demo page is served
     #[arg(long, value_name = "PORT|URL")]
-    pub upstream: Option<String>,
+    pub upstream: Option<Address>,
     /// Where public clients connect; port 0 takes a free one
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = loopback)]
     pub public: SocketAddr,
@@ -64,8 +65,8 @@ pub struct Options {
     /// How many of them are kept for agents' messages (the parameter reservedForResponse)
     #[arg(long, value_name = "COUNT", requires = "executions", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub reserved_for_response: Option<u32>,
-    /// How many free mailboxes are kept ready
-    #[arg(long, value_name = "COUNT", default_value_t = limits::MAILBOXES_KEPT)]
+    /// How many free mailboxes are kept ready (the parameter mailboxesKept)
+    #[arg(long, value_name = "COUNT", default_value_t = limits::MAILBOXES_KEPT, value_parser = RangedU64ValueParser::<usize>::new().range(1..=200))]
     pub mailboxes: usize,
     /// Which front of AWS is imitated, with what it does to traffic (docs/aws-fronts.md); direct does nothing
     #[arg(long, value_name = "FRONT", value_enum, default_value_t)]
@@ -310,6 +311,13 @@ mod tests {
         assert_eq!((set.public.port(), set.agents.port()), (0, 9));
         assert_eq!((set.latency.profile.as_str(), set.log_level), ("aws", LogLevel::Debug));
         assert_eq!(set.chaos.clock, 10);
+        assert_eq!(options("local --mailboxes 1").mailboxes, 1);
+        assert_eq!(options("local --mailboxes 200").mailboxes, 200);
+        let chaos = options("local --chaos clock=10000,delay=60000").chaos;
+        assert_eq!((chaos.clock, chaos.delay.as_secs()), (10_000, 60));
+        for upstream in ["3000", "127.0.0.1:3000", "HTTP://localhost:3000/", "unix:/run/app.sock"] {
+            assert!(options(&format!("local --upstream {upstream}")).upstream.is_some(), "{upstream}");
+        }
     }
 
     #[test]
@@ -324,6 +332,16 @@ mod tests {
             ("local --domain a..b", "use a DNS name"),
             ("local --limits tunnel_requests=0", "out of range"),
             ("local --executions 9", "10..=1000"),
+            ("local --executions 1001", "10..=1000"),
+            ("local --executions 10 --reserved-for-response 0", "1..=1000"),
+            ("local --mailboxes 0", "1..=200"),
+            ("local --mailboxes 201", "1..=200"),
+            ("local --mailboxes 100000000", "1..=200"),
+            ("local --upstream abc", "\"abc\" is none of 3000, host:port"),
+            ("local --upstream 0", "no port between 1 and 65535"),
+            ("local --upstream http://localhost:3000/app", "has a path"),
+            ("local --chaos clock=10001", "from 1 to 10000"),
+            ("local --chaos delay=60001", "from 0 to 60000"),
             ("local --reserved-for-response 3", "--executions"),
             ("local --front edge", "cloudfront"),
             ("local --kind slow", "response-rate"),

@@ -128,6 +128,12 @@ pub fn run(options: Options) -> ExitCode {
     }
 }
 
+/// Whether a terminal may be coloured: nobody has said otherwise, and it does not say that it obeys nothing.
+fn is_coloured() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+        && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
 fn fail(error: &anyhow::Error) -> ExitCode {
     let _ = writeln!(io::stderr().lock(), "local: {error:#}");
     ExitCode::FAILURE
@@ -176,7 +182,7 @@ fn init_log(level: LogLevel) {
     let result = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter(level, "local")))
         .with_target(false)
-        .with_ansi(io::stderr().is_terminal())
+        .with_ansi(io::stderr().is_terminal() && is_coloured())
         .with_writer(io::stderr)
         // It would be said on standard error, which cannot be written to, and end the program.
         .log_internal_errors(false)
@@ -367,7 +373,7 @@ async fn serve(options: Options) -> anyhow::Result<()> {
         None
     } else {
         let upstream = match options.upstream {
-            Some(upstream) => upstream,
+            Some(upstream) => upstream.to_string(),
             None => demo::start(Demo {
                 aws: aws.clone(),
                 arrivals,

@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clap::Parser;
+use clap::{Parser, builder::RangedU64ValueParser};
 use tokio::task::JoinSet;
 
 use crate::{
@@ -35,19 +35,19 @@ const SHRINKING: usize = 24;
 #[command(about = "Seeded faults against the real binaries, and one oracle")]
 struct Options {
     /// How many runs
-    #[arg(long, default_value_t = 50)]
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     runs: u64,
     /// The seed of the first run; each further one takes the next
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(..=1 << 53))]
     seed: u64,
     /// About how many requests a run has
-    #[arg(long, default_value_t = 1000)]
+    #[arg(long, default_value_t = 1000, value_parser = RangedU64ValueParser::<usize>::new().range(1..=1_000_000))]
     requests: usize,
     /// Begin no further run after so many seconds
     #[arg(long)]
     seconds: Option<u64>,
     /// How many runs at the same time
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 2, value_parser = RangedU64ValueParser::<usize>::new().range(1..=64))]
     jobs: usize,
     /// One run, by the line that it printed
     #[arg(long, value_name = "LINE")]
@@ -56,7 +56,7 @@ struct Options {
     #[arg(long)]
     printed: bool,
     /// Webhooks that wait, in place of requests: so many in each run
-    #[arg(long, value_name = "WEBHOOKS", num_args = 0..=1, default_missing_value = "60", conflicts_with = "replay")]
+    #[arg(long, value_name = "WEBHOOKS", num_args = 0..=1, default_missing_value = "60", conflicts_with = "replay", value_parser = RangedU64ValueParser::<usize>::new().range(1..=100_000))]
     durable: Option<usize>,
     /// Do not look for a smaller run that fails too
     #[arg(long)]
@@ -94,7 +94,7 @@ async fn main() -> ExitCode {
     let rows = Arc::new(Mutex::new(BTreeMap::<String, Row>::new()));
     let failures = Arc::new(Mutex::new(Vec::new()));
     let mut workers = JoinSet::new();
-    for _ in 0..options.jobs.max(1) {
+    for _ in 0..options.jobs {
         let (scenarios, rows, failures) = (Arc::clone(&scenarios), Arc::clone(&rows), Arc::clone(&failures));
         let (seconds, show) = (options.seconds, options.printed || options.replay.is_some());
         workers.spawn(async move {
@@ -140,7 +140,7 @@ async fn deliveries(options: &Options, webhooks: usize) -> ExitCode {
     let seeds = Arc::new(Mutex::new((options.seed..options.seed + options.runs).collect::<VecDeque<_>>()));
     let all = Arc::new(Mutex::new(Row::default()));
     let mut workers = JoinSet::new();
-    for _ in 0..options.jobs.max(1) {
+    for _ in 0..options.jobs {
         let (seeds, all, seconds, show) =
             (Arc::clone(&seeds), Arc::clone(&all), options.seconds, options.printed);
         workers.spawn(async move {

@@ -54,7 +54,8 @@ impl EdgeUrl {
     /// Whether the address is on this machine, where nobody listens in.
     #[must_use]
     pub fn is_loopback(&self) -> bool {
-        &*self.host == "localhost" || self.host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+        self.host.eq_ignore_ascii_case("localhost")
+            || self.host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
     }
 }
 
@@ -75,8 +76,9 @@ impl FromStr for EdgeUrl {
         let shown = || text.chars().take(200).collect::<String>();
         let uri: http::Uri = text.parse().map_err(|_| EdgeUrlError::Form(shown()))?;
         let secure = match uri.scheme_str() {
-            Some("wss") => true,
-            Some("ws") => false,
+            // In any case (RFC 3986 §3.1).
+            Some(scheme) if scheme.eq_ignore_ascii_case("wss") => true,
+            Some(scheme) if scheme.eq_ignore_ascii_case("ws") => false,
             Some(_) => return Err(EdgeUrlError::Scheme(shown())),
             None => return Err(EdgeUrlError::Form(shown())),
         };
@@ -109,6 +111,11 @@ mod tests {
         let url: EdgeUrl = "ws://[::1]:8081".parse().unwrap();
         assert_eq!((url.host(), url.port(), url.to_string().as_str()), ("::1", 8081, "ws://[::1]:8081/"));
         assert!(url.is_loopback());
+        let url: EdgeUrl = "WSS://Edge.Example.COM/Dev".parse().unwrap();
+        assert!(url.is_secure() && url.port() == 443);
+        assert_eq!(url.to_string(), "wss://Edge.Example.COM/Dev");
+        let url: EdgeUrl = "Ws://LOCALHOST:8081".parse().unwrap();
+        assert!(!url.is_secure() && url.is_loopback());
         for bad in ["", "abc", "/x", "wss://", "a:80"] {
             assert!(
                 matches!(bad.parse::<EdgeUrl>(), Err(EdgeUrlError::Form(_) | EdgeUrlError::Scheme(_))),

@@ -225,10 +225,34 @@ fn settings_of_the_agent_are_checked_like_those_of_a_tunnel() {
         ("{ path = \"/\", max_failed = 0 }", "must be from 1 to 100"),
         ("{ path = \"/\", max_failed = 101 }", "must be from 1 to 100"),
         ("{ pth = \"/\" }", "did you mean \"path\"?"),
+        (
+            "\"/x\"",
+            "\"health_check\" must be a table, not a string: write health_check = { path = \"/healthz\" }",
+        ),
+        ("true", "must be a table, not a boolean: write health_check = { path ="),
     ] {
         let error = folder.error(&tunnel(&format!("health_check = {check}")));
         assert!(error.starts_with("agentd.toml:7:") && error.contains(message), "{error}");
     }
+}
+
+#[test]
+fn who_writes_a_text_for_a_table_is_told_how_it_is_written_and_not_what_was_written() {
+    let folder = Folder::new();
+    for (line, message) in [
+        ("bearer = \"s3cret\"", "write bearer = { issuer = \"https://…\" }"),
+        ("cors = \"*\"", "write cors = { … } with credentials, expose_headers,"),
+        (
+            "circuit_breaker = 5",
+            "must be a table, not an integer: write circuit_breaker = { … } with open_after,",
+        ),
+        ("delivery = \"auto\"\ndurable = \"1d\"", "write durable = { … } with answer, attempts,"),
+    ] {
+        let error = folder.error(&tunnel(line));
+        assert!(error.contains(message) && !error.contains("s3cret"), "{error}");
+    }
+    let error = folder.error("edge = \"wss://edge.example.com/?token=s3cret\"\n");
+    assert!(error.contains("write edge = { url = \"wss://…\" }") && !error.contains("s3cret"), "{error}");
 }
 
 #[test]

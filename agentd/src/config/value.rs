@@ -39,6 +39,17 @@ impl<'a> Document<'a> {
     }
 }
 
+/// Tables for which people write one text, and what they mean. What they wrote is not repeated: it may be a secret.
+const MEANT: [(&str, &str); 7] = [
+    ("bearer", "issuer = \"https://…\""),
+    ("edge", "url = \"wss://…\""),
+    ("health_check", "path = \"/healthz\""),
+    ("log", "level = \"info\""),
+    ("oidc", "issuer = \"https://…\""),
+    ("redirect", "to = \"https://…\""),
+    ("respond", "body = \"…\""),
+];
+
 /// A table, all of whose keys are known.
 pub(super) struct Table<'a> {
     document: &'a Document<'a>,
@@ -146,11 +157,18 @@ impl<'a> Table<'a> {
     /// A table in this one.
     pub(super) fn table(&self, key: &str, known: &[&str]) -> Result<Option<Self>, ConfigError> {
         let Some(value) = self.entries.get(key) else { return Ok(None) };
-        let entries = value
-            .get_ref()
-            .as_table()
-            .ok_or_else(|| self.wrong_type(key, value, &format!("a table, [{key}]")))?;
+        let entries = value.get_ref().as_table().ok_or_else(|| self.no_table(key, value, known))?;
         Self::new(self.document, entries, value.span(), &format!("[{key}]"), known).map(Some)
+    }
+
+    /// Says how the table is written that should stand here.
+    fn no_table(&self, key: &str, value: &Spanned<DeValue<'_>>, known: &[&str]) -> ConfigError {
+        let advice = match MEANT.iter().find(|(table, _)| *table == key) {
+            Some((_, meant)) => format!("write {key} = {{ {meant} }}"),
+            None => format!("write {key} = {{ … }} with {}", known.join(", ")),
+        };
+        let is = article(value.get_ref().type_str());
+        self.document.error(value.span(), format!("{key:?} must be a table, not {is}: {advice}"))
     }
 
     /// Every table of a list of tables.

@@ -15,7 +15,7 @@ use crossterm::{
     queue, terminal,
 };
 use futures_util::StreamExt as _;
-use ratatui::{Terminal, backend::CrosstermBackend};
+use ratatui::{Terminal, backend::CrosstermBackend, style::Color};
 use rustix::process::Signal;
 use tokio::{
     sync::{broadcast::error::RecvError, mpsc},
@@ -26,7 +26,12 @@ use self::{
     pen::{Pen, Sheet},
     view::{Action, Key, ROWS, View},
 };
-use crate::{capture::ring::Event, inspect::api::Inspector, report::telemetry::ToScreen, timer::at};
+use crate::{
+    capture::ring::Event,
+    inspect::api::Inspector,
+    report::telemetry::{ToScreen, is_coloured},
+    timer::at,
+};
 
 /// How long requests that come one after the other wait to be drawn together.
 const TOGETHER: Duration = Duration::from_millis(50);
@@ -213,18 +218,27 @@ fn leaving() -> std::io::Result<Vec<u8>> {
 struct Canvas {
     terminal: Terminal<CrosstermBackend<Sheet>>,
     sheet: Sheet,
+    is_coloured: bool,
 }
 
 impl Canvas {
     fn new() -> std::io::Result<Self> {
         let sheet = Sheet::default();
-        Ok(Self { terminal: Terminal::new(CrosstermBackend::new(sheet.clone()))?, sheet })
+        let terminal = Terminal::new(CrosstermBackend::new(sheet.clone()))?;
+        Ok(Self { terminal, sheet, is_coloured: is_coloured() })
     }
 
     /// What to write for the terminal to show `view`, and how many lines it has for the list.
     fn draw(&mut self, view: &mut View) -> std::io::Result<(Vec<u8>, u16)> {
         let mut height = 0;
-        self.terminal.draw(|frame| height = draw::draw(frame, view))?;
+        self.terminal.draw(|frame| {
+            height = draw::draw(frame, view);
+            if !self.is_coloured {
+                for cell in &mut frame.buffer_mut().content {
+                    (cell.fg, cell.bg) = (Color::Reset, Color::Reset);
+                }
+            }
+        })?;
         Ok((self.sheet.take(), height))
     }
 }

@@ -172,7 +172,12 @@ async fn diagnose(config: Result<Config, ConfigError>, places: &[PathBuf], repor
         }
     }
     moment.end().await;
-    if report.has_failed() { exit::RUNTIME } else { 0 }
+    let are_refused = running.is_none() && welcome.tunnels.is_empty() && !welcome.refused.is_empty();
+    match report.has_failed() {
+        true if are_refused => exit::IDENTITY_REFUSED,
+        true => exit::RUNTIME,
+        false => 0,
+    }
 }
 
 fn check_token(config: &Config, report: &mut Report) {

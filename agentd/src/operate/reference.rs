@@ -27,7 +27,7 @@ const CHANGED: &str = "2026-12-01";
 const LINE_BYTES: usize = 80;
 
 /// What the manual says beyond options: a section's title, and what is explained in it.
-const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
+const SECTIONS: [(&str, &[(&str, &str)]); 4] = [
     (
         "Exit status",
         &[
@@ -46,7 +46,22 @@ const SECTIONS: [(&str, &[(&str, &str)]); 3] = [
                 "SIGTERM, SIGINT",
                 "stop after what is in flight, within the grace period; a second one stops at once",
             ),
-            ("SIGHUP", "read the configuration again, and keep the old one if it is not valid"),
+            (
+                "SIGHUP",
+                "read the configuration again, and keep the old one if it is not valid; agentd http stops",
+            ),
+        ],
+    ),
+    (
+        "Environment",
+        &[
+            ("AGENTD_…", "what an option can say, by the option's name; an option goes over it"),
+            ("NO_COLOR", "lines for people have no colour"),
+            ("TERM", "where it is \"dumb\", no terminal is drawn on"),
+            (
+                "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, NO_PROXY",
+                "nothing: the agent connects directly and uses no proxy",
+            ),
         ],
     ),
     (

@@ -96,12 +96,14 @@ pub(crate) enum Error {
     Different(PathBuf),
     #[error("{}", .0)]
     Config(#[from] ConfigError),
-    #[error("in its new place the configuration is not valid; everything was undone: {0}")]
+    #[error("in its new place the configuration is not valid: {0}")]
     InPlace(ConfigError),
     #[error("{}: {source}", path.display())]
     File { path: PathBuf, source: io::Error },
-    #[error("`{command}` failed; everything was undone{}", hint(said))]
+    #[error("`{command}` failed{}", hint(said))]
     Systemctl { command: String, said: String },
+    #[error("{0}; everything was undone")]
+    Undone(Box<Error>),
 }
 
 fn hint(said: &str) -> String {
@@ -173,10 +175,10 @@ pub(crate) fn run(
     if which.user && is_root {
         return Err(Error::UserIsRoot);
     }
+    if (!dry_run || matches!(command, Command::Status { .. })) && !Path::new("/run/systemd/system").exists() {
+        return Err(Error::NoSystemd);
+    }
     if !dry_run {
-        if !Path::new("/run/systemd/system").exists() {
-            return Err(Error::NoSystemd);
-        }
         if !which.user && !is_root {
             return Err(Error::NotRoot);
         }
@@ -388,8 +390,10 @@ impl Service {
             if made.paths.contains(&self.unit) || matches!(result, Err(Error::Systemctl { .. })) {
                 let _ = systemctl.run(&[self.scope, &["disable", "--now", &self.name]].concat());
             }
+            let is_begun = !made.paths.is_empty() || matches!(result, Err(Error::Systemctl { .. }));
             made.undo();
             let _ = systemctl.run(&[self.scope, &["daemon-reload"]].concat());
+            return result.map_err(|error| if is_begun { Error::Undone(Box::new(error)) } else { error });
         }
         result
     }

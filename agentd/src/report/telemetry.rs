@@ -154,7 +154,7 @@ pub(crate) fn start(log: &LogConfig, screen: Option<ToScreen>) -> io::Result<Flu
         }
         None => {
             let (writer, flush) = queue(io::stderr(), "log", say_in_log)?;
-            (writer, flush, terminal)
+            (writer, flush, terminal && is_coloured())
         }
     };
     subscribe(format, level, writer, ansi)?;
@@ -174,6 +174,17 @@ fn start_in(dir: &Path, log: &LogConfig, level: Targets) -> io::Result<Flush> {
     let (writer, flush) = queue(files, "log", say_in_log)?;
     subscribe(log.format.unwrap_or(LogFormat::Human), level, writer, false)?;
     Ok(flush)
+}
+
+/// Whether a terminal that writes may be coloured: nobody has said otherwise (`NO_COLOR`, whatever is in it), and it does
+/// not say that it obeys nothing.
+pub(crate) fn is_coloured() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) && !is_dumb()
+}
+
+/// Whether the terminal says that it obeys no escape sequences.
+pub(crate) fn is_dumb() -> bool {
+    std::env::var_os("TERM").is_some_and(|term| term == "dumb")
 }
 
 /// Whether standard error is the stream that systemd connected to the journal.

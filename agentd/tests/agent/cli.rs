@@ -6,7 +6,7 @@ use std::{
     process::{Output, Stdio},
 };
 
-use crate::stage::{Edge, TOKEN, agentd, private_file};
+use crate::stage::{Agent, Edge, TOKEN, Upstream, agentd, private_file};
 
 async fn output(args: &[&str]) -> Output {
     agentd().args(args).output().await.unwrap()
@@ -193,4 +193,42 @@ async fn the_agents_own_token_is_shown_where_no_other_is_named() {
     assert_eq!(shows(&[], &path("other")).await, others);
     assert_eq!(shows(&["--token-file", &path("other")], "").await, others);
     assert_eq!(shows(&[&path("me"), "--token-file", &path("other")], "").await, mine);
+}
+
+#[tokio::test]
+async fn who_asks_how_the_agent_is_hears_of_the_one_in_the_foreground_where_there_is_no_other() {
+    let (edge, upstream) = (Edge::bind().await, Upstream::bind().await);
+    let folder = tempfile::tempdir().unwrap();
+    let here = |mut command: tokio::process::Command| {
+        command.env("XDG_RUNTIME_DIR", folder.path()).env("AGENTD_STATE_DIR", "").env("HOME", folder.path());
+        command
+    };
+    let asked = async |args: &[&str]| {
+        let mut command = here(agentd());
+        command.args(args).args(["--config", "none.toml"]);
+        let asked = command.output().await.unwrap();
+        (asked.status.code(), format!("{}{}", text(&asked.stdout), text(&asked.stderr)))
+    };
+    let (code, said) = asked(&["status"]).await;
+    assert_eq!((code, said.as_str()), (Some(1), "not running\n"));
+    let mut command = here(agentd());
+    command.env("AGENTD_TOKEN", TOKEN).args(["http", &upstream.port.to_string(), "--name", "web"]);
+    command.args(["--no-inspect", "--edge", &edge.url]);
+    let mut agent = Agent::spawn(command);
+    let mut line = edge.welcome().await;
+    // Its first line says that it serves.
+    agent.line().await;
+    for question in [&["status"][..], &["status", "--json"], &["tunnel", "list"], &["tunnel", "info", "web"]]
+    {
+        let (code, said) = asked(question).await;
+        assert!(code == Some(0) && said.contains("web"), "{question:?} {code:?} {said}");
+    }
+    // A script that waits for the daemon is not told that another will do, and nobody else's is ended.
+    let (code, said) = asked(&["ready"]).await;
+    assert!(code == Some(1) && said.contains("no agent is running here"), "{said}");
+    assert_eq!(asked(&["stop"]).await, (Some(0), "not running\n".to_owned()));
+    agent.signal(rustix::process::Signal::TERM);
+    line.closed().await;
+    assert!(agent.exit().await.success());
+    assert_eq!(asked(&["status"]).await.0, Some(1));
 }

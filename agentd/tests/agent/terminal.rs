@@ -11,6 +11,7 @@ use std::{
 };
 
 use rustix::{
+    process::{Pid, Signal, kill_process},
     pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
     termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize},
 };
@@ -43,6 +44,11 @@ struct Seen {
 
 impl Sitting {
     fn start(edge: &Edge, upstream: &Upstream, more: &[&str]) -> Self {
+        Self::start_in(edge, upstream, &[], more)
+    }
+
+    /// The same with more in its environment.
+    fn start_in(edge: &Edge, upstream: &Upstream, environment: &[(&str, &str)], more: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         // No browser of whoever runs the tests is to open.
         let opener = folder.path().join("xdg-open");
@@ -66,7 +72,7 @@ impl Sitting {
         command.env("AGENTD_TOKEN", TOKEN).env("TERM", "xterm-256color").env("PATH", path);
         command.env("AGENTD_CONTROL_SOCKET", folder.path().join("control.sock"));
         command.args(["http", &upstream.port.to_string(), "--name", "web", "--edge", &edge.url]);
-        command.args(["--inspect-address", "127.0.0.1:0"]).args(more);
+        command.args(["--inspect-address", "127.0.0.1:0"]).args(more).envs(environment.iter().copied());
         let stdio = || Stdio::from(slave.try_clone().unwrap());
         command.stdin(stdio()).stdout(stdio()).stderr(stdio());
         let child = command.spawn().unwrap();
@@ -112,6 +118,10 @@ impl Sitting {
         behind(&seen).unwrap()
     }
 
+    fn signal(&self, what: Signal) {
+        signal(&self.child, what);
+    }
+
     fn press(&mut self, keys: &[u8]) {
         self.keyboard.write_all(keys).unwrap();
     }
@@ -119,6 +129,11 @@ impl Sitting {
     fn raw(&self) -> String {
         String::from_utf8_lossy(&self.seen.borrow().raw).into_owned()
     }
+}
+
+fn signal(child: &Child, what: Signal) {
+    let pid = Pid::from_raw(child.id().unwrap() as i32).unwrap();
+    kill_process(pid, what).unwrap();
 }
 
 #[tokio::test]
@@ -267,4 +282,103 @@ async fn whoever_wants_lines_gets_the_lines_of_a_pipe() {
     assert_eq!(lines.len(), 2, "{raw:?}");
     assert!(lines[0].starts_with("http") && lines[0].contains("  ->  "), "{raw:?}");
     assert!(!raw.contains('\x1b'), "{raw:?}");
+}
+
+/// Nobody who asks for no colour gets any, and a terminal that obeys nothing gets nothing to obey.
+#[tokio::test]
+async fn colours_and_the_screen_are_for_terminals_that_want_them() {
+    let (edge, upstream) = (Edge::bind().await, Upstream::bind().await);
+    const COLOUR: &str = "\x1b[38;5;";
+    for (environment, more, is_screen, is_coloured) in [
+        (&[][..], &[][..], true, true),
+        (&[("NO_COLOR", "1")], &[], true, false),
+        (&[("NO_COLOR", "")], &[], true, true),
+        (&[("TERM", "dumb")], &[], false, false),
+        (&[("AGENTD_LOG_LEVEL", "debug")], &["--plain"], false, true),
+        (&[("AGENTD_LOG_LEVEL", "debug"), ("NO_COLOR", "1")], &["--plain"], false, false),
+        (&[("AGENTD_LOG_LEVEL", "debug"), ("TERM", "dumb")], &[], false, false),
+    ] {
+        let mut sitting = Sitting::start_in(&edge, &upstream, environment, more);
+        let mut line = edge.welcome_with(Manners::default()).await;
+        let sent = request("GET", "/coloured");
+        line.request(&sent).await;
+        let mut peer = upstream.accept().await;
+        peer.head().await;
+        peer.write(OK).await;
+        drop(peer);
+        line.whole(&sent).await;
+        sitting.sees("/coloured").await;
+        sitting.signal(Signal::TERM);
+        let ended = patiently("the end of the agent", async {
+            line.closed().await;
+            sitting.child.wait().await
+        });
+        assert!(ended.await.unwrap().success());
+        let raw = sitting.raw();
+        assert_eq!(raw.contains("\x1b[?1049h"), is_screen, "{environment:?} {raw:?}");
+        let has_colour = if is_screen { raw.contains(COLOUR) } else { raw.contains('\x1b') };
+        assert_eq!(has_colour, is_coloured, "{environment:?} {raw:?}");
+    }
+}
+
+/// A terminal that closes ends what it was opened for, in order; whoever has that ignored goes on.
+#[tokio::test]
+async fn a_terminal_that_closes_ends_the_agent_as_a_signal_does() {
+    let (edge, upstream) = (Edge::bind().await, Upstream::bind().await);
+    for more in [&[][..], &["--plain"]] {
+        let runtime = tempfile::tempdir().unwrap();
+        let own = runtime.path().join("agentd");
+        let mut sitting = Sitting::start_in(
+            &edge,
+            &upstream,
+            &[("XDG_RUNTIME_DIR", runtime.path().to_str().unwrap()), ("AGENTD_CONTROL_SOCKET", "")],
+            more,
+        );
+        let mut line = edge.welcome_with(Manners::default()).await;
+        let sent = request("GET", "/slow");
+        line.request(&sent).await;
+        let mut peer = upstream.accept().await;
+        peer.head().await;
+        assert_eq!(std::fs::read_dir(&own).unwrap().count(), 2, "a socket and its lock");
+        // More than once, as a shell and the kernel say it: what is in flight is waited for all the same.
+        sitting.signal(Signal::HUP);
+        line.expect_hello().await;
+        sitting.signal(Signal::HUP);
+        peer.write(OK).await;
+        drop(peer);
+        line.whole(&sent).await;
+        let ended = patiently("the end of the agent", async {
+            line.closed().await;
+            sitting.child.wait().await
+        });
+        assert!(ended.await.unwrap().success(), "{more:?}");
+        assert_eq!(std::fs::read_dir(&own).unwrap().count(), 0, "{more:?}");
+    }
+
+    // As `nohup` starts it.
+    let mut command = tokio::process::Command::new("sh");
+    command
+        .env_clear()
+        .env("AGENTD_TOKEN", TOKEN)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_agentd"), "http"]);
+    command.args([&upstream.port.to_string(), "--name", "web", "--edge", &edge.url, "--no-inspect"]);
+    let mut child = command.kill_on_drop(true).spawn().unwrap();
+    let mut line = edge.welcome_with(Manners::default()).await;
+    signal(&child, Signal::HUP);
+    let sent = request("GET", "/on");
+    line.request(&sent).await;
+    let mut peer = upstream.accept().await;
+    peer.head().await;
+    peer.write(OK).await;
+    drop(peer);
+    line.whole(&sent).await;
+    signal(&child, Signal::TERM);
+    let ended = patiently("the end of the agent", async {
+        line.closed().await;
+        child.wait().await
+    });
+    assert!(ended.await.unwrap().success());
 }

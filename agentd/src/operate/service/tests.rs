@@ -133,12 +133,29 @@ fn what_is_there_and_different_is_refused_and_left_alone() {
 }
 
 #[test]
+fn where_nothing_was_done_nothing_is_said_to_be_undone() {
+    let machine = Machine::new();
+    machine.install(&Notes::default()).unwrap();
+    let before = machine.files();
+    let service = machine.service(&SYSTEM);
+    let mut out = Vec::new();
+    let systemctl = Notes { fails_at: "show", ..Notes::default() };
+    let error = service.status(&systemctl, &mut out).unwrap_err().to_string();
+    assert!(error.starts_with("`systemctl show ") && error.ends_with("` failed: no"), "{error}");
+    let systemctl = Notes { fails_at: "disable", ..Notes::default() };
+    let error = service.uninstall(false, &systemctl, &mut out).unwrap_err().to_string();
+    assert_eq!(error, "`systemctl disable --now agentd.service` failed: no");
+    assert_eq!(machine.files(), before);
+}
+
+#[test]
 fn an_installation_that_fails_leaves_nothing() {
     for fails_at in ["daemon-reload", "enable"] {
         let machine = Machine::new();
         let systemctl = Notes { fails_at, ..Notes::default() };
         let error = machine.install(&systemctl).unwrap_err();
         assert!(error.to_string().contains(fails_at) && error.to_string().contains("undone"), "{error}");
+        assert!(error.to_string().ends_with("failed: no; everything was undone"), "{error}");
         assert_eq!(machine.files(), Vec::<String>::new());
         assert!(systemctl.commands.borrow().contains(&"disable --now agentd.service".to_owned()));
     }
@@ -150,7 +167,7 @@ fn an_installation_that_fails_leaves_nothing() {
     fs::write(&machine.config, format!("include = [\"my-more.toml\"]\n{text}")).unwrap();
     let systemctl = Notes::default();
     let error = machine.install(&systemctl).unwrap_err();
-    assert!(matches!(error, Error::InPlace(_)), "{error}");
+    assert!(matches!(&error, Error::Undone(why) if matches!(**why, Error::InPlace(_))), "{error}");
     assert_eq!(machine.files(), Vec::<String>::new());
     assert!(!systemctl.commands.borrow().iter().any(|command| command.starts_with("enable")));
 }
