@@ -19,7 +19,7 @@ use proto::{
     delivery::{self, Ask, DeliveriesAsk, DeliveryPolicy, Field, Holds, Mode, OrderBy},
     id::TunnelName,
     limits,
-    message::{AgentMessage, EdgeMessage, Failed, Hello, Progress, Reply, VERSION},
+    message::{AgentMessage, Continue, EdgeMessage, Failed, Hello, Progress, Reply, VERSION},
 };
 use serde_json::Value;
 use tests::{
@@ -1484,6 +1484,197 @@ async fn an_agent_that_dies_or_comes_back_gets_what_it_should_and_when() {
     agent.say(reply(&call.token)).await;
     eventually("it is delivered", async || row().await["state"]["S"] == "delivered").await;
     assert_eq!(row().await["attempt"]["N"], "1");
+}
+
+/// A body in chunks, without its end.
+fn chunks(bytes: &[u8]) -> Vec<u8> {
+    let chunk = |piece: &[u8]| [format!("{:x}\r\n", piece.len()).as_bytes(), piece, b"\r\n"].concat();
+    bytes.chunks(64 * 1024).flat_map(chunk).collect()
+}
+
+fn open_ended(tunnel: &str, target: &str) -> Request {
+    Request::to(tunnel, "POST", target).field("Transfer-Encoding", "chunked")
+}
+
+/// A relay begins with a request before its body has come: whether it is kept does not depend on that.
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_a_relay_what_is_still_coming_is_kept_as_well() {
+    let local = Local::start(&["--front", "relay", "--websockets", "relay"]);
+    let upstream = as_told().await;
+    let tunnels = format!(
+        "[[tunnel]]\nname = \"hooks\"\nupstream = \"{0}\"\ndelivery = \"auto\"\n\
+         [[tunnel]]\nname = \"always\"\nupstream = \"{0}\"\ndelivery = \"durable\"\n\
+         [[tunnel]]\nname = \"live\"\nupstream = \"{0}\"\n",
+        upstream.address()
+    );
+    let names = ["hooks", "always", "live"];
+    introduce(&local, &tunnels, &names);
+    let most = limits::REQUEST_BODY_BYTES;
+    let mut kept: Vec<(String, String, Vec<u8>)> = Vec::new();
+    let mut keep = |target: &str, answer: &Answer, body: &[u8]| {
+        kept.push((target.to_owned(), accepted(answer), body.to_owned()));
+    };
+    let offline = |answer: &Answer| {
+        assert_eq!((answer.status, answer.field("x-tunnel-error").as_deref()), (503, Some("tunnel_offline")));
+    };
+    eventually("nobody is there", async || post(&local, "live", "/", b"").await.status == 503).await;
+
+    // With a length and without, up to what may be kept and one byte more; twice, since the first one is remembered.
+    let cases = [("hooks", limits::CHUNK_BYTES + 1), ("hooks", most), ("always", most), ("always", most)];
+    for (number, (tunnel, length)) in cases.into_iter().enumerate() {
+        let (body, target) = (noise(length as u64, length), format!("/{tunnel}/{number}/length"));
+        keep(&target, &post(&local, tunnel, &target, &body).await, &body);
+        let target = format!("/{tunnel}/{number}/chunked");
+        let mut sender = Connection::open(local.public).await;
+        sender
+            .write(&[open_ended(tunnel, &target).head(), chunks(&body), b"0\r\n\r\n".to_vec()].concat())
+            .await;
+        keep(&target, &sender.answer("POST").await, &body);
+        let long = noise(1, most + 1);
+        offline(&post(&local, tunnel, "/long", &long).await);
+        let mut sender = Connection::open(local.public).await;
+        sender
+            .begin(&open_ended(tunnel, "/long").raw_body([chunks(&long), b"0\r\n\r\n".to_vec()].concat()))
+            .await;
+        offline(&sender.answer("POST").await);
+    }
+    // One that waits to be asked is asked, and may be slow then.
+    let (_, secret) = local.past_the_front().await;
+    for tunnel in ["hooks", "always"] {
+        let (mut sender, _) = local.past_the_front().await;
+        let target = format!("/{tunnel}/asked");
+        let head = Request::to(tunnel, "POST", &target)
+            .field("X-Tunnel-Front", &secret)
+            .field("X-Tunnel-Host", &format!("{tunnel}.localhost"))
+            .field("Content-Length", "10")
+            .field("Expect", "100-continue");
+        sender.write(&head.head()).await;
+        assert_eq!(sender.head_of_any_status().await.status, 100, "{tunnel}");
+        sender.write(b"12345").await;
+        sender.write(b"67890").await;
+        keep(&target, &sender.answer("POST").await, b"1234567890");
+    }
+    // What keeps nothing does not begin to.
+    offline(&post(&local, "live", "/", &noise(1, most)).await);
+
+    let agent = local.agent_with(&tunnels, &names);
+    drained(&agent);
+    for (target, id, body) in &kept {
+        let came = to(&upstream, target);
+        assert_eq!((came.len(), attempt(&came[0])), (1, 1), "{target}");
+        assert!(came[0].body == *body, "{target}");
+        assert_eq!(came[0].all("x-tunnel-delivery-id"), [id.as_str()], "{target}");
+    }
+    // While somebody is there: kept as well where that is wanted, and live where it is too long for that.
+    let body = noise(2, limits::CHUNK_BYTES + 1);
+    accepted(&post(&local, "always", "/at-once", &body).await);
+    let long = noise(1, most + 1);
+    let live = post(&local, "always", "/long", &long).await;
+    assert_eq!((live.status, live.text().as_str()), (200, "live"));
+    drained(&agent);
+    for (target, body) in [("/at-once", &body), ("/long", &long)] {
+        let came = to(&upstream, target);
+        assert!(came.len() == 1 && came[0].body == *body, "{target}");
+    }
+}
+
+/// Nobody can hold more of them than there is memory for: the others are to be sent again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_relay_holds_to_keep_it_shares_one_memory() {
+    let local = Local::start_in(
+        &[("TUNNEL_RELAY_BUFFER_BYTES", "100000")],
+        &["--no-agent", "--front", "relay", "--websockets", "relay"],
+    );
+    let token = fs::read_to_string(&local.token).unwrap().trim().to_owned();
+    for (tunnel, mode) in [("hooks", Mode::Auto), ("always", Mode::Durable)] {
+        drop(raw_with(&local, &token, tunnel, DeliveryPolicy::new(mode)).await);
+        eventually("it has gone", async || post(&local, tunnel, "/", b"").await.status == 202).await;
+        accepted(&post(&local, tunnel, "/", &noise(1, 150_000)).await);
+        assert_try_again(&post(&local, tunnel, "/", &noise(1, 200_000)).await, tunnel);
+        accepted(&post(&local, tunnel, "/", &noise(1, 150_000)).await);
+    }
+}
+
+/// A request whose agent is lost is kept where its owner wants that, however much of its body the agent had.
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_request_whose_agent_is_lost_is_kept_with_all_of_its_body() {
+    for front in [&[][..], &["--front", "relay", "--websockets", "relay"]] {
+        let local = Local::start(front);
+        let upstream = as_told().await;
+        let token = fs::read_to_string(&local.token).unwrap().trim().to_owned();
+        let body = noise(3, 3 * limits::CHUNK_BYTES);
+        let (begun, rest) = body.split_at(2 * limits::CHUNK_BYTES);
+        // How much of its body an agent asks for, and whether there is a length; a function has no other requests.
+        let cases = [
+            ("short", 0, true),
+            ("unasked", 0, true),
+            ("begun", 1, true),
+            ("all", 3, true),
+            ("open", 1, false),
+        ];
+        let mut kept = Vec::new();
+        for (tunnel, pieces, has_length) in cases.into_iter().filter(|case| case.2 || !front.is_empty()) {
+            // What is kept would be delivered to the next agent.
+            for retry_unknown in [false, true] {
+                let policy = DeliveryPolicy { retry_unknown, ..DeliveryPolicy::new(Mode::Auto) };
+                let mut agent = raw_with(&local, &token, tunnel, policy).await;
+                let target = format!("/{tunnel}/{retry_unknown}");
+                let body = if tunnel == "short" { &b"short"[..] } else { &body };
+                let mut sender = Connection::open(local.public).await;
+                if has_length {
+                    sender.begin(&Request::to(tunnel, "POST", &target).body(body.to_owned())).await;
+                } else {
+                    sender.write(&[open_ended(tunnel, &target).head(), chunks(begun)].concat()).await;
+                }
+                let call = agent.request().await;
+                assert_eq!(call.target, target);
+                if pieces > 0 {
+                    let codecs = proto::body::Codecs::default();
+                    let token = call.token.as_str().into();
+                    agent.say(AgentMessage::Continue(Continue { token, codecs, window: Some(9) })).await;
+                }
+                let mut heard = 0;
+                while heard < pieces {
+                    let text = agent.hear().await;
+                    if matches!(EdgeMessage::decode(&text).unwrap(), EdgeMessage::RequestChunk(_)) {
+                        heard += 1;
+                    }
+                }
+                drop(agent);
+                if !has_length {
+                    sender.write(&[chunks(rest), b"0\r\n\r\n".to_vec()].concat()).await;
+                }
+                let answer = sender.answer("POST").await;
+                if retry_unknown {
+                    kept.push((target, accepted(&answer), body.to_owned()));
+                } else {
+                    let error = answer.field("x-tunnel-error");
+                    assert_eq!((answer.status, error.as_deref()), (502, Some("agent_lost")), "{target}");
+                }
+            }
+            assert_eq!(rows(&local, &format!("t#{tunnel}")).await.len(), 1, "{tunnel}");
+        }
+        let names: Vec<&str> = cases.into_iter().map(|case| case.0).collect();
+        let tunnels: String = names
+            .iter()
+            .map(|name| {
+                format!(
+                    "[[tunnel]]\nname = \"{name}\"\nupstream = \"{}\"\ndelivery = \"auto\"\n",
+                    upstream.address()
+                )
+            })
+            .collect();
+        let agent = local.agent_with(&tunnels, &names);
+        drained(&agent);
+        for (target, id, body) in kept {
+            let came = to(&upstream, &target);
+            assert_eq!((came.len(), attempt(&came[0])), (1, 2), "{target}");
+            assert!(came[0].body == body, "{target}");
+            assert_eq!(came[0].all("x-tunnel-delivery-id"), [id], "{target}");
+        }
+    }
 }
 
 // A command that is asked holds this thread; the service goes on in another.

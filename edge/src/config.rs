@@ -87,7 +87,7 @@ pub mod env {
     pub const RELAY_LISTEN: &str = "TUNNEL_RELAY_LISTEN";
     /// The longest message of a public WebSocket, in bytes.
     pub const RELAY_MESSAGE_BYTES: &str = "TUNNEL_RELAY_MESSAGE_BYTES";
-    /// How many bytes of unfinished messages the public WebSockets of `relay` hold together.
+    /// How many bytes of unfinished messages of WebSockets, and of bodies that may be kept for later, `relay` holds together.
     pub const RELAY_BUFFER_BYTES: &str = "TUNNEL_RELAY_BUFFER_BYTES";
     /// How many public connections `relay` holds at the same time.
     pub const RELAY_CONNECTIONS: &str = "TUNNEL_RELAY_CONNECTIONS";

@@ -55,6 +55,8 @@ pub enum RunOutcome {
     Dispatched {
         /// The connection it was dispatched to.
         connection: ConnectionId,
+        /// What the tunnel's owner wants kept, if anything.
+        terms: Option<Box<Terms>>,
     },
     /// The request is to be kept and delivered later. Nobody has got it.
     Accepted {
@@ -157,11 +159,6 @@ fn decode(output: &str) -> Result<RunOutcome, Error> {
             _ => Err(invalid("run's output lacks a field of a reply".into())),
         };
     }
-    if output.outcome == OUTCOME_DISPATCHED {
-        let connection = output.connection_id;
-        let connection = connection.ok_or_else(|| invalid("run's output lacks the connection".into()))?;
-        return Ok(RunOutcome::Dispatched { connection });
-    }
     let terms = output.policy.first().and_then(|policy| match serde_json::from_str(policy) {
         Ok(terms) => Some(Box::new(terms)),
         Err(error) => {
@@ -169,6 +166,11 @@ fn decode(output: &str) -> Result<RunOutcome, Error> {
             None
         }
     });
+    if output.outcome == OUTCOME_DISPATCHED {
+        let connection = output.connection_id;
+        let connection = connection.ok_or_else(|| invalid("run's output lacks the connection".into()))?;
+        return Ok(RunOutcome::Dispatched { connection, terms });
+    }
     if output.outcome == OUTCOME_ACCEPTED {
         let terms = terms.ok_or_else(|| invalid("run's output lacks the policy".into()))?;
         return Ok(RunOutcome::Accepted { terms });
@@ -217,12 +219,16 @@ mod tests {
         let policy = r#""{\"owner\":\"alice\",\"policy\":{\"mode\":\"auto\"}}""#;
         let policy_of = |output: &str| match decode(output).unwrap() {
             RunOutcome::Accepted { terms } => Some(terms),
-            RunOutcome::Failed { terms, .. } => terms,
+            RunOutcome::Failed { terms, .. } | RunOutcome::Dispatched { terms, .. } => terms,
             other => panic!("{other:?}"),
         };
         for outcome in ["Accepted", "TunnelOffline", "AgentLost"] {
             assert_eq!(policy_of(&output(outcome, policy)).unwrap().owner.as_str(), "alice", "{outcome}");
         }
+        let dispatched =
+            |policy: &str| format!(r#"{{"outcome":"Dispatched","connection_id":"c=","policy":[{policy}]}}"#);
+        assert_eq!(policy_of(&dispatched(policy)).unwrap().owner.as_str(), "alice");
+        assert_eq!(policy_of(&dispatched("")), None);
         assert_eq!(policy_of(&output("TunnelOffline", "")), None);
         assert_eq!(policy_of(&output("TunnelOffline", "\"later\"")), None);
         assert!(decode(&output("Accepted", "")).is_err());

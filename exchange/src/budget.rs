@@ -1,12 +1,13 @@
-//! What the WebSockets of one process hold together of messages that have not come to their end.
+//! What the public connections of one process hold together: messages of WebSockets that have not come to their end, and
+//! bodies that may be kept for later.
 //!
-//! Each direction of a WebSocket has a [`Share`], which may hold [`FREE_BYTES`] of its own. What is more comes out of one
+//! Each direction of a WebSocket, and each such body, has a [`Share`], which may hold [`FREE_BYTES`] of its own. What is more comes out of one
 //! [`Budget`] for all of them, so that whoever begins long messages and never ends them, or never takes them, cannot take
 //! the memory of the others.
 
 use std::{cell::Cell, rc::Rc};
 
-/// How many bytes each direction of a WebSocket may hold beside the budget.
+/// How many bytes each [`Share`] may hold beside the budget.
 pub const FREE_BYTES: usize = 64 * 1024;
 
 /// So many bytes for all.
@@ -30,7 +31,7 @@ impl Budget {
     }
 }
 
-/// What one direction of a WebSocket holds. Given back when it is dropped.
+/// What one of them holds. Given back when it is dropped.
 #[derive(Debug)]
 pub struct Share {
     budget: Rc<Budget>,

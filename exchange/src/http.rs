@@ -46,6 +46,7 @@ use tokio::{sync::watch, time::Instant};
 
 use crate::{
     Services, answer,
+    hold::{Begun, Copied, NotWhole, is_too_long},
     inbox::Mail,
     keep, pick,
     public::{Head, Piece, Pieces, PublicSide, Upload},
@@ -117,16 +118,89 @@ impl<P: PublicSide> Answering<'_, P> {
         self.public.fail(code).await;
     }
 
-    /// Has the request kept, to be delivered later, and says so; or asks for another try.
-    async fn keep(self, services: &Services, request: &PublicRequest, terms: &Terms, attempt: u32) {
-        let Some(keeper) = &services.keeper else { return self.fail(ErrorCode::TunnelOffline).await };
-        match keeper.keep(self.request_id, request, terms, attempt).await {
-            Ok((head, body)) => {
-                self.record.outcome.set(outcome::ACCEPTED);
-                drop(self.public.begin(head, body).send(Piece::End).await);
+    /// Has the request kept, to be delivered later, and says so; or asks for another try. A body that is still coming is read
+    /// to its end before that; given back is one that is too long, with who is still to be answered.
+    async fn keep(
+        self,
+        services: &Services,
+        request: &PublicRequest,
+        body: Option<Begun>,
+        terms: &Terms,
+        attempt: u32,
+    ) -> Option<(Self, Upload)> {
+        let body = match body {
+            Some(body) => body.whole(Instant::now() + services.config.reply_timeout).await.map(Some),
+            None => Ok(None),
+        };
+        let code = match (body, &services.keeper) {
+            (Ok(body), Some(keeper)) => {
+                let bytes = body.as_ref().map_or(&request.body, |body| &body.bytes);
+                match keeper.keep(self.request_id, request, bytes, terms, attempt).await {
+                    Ok((head, answer)) => {
+                        self.record.outcome.set(outcome::ACCEPTED);
+                        drop(self.public.begin(head, answer).send(Piece::End).await);
+                        return None;
+                    }
+                    Err(code) => code,
+                }
             }
-            Err(code) => self.fail(code).await,
-        }
+            (Err(NotWhole::TooLong(upload)), _) => return Some((self, upload)),
+            (Err(NotWhole::Broken(code)), _) => code,
+            (Err(NotWhole::Busy), _) | (Ok(_), None) => ErrorCode::EdgeBusy,
+        };
+        self.fail(code).await;
+        None
+    }
+
+    /// Has a request kept that nobody has got. What is too long to be kept goes on: given back is who is still to be answered.
+    async fn keep_at_once(self, services: &Services, request: &PublicRequest, terms: &Terms) -> Option<Self> {
+        let body = self.begun(request);
+        let (answering, upload) = self.keep(services, request, body, terms, 0).await?;
+        *request.upload.borrow_mut() = Some(upload);
+        Some(answering)
+    }
+
+    /// Has a request kept that was not answered for this reason, or says so.
+    async fn keep_or_fail(
+        self,
+        services: &Services,
+        request: &PublicRequest,
+        body: Option<Begun>,
+        kept: Option<(u32, &Terms)>,
+        code: ErrorCode,
+    ) {
+        let answering = match kept {
+            Some((attempt, terms)) => match self.keep(services, request, body, terms, attempt).await {
+                Some((answering, _)) => answering,
+                None => return,
+            },
+            None => self,
+        };
+        answering.fail(code).await;
+    }
+
+    /// Has a request kept whose agent is lost, where its tunnel's owner wants that. One whose body was passed on without a
+    /// copy of it cannot be.
+    async fn lost(
+        self,
+        services: &Services,
+        request: &PublicRequest,
+        body: Option<Begun>,
+        is_passed_on: bool,
+    ) {
+        let code = ErrorCode::AgentLost;
+        let terms = match &services.keeper {
+            Some(keeper) if !is_passed_on => keeper.look_up(&request.tunnel).await,
+            _ => None,
+        };
+        let kept =
+            terms.as_ref().and_then(|terms| Some((keep::attempts_behind(request, terms, code)?, terms)));
+        self.keep_or_fail(services, request, body, kept, code).await;
+    }
+
+    /// The body of a request, where it is still coming and nothing of it was passed on.
+    fn begun(&self, request: &PublicRequest) -> Option<Begun> {
+        request.upload.take().map(|upload| Begun::new(upload, self.public.share()))
     }
 
     fn begin(self, head: Head, first: Vec<u8>) -> Pieces {
@@ -156,23 +230,22 @@ async fn relay<P: PublicSide, M: Mail>(
     request_id: &RequestId,
     request: &PublicRequest,
     ends_at: Instant,
-    answering: Answering<'_, P>,
+    mut answering: Answering<'_, P>,
 ) -> Option<(Socket, P::Socket)> {
     let record = answering.record;
-    // Only what is here as a whole can be stored before anything else is done.
-    let may_be_kept = request.upgrade.is_none() && request.upload.borrow().is_none();
+    let is_too_long = request.upload.borrow().as_ref().is_some_and(|upload| is_too_long(upload.length));
+    let may_be_kept = request.upgrade.is_none() && !is_too_long;
     let keeper = services.keeper.as_ref().filter(|_| may_be_kept);
     let mut method = if keeper.is_some() { request.method.as_str() } else { "" };
     if let Some(keeper) = keeper.filter(|keeper| keeper.remembers(request))
         && let Some(terms) = Box::pin(keeper.terms(&request.tunnel)).await
     {
         if keep::covers(request, &terms) {
-            Box::pin(answering.keep(services, request, &terms, 0)).await;
-            return None;
+            answering = Box::pin(answering.keep_at_once(services, request, &terms)).await?;
         }
         method = "";
     }
-    let reply_by = (Instant::now() + services.config.reply_timeout).min(ends_at);
+    let mut reply_by = (Instant::now() + services.config.reply_timeout).min(ends_at);
     // Valid as long as an answer may go on. Nothing is gained by a shorter life: a reply to a request
     // that is over is recognised by its request id.
     let lasts = if request.upgrade.is_some() { limits::SOCKET_LIFETIME } else { limits::RESPONSE_DURATION };
@@ -194,11 +267,21 @@ async fn relay<P: PublicSide, M: Mail>(
             return None;
         };
         match outcome {
-            // Nobody has got it: its path is one that is served live.
-            Ok(RunOutcome::Accepted { terms }) if !keep::covers(request, &terms) => method = "",
+            // Nobody has got it. What is not kept is served live: its path is one that is, or it is too long.
+            Ok(RunOutcome::Accepted { terms }) if !method.is_empty() => {
+                if keep::covers(request, &terms) {
+                    if let Some(keeper) = keeper {
+                        keeper.remember(&request.tunnel, &terms);
+                    }
+                    answering = Box::pin(answering.keep_at_once(services, request, &terms)).await?;
+                    reply_by = (Instant::now() + services.config.reply_timeout).min(ends_at);
+                }
+                method = "";
+            }
             outcome => break outcome,
         }
     };
+    let mut copied = None;
     let (connection, first) = match outcome {
         Ok(RunOutcome::Replied { connection, reply, receipt, sent_ms }) => {
             let letter = Letter {
@@ -213,12 +296,23 @@ async fn relay<P: PublicSide, M: Mail>(
             };
             (connection, vec![letter])
         }
-        Ok(RunOutcome::Dispatched { connection }) => (connection, Vec::new()),
-        Ok(RunOutcome::Accepted { terms }) => {
-            if let Some(keeper) = keeper {
-                keeper.remember(&request.tunnel, &terms);
+        Ok(RunOutcome::Dispatched { connection, terms }) => {
+            let is_kept =
+                |terms: &Terms| keep::attempts_behind(request, terms, ErrorCode::AgentLost).is_some();
+            if keeper.is_some()
+                && terms.is_some_and(|terms| is_kept(&terms))
+                && let Some(upload) = request.upload.take()
+            {
+                let body = Copied::new(upload, answering.public.share());
+                *request.upload.borrow_mut() = Some(body.passed_on());
+                copied = Some(body);
             }
-            Box::pin(answering.keep(services, request, &terms, 0)).await;
+            (connection, Vec::new())
+        }
+        Ok(RunOutcome::Accepted { .. }) => {
+            metrics::count(Counted::RunFailures);
+            tracing::error!(%request_id, tunnel_id = %request.tunnel, "run accepted what is to be dispatched");
+            answering.fail(ErrorCode::EdgeFailed).await;
             return None;
         }
         Ok(RunOutcome::Failed { code, connection, receipt, terms }) => {
@@ -231,7 +325,9 @@ async fn relay<P: PublicSide, M: Mail>(
             let kept = terms.and_then(|terms| Some((keep::attempts_behind(request, &terms, code)?, terms)));
             if let Some((attempt, terms)) = kept {
                 discarded.await;
-                Box::pin(answering.keep(services, request, &terms, attempt)).await;
+                let body = answering.begun(request);
+                let kept = Some((attempt, &*terms));
+                Box::pin(answering.keep_or_fail(services, request, body, kept, code)).await;
                 return None;
             }
             let clean = async {
@@ -281,9 +377,9 @@ async fn relay<P: PublicSide, M: Mail>(
     } else {
         first
     };
-    Exchange::new(services, mail, request_id, request, connection, &token, record)
-        .run(first, answering, reply_by, ends_at)
-        .await;
+    let mut exchange = Exchange::new(services, mail, request_id, request, connection, &token, record);
+    exchange.copied = copied;
+    exchange.run(first, answering, reply_by, ends_at).await;
     None
 }
 
@@ -491,6 +587,8 @@ struct Exchange<'a, M> {
     uploading: bool,
     /// What a streamed upload goes by, while there is one.
     flow: Option<watch::Sender<u32>>,
+    /// Such an upload, where its tunnel keeps what an agent was lost with.
+    copied: Option<Rc<Copied>>,
     /// When a piece of such an upload was sent on last.
     uploaded_at: Rc<Cell<Option<Instant>>>,
     /// When the agent was heard last, or asked.
@@ -526,6 +624,7 @@ impl<'a, M: Mail> Exchange<'a, M> {
             last: None,
             uploading: false,
             flow: None,
+            copied: None,
             uploaded_at: Rc::default(),
             news_at: Instant::now(),
             sent: 0,
@@ -581,6 +680,15 @@ impl<'a, M: Mail> Exchange<'a, M> {
         };
         let (mut reply, body) = match head {
             Ok(head) => head,
+            Err(stop @ Stop::AgentLost) => {
+                let (services, request) = (self.services, self.request);
+                // What nobody has asked for yet, or a copy of what was passed on.
+                let body = answering.begun(request).or_else(|| self.copied.as_ref()?.take_back());
+                let is_passed_on = body.is_none() && self.flow.is_some();
+                let finish = pin!(self.finish(stop, receiving));
+                tokio::join!(Box::pin(answering.lost(services, request, body, is_passed_on)), finish);
+                return;
+            }
             Err(stop) => {
                 let code = match stop {
                     Stop::Broken(code) => code,
@@ -597,6 +705,10 @@ impl<'a, M: Mail> Exchange<'a, M> {
             }
         };
 
+        // Begun, an answer is not kept any more.
+        if let Some(copied) = self.copied.take() {
+            copied.let_go();
+        }
         answer::finish(
             &mut reply.headers,
             self.request_id,

@@ -66,20 +66,27 @@ impl Keeper {
     /// The terms of a tunnel that keeps requests at once, as they are now; nothing where it does not any more, or where
     /// nobody can tell: a run finds out.
     pub async fn terms(&self, tunnel: &TunnelName) -> Option<Terms> {
-        let terms = match self.registry.terms_of(tunnel, unix_now()).await {
-            Ok(terms) => terms.filter(|terms| terms.policy.mode == Mode::Durable),
-            Err(error) => {
-                tracing::debug!(tunnel_id = %tunnel, %error, "what a tunnel keeps could not be read");
-                return None;
-            }
-        };
+        let terms = self.read(tunnel).await.ok()?.filter(|terms| terms.policy.mode == Mode::Durable);
         if terms.is_none() {
             self.known().remove(tunnel);
         }
         terms
     }
 
-    /// Keeps the request; gives the answer for its sender. Only what is stored and has a run is accepted.
+    /// The terms of a tunnel that keeps requests, at once or not, as they are now; nothing where it keeps none, or where
+    /// nobody can tell.
+    pub async fn look_up(&self, tunnel: &TunnelName) -> Option<Terms> {
+        self.read(tunnel).await.ok().flatten()
+    }
+
+    async fn read(&self, tunnel: &TunnelName) -> Result<Option<Terms>, edge::Error> {
+        let terms = self.registry.terms_of(tunnel, unix_now()).await;
+        terms.inspect_err(
+            |error| tracing::debug!(tunnel_id = %tunnel, %error, "what a tunnel keeps could not be read"),
+        )
+    }
+
+    /// Keeps the request, whose whole body this is; gives the answer for its sender. Only what is stored and has a run is accepted.
     ///
     /// # Errors
     ///
@@ -88,6 +95,7 @@ impl Keeper {
         &self,
         request_id: &RequestId,
         request: &PublicRequest,
+        body: &[u8],
         terms: &Terms,
         attempt: u32,
     ) -> Result<(public::Head, Vec<u8>), ErrorCode> {
@@ -96,7 +104,7 @@ impl Keeper {
             target: request.target.as_str().to_owned(),
             headers: request.headers.clone(),
         };
-        let offer = Offer { tunnel: &request.tunnel, terms, head: &head, body: &request.body, attempt };
+        let offer = Offer { tunnel: &request.tunnel, terms, head: &head, body, attempt };
         match self.deliveries.accept(&offer).await {
             Ok(Accepted::New(id)) => {
                 tracing::info!(%request_id, delivery_id = %id, tunnel_id = %request.tunnel, attempt, "request was kept");

@@ -7,7 +7,7 @@
 //! [`inbox`], [`socket`] does so for the messages of a WebSocket,
 //! [`answer`] makes heads and error pages (pure).
 //!
-//! [`keep`] has a request kept that is to be delivered later.
+//! [`keep`] has a request kept that is to be delivered later, and `hold` its body, where that is still coming.
 //!
 //! Permissions it needs: start the state machine, receive and delete in mailboxes, create them, read
 //! and write the mailboxes table, post to `@connections`; where requests are limited, read names and write
@@ -16,6 +16,7 @@
 
 pub mod answer;
 pub mod budget;
+mod hold;
 pub mod http;
 pub mod inbox;
 pub mod keep;

@@ -103,7 +103,7 @@ pub trait PublicSide {
         std::future::pending()
     }
 
-    /// What a WebSocket may hold of what its agent says.
+    /// What may be held of what a WebSocket's agent says, or of a body that is still coming.
     fn share(&self) -> Share;
 
     /// What a WebSocket's messages go through. Dropped, it is closed.

@@ -46,7 +46,8 @@ const LISTEN: &str = "0.0.0.0:8080";
 /// How many public connections it holds at the same time unless told otherwise.
 const CONNECTIONS: usize = 10_000;
 
-/// How many bytes of unfinished messages its WebSockets hold together unless told otherwise.
+/// How many bytes of unfinished messages of WebSockets, and of bodies that may be kept for later, it holds together unless
+/// told otherwise.
 const BUFFER_BYTES: usize = 256 * 1024 * 1024;
 
 /// How often it says how many WebSockets are open: what more or fewer tasks go by.

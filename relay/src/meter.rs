@@ -1,7 +1,7 @@
 //! What the public WebSockets of this process hold together: how many there are, and how many bytes of messages
 //! that have not come to their end.
 //!
-//! What they hold comes out of one [`Budget`]. The bytes of a client's message count until the next one is asked for: by
+//! What they hold comes out of one [`Budget`], as do bodies that may be kept for later (`exchange::hold`). The bytes of a client's message count until the next one is asked for: by
 //! then it has been sent on. What comes from agents is counted where it is joined, in `exchange::socket`.
 
 use std::{
@@ -36,7 +36,7 @@ impl Meter {
         Rc::new(Self { budget: Budget::new(budget), open: Cell::new(0) })
     }
 
-    /// What one direction of a WebSocket holds.
+    /// What one direction of a WebSocket, or one body, holds.
     #[must_use]
     pub fn share(&self) -> Share {
         self.budget.share()

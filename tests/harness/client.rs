@@ -94,6 +94,13 @@ impl Request {
         self
     }
 
+    /// Sets what is sent behind the head, as it is.
+    #[must_use]
+    pub fn raw_body(mut self, bytes: Vec<u8>) -> Self {
+        self.body = Some(bytes);
+        self
+    }
+
     /// The head as bytes.
     #[must_use]
     pub fn head(&self) -> Vec<u8> {

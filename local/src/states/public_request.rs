@@ -134,7 +134,7 @@ async fn a_run_without_a_mailbox_ends_once_the_request_is_dispatched() {
     let walk = walk(input, &well).await;
     assert_eq!(
         walk.output(),
-        &json!({ "outcome": OUTCOME_DISPATCHED, "connection_id": "a=", "reply": null, "receipt": null, "sent_ms": null })
+        &json!({ "outcome": OUTCOME_DISPATCHED, "connection_id": "a=", "reply": null, "receipt": null, "sent_ms": null, "policy": [] })
     );
     assert_eq!(
         walk.states,
@@ -456,7 +456,7 @@ async fn every_state_is_reached_and_every_outcome_is_known() {
         if state["Type"] == "Succeed" {
             let output = state["Output"].as_object().unwrap();
             let mut expected = vec!["outcome", "connection_id", "reply", "receipt", "sent_ms"];
-            if ["Accepted", "TunnelOffline", "AgentLost"].contains(&name.as_str()) {
+            if ["Accepted", "Dispatched", "TunnelOffline", "AgentLost"].contains(&name.as_str()) {
                 expected.push("policy");
             }
             assert_eq!(output.keys().collect::<Vec<_>>(), expected, "{name}");
