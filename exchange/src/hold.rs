@@ -75,11 +75,11 @@ impl Begun {
                 None => return Ok(Whole { bytes: self.come, _share: self.share }),
             }
         }
-        Err(NotWhole::TooLong(self.from_the_beginning()))
+        Err(NotWhole::TooLong(self.into_upload()))
     }
 
     /// What has come, in pieces that can be let go one after the other, and then the rest.
-    fn from_the_beginning(self) -> Upload {
+    fn into_upload(self) -> Upload {
         let Self { length, come, rest, share } = self;
         let mut come = Bytes::from(come);
         let come = std::iter::from_fn(move || {

@@ -49,6 +49,7 @@ use crate::{
     clock::epoch_us,
     lambda::{self, InvokeError, Lambda, StreamBody, StreamingResponse},
     latency::{Hop, Latency},
+    listener,
 };
 
 /// How many public connections are served at the same time; further ones wait to be accepted.
@@ -156,17 +157,9 @@ pub async fn serve(listener: TcpListener, front: Arc<Front>, shutdown: Cancellat
     let tasks = TaskTracker::new();
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
-        let accepted = tokio::select! {
+        let (stream, peer, place) = tokio::select! {
             () = shutdown.cancelled() => break,
             accepted = accept(&listener, &places) => accepted,
-        };
-        let (stream, peer, place) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(%error, "could not accept a public connection");
-                time::sleep(Duration::from_millis(10)).await;
-                continue;
-            }
         };
         let (front, shutdown) = (front.clone(), shutdown.clone());
         tasks.spawn(async move {
@@ -182,10 +175,11 @@ pub async fn serve(listener: TcpListener, front: Arc<Front>, shutdown: Cancellat
 async fn accept(
     listener: &TcpListener,
     places: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
-    let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
-    let (stream, peer) = listener.accept().await?;
-    Ok((stream, peer, place))
+) -> (TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit) {
+    // Nobody closes it.
+    let Ok(place) = Arc::clone(places).acquire_owned().await else { return std::future::pending().await };
+    let (stream, peer) = listener::accept(listener, "a public client").await;
+    (stream, peer, place)
 }
 
 async fn serve_connection(

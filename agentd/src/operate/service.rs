@@ -103,7 +103,7 @@ pub(crate) enum Error {
     #[error("`{command}` failed{}", hint(said))]
     Systemctl { command: String, said: String },
     #[error("{0}; everything was undone")]
-    Undone(Box<Error>),
+    Undone(Box<Self>),
 }
 
 fn hint(said: &str) -> String {
@@ -178,10 +178,8 @@ pub(crate) fn run(
     if (!dry_run || matches!(command, Command::Status { .. })) && !Path::new("/run/systemd/system").exists() {
         return Err(Error::NoSystemd);
     }
-    if !dry_run {
-        if !which.user && !is_root {
-            return Err(Error::NotRoot);
-        }
+    if !dry_run && !which.user && !is_root {
+        return Err(Error::NotRoot);
     }
     let program = std::env::current_exe().map_err(file(Path::new("/proc/self/exe")))?;
     let service = Service::find(&which, Path::new("/"), &program, environment)?;
