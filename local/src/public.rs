@@ -14,7 +14,6 @@ pub mod relayed;
 use std::{
     collections::VecDeque,
     convert::Infallible,
-    io,
     net::SocketAddr,
     pin::{Pin, pin},
     sync::{Arc, Mutex, OnceLock, PoisonError},
