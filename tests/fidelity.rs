@@ -951,6 +951,8 @@ async fn names_itself() -> Upstream {
             "/location" => ("302 Found", format!("Location: http://{host}/login?next=/\r\n"), ""),
             "/content" => ("201 Created", format!("Content-Location: http://{host}/items/1\r\n"), ""),
             "/refresh" => ("200 OK", format!("Refresh: 3; url=http://{host}/next\r\n"), ""),
+            // As PHP sends what it is given.
+            "/accent" => ("302 Found", format!("Location: http://{host}/café.php?à\r\n"), ""),
             "/foreign" => {
                 ("302 Found", "Location: http://login.example/?to=http://localhost/\r\n".into(), "")
             }
@@ -1004,6 +1006,7 @@ async fn each_side_reads_addresses_in_its_own_terms() {
             ("/location", "location", format!("{own}/login?next=/")),
             ("/content", "content-location", format!("{own}/items/1")),
             ("/refresh", "refresh", format!("3; url={own}/next")),
+            ("/accent", "location", format!("{own}/café.php?à")),
             ("/foreign", "location", "http://login.example/?to=http://localhost/".into()),
             ("/relative", "location", "next".into()),
         ] {
@@ -1011,6 +1014,9 @@ async fn each_side_reads_addresses_in_its_own_terms() {
             assert_eq!(answer.field(field), Some(value), "{name} {target}");
         }
     }
+    let page = format!("http://{}/café", public("up"));
+    let (_, seen) = ask("up", "GET", "/", &[("Referer", &page)]).await;
+    assert_eq!(seen.unwrap().all("referer"), [format!("http://{at}/café")]);
     let (answer, seen) = ask("raw", "GET", "/location", &[]).await;
     assert_eq!(answer.field("location"), Some(format!("http://{at}/login?next=/")), "as it was sent");
     // (g)

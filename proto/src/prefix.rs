@@ -5,10 +5,13 @@
 //!
 //! A rule of its own for each field: `Location` and `Content-Location` as absolute paths and as addresses of the
 //! public host, `Refresh` as an absolute path, `Path` of `Set-Cookie`. Other paths are relative and stay true.
+//!
+//! Values are read byte by byte ([`value_to_text`]): what is not ASCII is no less a path, and stays as it was. White space
+//! is ASCII's.
 
-use http::HeaderValue;
+use std::borrow::Cow;
 
-use crate::header::Headers;
+use crate::header::{Headers, value_from_text, value_to_text};
 
 /// Moves the paths below `from` to below `to`, both such as `/web` or empty. `host` is the public one. `told` is the whole
 /// public prefix where the upstream may say it itself ([`told`]), else empty: what is below it goes below `to` as well.
@@ -16,12 +19,12 @@ pub fn move_fields(headers: &mut Headers, from: &str, to: &str, told: &str, host
     let way = Way { from, to, told, host };
     let fields = std::mem::take(headers).into_iter().map(|(name, value)| {
         let moved = match name.as_str() {
-            "location" | "content-location" => way.move_location(&value),
-            "refresh" => way.move_refresh(&value),
-            "set-cookie" => way.move_cookie(&value),
+            "location" | "content-location" => way.move_location(&value_to_text(&value)),
+            "refresh" => way.move_refresh(&value_to_text(&value)),
+            "set-cookie" => way.move_cookie(&value_to_text(&value)),
             _ => None,
         };
-        (name, moved.unwrap_or(value))
+        (name, moved.and_then(|moved| value_from_text(&moved)).unwrap_or(value))
     });
     *headers = fields.collect();
 }
@@ -62,10 +65,9 @@ impl Way<'_> {
         told.and_then(|told| moved(path, told, self.to)).or_else(|| moved(path, self.from, self.to))
     }
 
-    fn move_location(&self, value: &HeaderValue) -> Option<HeaderValue> {
-        let location = value.to_str().ok()?;
+    fn move_location(&self, location: &str) -> Option<String> {
         if location.starts_with('/') && !location.starts_with("//") {
-            return HeaderValue::from_str(&self.moved(location)?).ok();
+            return self.moved(location);
         }
         // An absolute address of our own public host, as an upstream makes it from X-Forwarded-Host.
         let (scheme, rest) =
@@ -79,59 +81,58 @@ impl Way<'_> {
             return None;
         }
         let rest = without(path, self.from)?;
-        HeaderValue::from_str(&format!("{scheme}://{}{}{rest}", self.host, self.to)).ok()
+        Some(format!("{scheme}://{}{}{rest}", self.host, self.to))
     }
 
     /// `5; url=/next`: only an absolute path is moved; an address of the upstream's own is public already.
-    fn move_refresh(&self, value: &HeaderValue) -> Option<HeaderValue> {
-        let text = value.to_str().ok()?;
-        let (before, url) = text.split_at(text.find('/')?);
-        let is_whole = before.trim_end_matches(['\'', '"']).trim_end().ends_with(['=', ';', ',']);
+    fn move_refresh(&self, refresh: &str) -> Option<String> {
+        let (before, url) = refresh.split_at(refresh.find('/')?);
+        let is_whole = before.trim_end_matches(['\'', '"']).trim_ascii_end().ends_with(['=', ';', ',']);
         if !is_whole || url.starts_with("//") {
             return None;
         }
-        HeaderValue::from_str(&format!("{before}{}", self.moved(url)?)).ok()
+        Some(format!("{before}{}", self.moved(url)?))
     }
 
-    fn move_cookie(&self, value: &HeaderValue) -> Option<HeaderValue> {
-        let bytes = value.as_bytes();
+    fn move_cookie(&self, cookie: &str) -> Option<String> {
         // Browsers take a cookie of such a name with Path=/ only, in whatever case it is written (RFC 6265bis §4.1.3.2).
-        if bytes.get(..7).is_some_and(|name| name.eq_ignore_ascii_case(b"__Host-")) {
+        if cookie.get(..7).is_some_and(|name| name.eq_ignore_ascii_case("__Host-")) {
             return None;
         }
-        let mut cookie = Vec::with_capacity(bytes.len() + self.to.len());
         let mut changed = false;
-        for (index, part) in bytes.split(|&b| b == b';').enumerate() {
-            if index > 0 {
-                cookie.push(b';');
-            }
-            let attribute = part.trim_ascii_start();
-            let is_path = index > 0 && attribute.len() > 5 && attribute[..5].eq_ignore_ascii_case(b"path=");
-            let path = attribute.get(5..).filter(|path| is_path && path.starts_with(b"/"));
-            let path = path.and_then(|path| std::str::from_utf8(path.trim_ascii_end()).ok());
-            let new = path.and_then(|path| match (path, self.to) {
-                // "/" alone would become "/web/", which does not cover "/web".
-                ("/", "") => None,
-                ("/", to) => Some(to.to_owned()),
-                (path, _) => self.moved(path),
-            });
-            match new {
-                Some(new) => {
-                    let space = part.len() - attribute.len();
-                    cookie.extend_from_slice(&part[..space + 5]);
-                    cookie.extend_from_slice(new.as_bytes());
+        let parts: Vec<Cow<'_, str>> = cookie
+            .split(';')
+            .enumerate()
+            .map(|(index, part)| match self.move_attribute(part).filter(|_| index > 0) {
+                Some(moved) => {
                     changed = true;
+                    moved.into()
                 }
-                None => cookie.extend_from_slice(part),
-            }
+                None => part.into(),
+            })
+            .collect();
+        changed.then(|| parts.join(";"))
+    }
+
+    /// ` Path=/x` of a cookie.
+    fn move_attribute(&self, attribute: &str) -> Option<String> {
+        let (name, path) = attribute.split_once('=')?;
+        if !name.trim_ascii_start().eq_ignore_ascii_case("path") || !path.starts_with('/') {
+            return None;
         }
-        changed.then(|| HeaderValue::from_bytes(&cookie).ok()).flatten()
+        let moved = match (path.trim_ascii_end(), self.to) {
+            // "/" alone would become "/web/", which does not cover "/web".
+            ("/", "") => return None,
+            ("/", to) => to.to_owned(),
+            (path, _) => self.moved(path)?,
+        };
+        Some(format!("{name}={moved}"))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use http::header;
+    use http::{HeaderValue, header};
 
     use super::*;
 
@@ -182,6 +183,43 @@ mod tests {
         }
         assert_eq!(moved(header::REFRESH, "5; url=/v1/x", "/v1", "/api"), "5; url=/api/x");
         assert_eq!(moved(header::REFRESH, "5; url=/x", "/v1", "/api"), "5; url=/x");
+    }
+
+    #[test]
+    fn bytes_that_are_not_ascii_stay_as_they_were() {
+        let by = |name: http::HeaderName, value: &[u8]| {
+            let mut headers: Headers =
+                [(name.clone(), HeaderValue::from_bytes(value).unwrap())].into_iter().collect();
+            move_fields(&mut headers, "/v1", "/api", "/web/api", "pub:8080");
+            headers.get(name).unwrap().as_bytes().to_vec()
+        };
+        // As UTF-8, as ISO-8859-1, and with the bytes that are white space in Unicode alone.
+        for rest in
+            ["/café.php?ü#ß".as_bytes(), b"/caf\xe9", b"/\xe0\xff", b"/x\x85", b"/x\xa0", "/à".as_bytes()]
+        {
+            let with = |before: &str| [before.as_bytes(), rest].concat();
+            for (sent, public) in [
+                ("/v1", "/api"),
+                ("/web/api", "/api"),
+                ("/other", "/other"),
+                ("https://pub:8080/v1", "https://pub:8080/api"),
+                ("https://pub:8080/web/api", "https://pub:8080/web/api"),
+                ("https://other/v1", "https://other/v1"),
+            ] {
+                for name in [header::LOCATION, header::CONTENT_LOCATION] {
+                    assert_eq!(by(name, &with(sent)), with(public), "{sent} {rest:?}");
+                }
+            }
+            assert_eq!(by(header::REFRESH, &with("5; url='/v1")), with("5; url='/api"));
+            let name = "grün=ü; HttpOnly; path=";
+            let cookie = |path: &str| [with(&format!("{name}{path}")).as_slice(), b"; Secure"].concat();
+            let moved = [with(&format!("{name}/api")).as_slice(), b"; Secure"].concat();
+            assert_eq!(by(header::SET_COOKIE, &cookie("/v1")), moved);
+            assert_eq!(by(header::SET_COOKIE, &cookie("/other")), cookie("/other"));
+        }
+        assert_eq!(by(header::LOCATION, b"/v1\xa0/x"), b"/v1\xa0/x", "another segment");
+        assert_eq!(by(header::REFRESH, b"5; url=\xa0/v1/x"), b"5; url=\xa0/v1/x", "a relative path");
+        assert_eq!(by(header::SET_COOKIE, b"\xe9; Path=/"), b"\xe9; Path=/api");
     }
 
     #[test]

@@ -3,13 +3,13 @@
 //!
 //! Enters: the fields in which the edge says how the public client asked ([`proto::forwarded`]), the upstream's
 //! address and the `host` it is sent. Leaves: rewritten values, or `None` where nothing has to change. No body
-//! is ever looked at.
+//! is ever looked at. Bytes that are not ASCII stay as they are ([`value_to_text`]).
 //!
 //! Only addresses of the tunnel itself are touched: a foreign origin stays foreign, or the app's own defence
 //! against requests of foreign pages would be switched off.
 
 use http::{HeaderName, HeaderValue, header};
-use proto::header::Headers;
+use proto::header::{Headers, value_from_text, value_to_text};
 
 use crate::{
     config::OriginRule,
@@ -100,13 +100,13 @@ impl<'a> View<'a> {
         if !rewrites.concern(name) {
             return None;
         }
-        let text = value.to_str().ok()?;
+        let text = value_to_text(value);
         let moved = match name.as_str() {
-            "origin" => self.origin(text)?,
-            "if" => self.conditions(text)?,
-            _ => self.private(text)?,
+            "origin" => self.origin(&text)?,
+            "if" => self.conditions(&text)?,
+            _ => self.private(&text)?,
         };
-        HeaderValue::try_from(moved).ok()
+        value_from_text(&moved)
     }
 
     /// Rewrites the fields of a response that begin with the upstream's own address, or with the `host` it
@@ -116,11 +116,11 @@ impl<'a> View<'a> {
             let moved = if !OF_RESPONSE.contains(&name) {
                 None
             } else if name == header::REFRESH {
-                value.to_str().ok().and_then(|text| self.refresh(text))
+                self.refresh(&value_to_text(&value))
             } else {
-                value.to_str().ok().and_then(|text| self.public(text))
+                self.public(&value_to_text(&value))
             };
-            (name, moved.and_then(|moved| HeaderValue::try_from(moved).ok()).unwrap_or(value))
+            (name, moved.and_then(|moved| value_from_text(&moved)).unwrap_or(value))
         });
         *headers = fields.collect();
     }
@@ -206,10 +206,11 @@ impl<'a> View<'a> {
     fn refresh(&self, value: &str) -> Option<String> {
         let after_time = value.find([';', ','])? + 1;
         let rest = &value[after_time..];
-        let start = rest.len() - rest.trim_start().len();
+        let start = rest.len() - rest.trim_ascii_start().len();
         let named = rest[start..].get(..3).is_some_and(|word| word.eq_ignore_ascii_case("url"));
-        let equals = named.then(|| rest[start + 3..].trim_start()).filter(|after| after.starts_with('='));
-        let url = equals.map_or(&rest[start..], |after| after[1..].trim_start());
+        let equals =
+            named.then(|| rest[start + 3..].trim_ascii_start()).filter(|after| after.starts_with('='));
+        let url = equals.map_or(&rest[start..], |after| after[1..].trim_ascii_start());
         let quote = url.chars().next().filter(|first| matches!(first, '\'' | '"'));
         let url = &url[quote.map_or(0, char::len_utf8)..];
         let before = value.len() - url.len();
@@ -259,12 +260,12 @@ fn has_prefix(place: &str, prefix: &str) -> bool {
 
 /// Takes the edge's own entry off the end of `Via`; `None` where nothing is left.
 pub(crate) fn without_own_via(value: &HeaderValue) -> Option<HeaderValue> {
-    let text = value.to_str().ok()?;
-    let Some(others) = text.trim_end().strip_suffix(proto::forwarded::VIA) else {
+    let text = value_to_text(value);
+    let Some(others) = text.trim_ascii_end().strip_suffix(proto::forwarded::VIA) else {
         return Some(value.clone());
     };
-    let others = others.trim_end().strip_suffix(',')?.trim_end();
-    HeaderValue::try_from(others).ok()
+    let others = others.trim_ascii_end().strip_suffix(',')?.trim_ascii_end();
+    value_from_text(others)
 }
 
 /// `http://host/place` as scheme, authority and the rest; `//host/place` has no scheme.
@@ -535,12 +536,83 @@ mod tests {
     }
 
     #[test]
+    fn bytes_that_are_not_ascii_stay_as_they_were() {
+        let bytes =
+            |before: &str, rest: &[u8]| HeaderValue::from_bytes(&[before.as_bytes(), rest].concat()).unwrap();
+        for (public, prefix, added) in [
+            ("https://web.example.com", None, ""),
+            ("https://web.example.com/web", Some("/web"), ""),
+            ("https://web.example.com/web", Some("/web"), "/v1"),
+        ] {
+            let case = Case::new("https", "web.example.com", prefix, "3000", "localhost:3000");
+            let view = match added {
+                "" => case.view(),
+                added => case.view().under("/web", added),
+            };
+            let own = format!("http://localhost:3000{added}");
+            // As UTF-8, as ISO-8859-1, and with the bytes that are white space in Unicode alone.
+            for rest in
+                ["/café.php?ü#ß".as_bytes(), b"/caf\xe9", b"/\xe0\xff", b"/x\x85", b"/x\xa0", "/à".as_bytes()]
+            {
+                for (name, before) in [
+                    ("location", ""),
+                    ("content-location", ""),
+                    ("refresh", "5; url="),
+                    ("refresh", "5;url='"),
+                ] {
+                    let response = |to: &str| -> Headers {
+                        [(HeaderName::from_static(name), bytes(&format!("{before}{to}"), rest))]
+                            .into_iter()
+                            .collect()
+                    };
+                    let mut headers = response(&own);
+                    view.to_public(&mut headers);
+                    assert_eq!(headers, response(public), "{name}");
+                    let foreign = response("https://idp.example");
+                    let mut headers = foreign.clone();
+                    view.to_public(&mut headers);
+                    assert_eq!(headers, foreign, "{name}");
+                }
+                for (name, before) in [("referer", ""), ("destination", ""), ("if", "(<urn:\u{e9}>) <")] {
+                    let closed = if name == "if" { [rest, b">"].concat() } else { rest.to_vec() };
+                    let request = |to: &str| bytes(&format!("{before}{to}"), &closed);
+                    let moved = view.to_upstream(ALL, &HeaderName::from_static(name), &request(public));
+                    assert_eq!(moved, Some(request(&own)), "{name}");
+                    let foreign = request("https://other.example");
+                    assert_eq!(
+                        view.to_upstream(ALL, &HeaderName::from_static(name), &foreign),
+                        None,
+                        "{name}"
+                    );
+                }
+            }
+            let foreign = bytes("https://", b"web.example.com\xa0");
+            assert_eq!(view.to_upstream(ALL, &header::ORIGIN, &foreign), None);
+            for foreign in
+                [bytes("http://localhost:3000", b"\xa0/x"), bytes("http://localhost", "é:3000/".as_bytes())]
+            {
+                let mut headers: Headers = [(header::LOCATION, foreign)].into_iter().collect();
+                let sent = headers.clone();
+                view.to_public(&mut headers);
+                assert_eq!(headers, sent);
+            }
+        }
+    }
+
+    #[test]
     fn only_the_edges_own_entry_leaves_via() {
         let left = |via: &'static str| without_own_via(&HeaderValue::from_static(via));
         assert_eq!(left("1.1 tunnel"), None);
         assert_eq!(left("1.0 fred, 1.1 tunnel").unwrap(), "1.0 fred");
         assert_eq!(left("1.1 tunnel, 1.1 other").unwrap(), "1.1 tunnel, 1.1 other");
         assert_eq!(left("1.1 tunnel, 1.1 tunnel").unwrap(), "1.1 tunnel");
+        for comment in ["1.0 fred (café)".as_bytes(), b"1.0 fred (\xe9)", b"1.0 \xa0"] {
+            let own = [comment, b", 1.1 tunnel"].concat();
+            for via in [&own, comment] {
+                let via = HeaderValue::from_bytes(via).unwrap();
+                assert_eq!(without_own_via(&via).unwrap().as_bytes(), comment);
+            }
+        }
     }
 
     #[test]
