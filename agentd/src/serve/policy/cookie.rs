@@ -74,10 +74,12 @@ impl Sealer {
     }
 }
 
-/// The values of a cookie, in the order of the request.
+/// The values of a cookie, in the order of the request. What others have put into the same field does not matter.
 pub(crate) fn values<'a>(headers: &'a Headers, name: &'a str) -> impl Iterator<Item = &'a str> {
-    headers.get_all(header::COOKIE).filter_map(|field| field.to_str().ok()).flat_map(move |field| {
-        field.split(';').filter_map(move |pair| pair.trim().strip_prefix(name)?.strip_prefix('='))
+    let pairs = headers.get_all(header::COOKIE).flat_map(|field| field.as_bytes().split(|&b| b == b';'));
+    pairs.filter_map(move |pair| {
+        let value = pair.trim_ascii().strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+        std::str::from_utf8(value).ok()
     })
 }
 
@@ -143,6 +145,11 @@ mod tests {
         .into_iter()
         .collect();
         assert_eq!(values(&headers, "a").collect::<Vec<_>>(), ["1", "3"]);
+        for app in ["user=zoë".as_bytes(), b"user=zo\xeb", b"\xa0", b"a=\xeb"] {
+            let field = HeaderValue::from_bytes(&[app, b"; a=1; ", app].concat()).unwrap();
+            let headers: Headers = [(header::COOKIE, field)].into_iter().collect();
+            assert_eq!(values(&headers, "a").collect::<Vec<_>>(), ["1"]);
+        }
         let cookie = set("__Host-agentd-web", "x", 60).unwrap();
         assert_eq!(cookie, "__Host-agentd-web=x; Path=/; Max-Age=60; Secure; HttpOnly; SameSite=Lax");
         assert!(set("n", &"v".repeat(MOST_BYTES), 1).is_none());
