@@ -491,8 +491,14 @@ async fn who_has_not_shown_a_whole_body_keeps_nobody_from_an_upstream_that_is_tr
 #[tokio::test]
 async fn what_an_app_says_below_its_whole_prefix_is_not_moved_again() {
     const STRIPS: &str = "[[tunnel.route]]\npath = \"/app\"\nupstream = 2\nstrip_prefix = true\n";
+    const ACCENTS: &str = "[[tunnel.route]]\npath = \"/café\"\nupstream = 2\nstrip_prefix = true\n\
+        add_prefix = \"/très\"\n";
     let silent = format!("forwarded = \"none\"\n{STRIPS}");
     for (rules, prefix, target, said, moved) in [
+        // As addresses say them.
+        (ACCENTS, None, "/caf%C3%A9/", "/tr%C3%A8s/é", "/caf%C3%A9/é"),
+        (ACCENTS, None, "/caf%c3%a9/", "/caf%C3%A9/é", "/caf%C3%A9/é"),
+        (ACCENTS, Some("/web"), "/caf%C3%A9/", "/web/caf%C3%A9/é", "/caf%C3%A9/é"),
         (STRIPS, None, "/app/", "/app/login", "/app/login"),
         (STRIPS, None, "/app/", "/login", "/app/login"),
         (STRIPS, None, "/app/app/x", "/app/login", "/app/app/login"),
@@ -514,7 +520,7 @@ async fn what_an_app_says_below_its_whole_prefix_is_not_moved_again() {
         let asked = Asked { method: &Method::GET, target: &asked_for, headers: &headers, upgrade: false };
         let passage = policy.admit(&asked, &request_id, Some(0), unix_now()).await.unwrap().passage;
         let mut answer: Headers =
-            [(http::header::LOCATION, HeaderValue::from_static(said))].into_iter().collect();
+            [(http::header::LOCATION, HeaderValue::from_str(said).unwrap())].into_iter().collect();
         passage.move_response(&mut answer, passage.target.as_ref().unwrap_or(&asked_for), "pub");
         let location = answer.get(http::header::LOCATION).unwrap();
         assert_eq!(location, moved, "{rules}{prefix:?} {target}: {said}");

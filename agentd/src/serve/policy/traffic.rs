@@ -4,6 +4,7 @@
 //! [`Answer`] that is given in its place. Nothing of it waits but for files.
 
 use std::{
+    borrow::Cow,
     net::IpAddr,
     sync::{
         Arc,
@@ -13,6 +14,7 @@ use std::{
 };
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use percent_encoding::{CONTROLS, utf8_percent_encode};
 use proto::{
     error::ErrorCode,
     header::Headers,
@@ -192,7 +194,7 @@ impl Traffic {
             max_body: None,
             public_prefix: asked.prefix().to_owned(),
             strip: String::new(),
-            add: "",
+            add: Cow::Borrowed(""),
             breaker: None,
             attempt: None,
             facts: Facts {
@@ -342,6 +344,12 @@ fn too_many(TooMany { retry_after, rule }: TooMany) -> Answer {
         )
 }
 
+/// A path of the configuration, as an address says it.
+fn in_address(path: &str) -> Cow<'_, str> {
+    // What is not ASCII is escaped, whatever the set.
+    utf8_percent_encode(path, CONTROLS).into()
+}
+
 /// The target without its first `strip` segments and below `add`.
 fn moved(target: &Target, strip: usize, add: &str) -> Option<Target> {
     let mut rest = target.as_str();
@@ -398,7 +406,7 @@ pub(crate) struct Passage<'a> {
     /// What was taken off the path, also in path mode.
     public_prefix: String,
     strip: String,
-    add: &'a str,
+    add: Cow<'a, str>,
     breaker: Option<&'a Arc<Breaker>>,
     attempt: Option<Attempt>,
     facts: Facts,
@@ -409,17 +417,17 @@ impl<'a> Passage<'a> {
     /// Changes the path as a route does; `None` where that makes no target.
     fn follow(&mut self, route: &'a RouteRule, asked: &Asked<'_>) -> Option<()> {
         if route.strip > 0 || !route.add.is_empty() {
-            self.target = Some(moved(asked.target, route.strip, &route.add)?);
-            self.strip = route.path.first(route.strip);
+            self.add = in_address(&route.add);
+            self.target = Some(moved(asked.target, route.strip, &self.add)?);
+            self.strip = in_address(&route.path.first(route.strip)).into_owned();
             self.public_prefix = format!("{}{}", asked.prefix(), self.strip);
-            self.add = &route.add;
         }
         Some(())
     }
 
     /// What the path is moved from and to, if it is: as the public client knows it, and as the upstream does.
     pub(crate) fn prefixes(&self) -> Option<(&str, &str)> {
-        self.target.as_ref().map(|_| (&*self.public_prefix, self.add))
+        self.target.as_ref().map(|_| (&*self.public_prefix, &*self.add))
     }
 
     /// Changes what the upstream is sent.
@@ -463,7 +471,7 @@ impl<'a> Passage<'a> {
         let says = matches!(self.traffic.rules.forwarded, ForwardedFields::Both | ForwardedFields::X);
         let told = if says { prefix::told(&self.public_prefix, target.as_str()) } else { "" };
         if self.target.is_some() || !told.is_empty() {
-            prefix::move_fields(headers, self.add, &self.strip, told, public_host);
+            prefix::move_fields(headers, &self.add, &self.strip, told, public_host);
         }
     }
 
