@@ -590,6 +590,12 @@ async fn signing_in_leads_to_the_provider_and_back_with_a_session_of_this_tunnel
     tests::eventually("the session is over", async || expiring.send(local.public).await.status == 401).await;
     let kept = browser.request("web.localhost", "GET", "/");
     passes(&local, &upstream, &kept).await;
+    // A link of another origin's page leads to a button.
+    let led = browser.request("web.localhost", "GET", "/.agentd/oidc/sign-out");
+    let answer = led.field("Sec-Fetch-Site", "same-site").send(local.public).await;
+    assert!(answer.status == 200 && answer.text().contains("<form method=\"post\">"), "{}", answer.text());
+    assert_eq!(answer.field("content-security-policy").as_deref(), Some("frame-ancestors 'none'"));
+    passes(&local, &upstream, &kept).await;
     let answer = browser.send(&local, "web.localhost", "/.agentd/oidc/sign-out").await;
     assert!(answer.status == 200 && answer.text().contains("You are signed out."), "{}", answer.text());
     assert!(!browser.cookies["web.localhost"].contains_key("__Host-agentd-session-web"));

@@ -24,8 +24,8 @@ pub(crate) struct Answer {
 enum Content {
     /// The problem, where there is one.
     Problem,
-    /// A page of one sentence.
-    Sentence(&'static str),
+    /// A page of one sentence, and of a button that posts to its own address.
+    Sentence(&'static str, Option<&'static str>),
     /// A page of the tunnel's own, for browsers.
     Page(Bytes),
     /// All of the head, and a body.
@@ -104,8 +104,15 @@ impl Answer {
             denied_by: None,
             status: StatusCode::OK,
             fields: Vec::new(),
-            content: Content::Sentence(sentence),
+            content: Content::Sentence(sentence, None),
         }
+    }
+
+    /// A page that does nothing before its button is pressed, and that no other page can have in a frame.
+    pub(crate) fn question(sentence: &'static str, button: &'static str) -> Self {
+        let alone = HeaderValue::from_static("frame-ancestors 'none'");
+        let page = Self { content: Content::Sentence(sentence, Some(button)), ..Self::page(sentence) };
+        page.with(header::CONTENT_SECURITY_POLICY, Some(alone))
     }
 
     /// With one more field, if it can be said.
@@ -129,12 +136,15 @@ impl Answer {
                 let (kind, body) = problem::body(code, request_id, html);
                 (Some(kind), body.into())
             }
-            (Content::Sentence(sentence), _) => (
+            (Content::Sentence(sentence, button), _) => (
                 HTML,
                 format!(
                     "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" \
                      content=\"width=device-width\"><meta name=\"color-scheme\" content=\"light dark\"><title>{sentence}\
-                     </title></head><body><p>{sentence}</p></body></html>\n"
+                     </title></head><body><p>{sentence}</p>{}</body></html>\n",
+                    button
+                        .map(|button| format!("<form method=\"post\"><button>{button}</button></form>"))
+                        .unwrap_or_default()
                 )
                 .into(),
             ),

@@ -524,8 +524,12 @@ impl SignIn {
         serde_json::from_slice(&body).map_err(|_| format!("what {url} says is no JSON"))
     }
 
-    /// Ends a session here. That of the provider goes on.
+    /// Ends a session here. That of the provider goes on. Where another origin's page made the browser ask, the visitor is
+    /// asked first.
     pub(crate) fn sign_out(&self, asked: &Asked<'_>, now: u64) -> Answer {
+        if asked.is_cross_origin() {
+            return Answer::question("Do you want to sign out?", "Sign out");
+        }
         for session in self.sessions(asked, now) {
             let left = Duration::from_secs(session.until.saturating_sub(now));
             lock(&self.signed_out).insert(session.id.as_bytes(), now, left);
@@ -769,7 +773,15 @@ mod tests {
         let useless = session("2", Some("ann@evil.test"), &[]);
         let both = format!("{useless}; {cookie}");
         assert!(user(&made, &both, "", NOW).is_some() && user(&made, &useless, "", NOW).is_none());
-        asking(&[("cookie", both.clone())], |asked| made.sign_out(asked, NOW));
+        // But not for another origin's page, which may be one of the same site.
+        for site in ["cross-site", "same-site"] {
+            let fields = [("cookie", both.clone()), ("sec-fetch-site", site.to_owned())];
+            let answer = asking(&fields, |asked| made.sign_out(asked, NOW));
+            assert!(answer.fields.iter().all(|(name, _)| name != header::SET_COOKIE), "{site}");
+            assert!(user(&made, &both, "", NOW).is_some(), "{site}");
+        }
+        let own = [("cookie", both.clone()), ("sec-fetch-site", "same-origin".to_owned())];
+        asking(&own, |asked| made.sign_out(asked, NOW));
         assert_eq!((user(&made, &both, "", NOW), user(&made, &cookie, "", NOW)), (None, None));
     }
 
