@@ -11,7 +11,10 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Status
 use http_body_util::{BodyExt as _, Full, Limited, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
 use proto::delivery;
-use tokio::{sync::broadcast::error::RecvError, time::timeout};
+use tokio::{
+    sync::{Semaphore, broadcast::error::RecvError},
+    time::timeout,
+};
 
 use super::{
     curl,
@@ -54,6 +57,9 @@ const ROWS: usize = 100;
 /// How many it may have.
 const ROWS_MOST: usize = 1000;
 
+/// How many may listen to what happens, whether they read it or not: fewer than there are connections.
+const LISTENERS: usize = 32;
+
 /// How somebody asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Door {
@@ -73,6 +79,7 @@ struct Inner {
     desk: Desk,
     redact: Redact,
     token: String,
+    listeners: Arc<Semaphore>,
 }
 
 /// A refusal: a status and a sentence.
@@ -164,7 +171,8 @@ impl Inspector {
         redact: Redact,
         token: String,
     ) -> Self {
-        Self(Arc::new(Inner { captures, tunnels, desk, redact, token }))
+        let listeners = Arc::new(Semaphore::new(LISTENERS));
+        Self(Arc::new(Inner { captures, tunnels, desk, redact, token, listeners }))
     }
 
     pub(crate) fn captures(&self) -> &Captures {
@@ -276,11 +284,18 @@ impl Inspector {
             }
             (&Method::GET, ["api", "events"]) => {
                 let query = Query::read(query, true, &["watch"])?;
+                let Ok(place) = Arc::clone(&self.0.listeners).try_acquire_owned() else {
+                    let error = format!(
+                        "{LISTENERS} pages and programs listen already: close one that is not needed"
+                    );
+                    return refuse(StatusCode::SERVICE_UNAVAILABLE, error);
+                };
                 let events = events::stream(
                     Arc::clone(&self.0.captures),
                     self.0.redact.clone(),
                     query.filter,
                     query.watch,
+                    place,
                 );
                 let mut answer = Response::new(StreamBody::new(events).boxed_unsync());
                 let kind = HeaderValue::from_static("text/event-stream");

@@ -6,7 +6,10 @@ use bytes::Bytes;
 use futures_util::stream::{self, Stream};
 use http_body::Frame;
 use tokio::{
-    sync::broadcast::{Receiver, error::RecvError},
+    sync::{
+        OwnedSemaphorePermit,
+        broadcast::{Receiver, error::RecvError},
+    },
     time::timeout,
 };
 
@@ -51,15 +54,16 @@ impl Watch {
     }
 }
 
-/// The events from now on, for whoever wants those.
+/// The events from now on, for whoever wants those and has a place until they end.
 pub(crate) fn stream(
     captures: Arc<Captures>,
     redact: Redact,
     filter: Filter,
     watch: Watch,
+    place: OwnedSemaphorePermit,
 ) -> impl Stream<Item = Result<Frame<Bytes>, Infallible>> {
     let receiver = captures.events();
-    let listener = Listener { captures, redact, filter, watch, receiver };
+    let listener = Listener { captures, redact, filter, watch, receiver, _place: place };
     // The first words make the head go out.
     stream::unfold((listener, Some(": here\nretry: 1000\n\n".to_owned())), async |(mut listener, first)| {
         let text = match first {
@@ -76,6 +80,7 @@ struct Listener {
     filter: Filter,
     watch: Watch,
     receiver: Receiver<Event>,
+    _place: OwnedSemaphorePermit,
 }
 
 impl Listener {

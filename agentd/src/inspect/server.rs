@@ -19,7 +19,7 @@ use crate::config::address::{Address, Host};
 /// How many ports are tried.
 const PORTS: u16 = 50;
 
-/// How many connections are served at a time; a browser opens six.
+/// How many connections are served at a time; a browser opens six. Streams of events may not have all of them.
 const CONNECTIONS: usize = 64;
 
 /// How long a head may take.

@@ -675,6 +675,33 @@ impl Events {
 }
 
 #[tokio::test]
+async fn those_who_listen_leave_room_for_who_asks() {
+    let stage = Inspected::start(&[]).await;
+    let mut all = Vec::new();
+    for _ in 0..32 {
+        all.push(Events::open(&stage, "").await);
+    }
+    let refused = stage.call("GET", "/api/events", &[], b"").await;
+    assert!(refused.status == 503 && refused.text().contains("listen already"), "{refused:?}");
+    assert!(stage.ids("").await.is_empty());
+    // Who goes gives the place back.
+    all.pop();
+    patiently("there is a place", async {
+        loop {
+            let mut stream = TcpStream::connect(&stage.address).await.unwrap();
+            let head = format!("GET /api/events HTTP/1.1\r\nhost: {}\r\n\r\n", stage.address);
+            stream.write_all(head.as_bytes()).await.unwrap();
+            let mut status = [0; 12];
+            stream.read_exact(&mut status).await.unwrap();
+            if status == *b"HTTP/1.1 200" {
+                break;
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_stream_is_shown_while_it_flows_and_filters_hold() {
     let mut stage = Inspected::start(&[]).await;
     let mut events = Events::open(&stage, "watch=all").await;
