@@ -14,7 +14,10 @@ use std::{
 };
 
 use http::{HeaderValue, Method, StatusCode, header};
-use proto::{error::ErrorCode, header::Headers};
+use proto::{
+    error::ErrorCode,
+    header::{Headers, value_to_text},
+};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 
 use crate::serve::policy::{answer::Answer, body::LocalBody};
@@ -174,7 +177,8 @@ enum Piece {
 }
 
 fn plan(about: &About, fields: &Headers, now: SystemTime, boundary: &str) -> Plan {
-    let text = |name| fields.get(name).and_then(|value| value.to_str().ok());
+    // A condition that is not ASCII is one that does not hold, and not none.
+    let text = |name| fields.get(name).map(value_to_text);
     let nanos = about.modified.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
     let etag = format!("\"{nanos:x}-{:x}\"", about.bytes);
     let modified = httpdate::fmt_http_date(about.modified);
@@ -185,22 +189,22 @@ fn plan(about: &About, fields: &Headers, now: SystemTime, boundary: &str) -> Pla
     field(header::LAST_MODIFIED, &modified);
     field(header::ETAG, &etag);
 
-    let date = |name| text(name).and_then(|text| httpdate::parse_http_date(text).ok());
+    let date = |name| text(name).and_then(|text| httpdate::parse_http_date(&text).ok());
     // Dates have whole seconds.
     let changed_at = httpdate::parse_http_date(&modified).unwrap_or(about.modified);
     let is_listed = |list: &str, weak: bool| {
-        list.trim() == "*"
+        list.trim_ascii() == "*"
             || list
                 .split(',')
-                .map(str::trim)
+                .map(str::trim_ascii)
                 .any(|tag| tag == etag || (weak && tag.strip_prefix("W/").is_some_and(|tag| tag == etag)))
     };
     let failed = match text(header::IF_MATCH) {
-        Some(list) => !is_listed(list, false),
+        Some(list) => !is_listed(&list, false),
         None => date(header::IF_UNMODIFIED_SINCE).is_some_and(|since| changed_at > since),
     };
     let unchanged = match text(header::IF_NONE_MATCH) {
-        Some(list) => is_listed(list, true),
+        Some(list) => is_listed(&list, true),
         // A date to come says nothing (RFC 9110 §13.1.3).
         None => date(header::IF_MODIFIED_SINCE).is_some_and(|since| changed_at <= since && since <= now),
     };
@@ -216,10 +220,10 @@ fn plan(about: &About, fields: &Headers, now: SystemTime, boundary: &str) -> Pla
     let is_same = match text(header::IF_RANGE) {
         None => true,
         Some(tag) if tag.ends_with('"') => tag == etag,
-        Some(date) => httpdate::parse_http_date(date).is_ok_and(|date| date == changed_at),
+        Some(date) => httpdate::parse_http_date(&date).is_ok_and(|date| date == changed_at),
     };
     let asked =
-        text(header::RANGE).filter(|_| is_same).map_or(Ranges::All, |asked| ranges(asked, about.bytes));
+        text(header::RANGE).filter(|_| is_same).map_or(Ranges::All, |asked| ranges(&asked, about.bytes));
     let mut with = |name, value: String| {
         headers.push(name, HeaderValue::try_from(value).expect("types and digits are a field's value"));
     };
@@ -442,6 +446,7 @@ mod tests {
         let etag = text(&planned(&[]), header::ETAG);
         let weak = format!("W/{etag}");
         let list = format!("\"x\", {etag}");
+        let accented = format!("\"é\", {etag}");
         let range = ("range", "bytes=0-4");
         for (fields, status) in [
             (&[range, ("if-range", &*etag)][..], 206),
@@ -450,15 +455,18 @@ mod tests {
             (&[range, ("if-range", &weak)], 200),
             (&[range, ("if-range", "Sat, 03 Jan 2026 03:04:05 GMT")], 200),
             (&[range, ("if-range", "junk")], 200),
+            (&[range, ("if-range", "\"é\"")], 200),
             (&[("if-none-match", &*etag)], 304),
             (&[("if-none-match", "*")], 304),
             (&[("if-none-match", &weak)], 304),
             (&[("if-none-match", &list)], 304),
+            (&[("if-none-match", &accented)], 304),
             (&[("if-none-match", "\"x\"")], 200),
             (&[("if-none-match", "\"x\""), ("if-modified-since", MODIFIED)], 200),
             (&[("if-none-match", &etag), range], 304),
             (&[("if-match", "\"x\"")], 412),
             (&[("if-match", &weak)], 412),
+            (&[("if-match", "\"é\"")], 412),
             (&[("if-match", &etag)], 200),
             (&[("if-match", "*")], 200),
             (&[("if-unmodified-since", "Thu, 01 Jan 2026 00:00:00 GMT")], 412),
