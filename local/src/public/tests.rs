@@ -1,6 +1,6 @@
 //! The front with a real `ingress` process: this test program executes itself as the function.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io};
 
 use futures_util::{StreamExt, stream};
 use lambda_runtime::{FunctionResponse, LambdaEvent, service_fn};
