@@ -115,7 +115,8 @@ const KILL_WITHIN_MS: u64 = 64;
 pub fn run(options: Options) -> ExitCode {
     init_log(options.log_level);
     raise_file_limit();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = match runtime.worker_threads(workers()).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&anyhow::Error::new(error).context("starting")),
     };
@@ -132,6 +133,12 @@ pub fn run(options: Options) -> ExitCode {
 fn is_coloured() -> bool {
     std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
         && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+/// How many threads serve: one for each two cores, since the other half of a request's work is that of other processes. On two
+/// cores it is one, so that nothing is handed from thread to thread, which would wake a core at each hop of a request.
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2))
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {
