@@ -4,8 +4,10 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "this is test code")]
 
 use std::{
+    io::Write as _,
     net::SocketAddr,
     os::unix::fs::PermissionsExt as _,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -15,10 +17,14 @@ use std::{
 use agentd::identity::{Algorithm, KEY_FILE, Keys};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use jsonwebtoken::{EncodingKey, Header, encode};
-use rustix::process::Signal;
+use rustix::{
+    fs::{CWD, FileType, Mode, OFlags, mknodat, open},
+    process::Signal,
+};
 use tests::{
     Agent, Local,
     client::{Connection, Request},
+    process::Process,
     sockets::Port,
     upstream::{Conn, Upstream},
 };
@@ -220,6 +226,72 @@ async fn a_bad_file_keeps_the_old_configuration_and_says_why() {
     assert_eq!(code, Some(0), "{printed}");
     assert!(printed.contains("\"confirmed\":true"), "{printed}");
     assert_eq!(status_of(&local, "web").await, 200);
+}
+
+fn pipe(path: &Path) {
+    mknodat(CWD, path, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+}
+
+/// The writing end of a pipe, once somebody waits at the other one.
+async fn writing_end(pipe: &Path) -> std::fs::File {
+    let mut end = None;
+    tests::eventually("the pipe is read", async || {
+        end = open(pipe, OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()).ok();
+        end.is_some()
+    })
+    .await;
+    end.unwrap().into()
+}
+
+#[tokio::test]
+async fn a_file_that_does_not_come_holds_up_nothing_but_its_reload() {
+    let upstream = Upstream::echo().await;
+    let local = Local::start(&[]);
+    let mut agent = local.agent("web", &upstream.address());
+    let web = tunnel("web", &upstream);
+
+    // What is included must be a file: nobody waits for a pipe.
+    pipe(&agent.dir().join("more.toml"));
+    agent.write_config(&format!("include = [\"more.toml\"]\n{}", local.config(&web)));
+    let (code, printed) = agent.ask(&["reload"]);
+    assert_eq!(code, Some(78), "{printed}");
+    assert!(
+        printed.contains("nothing was changed: ") && printed.contains("more.toml: it is a pipe"),
+        "{printed}"
+    );
+    let config = agent.dir().join("agentd.toml");
+    let mut check = Process::start("agentd", &["config", "check", "--config", config.to_str().unwrap()], &[]);
+    assert_eq!(check.wait(), Some(78));
+    assert!(check.printed().contains("more.toml: it is a pipe"), "{}", check.printed());
+    assert_eq!(status_of(&local, "web").await, 200);
+
+    // A token may come through a pipe. Until it does all else goes on, and one more reload waits for its turn.
+    let socket = agent.dir().join("control.sock");
+    let reload = || Process::start("agentd", &["reload", "--control-socket", socket.to_str().unwrap()], &[]);
+    pipe(&agent.dir().join("token"));
+    agent.write_config(&with_own_token(&local, &agent, &(web.clone() + &tunnel("new", &upstream))));
+    let mut first = reload();
+    let mut end = writing_end(&agent.dir().join("token")).await;
+    assert_eq!(status_of(&local, "web").await, 200);
+    let (code, status) = agent.ask(&["status"]);
+    assert!(code == Some(0) && !status.contains("new"), "{status}");
+    let mut second = reload();
+    end.write_all(local.issue("developer", &["*"]).as_bytes()).unwrap();
+    drop(end);
+    assert_eq!(first.wait(), Some(0), "{}", first.printed());
+    assert!(first.printed().starts_with("reloaded: added new; 1 unchanged"), "{}", first.printed());
+    assert_eq!(second.wait(), Some(0), "{}", second.printed());
+    assert_eq!((status_of(&local, "web").await, status_of(&local, "new").await), (200, 200));
+
+    // Nor does an agent that is told to stop wait for it.
+    pipe(&agent.dir().join("later"));
+    agent.write_config(&with_own_token(&local, &agent, &web).replace("/token\"", "/later\""));
+    let mut reload = reload();
+    let _end = writing_end(&agent.dir().join("later")).await;
+    agent.process().signal(Signal::TERM);
+    assert_eq!(agent.process_mut().wait(), Some(0));
+    assert_eq!(reload.wait(), Some(78), "{}", reload.printed());
+    assert!(reload.printed().contains("the agent is stopping"), "{}", reload.printed());
 }
 
 /// The two hours of a connection pass in half a minute; the agents are many so that a hundred

@@ -86,8 +86,9 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// A supervisor that does not answer by then is stuck.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A reload waits for the edge's confirmation, see [`crate::supervisor`].
-const RELOAD_TIMEOUT: Duration = Duration::from_secs(20);
+/// A reload waits for the files of one before it, for its own and for the edge's confirmation, see [`crate::supervisor`].
+/// Whoever asks waits a little longer.
+const RELOAD_TIMEOUT: Duration = Duration::from_secs(28);
 
 /// How often a place that somebody else has is tried again: nothing tells when a port or a lock becomes free.
 const TAKEN_RETRY: Duration = Duration::from_secs(1);

@@ -29,6 +29,7 @@ mod link;
 mod loopback;
 mod operate;
 mod random;
+mod regular_file;
 mod report;
 mod resolver;
 mod serve;

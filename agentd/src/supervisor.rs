@@ -22,7 +22,7 @@ use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 pub(crate) use self::reloads::Source;
 use self::{
     inspection::Inspection,
-    reloads::Reloads,
+    reloads::{Answer, Fresh, Reloads},
     signals::{Asked, Signals},
     status::Birth,
 };
@@ -246,12 +246,11 @@ impl Supervisor {
                 break;
             }
             let deadline = self.stop.as_ref().map(|stop| stop.deadline);
+            let confirm_by = self.reloads.confirm_by();
             tokio::select! {
                 signal = signals.next() => match signal {
-                    Asked::Reload => {
-                        // Who is concerned reads it in the log.
-                        let _ = self.reload();
-                    }
+                    // Who is concerned reads in the log how it went.
+                    Asked::Reload => self.reload(None),
                     Asked::Leave if self.stop.is_some() => {}
                     Asked::Leave | Asked::Stop => {
                         if self.stop.is_some() {
@@ -266,7 +265,8 @@ impl Supervisor {
                     self.forget_at = None;
                     self.tunnels.forget();
                 }
-                () = at(self.reloads.confirm_by()) => self.reloads.answer_waiting(false),
+                (answers, read) = self.reloads.read() => self.finish_reload(answers, read),
+                () = at(confirm_by) => self.reloads.answer_waiting(false),
                 () = at(deadline) => {
                     tracing::warn!("the grace period has passed; what is still in flight is cut off");
                     break;
@@ -407,17 +407,7 @@ impl Supervisor {
                     self.inspection.url(),
                 )));
             }
-            Ask::Reload(answer) => match self.reload() {
-                Err(error) => drop(answer.send(Err(error))),
-                Ok(change) => {
-                    let confirmed = self.links.is_settled();
-                    if confirmed || self.links.open().is_none() {
-                        drop(answer.send(Ok(Change { confirmed, ..change })));
-                    } else {
-                        self.reloads.wait(answer, change);
-                    }
-                }
-            },
+            Ask::Reload(answer) => self.reload(Some(answer)),
             Ask::Stop(answer) => {
                 self.begin_stop(Outcome::Stopped);
                 let _ = answer.send(Stopping {
@@ -429,26 +419,43 @@ impl Supervisor {
         }
     }
 
-    /// Reads the configuration again and makes it so. What cannot be read, or cannot be made so, changes
+    /// Has the configuration read again, after a reading that goes on. What cannot be read, or cannot be made so, changes
     /// nothing.
-    fn reload(&mut self) -> Result<Change, String> {
+    fn reload(&mut self, answer: Option<Answer>) {
+        self.reloads.ask(answer);
         if self.stop.is_some() {
-            return Err("the agent is stopping".to_owned());
+            self.reloads.give_up("the agent is stopping");
         }
-        self.notifier.reloading();
-        let outcome = self.try_reload();
+        self.begin_reload();
+    }
+
+    fn begin_reload(&mut self) {
+        if self.reloads.begin(&self.tunnels) {
+            self.notifier.reloading();
+        }
+    }
+
+    fn finish_reload(&mut self, answers: Vec<Answer>, read: Result<Fresh, String>) {
+        let outcome = read.and_then(|fresh| self.make_so(fresh));
         self.reloads.note(&outcome);
         self.notifier.ready();
         self.show_status();
-        outcome
+        let confirmed = self.links.is_settled();
+        for answer in answers {
+            match &outcome {
+                Ok(change) if !confirmed && self.links.open().is_some() => {
+                    self.reloads.wait(answer, change.clone());
+                }
+                // Whoever asked may have left.
+                Ok(change) => drop(answer.send(Ok(Change { confirmed, ..change.clone() }))),
+                Err(error) => drop(answer.send(Err(error.clone()))),
+            }
+        }
+        self.begin_reload();
     }
 
-    fn try_reload(&mut self) -> Result<Change, String> {
-        let new = self.reloads.read()?;
-        let dialer = Dialer::new(new.edge.url.clone(), new.edge.ca_file.as_deref());
-        let dialer = dialer.map_err(|error| error.to_string())?;
-        let prepared = self.tunnels.prepare(&new.tunnels, new.max_concurrent);
-        let prepared = prepared.map_err(|error| error.to_string())?;
+    fn make_so(&mut self, fresh: Fresh) -> Result<Change, String> {
+        let Fresh { config: new, dialer, tunnels: prepared } = fresh;
         self.inspection.check(&new)?;
         // From here on nothing fails.
         self.config.token = self.links.token().clone();
@@ -481,6 +488,7 @@ impl Supervisor {
         }
         let grace_period = self.config.grace_period;
         tracing::info!(grace_ms = grace_period.as_millis() as u64, "stopping");
+        self.reloads.give_up("the agent is stopping");
         self.notifier.stopping(grace_period);
         self.notifier.status("stopping: finishing what is in flight");
         self.stop = Some(Stop { outcome, deadline: Instant::now() + grace_period });

@@ -1,6 +1,6 @@
 //! TLS settings: which roots are trusted, for upstreams and for the edge.
 
-use std::{fs, io, path::Path, sync::Arc};
+use std::{io, path::Path, sync::Arc};
 
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
@@ -13,6 +13,8 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject as _},
     server::ParsedCertificate,
 };
+
+use crate::regular_file;
 
 /// Whom to believe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +39,7 @@ impl Certificates {
     /// [`TlsError`] when it is not there, or holds none or one that cannot be trusted.
     pub fn read(path: &Path) -> Result<Self, TlsError> {
         let shown = || path.display().to_string();
-        let pem = fs::read(path).map_err(|source| TlsError::Read { path: shown(), source })?;
+        let pem = regular_file::read(path).map_err(|source| TlsError::Read { path: shown(), source })?;
         let certificates = CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>().map(Self);
         let certificates = certificates.map_err(|_| TlsError::NoCertificate(shown()))?;
         if certificates.0.is_empty() || certificates.add_to(&mut RootCertStore::empty()).is_err() {

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -18,7 +18,7 @@ use super::{
     value::{Document, Table, duration_within, nonempty_path, socket_path},
     visitors,
 };
-use crate::identity::private_file::PrivateFiles;
+use crate::{identity::private_file::PrivateFiles, regular_file};
 
 const ROOT_KEYS: &[&str] = &[
     "control_socket",
@@ -111,7 +111,8 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
     let mut config = FileConfig::default();
     let (mut names, mut callbacks) = (BTreeMap::new(), Vec::new());
     let files = PrivateFiles { credentials: overrides.credentials.clone() };
-    let text = read(path)?;
+    // It may come through a pipe at the start: a command's output, say.
+    let text = fs::read_to_string(path).map_err(|error| unreadable(path, &error))?;
     let document = Document { path, text: &text };
     let root = document.parse()?;
     let root = Table::new(&document, root.get_ref(), root.span(), "the file", ROOT_KEYS)?;
@@ -138,7 +139,8 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Config, ConfigError> {
     for (pattern, span) in root.texts("include")? {
         let included = expand(&beside(path, pattern)).map_err(|message| document.error(span, message))?;
         for included in included {
-            let text = read(&included)?;
+            let text =
+                regular_file::read_to_string(&included).map_err(|error| unreadable(&included, &error))?;
             let document = Document { path: &included, text: &text };
             let root = document.parse()?;
             let root = Table::new(&document, root.get_ref(), root.span(), "an included file", INCLUDED_KEYS)?;
@@ -172,16 +174,14 @@ fn name_callbacks(tunnels: &mut [TunnelConfig], callbacks: Vec<Callback>) -> Res
 /// find it so. `None` where there is no such file or key.
 #[must_use]
 pub fn control_socket_named_in(path: &Path) -> Option<PathBuf> {
-    let text = fs::read_to_string(path).ok()?;
+    let text = regular_file::read_to_string(path).ok()?;
     let root = toml::de::DeTable::parse(&text).ok()?;
     let socket = root.get_ref().get("control_socket")?.get_ref().as_str()?;
     nonempty_path(path, socket).ok()
 }
 
-fn read(path: &Path) -> Result<String, ConfigError> {
-    fs::read_to_string(path).map_err(|error| {
-        ConfigError::new(format!("cannot read the configuration {}: {error}", path.display()))
-    })
+fn unreadable(path: &Path, error: &io::Error) -> ConfigError {
+    ConfigError::new(format!("cannot read the configuration {}: {error}", path.display()))
 }
 
 fn read_tunnels(
@@ -378,7 +378,7 @@ fn expand(pattern: &Path) -> Result<Vec<PathBuf>, String> {
         return Err(format!("{shown}: '*' may stand in the file name only"));
     }
     let Some((prefix, suffix)) = last.split_once('*') else {
-        return if pattern.is_file() {
+        return if pattern.exists() {
             Ok(vec![pattern.into()])
         } else {
             Err(format!("{shown} does not exist"))
@@ -389,7 +389,7 @@ fn expand(pattern: &Path) -> Result<Vec<PathBuf>, String> {
     }
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(format!("cannot read {}: {error}", folder.display())),
     };
     let mut files: Vec<PathBuf> = entries

@@ -343,6 +343,30 @@ fn included_files_add_tunnels_and_nothing_else() {
 }
 
 #[test]
+fn a_file_that_is_named_is_a_regular_one() {
+    let folder = Folder::new();
+    fs::create_dir(folder.path("conf.d")).unwrap();
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    let pipe = folder.path("conf.d/pipe.toml");
+    rustix::fs::mknodat(rustix::fs::CWD, pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    for include in ["conf.d/*.toml", "conf.d/pipe.toml"] {
+        assert_eq!(
+            folder.error(&format!("include = [\"{include}\"]\n{}", tunnel(""))),
+            "cannot read the configuration conf.d/pipe.toml: it is a pipe, not a regular file"
+        );
+    }
+    for lines in [
+        "error_page = \"conf.d/pipe.toml\"",
+        "ca_file = \"conf.d/pipe.toml\"",
+        "basic_auth = { file = \"conf.d/pipe.toml\" }",
+        "bearer = { jwks_file = \"conf.d/pipe.toml\" }",
+    ] {
+        let error = folder.error(&tunnel(lines));
+        assert!(error.ends_with("conf.d/pipe.toml: it is a pipe, not a regular file"), "{lines}: {error}");
+    }
+}
+
+#[test]
 fn flags_and_environment_go_over_the_file() {
     let folder = Folder::new();
     folder.write("agentd.toml", &tunnel(""));

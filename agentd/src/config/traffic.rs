@@ -11,6 +11,7 @@ use super::{
     template::Template,
     value::{Table, duration_within, nonempty_path},
 };
+use crate::regular_file;
 
 pub(super) const ROUTE_KEYS: &[&str] = &[
     "add_prefix",
@@ -380,7 +381,7 @@ pub(super) fn read(
             .transpose()?,
         error_page: table.text("error_page", |text| {
             let path = nonempty_path(table.document().path, text)?;
-            let page = fs::read_to_string(&path)
+            let page = regular_file::read_to_string(&path)
                 .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
             if page.len() > PAGE_BYTES {
                 return Err(format!("{} is over {PAGE_BYTES} bytes", path.display()));

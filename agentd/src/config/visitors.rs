@@ -18,6 +18,7 @@ use super::{
 };
 use crate::{
     identity::private_file::{PrivateFiles, Secret},
+    regular_file,
     tls::Certificates,
 };
 
@@ -343,7 +344,7 @@ fn read_basic(table: &Table<'_>, files: &PrivateFiles) -> Result<Option<BasicRul
 fn read_bearer(table: &Table<'_>) -> Result<BearerRule, ConfigError> {
     let jwks = table.text("jwks_file", |text| {
         let path = nonempty_path(table.document().path, text)?;
-        let text = std::fs::read_to_string(&path)
+        let text = regular_file::read_to_string(&path)
             .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
         crate::identity::public_keys::PublicKeys::parse(text.as_bytes())
             .map_err(|message| format!("{}: {message}", path.display()))?;

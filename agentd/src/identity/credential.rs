@@ -168,9 +168,10 @@ static PIPED: Mutex<BTreeMap<PathBuf, Token>> = Mutex::new(BTreeMap::new());
 
 fn read_file(path: &Path) -> Result<Token, TokenError> {
     use io::Read as _;
+    // Never held while something is read, which may take its time: who dials asks here, too.
+    let piped = || PIPED.lock().unwrap_or_else(PoisonError::into_inner);
     let is_file = fs::metadata(path).map_err(|source| read_error(path, source))?.is_file();
-    let mut piped = PIPED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(token) = piped.get(path).filter(|_| !is_file) {
+    if !is_file && let Some(token) = piped().get(path) {
         return Ok(token.clone());
     }
     let mut text = String::new();
@@ -179,7 +180,7 @@ fn read_file(path: &Path) -> Result<Token, TokenError> {
         .map_err(|source| read_error(path, source))?;
     let token = parse(&text).ok_or_else(|| TokenError::Malformed(path.display().to_string()))?;
     if !is_file {
-        piped.insert(path.to_owned(), token.clone());
+        piped().insert(path.to_owned(), token.clone());
     }
     Ok(token)
 }

@@ -14,6 +14,8 @@ use base64::{
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
 };
 
+use crate::regular_file;
+
 /// Secrets in base64 come with and without padding.
 const LENIENT: GeneralPurpose = GeneralPurpose::new(
     &STANDARD,
@@ -102,7 +104,7 @@ impl PrivateFiles {
     pub(crate) fn read(&self, path: &Path) -> Result<String, PrivateFileError> {
         let shown = || path.display().to_string();
         let error = |source| PrivateFileError::Read { path: shown(), source };
-        let file = fs::File::open(path).map_err(error)?;
+        let file = regular_file::open(path).map_err(error)?;
         let metadata = file.metadata().map_err(error)?;
         let guarded = self.credentials.as_deref().is_some_and(|dir| path.starts_with(dir));
         if let Some((mode, remedy)) = exposure(path, &metadata).filter(|_| !guarded) {

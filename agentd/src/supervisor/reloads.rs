@@ -1,20 +1,37 @@
-//! The reloads of the configuration: where it is read again, how they went, and who waits to hear that
-//! the edge has confirmed one.
+//! The reloads of the configuration: where it is read again, how they went, and who waits for one: for its turn, for its
+//! files, and to hear that the edge has confirmed it.
+//!
+//! Files are read on a thread of their own. One that is on a mount that hangs cannot be given up on otherwise, and what
+//! is served must not wait for it.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{future::pending, path::PathBuf, sync::Arc, thread, time::Duration};
 
-use tokio::{sync::oneshot, time::Instant};
+use tokio::{
+    runtime::Handle,
+    sync::oneshot,
+    time::{Instant, timeout_at},
+};
 
 use crate::{
     config::{self, Config, Overrides, change::Change},
+    link::dial::Dialer,
     report::{
         metrics::{Metrics, unix_now},
         status::ConfigStatus,
     },
+    serve::tunnel::{Prepared, Tunnels},
 };
 
 /// How long a reload waits for the edge to confirm it.
 const CONFIRMATION: Duration = Duration::from_secs(10);
+
+/// How long the files of a reload may take: they are small, and what takes longer hangs. A reload that waits for the one
+/// before it takes twice this and [`CONFIRMATION`], which must be less than the 30 s that the unit and `agentd reload` wait.
+const READING: Duration = Duration::from_secs(8);
+
+/// No more threads than this wait for files that do not come: a file that was mended is read all the same, and threads are
+/// few, see [`crate::resolver`].
+const MAX_HANGING: usize = 3;
 
 /// Where a configuration comes from.
 #[derive(Debug, Clone)]
@@ -26,11 +43,45 @@ pub(crate) struct Source {
 }
 
 /// How the answer to a reload is given.
-type Answer = oneshot::Sender<Result<Change, String>>;
+pub(super) type Answer = oneshot::Sender<Result<Change, String>>;
+
+/// A configuration that was read and all that is set up for it. It is not in use yet.
+pub(super) struct Fresh {
+    pub(super) config: Config,
+    pub(super) dialer: Dialer,
+    pub(super) tunnels: Prepared,
+}
+
+/// Reads the configuration again, with every file that it names.
+///
+/// # Errors
+///
+/// A sentence for the user.
+fn read(source: &Source, tunnels: &Tunnels) -> Result<Fresh, String> {
+    let config = config::load(&source.path, &source.overrides).map_err(|error| error.to_string())?;
+    let dialer = Dialer::new(config.edge.url.clone(), config.edge.ca_file.as_deref());
+    let dialer = dialer.map_err(|error| error.to_string())?;
+    let prepared = tunnels.prepare(&config.tunnels, config.max_concurrent);
+    Ok(Fresh { dialer, tunnels: prepared.map_err(|error| error.to_string())?, config })
+}
+
+/// A reading that goes on.
+struct Reading {
+    found: oneshot::Receiver<Result<Fresh, String>>,
+    within: Duration,
+    until: Instant,
+    /// Who asked for it.
+    answers: Vec<Answer>,
+}
 
 /// The reloads of one agent.
 pub(super) struct Reloads {
     source: Option<Source>,
+    reading: Option<Reading>,
+    /// Who waits for the next reading, if it was asked for: one that began before may have missed what they changed.
+    asked: Option<Vec<Answer>>,
+    /// Every thread that reads holds one.
+    threads: Arc<()>,
     metrics: Arc<Metrics>,
     /// Unix seconds.
     loaded_at: u64,
@@ -45,6 +96,9 @@ impl Reloads {
     pub(super) fn new(source: Option<Source>, metrics: Arc<Metrics>) -> Self {
         Self {
             source,
+            reading: None,
+            asked: None,
+            threads: Arc::default(),
             metrics,
             loaded_at: unix_now().as_secs(),
             done: 0,
@@ -54,14 +108,90 @@ impl Reloads {
         }
     }
 
-    /// Reads the configuration again.
+    /// Asks for one more reading. Whoever asks before it begins shares it.
+    pub(super) fn ask(&mut self, answer: Option<Answer>) {
+        self.asked.get_or_insert_default().extend(answer);
+    }
+
+    /// Begins the reading that was asked for, unless one goes on. Whether it did.
+    pub(super) fn begin(&mut self, tunnels: &Arc<Tunnels>) -> bool {
+        let Some(source) = self.source.clone() else {
+            return self
+                .begin_with(READING, || Err("this agent runs without a configuration file".to_owned()));
+        };
+        let (tunnels, runtime) = (Arc::clone(tunnels), Handle::current());
+        self.begin_with(READING, move || {
+            // Health checks are tasks.
+            let _runtime = runtime.enter();
+            read(&source, &tunnels)
+        })
+    }
+
+    fn begin_with(
+        &mut self,
+        within: Duration,
+        read: impl FnOnce() -> Result<Fresh, String> + Send + 'static,
+    ) -> bool {
+        if self.reading.is_some() {
+            return false;
+        }
+        let Some(answers) = self.asked.take() else { return false };
+        let found = self.start(read).unwrap_or_else(|error| {
+            let (report, found) = oneshot::channel();
+            let _ = report.send(Err(error));
+            found
+        });
+        self.reading = Some(Reading { found, within, until: Instant::now() + within, answers });
+        true
+    }
+
+    fn start(
+        &self,
+        read: impl FnOnce() -> Result<Fresh, String> + Send + 'static,
+    ) -> Result<oneshot::Receiver<Result<Fresh, String>>, String> {
+        if Arc::strong_count(&self.threads) > MAX_HANGING {
+            return Err("earlier reloads still wait for a file that does not come: see to the mount that it is on, or \
+                        restart the agent"
+                .to_owned());
+        }
+        let place = Arc::clone(&self.threads);
+        let (report, found) = oneshot::channel();
+        let spawned = thread::Builder::new().name("reload".to_owned()).spawn(move || {
+            let outcome = read();
+            drop(place);
+            // Nobody waits for what came too late.
+            let _ = report.send(outcome);
+        });
+        spawned.map(|_| found).map_err(|error| format!("cannot read the configuration: {error}"))
+    }
+
+    /// Waits for the end of the reading that goes on, for ever if there is none: who asked for it, and what was read.
     ///
-    /// # Errors
+    /// # Cancel safety
     ///
-    /// A sentence for the user.
-    pub(super) fn read(&self) -> Result<Config, String> {
-        let source = self.source.as_ref().ok_or("this agent runs without a configuration file")?;
-        config::load(&source.path, &source.overrides).map_err(|error| error.to_string())
+    /// Nothing is lost by dropping the future.
+    pub(super) async fn read(&mut self) -> (Vec<Answer>, Result<Fresh, String>) {
+        let Some(reading) = &mut self.reading else { return pending().await };
+        let outcome = match timeout_at(reading.until, &mut reading.found).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) => Err("reading the configuration broke off".to_owned()),
+            Err(_) => Err(format!(
+                "the configuration could not be read within {} s: one of its files is on a mount that hangs, or a pipe that \
+                 nobody writes to",
+                reading.within.as_secs()
+            )),
+        };
+        let answers = self.reading.take().map(|reading| reading.answers);
+        (answers.unwrap_or_default(), outcome)
+    }
+
+    /// Gives up every reading. Who asked for one hears why.
+    pub(super) fn give_up(&mut self, reason: &str) {
+        let reading = self.reading.take().map(|reading| reading.answers);
+        for answer in reading.into_iter().chain(self.asked.take()).flatten() {
+            // Whoever asked may have left.
+            let _ = answer.send(Err(reason.to_owned()));
+        }
     }
 
     /// Counts and logs how one went.
@@ -121,5 +251,71 @@ impl Reloads {
             reloads: self.done,
             last_error: self.last_error.clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    fn asked(reloads: &mut Reloads) -> oneshot::Receiver<Result<Change, String>> {
+        let (answer, answered) = oneshot::channel();
+        reloads.ask(Some(answer));
+        answered
+    }
+
+    /// A reading that does not end before its sender is gone.
+    fn hanging() -> (mpsc::Sender<()>, impl FnOnce() -> Result<Fresh, String> + Send + 'static) {
+        let (let_go, hang) = mpsc::channel();
+        (let_go, move || {
+            let _ = hang.recv();
+            Err("it came too late".to_owned())
+        })
+    }
+
+    #[tokio::test]
+    async fn a_file_that_never_comes_fails_the_reload_and_the_next_one_is_read_all_the_same() {
+        let mut reloads = Reloads::new(None, Arc::new(Metrics::new()));
+        assert!(!reloads.begin_with(READING, || unreachable!("nobody asked")));
+        let mut hung = Vec::new();
+        for _ in 0..MAX_HANGING {
+            let (let_go, read) = hanging();
+            hung.push(let_go);
+            let _first = asked(&mut reloads);
+            assert!(reloads.begin_with(Duration::ZERO, read));
+            // Who asks while that goes on gets a reading that begins later.
+            let _second = asked(&mut reloads);
+            let _third = asked(&mut reloads);
+            assert!(!reloads.begin_with(READING, || unreachable!("one goes on")));
+            let (answers, outcome) = reloads.read().await;
+            assert_eq!(answers.len(), 1);
+            assert!(outcome.err().unwrap().starts_with("the configuration could not be read within 0 s: "));
+            if hung.len() < MAX_HANGING {
+                assert!(reloads.begin_with(READING, || Err("read".to_owned())));
+                let (answers, outcome) = reloads.read().await;
+                assert_eq!((answers.len(), outcome.err().as_deref()), (2, Some("read")));
+            }
+        }
+        // Threads are few.
+        assert!(reloads.begin_with(READING, || unreachable!("there is no thread for it")));
+        let (answers, outcome) = reloads.read().await;
+        assert_eq!(answers.len(), 2);
+        assert!(outcome.err().unwrap().starts_with("earlier reloads still wait for a file"));
+    }
+
+    #[tokio::test]
+    async fn who_waits_hears_that_the_agent_stops() {
+        let mut reloads = Reloads::new(None, Arc::new(Metrics::new()));
+        let (_let_go, read) = hanging();
+        let first = asked(&mut reloads);
+        assert!(reloads.begin_with(READING, read));
+        let second = asked(&mut reloads);
+        reloads.give_up("the agent is stopping");
+        for answered in [first, second] {
+            assert_eq!(answered.await.unwrap().unwrap_err(), "the agent is stopping");
+        }
+        assert!(!reloads.begin_with(READING, || unreachable!("nobody waits")));
     }
 }
