@@ -82,9 +82,10 @@ async fn deliveries() -> [Calls; 3] {
     })
     .await;
     let local = Local::start(&[]);
+    // None is refused for want of a place: that would be an attempt more.
     let tunnel = format!(
         "[[tunnel]]\nname = \"hooks\"\nupstream = \"{}\"\ndelivery = \"durable\"\n\
-         durable = {{ backoff = {{ base = \"1s\", max = \"1s\" }} }}\n",
+         durable = {{ max_concurrent = {COUNT}, backoff = {{ base = \"1s\", max = \"1s\" }} }}\n",
         upstream.address()
     );
     let send = async |target: &str| {
@@ -167,13 +168,13 @@ async fn sweep() -> Calls {
     // A process that starts meanwhile takes a mailbox, and the next sweep makes another: that is no sweep without work.
     let (before, calls) = loop {
         let (from, before) = (swept().await, local.counters().await);
-        eventually("more sweeps", async || swept().await >= from + 4).await;
+        eventually("more sweeps", async || swept().await >= from + 8).await;
         let calls = local.counters().await;
         if made(&calls) == made(&before) {
             break (before, calls);
         }
     };
-    // One may be under way at either end.
+    // One may be under way at either end: of eight it rounds away.
     #[expect(clippy::cast_precision_loss, reason = "a handful")]
     let sweeps = (calls["sqs:ListQueues"] - before["sqs:ListQueues"]) as f64;
     let each = since(&before, &calls, sweeps).into_iter().map(|(call, count)| (call, count.round()));
