@@ -149,9 +149,6 @@ fn new_key(algorithm: Algorithm, dir: &Path) -> anyhow::Result<()> {
 fn issue_token(arguments: IssueToken) -> anyhow::Result<()> {
     let IssueToken { key, owner, tunnels, expires, issuer, audience } = arguments;
     let keys = Keys::load(&key).with_context(|| format!("reading the key {}", key.display()))?;
-    if keys::is_open_to_others(&key) {
-        note(&format!("agentd: warning: others can read {}: chmod 600 it", key.display()));
-    }
     let mut claims = Claims::new(&owner, &TunnelPatterns(tunnels), now(), expires)?;
     claims.iss = issuer;
     claims.aud = audience;

@@ -18,6 +18,7 @@
 
 use std::{ffi::OsString, process::ExitCode};
 
+mod apart;
 mod capture;
 mod cli;
 pub mod config;

@@ -7,4 +7,5 @@ pub(crate) mod dial;
 mod known;
 pub(crate) mod refusal;
 pub(crate) mod rotation;
+mod tokens;
 pub(crate) mod websocket;

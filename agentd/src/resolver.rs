@@ -10,14 +10,13 @@ use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     io,
     net::{IpAddr, ToSocketAddrs as _},
-    sync::{
-        Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
+
+use crate::apart::{Apart, NotBegun};
 
 /// No more look-ups of upstreams than this at a time. The unit allows 64 tasks in all, of which the runtime has at most
 /// 1 + [`BLOCKING_THREADS`].
@@ -204,27 +203,14 @@ pub(crate) async fn look_up_edge(name: &str) -> io::Result<Vec<IpAddr>> {
     if let Ok(ip) = name.parse() {
         return Ok(vec![ip]);
     }
-    static HANGING: AtomicUsize = AtomicUsize::new(0);
-    struct Place;
-    impl Drop for Place {
-        fn drop(&mut self) {
-            HANGING.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
-    let hanging = HANGING.fetch_add(1, Ordering::Relaxed);
-    let place = Place;
-    if hanging >= MAX_EDGE_THREADS {
-        return Err(io::Error::new(
+    static LOOK_UPS: LazyLock<Apart> = LazyLock::new(|| Apart::new("resolver-edge", MAX_EDGE_THREADS));
+    let name = name.to_owned();
+    let outcome = LOOK_UPS.begin(move || system(&name)).map_err(|error| match error {
+        NotBegun::Hanging => io::Error::new(
             io::ErrorKind::TimedOut,
             "the name server does not answer, and earlier look-ups still wait for it",
-        ));
-    }
-    let (report, outcome) = oneshot::channel();
-    let name = name.to_owned();
-    std::thread::Builder::new().name("resolver-edge".to_owned()).spawn(move || {
-        let found = system(&name);
-        drop(place);
-        let _ = report.send(found);
+        ),
+        NotBegun::System(error) => error,
     })?;
     outcome.await.unwrap_or_else(|_| Err(io::Error::other("the look-up broke off")))
 }

@@ -293,7 +293,8 @@ async fn serve(options: Options) -> anyhow::Result<()> {
     let (machine, delivery) = create_machines(&aws)?;
     create_queues(&aws)?;
     if let Some(path) = folder.state() {
-        keep_state(&aws, &path, &changes).await.context("keeping the state")?;
+        let kept = keep_state(&aws, &path, &changes).await;
+        kept.with_context(|| format!("keeping the state in {}", path.display()))?;
     }
     drop(changes);
     let front_secret = lambda::random_hex::<24>();

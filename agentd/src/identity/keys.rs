@@ -4,7 +4,7 @@ use std::{
     fmt,
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Read as _, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -20,6 +20,8 @@ use base64::{
 };
 use rustls::pki_types::{PrivatePkcs8KeyDer, pem::PemObject as _};
 use serde::Serialize;
+
+use super::private_file::exposure;
 
 /// The private key's file.
 pub const KEY_FILE: &str = "signing-key.pem";
@@ -55,6 +57,14 @@ pub enum KeyError {
     /// The file cannot be read.
     #[error("the file cannot be read")]
     Read(#[source] io::Error),
+    /// Others than the owner may read the file.
+    #[error("the file can be read by others (mode {mode:03o}): {remedy}")]
+    Exposed {
+        /// Its permission bits.
+        mode: u32,
+        /// What helps where the file is.
+        remedy: String,
+    },
     /// The file holds something else.
     #[error("the file is not an Ed25519 or P-256 private key (PKCS #8, PEM)")]
     NotAKey,
@@ -111,15 +121,18 @@ impl Keys {
         Ok(Self::new(pair))
     }
 
-    /// Reads a private key in PKCS #8 and PEM.
+    /// Reads a private key in PKCS #8 and PEM. A pipe will do: keys come out of vaults.
     ///
     /// # Errors
     ///
-    /// [`KeyError`] when the file cannot be read or holds no such key.
+    /// [`KeyError`] when the file cannot be read, could be read by others, or holds no such key.
     pub fn load(path: &Path) -> Result<Self, KeyError> {
         let mut text = Vec::new();
-        let read = File::open(path).and_then(|file| file.take(KEY_FILE_BYTES).read_to_end(&mut text));
-        read.map_err(KeyError::Read)?;
+        let file = File::open(path).map_err(KeyError::Read)?;
+        if let Some((mode, remedy)) = exposure(path, &file.metadata().map_err(KeyError::Read)?) {
+            return Err(KeyError::Exposed { mode, remedy });
+        }
+        file.take(KEY_FILE_BYTES).read_to_end(&mut text).map_err(KeyError::Read)?;
         let pkcs8 = PrivatePkcs8KeyDer::from_pem_slice(&text).map_err(|_| KeyError::NotAKey)?;
         let der = pkcs8.secret_pkcs8_der();
         let eddsa = Ed25519KeyPair::from_pkcs8(der).map(Pair::Eddsa);
@@ -230,11 +243,6 @@ impl fmt::Debug for Keys {
     }
 }
 
-/// Whether somebody else than its owner can read the file.
-pub(super) fn is_open_to_others(path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|metadata| metadata.permissions().mode() & 0o077 != 0)
-}
-
 /// Writes a file that must not exist, with no moment in which it has another mode.
 fn create(path: &Path, mode: u32, text: &str) -> Result<(), KeyError> {
     let mut file =
@@ -250,6 +258,8 @@ fn create(path: &Path, mode: u32, text: &str) -> Result<(), KeyError> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     #[test]
@@ -270,11 +280,16 @@ mod tests {
             keys.write(&dir).unwrap();
             let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
             assert_eq!((mode(&dir), mode(&dir.join(KEY_FILE))), (0o700, 0o600));
-            assert!(!is_open_to_others(&dir.join(KEY_FILE)));
             let loaded = Keys::load(&dir.join(KEY_FILE)).unwrap();
             assert_eq!(
                 (loaded.id(), loaded.algorithm(), loaded.jwks()),
                 (keys.id(), keys.algorithm(), keys.jwks())
+            );
+            fs::set_permissions(dir.join(KEY_FILE), fs::Permissions::from_mode(0o644)).unwrap();
+            let refused = Keys::load(&dir.join(KEY_FILE)).unwrap_err().to_string();
+            assert!(
+                refused.starts_with("the file can be read by others (mode 644): run chmod 600 "),
+                "{refused}"
             );
             let jwks = fs::read_to_string(dir.join(JWKS_FILE)).unwrap();
             assert!(jwks.contains(keys.id()) && !jwks.contains("\"d\""), "{jwks}");
@@ -300,6 +315,7 @@ mod tests {
         assert!(matches!(Keys::load(&path), Err(KeyError::Read(_))));
         for text in ["", "secret", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"] {
             fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
             assert!(matches!(Keys::load(&path), Err(KeyError::NotAKey)), "{text}");
         }
     }

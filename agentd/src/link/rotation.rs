@@ -31,11 +31,12 @@ use super::{
     dial::{DialError, Dialer, Retry},
     known::Known,
     refusal::{advice, is_permanent, token_advice},
+    tokens::{self, Tokens},
     websocket::Link,
 };
 use crate::{
     config::{Config, change::Change},
-    identity::credential::{Token, TokenSource},
+    identity::credential::Token,
     random,
     report::{
         SOFTWARE,
@@ -80,6 +81,9 @@ pub(crate) enum News {
     Ended,
 }
 
+/// What dialling came to, and the token with which it was done.
+type Dialled = (Token, Result<Link, DialError>);
+
 /// What is done about a next connection.
 enum Opening {
     /// Nothing: there is one, or none is wanted.
@@ -87,7 +91,7 @@ enum Opening {
     /// It waits before the next try.
     Waiting(Instant),
     /// It dials.
-    Dialling(Pin<Box<dyn Future<Output = Result<Link, DialError>> + Send>>),
+    Dialling(Pin<Box<dyn Future<Output = Dialled> + Send>>),
 }
 
 impl Opening {
@@ -96,7 +100,7 @@ impl Opening {
     /// # Cancel safety
     ///
     /// The future under way is kept in `self`.
-    async fn next_step(&mut self) -> Option<Result<Link, DialError>> {
+    async fn next_step(&mut self) -> Option<Dialled> {
         match self {
             Self::Idle => std::future::pending().await,
             Self::Waiting(until) => {
@@ -108,12 +112,26 @@ impl Opening {
     }
 }
 
+/// What reading a token came to, for ever if none is being read.
+///
+/// # Cancel safety
+///
+/// The reading under way is kept.
+async fn renewed(reading: &mut Option<tokens::Reading>) -> Result<Token, String> {
+    let Some(under_way) = reading else { return std::future::pending().await };
+    let outcome = under_way.await;
+    *reading = None;
+    outcome
+}
+
 /// All connections of this agent.
 pub(crate) struct Rotation {
     agent: AgentId,
     dialer: Dialer,
     token: Token,
-    token_source: TokenSource,
+    tokens: Tokens,
+    /// The token that is being read because that of a connection ends.
+    renewal: Option<tokens::Reading>,
     shared: Arc<Shared>,
     metrics: Arc<Metrics>,
     notifier: Notifier,
@@ -154,7 +172,8 @@ impl Rotation {
             agent,
             dialer,
             token: config.token.clone(),
-            token_source: config.token_source.clone(),
+            tokens: Tokens::new(config.token_source.clone()),
+            renewal: None,
             shared: Arc::new(Shared {
                 tunnels,
                 access,
@@ -193,13 +212,18 @@ impl Rotation {
             }
             let greet_at = self.connections.values().filter_map(|known| known.greet_at).min();
             let renew_at = self.connections.values().filter_map(|known| known.renew_at).min();
+            let renew_at = renew_at.filter(|_| self.renewal.is_none());
             let news = tokio::select! {
                 () = at(greet_at) => {
                     self.greet_again();
                     None
                 }
                 () = at(renew_at) => {
-                    self.renew();
+                    self.renewal = Some(self.tokens.read());
+                    None
+                }
+                read = renewed(&mut self.renewal) => {
+                    self.renew(&read);
                     None
                 }
                 Some((serial, report)) = self.reports.recv() => self.handle(serial, report),
@@ -226,29 +250,33 @@ impl Rotation {
         !self.stopping && !self.connections.values().any(|known| !known.retiring && !known.replace)
     }
 
-    fn opened(&mut self, opened: Option<Result<Link, DialError>>) -> Option<News> {
-        match opened {
-            None => {
-                self.dial();
-                None
-            }
-            Some(Ok(link)) => {
+    fn opened(&mut self, opened: Option<Dialled>) -> Option<News> {
+        let Some((token, dialled)) = opened else {
+            self.dial();
+            return None;
+        };
+        self.token = token;
+        match dialled {
+            Ok(link) => {
                 self.opening = Opening::Idle;
                 self.start(link);
                 None
             }
-            Some(Err(error)) => self.dial_failed(error),
+            Err(error) => self.dial_failed(error),
         }
     }
 
     fn dial(&mut self) {
-        // The token may have been replaced since the last time; what was good once is kept otherwise.
-        match self.token_source.read() {
-            Ok(token) => self.token = token,
-            Err(error) => tracing::warn!(%error, "the token could not be read again; the last one is used"),
-        }
-        let (dialer, token) = (self.dialer.clone(), self.token.clone());
-        self.opening = Opening::Dialling(Box::pin(async move { dialer.dial(&token).await }));
+        let (dialer, last, reading) = (self.dialer.clone(), self.token.clone(), self.tokens.read());
+        self.opening = Opening::Dialling(Box::pin(async move {
+            // It may have been replaced since the last time; what was good once is kept otherwise.
+            let token = reading.await.unwrap_or_else(|error| {
+                tracing::warn!(%error, "the token could not be read again; the last one is used");
+                last
+            });
+            let dialled = dialer.dial(&token).await;
+            (token, dialled)
+        }));
     }
 
     fn dial_failed(&mut self, error: DialError) -> Option<News> {
@@ -281,7 +309,7 @@ impl Rotation {
 
     /// What to do about a token that the edge refuses.
     pub(crate) fn token_advice(&self) -> String {
-        token_advice(&self.token_source, &self.token)
+        token_advice(self.tokens.source(), &self.token)
     }
 
     fn start(&mut self, link: Link) {
@@ -421,8 +449,8 @@ impl Rotation {
         self.current()?.policies.iter().find(|notice| notice.name == tunnel.as_str())
     }
 
-    /// Looks for another token before the identity of a connection ends.
-    fn renew(&mut self) {
+    /// Another token was looked for before the identity of a connection ends.
+    fn renew(&mut self, read: &Result<Token, String>) {
         let now = Instant::now();
         for known in self.connections.values_mut() {
             let (Some(due), Some(end)) = (known.renew_at, known.identity_ends) else { continue };
@@ -433,20 +461,18 @@ impl Rotation {
             if known.retiring || known.replace {
                 continue;
             }
-            match self.token_source.read() {
-                Ok(token) if token != known.token => {
-                    tracing::info!("the token was renewed: opening the next connection with it");
-                    known.replace = true;
-                    self.metrics.reconnected("token_renewed");
-                }
-                Ok(_) | Err(_) => {
-                    let left = end.saturating_duration_since(now);
-                    tracing::warn!(
-                        left_s = left.as_secs(),
-                        "the token ends soon: put a new one in its place"
-                    );
-                    known.renew_at = (left > RENEW_LAST).then(|| now + left / 2);
-                }
+            if read.as_ref().is_ok_and(|token| *token != known.token) {
+                tracing::info!("the token was renewed: opening the next connection with it");
+                known.replace = true;
+                self.metrics.reconnected("token_renewed");
+            } else {
+                let left = end.saturating_duration_since(now);
+                tracing::warn!(
+                    left_s = left.as_secs(),
+                    error = read.as_ref().err(),
+                    "the token ends soon: put a new one in its place"
+                );
+                known.renew_at = (left > RENEW_LAST).then(|| now + left / 2);
             }
         }
     }
@@ -478,7 +504,9 @@ impl Rotation {
     pub(crate) fn reload(&mut self, dialer: Dialer, config: &Config, change: &Change) {
         self.dialer = dialer;
         self.token = config.token.clone();
-        self.token_source = config.token_source.clone();
+        self.tokens.come_from(config.token_source.clone());
+        // Where it comes from may be another place now.
+        self.renewal = None;
         let now = Instant::now();
         for known in self.connections.values_mut().filter(|known| !known.retiring) {
             if change.reconnects && !known.replace {

@@ -6,6 +6,7 @@
 //! when there is room.
 
 use std::{
+    fs,
     io::{self, IsTerminal as _, Write},
     path::Path,
     sync::{Mutex, PoisonError},
@@ -163,6 +164,10 @@ pub(crate) fn start(log: &LogConfig, screen: Option<ToScreen>) -> io::Result<Flu
 
 /// Logs to `agentd.DATE.log` in a folder, a new file each day, old ones removed.
 fn start_in(dir: &Path, log: &LogConfig, level: Targets) -> io::Result<Flush> {
+    // What writes the files tells of such in words of its own, and on standard error.
+    fs::create_dir_all(dir).and_then(|()| fs::read_dir(dir)).map_err(|error| {
+        io::Error::new(error.kind(), format!("{} cannot be a folder for it: {error}", dir.display()))
+    })?;
     let days = log.keep_days.unwrap_or(config::DEFAULT_LOG_DAYS) as usize;
     let files = RollingFileAppender::builder()
         .rotation(Rotation::DAILY)

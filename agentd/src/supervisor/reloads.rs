@@ -4,7 +4,7 @@
 //! Files are read on a thread of their own. One that is on a mount that hangs cannot be given up on otherwise, and what
 //! is served must not wait for it.
 
-use std::{future::pending, path::PathBuf, sync::Arc, thread, time::Duration};
+use std::{future::pending, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{
     runtime::Handle,
@@ -13,6 +13,7 @@ use tokio::{
 };
 
 use crate::{
+    apart::{Apart, NotBegun},
     config::{self, Config, Overrides, change::Change},
     link::dial::Dialer,
     report::{
@@ -80,8 +81,7 @@ pub(super) struct Reloads {
     reading: Option<Reading>,
     /// Who waits for the next reading, if it was asked for: one that began before may have missed what they changed.
     asked: Option<Vec<Answer>>,
-    /// Every thread that reads holds one.
-    threads: Arc<()>,
+    readings: Apart,
     metrics: Arc<Metrics>,
     /// Unix seconds.
     loaded_at: u64,
@@ -98,7 +98,7 @@ impl Reloads {
             source,
             reading: None,
             asked: None,
-            threads: Arc::default(),
+            readings: Apart::new("reload", MAX_HANGING),
             metrics,
             loaded_at: unix_now().as_secs(),
             done: 0,
@@ -136,33 +136,20 @@ impl Reloads {
             return false;
         }
         let Some(answers) = self.asked.take() else { return false };
-        let found = self.start(read).unwrap_or_else(|error| {
+        let found = self.readings.begin(read).unwrap_or_else(|error| {
             let (report, found) = oneshot::channel();
-            let _ = report.send(Err(error));
+            let _ = report.send(Err(match error {
+                NotBegun::Hanging => {
+                    "earlier reloads still wait for a file that does not come: see to the mount that it is \
+                                      on, or restart the agent"
+                        .to_owned()
+                }
+                NotBegun::System(error) => format!("cannot read the configuration: {error}"),
+            }));
             found
         });
         self.reading = Some(Reading { found, within, until: Instant::now() + within, answers });
         true
-    }
-
-    fn start(
-        &self,
-        read: impl FnOnce() -> Result<Fresh, String> + Send + 'static,
-    ) -> Result<oneshot::Receiver<Result<Fresh, String>>, String> {
-        if Arc::strong_count(&self.threads) > MAX_HANGING {
-            return Err("earlier reloads still wait for a file that does not come: see to the mount that it is on, or \
-                        restart the agent"
-                .to_owned());
-        }
-        let place = Arc::clone(&self.threads);
-        let (report, found) = oneshot::channel();
-        let spawned = thread::Builder::new().name("reload".to_owned()).spawn(move || {
-            let outcome = read();
-            drop(place);
-            // Nobody waits for what came too late.
-            let _ = report.send(outcome);
-        });
-        spawned.map(|_| found).map_err(|error| format!("cannot read the configuration: {error}"))
     }
 
     /// Waits for the end of the reading that goes on, for ever if there is none: who asked for it, and what was read.

@@ -80,6 +80,22 @@ async fn an_exposed_token_is_refused_with_the_command() {
 }
 
 #[tokio::test]
+async fn a_log_that_cannot_be_in_its_folder_is_one_error() {
+    let folder = tempfile::tempdir().unwrap();
+    private_file(folder.path(), "token", TOKEN).unwrap();
+    let config = "[edge]\nurl = \"ws://127.0.0.1:1\"\ntoken_file = \"token\"\n[[tunnel]]\nname = \"web\"\nupstream = 1\n";
+    let config = private_file(folder.path(), "agentd.toml", config).unwrap().display().to_string();
+    let refused = output(&["run", "--config", &config, "--log-dir", &config]).await;
+    assert_eq!(
+        text(&refused.stderr),
+        format!(
+            "agentd: cannot write the log: {config} cannot be a folder for it: File exists (os error 17)\n"
+        )
+    );
+    assert_ne!(refused.status.code(), Some(0));
+}
+
+#[tokio::test]
 async fn an_output_that_cannot_be_written_is_an_error_and_a_reader_that_has_left_is_none() {
     let folder = tempfile::tempdir().unwrap();
     private_file(folder.path(), "token", TOKEN).unwrap();

@@ -4,13 +4,18 @@ use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use proto::{limits, message::Refusal};
-use rustix::process::Signal;
+use rustix::{
+    fs::{CWD, FileType, Mode, mknodat},
+    process::Signal,
+};
 use tokio_tungstenite::tungstenite::{
     Message,
     protocol::{CloseFrame, frame::coding::CloseCode},
 };
 
-use crate::stage::{Agent, Edge, Manners, Sent, Upstream, connected, connected_with, get, patiently};
+use crate::stage::{
+    Agent, Edge, Manners, Sent, TOKEN, Upstream, connected, connected_with, get, patiently, private_file,
+};
 
 const OK: &[u8] = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok";
 
@@ -30,8 +35,31 @@ async fn a_refused_token_is_final() {
         let mut agent = Agent::http(&edge, upstream.port, &[]);
         edge.refuse(status).await;
         assert_eq!(agent.exit().await.code(), Some(77));
-        assert!(!agent.log().contains(crate::stage::TOKEN));
+        assert!(!agent.log().contains(TOKEN));
     }
+}
+
+/// As on a mount that hangs: the last token is used, nothing that is served waits, and neither does who stops the agent.
+#[tokio::test]
+async fn a_token_that_does_not_come_keeps_nobody_waiting() {
+    let (edge, folder) = (Edge::bind().await, tempfile::tempdir().unwrap());
+    let config = format!(
+        "[edge]\nurl = {:?}\ntoken_file = \"token\"\n[[tunnel]]\nname = \"web\"\nupstream = 1\n",
+        edge.url
+    );
+    let token = private_file(folder.path(), "token", TOKEN).unwrap();
+    let config = private_file(folder.path(), "agentd.toml", &config).unwrap();
+    let mut agent = Agent::run(&config);
+    let line = edge.welcome().await;
+    std::fs::remove_file(&token).unwrap();
+    mknodat(CWD, &token, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
+    drop(line);
+    let line = edge.welcome().await;
+    agent.says("did not come within 2 s").await;
+    drop(line);
+    agent.says("connection lost").await;
+    agent.signal(Signal::TERM);
+    assert_eq!(agent.exit().await.code(), Some(0));
 }
 
 #[tokio::test]
@@ -267,12 +295,12 @@ async fn the_service_manager_is_told() {
     let path = folder.path().join("notify");
     let socket = tokio::net::UnixDatagram::bind(&path).unwrap();
     let edge = Edge::bind().await;
-    crate::stage::private_file(folder.path(), "token", crate::stage::TOKEN).unwrap();
+    private_file(folder.path(), "token", TOKEN).unwrap();
     let text = format!(
         "[edge]\nurl = \"{}\"\ntoken_file = \"token\"\n[[tunnel]]\nname = \"web\"\nupstream = 1\n[[tunnel]]\nname = \"two\"\nupstream = 2\n",
         edge.url
     );
-    let config = crate::stage::private_file(folder.path(), "agentd.toml", &text).unwrap();
+    let config = private_file(folder.path(), "agentd.toml", &text).unwrap();
     let mut command = crate::stage::agentd();
     command
         .args(["run", "--config"])
@@ -325,5 +353,5 @@ async fn logs_hold_no_secret() {
     agent.exit().await;
     let log = agent.log();
     assert!(log.contains("connected"));
-    assert!(!log.contains("secret") && !log.contains(crate::stage::TOKEN), "{log}");
+    assert!(!log.contains("secret") && !log.contains(TOKEN), "{log}");
 }
