@@ -1727,6 +1727,68 @@ async fn what_was_kept_is_delivered_after_a_power_cut() {
     leave(&mut agent);
 }
 
+/// A policy of one attempt at the most, and what is cut off before that: none was begun, so it is not the one. Once it has
+/// begun, nobody knows.
+// A command that is asked holds this thread; the service goes on in another.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_cut_off_before_its_attempt_begins_has_its_attempt_still() {
+    let mut local = Local::start(&[]);
+    let upstream = as_told().await;
+    let tunnels = format!(
+        "[[tunnel]]\nname = \"once\"\nupstream = \"{}\"\ndelivery = \"durable\"\n\
+         durable = {{ attempts = 1, retry_unknown = false }}\n",
+        upstream.address()
+    );
+    introduce(&local, &tunnels, &["once"]);
+    let calls = Calls::of(&local, "deliver").await;
+    let stop = |operation: &'static str, fate: fn(Arc<Held>) -> Fate| {
+        let held = Arc::new(Held::default());
+        let mut hold = Some(Arc::clone(&held));
+        calls.decide(move |call, body| {
+            let is_one = call == operation && body.contains("once");
+            hold.take_if(|_| is_one).map_or(Fate::Done, fate)
+        });
+        held
+    };
+    let kill_it = || {
+        for (function, pid) in local.function_processes() {
+            if function == "deliver" {
+                kill(pid);
+            }
+        }
+    };
+    // While it looks for an agent, of which there is none.
+    let looking = stop("Query", Fate::Held);
+    accepted(&post(&local, "once", "/killed", b"x").await);
+    looking.come.acquire().await.unwrap().forget();
+    kill_it();
+    eventually("its run waits for an agent", async || rows(&local, "p#once").await.len() == 1).await;
+    // Once the attempt is counted.
+    let mut agent = local.agent_with(&tunnels, &["once"]);
+    drained(&agent);
+    let begins = stop("UpdateItem", Fate::Lost);
+    let unknown = accepted(&post(&local, "once", "/unknown", b"x").await);
+    begins.come.acquire().await.unwrap().forget();
+    eventually("it is counted", async || {
+        rows(&local, "t#once").await.iter().any(|row| row["state"]["S"] == "delivering")
+    })
+    .await;
+    kill_it();
+    assert_eq!(ended(&agent, &unknown).await["state"], "dead");
+    leave(&mut agent);
+    // All of the edge at once.
+    let looking = stop("Query", Fate::Held);
+    accepted(&post(&local, "once", "/power", b"x").await);
+    looking.come.acquire().await.unwrap().forget();
+    local.kill_and_start_again(&["--no-agent"]);
+    let mut agent = local.agent_with(&tunnels, &["once"]);
+    drained(&agent);
+    let came = upstream.recorded();
+    let all: Vec<_> = came.iter().map(|one| (one.target(), attempt(one))).collect();
+    assert_eq!(all, [("/killed", 1), ("/power", 1)]);
+    leave(&mut agent);
+}
+
 const DEAD_LETTERS: &str = "tunnel-local-dead-letters";
 const REDELIVERIES: &str = "tunnel-local-redeliveries";
 

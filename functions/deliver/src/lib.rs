@@ -494,6 +494,8 @@ async fn judge(deliver: &Deliver, judged: &Judged) -> Result<Verdict, Error> {
         }
         State::Waiting | State::Delivering => {}
     }
+    let unready = Judged { code: UNREADY.to_owned(), ..judged.clone() };
+    let judged = if kept.state == State::Waiting && has_ended(&judged.code) { &unready } else { judged };
     let now_ms = unix_now_ms();
     let refused_ms = kept.refused_since_ms.map_or(0, |since| now_ms.saturating_sub(since));
     let means = means(&kept.policy, judged, now_ms, refused_ms, unit());
@@ -595,6 +597,12 @@ fn kind(judged: &Judged) -> Kind {
     };
     // A code of a later release, too: nobody knows what became of it.
     ErrorCode::from_wire(code).map_or(Kind::Unknown, kind_of)
+}
+
+/// Whether the call of this function has ended with its process: what it had not begun by then it will not begin. A call
+/// that was given up on may go on instead, and begin later what was thought not to have been.
+fn has_ended(code: &str) -> bool {
+    ["Runtime.", "Sandbox."].iter().any(|prefix| code.starts_with(prefix)) || code == "Lambda.Unknown"
 }
 
 /// What a failure means for a delivery. Every code has its line: what passes by itself ends no delivery.

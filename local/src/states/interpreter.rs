@@ -528,9 +528,8 @@ impl<T: Tasks> Run<'_, T> {
             && task.resource == Resource::LambdaInvoke
             && begun.as_ref().is_some_and(|begun| !begun.submitted)
         {
-            // Nobody knows whether the function has run: what an SDK says whose connection broke.
-            let lost =
-                TaskError::new("Lambda.SdkClientException", "the call was broken off with its process");
+            // The function's process has ended with that of before, and nobody knows how far it came.
+            let lost = TaskError::new("Runtime.ExitError", "the function's process ended with its edge");
             return self.closed(task, Err(lost));
         }
         // Each attempt has a token of its own: a late answer to an earlier one means nothing.

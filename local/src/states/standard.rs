@@ -394,7 +394,7 @@ async fn a_function_that_was_cut_off_may_have_run() {
         "Call": { "Type": "Task", "Resource": "arn:aws:states:::lambda:invoke", "TimeoutSeconds": 5,
             "Arguments": { "FunctionName": "f", "Payload": {} }, "End": true,
             "Catch": [
-                { "ErrorEquals": ["Lambda.SdkClientException"], "Next": "Lost" },
+                { "ErrorEquals": ["Runtime.ExitError"], "Next": "Lost" },
                 { "ErrorEquals": ["Lambda.ResourceNotFoundException"], "Next": "None" },
             ] },
         "Lost": caught("lost"), "None": caught("none"),
