@@ -439,6 +439,16 @@ async fn a_diagnosis_says_where_the_way_ends() {
     assert!(!printed.contains(token.trim()));
     assert_eq!(Request::to("web", "GET", "/").send(local.public).await.status, 200, "the agent serves on");
 
+    // With another's configuration, which it has not been asked to serve.
+    let second = agent.dir().join("second.toml");
+    std::fs::write(&second, local.config(&tunnel("second", &upstream.address()))).unwrap();
+    let (code, printed) = agent.ask(&["diagnose", "--config", second.to_str().unwrap()]);
+    assert_eq!(code, Some(1), "{printed}");
+    assert!(
+        printed.contains("[FAIL] the agent that runs (pid ")
+            && printed.contains("agentd.toml) does not serve it: ")
+    );
+
     // Without one, and the app down.
     drop(upstream);
     agent.process().signal(rustix::process::Signal::TERM);

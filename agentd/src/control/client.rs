@@ -141,17 +141,22 @@ impl Agent {
 
     /// How it is.
     pub(crate) async fn status(&mut self) -> Result<Status, AskError> {
-        self.ask(Method::GET, "/status").await
+        self.status_within(PATIENCE).await
+    }
+
+    /// The same for who does not wait as long.
+    pub(crate) async fn status_within(&mut self, patience: Duration) -> Result<Status, AskError> {
+        self.ask(Method::GET, "/status", patience).await
     }
 
     /// Has it read its configuration again.
     pub(crate) async fn reload(&mut self) -> Result<Change, AskError> {
-        self.ask(Method::POST, "/reload").await
+        self.ask(Method::POST, "/reload", PATIENCE).await
     }
 
     /// Has it stop.
     pub(crate) async fn stop(&mut self) -> Result<Stopping, AskError> {
-        self.ask(Method::POST, "/stop").await
+        self.ask(Method::POST, "/stop", PATIENCE).await
     }
 
     /// Asks its inspector; `kind` is the media type of `body`.
@@ -224,6 +229,7 @@ impl Agent {
         &mut self,
         method: Method,
         path: &str,
+        patience: Duration,
     ) -> Result<T, AskError> {
         let broken = |source| AskError::Broken { path: self.path.clone(), source };
         let request = Request::builder()
@@ -232,7 +238,7 @@ impl Agent {
             .header(header::HOST, "localhost")
             .body(Full::default())
             .map_err(|error| broken(io::Error::other(error)))?;
-        let answered = timeout(PATIENCE, async {
+        let answered = timeout(patience, async {
             let response = self.sender.send_request(request).await?;
             let (head, body) = response.into_parts();
             Ok::<_, hyper::Error>((head.status, body.collect().await?.to_bytes()))

@@ -22,6 +22,9 @@ use crate::{
 /// How often an agent that is not ready is asked again.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
 
+/// How long an agent that does not answer is waited for, if nobody wants to wait longer.
+const LOOK: Duration = Duration::from_secs(5);
+
 /// How an answer is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Format {
@@ -140,7 +143,8 @@ pub(crate) fn reload(places: &[PathBuf], format: Format) -> ExitCode {
 pub(crate) fn ready(places: &[PathBuf], patience: Duration) -> ExitCode {
     let begun = Instant::now();
     loop {
-        let reason = match find(places) {
+        let left = patience.saturating_sub(begun.elapsed()).max(LOOK);
+        let reason = match ask(places, async |agent: &mut Agent| agent.status_within(left).await) {
             Ok(status) => match status.readiness() {
                 Ok(()) => {
                     let said = format!("ready: {} tunnels are open\n", status.tunnels.len());

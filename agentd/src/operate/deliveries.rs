@@ -5,7 +5,7 @@
 
 use std::{
     fmt::Write as _,
-    io::{IsTerminal as _, Write as _},
+    io::IsTerminal as _,
     path::PathBuf,
     process::ExitCode,
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -24,7 +24,8 @@ use serde::{Deserialize, Serialize};
 use super::{
     ask::{Format, ask, complain, no_answer},
     exit,
-    requests::{harmless, harmless_lines, json, say, value},
+    output::{hand_over, said, say},
+    requests::{harmless, harmless_lines, json, value},
 };
 use crate::{
     config::parse_duration,
@@ -180,7 +181,7 @@ async fn tunnels(agent: &mut Agent, of: &Tunnel) -> Result<Vec<TunnelName>, AskE
 
 fn finish<T>(answer: Result<T, AskError>, format: Format, print: impl FnOnce(T) -> ExitCode) -> ExitCode {
     match answer {
-        Ok(answer) => print(answer),
+        Ok(answer) => said(print(answer)),
         Err(error) => {
             let is_unreachable = matches!(&error, AskError::Unreachable(_));
             let code = no_answer(&error, format);
@@ -294,9 +295,7 @@ pub(crate) fn show(places: &[PathBuf], wanted: &Show) -> ExitCode {
                 say(&json(&Shown { delivery: &row, headers: &headers, body }));
             }
             Format::Text if with_body && !std::io::stdout().is_terminal() => {
-                if body.is_some_and(|bytes| std::io::stdout().write_all(bytes).is_err()) {
-                    return ExitCode::FAILURE;
-                }
+                hand_over(body.map_or(&[], |bytes| bytes));
             }
             Format::Text => say(text(&row, &headers, body).trim_end()),
         }

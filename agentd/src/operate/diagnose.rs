@@ -19,7 +19,11 @@ use std::{
 };
 
 use http::{HeaderValue, Method, Request, Uri, header};
-use proto::{id::AgentId, message::Welcome, session};
+use proto::{
+    id::{AgentId, TunnelName},
+    message::Welcome,
+    session,
+};
 use tokio::{
     net::{TcpStream, lookup_host},
     sync::mpsc,
@@ -168,7 +172,7 @@ async fn diagnose(config: Result<Config, ConfigError>, places: &[PathBuf], repor
         }
         match urls.get(config.name.as_str()) {
             Some(url) => ask_public(url, report).await,
-            None => report.line(Verdict::Fail, "the edge has not opened it".to_owned()),
+            None => report.line(Verdict::Fail, unopened(&config.name, running.as_ref())),
         }
     }
     moment.end().await;
@@ -302,6 +306,19 @@ impl Moment {
             }
         })
         .await;
+    }
+}
+
+/// Why a tunnel has no address: an agent that runs with another configuration has not asked for it.
+fn unopened(name: &TunnelName, running: Option<&Status>) -> String {
+    match running.filter(|status| status.tunnels.iter().all(|tunnel| tunnel.name != name.as_str())) {
+        Some(status) => format!(
+            "the agent that runs (pid {}, {}) does not serve it: reload that one, or name the other's socket with \
+             --control-socket",
+            status.pid,
+            status.config.file.as_deref().unwrap_or("without a configuration file")
+        ),
+        None => "the edge has not opened it".to_owned(),
     }
 }
 

@@ -4,6 +4,7 @@ use std::{
     fmt::Display,
     io::{self, Write},
     process::ExitCode,
+    sync::OnceLock,
     time::Duration,
 };
 
@@ -24,7 +25,7 @@ pub(crate) fn print(text: &str) -> io::Result<()> {
 ///
 /// It cannot be written, or nobody is there to read any more.
 pub(super) fn write(text: &str) -> io::Result<()> {
-    write_to(&mut io::stdout().lock(), text)
+    write_to(&mut io::stdout().lock(), text.as_bytes())
 }
 
 /// Prints how long an agent took to end, and ends the command well.
@@ -32,12 +33,12 @@ pub(crate) fn stopped(took: Duration) -> ExitCode {
     answer(&format!("stopped after {:.1} s\n", took.as_secs_f64()), ExitCode::SUCCESS)
 }
 
-fn write_to(out: &mut impl Write, text: &str) -> io::Result<()> {
-    out.write_all(text.as_bytes()).and_then(|()| out.flush())
+fn write_to(out: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
+    out.write_all(bytes).and_then(|()| out.flush())
 }
 
 fn print_to(out: &mut impl Write, text: &str) -> io::Result<()> {
-    match write_to(out, text) {
+    match write_to(out, text.as_bytes()) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         done => done,
     }
@@ -48,11 +49,45 @@ fn print_to(out: &mut impl Write, text: &str) -> io::Result<()> {
 pub(crate) fn answer(text: &str, code: ExitCode) -> ExitCode {
     match print(text) {
         Ok(()) => code,
-        Err(error) => {
-            complain(format_args!("cannot write to standard output: {error}"));
-            ExitCode::from(exit::RUNTIME)
-        }
+        Err(error) => unprinted(error),
     }
+}
+
+/// Why something that was said could not be printed: the first time.
+static UNSAID: OnceLock<String> = OnceLock::new();
+
+/// Prints one of several texts of a command, which ends with [`said`].
+pub(super) fn say(line: &str) {
+    hand_over(format!("{line}\n").as_bytes());
+}
+
+/// The same for bytes as they are.
+pub(super) fn hand_over(bytes: &[u8]) {
+    if let Err(error) = write_to(&mut io::stdout().lock(), bytes) {
+        unsaid(&error);
+    }
+}
+
+/// Notes that something could not be printed, for [`said`].
+pub(super) fn unsaid(error: &io::Error) {
+    if error.kind() != io::ErrorKind::BrokenPipe {
+        UNSAID.get_or_init(|| error.to_string());
+    }
+}
+
+/// Whether something could not be printed: who goes on printing for ever need not.
+pub(super) fn is_unsaid() -> bool {
+    UNSAID.get().is_some()
+}
+
+/// Ends a command that has said everything with `code`; with [`exit::RUNTIME`] where something could not be printed.
+pub(super) fn said(code: ExitCode) -> ExitCode {
+    UNSAID.get().map_or(code, unprinted)
+}
+
+fn unprinted(error: impl Display) -> ExitCode {
+    complain(format_args!("cannot write to standard output: {error}"));
+    ExitCode::from(exit::RUNTIME)
 }
 
 /// Tells the person who called why something failed; there is nobody else to tell if that fails too.

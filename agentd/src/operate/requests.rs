@@ -23,7 +23,7 @@ use tokio::{io::Interest, net::unix::pipe::Sender};
 
 use super::{
     ask::{Format, ask, complain, no_answer},
-    output::write,
+    output::{hand_over, is_unsaid, said, say, unsaid, write},
 };
 use crate::{
     control::client::{Agent, AskError},
@@ -172,7 +172,7 @@ async fn get(agent: &mut Agent, path: &str) -> Result<bytes::Bytes, AskError> {
 /// Prints an answer that is there, or why there is none.
 fn finish<T>(answer: Result<T, AskError>, format: Format, print: impl FnOnce(T) -> ExitCode) -> ExitCode {
     match answer {
-        Ok(answer) => print(answer),
+        Ok(answer) => said(print(answer)),
         Err(error) => no_answer(&error, format),
     }
 }
@@ -197,7 +197,7 @@ pub(crate) fn list(
             (Format::Json, true) => shown.rev().for_each(|row| say(&json(row))),
             (Format::Text, _) => shown.rev().for_each(|row| say(&line(row))),
         }
-        if let Some(mut events) = events {
+        if let Some(mut events) = events.filter(|_| !is_unsaid()) {
             let last = list.requests.first().map_or(0, |row| row.id);
             let known: Vec<u64> =
                 list.requests.iter().filter(|row| row.state == "ended").map(|row| row.id).collect();
@@ -259,7 +259,8 @@ impl Events {
                         Format::Json => print(&json(&row)),
                         Format::Text => print(&line(&row)),
                     };
-                    if printed.is_err() {
+                    if let Err(error) = printed {
+                        unsaid(&error);
                         return Ok(());
                     }
                 }
@@ -281,9 +282,7 @@ pub(crate) fn show(places: &[PathBuf], id: u64, body: bool, reveal: bool, format
             say(harmless_json(&String::from_utf8_lossy(&bytes)).trim_end());
         } else if body && !to_terminal {
             let bytes = detail.response.as_ref().and_then(|answer| shape::from_base64(&answer.body.base64));
-            if std::io::stdout().write_all(&bytes.unwrap_or_default()).is_err() {
-                return ExitCode::FAILURE;
-            }
+            hand_over(&bytes.unwrap_or_default());
             if detail.response.is_some_and(|answer| answer.body.cut) {
                 complain("the body goes on: only its beginning was kept");
                 return ExitCode::FAILURE;
@@ -403,21 +402,19 @@ pub(crate) fn export(places: &[PathBuf], export: &Export) -> ExitCode {
     };
     let answer = ask(places, async |agent: &mut Agent| get(agent, &path).await);
     finish(answer, Format::Text, |bytes| {
-        let done = match &export.form.har {
-            Some(file) if file != Path::new("-") => private(file, &bytes),
+        match &export.form.har {
+            Some(file) if file != Path::new("-") => {
+                if let Err(error) = private(file, &bytes) {
+                    complain(format!("{}: {error}", file.display()));
+                    return ExitCode::FAILURE;
+                }
+            }
             Some(_) if std::io::stdout().is_terminal() => {
-                std::io::stdout().write_all(harmless_json(&String::from_utf8_lossy(&bytes)).as_bytes())
+                hand_over(harmless_json(&String::from_utf8_lossy(&bytes)).as_bytes());
             }
-            _ => std::io::stdout().write_all(&bytes),
-        };
-        match (done, &export.form.har) {
-            (Ok(()), _) => ExitCode::SUCCESS,
-            (Err(error), file) => {
-                let place = file.as_deref().unwrap_or(Path::new("standard output"));
-                complain(format!("{}: {error}", place.display()));
-                ExitCode::FAILURE
-            }
+            _ => hand_over(&bytes),
         }
+        ExitCode::SUCCESS
     })
 }
 
@@ -459,11 +456,6 @@ pub(crate) fn import(places: &[PathBuf], import: &Import) -> ExitCode {
 
 pub(super) fn json<T: Serialize + ?Sized>(value: &T) -> String {
     harmless_json(&serde_json::to_string(value).expect("texts, numbers and lists are JSON"))
-}
-
-/// Prints a line, or nothing where nobody reads any more.
-pub(super) fn say(line: &str) {
-    let _ = print(line);
 }
 
 /// Prints a line; an error where nobody reads any more.

@@ -606,6 +606,28 @@ async fn the_terminal_lists_shows_follows_replays_and_exports() {
     assert!(code == 2 && error.contains("<--har <FILE>|--curl <FILE>>"), "{error}");
     let (_, _, error) = run(&stage, &["import", "--har", &name, "--tunnel", "other"]).await;
     assert!(error.contains("the tunnel other is gone"), "{error}");
+    // What cannot be written is said, also where it is not the only thing.
+    for args in [
+        &["requests"][..],
+        &["requests", "--json"],
+        &["requests", "--follow"],
+        &["request", "show", "1"],
+        &["request", "show", "1", "--body"],
+        &["export", "--curl", "1"],
+        &["import", "--har", &name],
+    ] {
+        let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+        let mut command = agentd();
+        command.env("AGENTD_CONTROL_SOCKET", stage.socket()).args(args).stdout(full);
+        let command = command.spawn().unwrap();
+        let output = patiently("the end of a command", command.wait_with_output()).await.unwrap();
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        assert_eq!(
+            String::from_utf8_lossy(&output.stderr),
+            "agentd: cannot write to standard output: No space left on device (os error 28)\n",
+            "{args:?}"
+        );
+    }
     // An agent that is not there is named.
     let mut nobody = agentd();
     nobody.env("AGENTD_CONTROL_SOCKET", "none.sock").args(["requests"]);
