@@ -331,7 +331,7 @@ impl Connection {
         session.into_iter().chain(retirement).chain(self.again_at).min()
     }
 
-    /// Plans to send again what was sent last: what was refused together is sent together.
+    /// Plans to send again what was sent last: what was refused together is sent together, and said once.
     fn ask_again(&mut self) {
         let now = Instant::now();
         if self.again_at.is_some() {
@@ -342,6 +342,8 @@ impl Connection {
         self.again_in =
             if is_first { limits::REFUSED_RETRY } else { (self.again_in * 2).min(limits::REFUSED_RETRY * 4) };
         self.again_at = Some(now + self.again_in);
+        let in_ms = self.again_in.as_millis() as u64;
+        tracing::warn!(in_ms, "the edge could not take a message: the last ones are to be sent again");
     }
 
     fn woken(&mut self) {
@@ -490,7 +492,6 @@ impl Connection {
     /// A message that cannot be read. A request among them is answered, so that nobody waits for it.
     fn refuse(&mut self, text: &str, error: &DecodeError) {
         if Envelope::is_failure(text) {
-            tracing::warn!("the edge could not take a message; the last ones are sent again");
             self.session.handle_refused(Instant::now().into_std());
             self.ask_again();
             return;

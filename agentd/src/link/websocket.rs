@@ -185,7 +185,15 @@ async fn write(
                     .map_err(late)??;
             }
             Next::Control(Control::Again) => {
-                for Written { again, text, .. } in kept.take() {
+                // The session greets again by itself.
+                let is_empty = kept.messages.is_empty();
+                let mut again = kept.take().peekable();
+                if !is_empty && again.peek().is_none() {
+                    tracing::warn!(
+                        "what the edge could not take is too old to be sent again, or was sent again often enough"
+                    );
+                }
+                for Written { again, text, .. } in again {
                     write_message(&mut sink, text.clone()).await?;
                     kept.push(text, again + 1);
                 }

@@ -104,7 +104,7 @@ const REFUSED: &str = r#"{"message": "Internal server error", "connectionId":"co
 #[tokio::test]
 async fn what_the_edge_could_not_take_is_sent_again_a_few_times() {
     let (edge, upstream) = (Edge::bind().await, Upstream::bind().await);
-    let _agent = Agent::http(&edge, upstream.port, &[]);
+    let agent = Agent::http(&edge, upstream.port, &[]);
     let mut line = edge.accept().await;
     let hello = line.text().await.unwrap();
     for _ in 0..2 {
@@ -125,6 +125,9 @@ async fn what_the_edge_could_not_take_is_sent_again_a_few_times() {
     }
     // No more than that: what comes next is the next answer.
     line.ws.send(Message::text(REFUSED)).await.unwrap();
+    agent.says("too old to be sent again, or was sent again often enough").await;
+    let plans = agent.log().matches("the last ones are to be sent again").count();
+    assert_eq!(plans, 2 + limits::REFUSED_TRIES as usize + 1, "one for all that were refused together");
     let next = get("/next");
     line.request(&next).await;
     let _peer = upstream.answer(OK).await;
